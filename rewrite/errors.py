@@ -1,0 +1,31 @@
+"""The errors of the toolkit: one root, and a child for each thing that can be at fault."""
+
+from __future__ import annotations
+
+
+class RewriteError(Exception):
+    """The root of every error that the toolkit raises on purpose."""
+
+
+class CaptureError(RewriteError):
+    """A model could not be read as a graph."""
+
+
+class OptionError(RewriteError):
+    """An option of a pass or a command has no valid meaning."""
+
+
+class CheckpointError(RewriteError):
+    """A file or a MODEL reference cannot be opened, trusted or written."""
+
+
+class PassError(RewriteError):
+    """A pass failed while it was rewriting; names the passes that had run."""
+
+
+class VerificationError(RewriteError):
+    """A model could not be run for comparison, or an input does not fit it."""
+
+
+class ExportError(RewriteError):
+    """A model cannot be exported to ONNX as it is."""

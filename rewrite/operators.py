@@ -1,0 +1,393 @@
+"""What a node *is*, whichever way it is spelled.
+
+One operator has many spellings: a module, a subclass that inherits its forward, a
+`torch.nn.functional` call, a `torch.*` function, an `aten` overload of an exported program. Each
+function here reads one node and returns one description, under PyTorch's names, with the tensors as
+`TensorRef`: a pass is written once against these.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Node
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from rewrite.capture import Captured, TensorRef
+from rewrite.tracer import is_leaf
+
+NormKind = Literal["batch", "group", "layer", "instance", "rms"]
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What every description shares.
+
+    Attributes:
+        node: the call.
+        target: the qualified name to report: the layer itself, or whose forward holds the line.
+        input: the node of the first argument.
+        module: the qualified name of the layer if the node calls one, else None.
+    """
+
+    node: Node
+    target: str
+    input: Node
+    module: str | None
+
+
+@dataclass(frozen=True)
+class Norm(Operator):
+    """A normalization. `training` is whether it normalizes by the statistics of its batch."""
+
+    kind: NormKind
+    weight: TensorRef | None
+    bias: TensorRef | None
+    running_mean: TensorRef | None
+    running_var: TensorRef | None
+    eps: float
+    training: bool
+    num_features: int | None
+    num_groups: int | None = None
+    normalized_shape: tuple[int, ...] = ()
+    momentum: float | None = None
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the channels in the input: 1, or the last for layer and RMS norms."""
+        return -1 if self.kind in ("layer", "rms") else 1
+
+
+@dataclass(frozen=True)
+class Conv(Operator):
+    """A convolution or transposed convolution; weight is (out, in/groups, *kernel) or (in, out/groups, *kernel)."""
+
+    weight: TensorRef
+    bias: TensorRef | None
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool
+    output_padding: tuple[int, ...]
+    padding_mode: str
+    dims: int
+
+
+@dataclass(frozen=True)
+class Linear(Operator):
+    """y = x Wᵀ + b over the last axis; weight is (out, in)."""
+
+    weight: TensorRef
+    bias: TensorRef | None
+
+
+@dataclass(frozen=True)
+class Activation(Operator):
+    """An elementwise nonlinearity, by its functional name ("relu", "leaky_relu", "gelu" …)."""
+
+    name: str
+    negative_slope: float | None = None
+
+
+# -- spellings --------------------------------------------------------------------------------
+
+_F_BATCH = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_T_BATCH = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+_LEGIT = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
+_INSTANCE = (
+    "input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps",
+)  # fmt: skip
+_T_INSTANCE = (
+    "input", "weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps",
+)  # fmt: skip
+_GROUP = ("input", "num_groups", "weight", "bias", "eps")
+_LAYER = ("input", "normalized_shape", "weight", "bias", "eps")
+_RMS = ("input", "normalized_shape", "weight", "eps")
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_CONV_T = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_CONVOLUTION = (
+    "input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding",
+    "groups",
+)  # fmt: skip
+_LINEAR = ("input", "weight", "bias")
+
+
+def _norm_spellings() -> dict[Any, tuple[NormKind, tuple[str, ...]]]:
+    return {
+        F.batch_norm: ("batch", _F_BATCH),
+        torch.batch_norm: ("batch", _T_BATCH),
+        aten.batch_norm.default: ("batch", _T_BATCH),
+        aten.cudnn_batch_norm.default: ("batch", _T_BATCH),
+        aten._native_batch_norm_legit_no_training.default: ("batch", _LEGIT),
+        aten._native_batch_norm_legit.default: ("batch", _T_BATCH),
+        aten.native_batch_norm.default: ("batch", _T_BATCH),
+        F.instance_norm: ("instance", _INSTANCE),
+        torch.instance_norm: ("instance", _T_INSTANCE),
+        aten.instance_norm.default: ("instance", _T_INSTANCE),
+        F.group_norm: ("group", _GROUP),
+        torch.group_norm: ("group", _GROUP),
+        aten.group_norm.default: ("group", _GROUP),
+        F.layer_norm: ("layer", _LAYER),
+        torch.layer_norm: ("layer", _LAYER),
+        aten.layer_norm.default: ("layer", _LAYER),
+        aten.native_layer_norm.default: ("layer", _LAYER),
+        F.rms_norm: ("rms", _RMS),
+        torch.rms_norm: ("rms", _RMS),
+        aten.rms_norm.default: ("rms", _RMS),
+    }
+
+
+def _conv_spellings() -> dict[Any, tuple[int, bool, tuple[str, ...]]]:
+    table: dict[Any, tuple[int, bool, tuple[str, ...]]] = {}
+    for dims in (1, 2, 3):
+        plain, transposed = f"conv{dims}d", f"conv_transpose{dims}d"
+        packet, packet_t = getattr(aten, plain), getattr(aten, transposed)
+        for target in (getattr(F, plain), getattr(torch, plain), packet.default, packet.padding):
+            table[target] = (dims, False, _CONV)
+        overload = packet_t.default if dims == 1 else packet_t.input
+        for target in (getattr(F, transposed), getattr(torch, transposed), overload):
+            table[target] = (dims, True, _CONV_T)
+    return table
+
+
+NORMS: Mapping[Any, tuple[NormKind, tuple[str, ...]]] = _norm_spellings()
+CONVS: Mapping[Any, tuple[int, bool, tuple[str, ...]]] = _conv_spellings()
+LINEARS: frozenset[Any] = frozenset({F.linear, aten.linear.default})
+
+_ACTIVATION_MODULES: Mapping[type[nn.Module], str] = {
+    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.LeakyReLU: "leaky_relu", nn.PReLU: "prelu",
+    nn.RReLU: "rrelu", nn.ELU: "elu", nn.CELU: "celu", nn.SELU: "selu", nn.GELU: "gelu",
+    nn.SiLU: "silu", nn.Mish: "mish", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
+    nn.Hardswish: "hardswish", nn.Hardsigmoid: "hardsigmoid", nn.Hardtanh: "hardtanh",
+    nn.Softplus: "softplus", nn.Softsign: "softsign", nn.Softmax: "softmax", nn.GLU: "glu",
+    nn.LogSigmoid: "logsigmoid", nn.LogSoftmax: "log_softmax",
+}  # fmt: skip
+ACTIVATION_NAMES: frozenset[str] = frozenset(_ACTIVATION_MODULES.values())
+
+
+def function_name(node: Node) -> str | None:
+    """Return the plain name of a called function or method: "relu" for `F.relu_`, `x.relu()` …"""
+    if node.op == "call_method":
+        name = str(node.target)
+    elif node.op != "call_function":
+        return None
+    elif isinstance(node.target, torch._ops.OpOverload):
+        name = node.target.overloadpacket.__name__
+    else:
+        name = getattr(node.target, "__name__", "")
+    return name if name.startswith("__") else name.rstrip("_")
+
+
+def norm_of(captured: Captured, node: Node) -> Norm | None:
+    """Return the normalization that `node` calls, or None."""
+    if node.op == "call_module":
+        return _norm_module(captured, node)
+    if node.op != "call_function" or node.target not in NORMS:
+        return None
+    kind, names = NORMS[node.target]
+    call = _bind(node, names)
+    if not isinstance(call["input"], Node):
+        return None
+    refs = {
+        key: captured.ref(call.get(key))
+        for key in ("weight", "bias", "running_mean", "running_var")
+    }
+    if any(isinstance(call.get(key), Node) and refs[key] is None for key in refs):
+        return None  # a computed parameter: nothing to read it from
+    training = bool(call.get("training", call.get("use_input_stats", kind != "batch")))
+    if node.target is F.batch_norm or node.target is torch.batch_norm:
+        training = training or refs["running_mean"] is None
+    shape = call.get("normalized_shape") or ()
+    return Norm(
+        node, captured.owner(node), call["input"], None, kind, **refs,
+        eps=_default(call.get("eps"), 1e-5),
+        training=training,
+        num_features=_length(captured, refs),
+        num_groups=call.get("num_groups"),
+        normalized_shape=tuple(shape) if isinstance(shape, list | tuple) else (),
+        momentum=call.get("momentum"),
+    )  # fmt: skip
+
+
+def _norm_module(captured: Captured, node: Node) -> Norm | None:
+    name = str(node.target)
+    module = captured.module(name)
+    if not is_leaf(module):
+        return None
+    described = norm_module(captured, name, module)
+    inputs = node.all_input_nodes
+    if described is None or not inputs:
+        return None
+    return Norm(node, name, inputs[0], name, **described)
+
+
+def norm_module(captured: Captured, name: str, module: nn.Module) -> dict[str, Any] | None:
+    """Return the fields of the `Norm` that a standard layer is, or None."""
+    keys = ("weight", "bias", "running_mean", "running_var")
+    refs = {
+        key: TensorRef(name, key) if getattr(module, key, None) is not None else None
+        for key in keys
+    }
+    if isinstance(module, _BatchNorm):
+        training = module.training or module.running_mean is None
+        return dict(
+            kind="batch", eps=module.eps, training=training, momentum=module.momentum,
+            num_features=module.num_features, **refs,
+        )  # fmt: skip
+    if isinstance(module, _InstanceNorm):
+        training = module.training or not module.track_running_stats
+        return dict(
+            kind="instance", eps=module.eps, training=training, momentum=module.momentum,
+            num_features=module.num_features, **refs,
+        )  # fmt: skip
+    if isinstance(module, nn.GroupNorm):
+        return dict(
+            kind="group", eps=module.eps, training=True, num_groups=module.num_groups,
+            num_features=module.num_channels, **refs,
+        )  # fmt: skip
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        kind = "layer" if isinstance(module, nn.LayerNorm) else "rms"
+        shape = tuple(module.normalized_shape)
+        return dict(
+            kind=kind, eps=_default(module.eps, torch.finfo(torch.float32).eps), training=True,
+            num_features=shape[-1], normalized_shape=shape, **refs,
+        )  # fmt: skip
+    return None
+
+
+def conv_of(captured: Captured, node: Node) -> Conv | None:
+    """Return the convolution (transposed too) that `node` calls, or None."""
+    if node.op == "call_module":
+        return _conv_module(captured, node)
+    if node.op != "call_function":
+        return None
+    if node.target is aten.convolution.default:
+        call = _bind(node, _CONVOLUTION)
+        dims, transposed = len(call["stride"]), bool(call["transposed"])
+    elif node.target in CONVS:
+        dims, transposed, names = CONVS[node.target]
+        call = _bind(node, names)
+    else:
+        return None
+    weight, bias = captured.ref(call.get("weight")), captured.ref(call.get("bias"))
+    if weight is None or (bias is None and isinstance(call.get("bias"), Node)):
+        return None
+    padding = call.get("padding", 0)
+    return Conv(
+        node, captured.owner(node), call["input"], None, weight, bias,
+        stride=_tuple(call.get("stride", 1), dims),
+        padding=padding if isinstance(padding, str) else _tuple(padding, dims),
+        dilation=_tuple(call.get("dilation", 1), dims),
+        groups=call.get("groups", 1), transposed=transposed,
+        output_padding=_tuple(call.get("output_padding", 0), dims),
+        padding_mode="zeros", dims=dims,
+    )  # fmt: skip
+
+
+def _conv_module(captured: Captured, node: Node) -> Conv | None:
+    name = str(node.target)
+    module = captured.module(name)
+    if not isinstance(module, _ConvNd) or not is_leaf(module) or _is_lazy(module.weight):
+        return None
+    inputs = node.all_input_nodes
+    if not inputs:
+        return None
+    padding = module.padding
+    return Conv(
+        node, name, inputs[0], name, TensorRef(name, "weight"),
+        TensorRef(name, "bias") if module.bias is not None else None,
+        stride=tuple(module.stride), padding=padding if isinstance(padding, str) else tuple(padding),
+        dilation=tuple(module.dilation), groups=module.groups,
+        transposed=isinstance(module, _ConvTransposeNd),
+        output_padding=tuple(module.output_padding), padding_mode=module.padding_mode,
+        dims=len(module.kernel_size),
+    )  # fmt: skip
+
+
+def linear_of(captured: Captured, node: Node) -> Linear | None:
+    """Return the linear layer that `node` calls, or None."""
+    if node.op == "call_module":
+        name = str(node.target)
+        module = captured.module(name)
+        inputs = node.all_input_nodes
+        if not isinstance(module, nn.Linear) or not is_leaf(module) or not inputs:
+            return None
+        if _is_lazy(module.weight):
+            return None
+        bias = TensorRef(name, "bias") if module.bias is not None else None
+        return Linear(node, name, inputs[0], name, TensorRef(name, "weight"), bias)
+    if node.op != "call_function" or node.target not in LINEARS:
+        return None
+    call = _bind(node, _LINEAR)
+    weight, bias_ref = captured.ref(call.get("weight")), captured.ref(call.get("bias"))
+    if weight is None or (bias_ref is None and isinstance(call.get("bias"), Node)):
+        return None
+    return Linear(node, captured.owner(node), call["input"], None, weight, bias_ref)
+
+
+def activation_of(captured: Captured, node: Node) -> Activation | None:
+    """Return the elementwise nonlinearity that `node` calls, or None."""
+    inputs = node.all_input_nodes
+    if not inputs:
+        return None
+    if node.op == "call_module":
+        name = str(node.target)
+        module = captured.module(name)
+        kind = next((k for k in _ACTIVATION_MODULES if isinstance(module, k)), None)
+        if kind is None or not is_leaf(module):
+            return None
+        slope = module.negative_slope if isinstance(module, nn.LeakyReLU) else None
+        return Activation(node, name, inputs[0], name, _ACTIVATION_MODULES[kind], slope)
+    called = function_name(node)
+    if called not in ACTIVATION_NAMES:
+        return None
+    slope = None
+    if called == "leaky_relu":
+        given = _bind(node, ("input", "negative_slope")).get("negative_slope", 0.01)
+        slope = float(given) if isinstance(given, int | float) else None
+    return Activation(node, captured.owner(node), inputs[0], None, called, slope)
+
+
+def is_getitem(node: Node) -> bool:
+    """Return whether `node` indexes a value."""
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def _bind(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the call's arguments by name, those left out missing."""
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _default(value: Any, default: float) -> float:
+    return default if value is None else float(value)
+
+
+def _tuple(value: Any, dims: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * dims
+    return tuple(value) * (dims if len(value) == 1 else 1)
+
+
+def _length(captured: Captured, refs: Mapping[str, TensorRef | None]) -> int | None:
+    """Return the number of channels, read off the first parameter that is there."""
+    for ref in refs.values():
+        if ref is not None:
+            return captured.tensor(ref).numel()
+    return None
+
+
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+
+
+Predicate = Callable[[Captured, Node], bool]
