@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import blocks, control, norms, sharing, variants
+from models import blocks, control, norms, sharing, spelling, variants
 from models.randomize import randomize_norms_, walk
 
 __all__ = ["all_models", "build", "example_inputs", "randomize_norms_", "walk"]
@@ -55,7 +55,8 @@ def build(
 
 
 def _classes() -> tuple[type[Any], ...]:
-    return sharing.MODELS + norms.MODELS + control.MODELS + blocks.MODELS + variants.MODELS
+    themes = (sharing, spelling, norms, control, blocks, variants)
+    return tuple(cls for theme in themes for cls in theme.MODELS)
 
 
 def _factory(cls: type[nn.Module]) -> Callable[[], nn.Module]:
