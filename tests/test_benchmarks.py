@@ -1,0 +1,44 @@
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import _process, _table
+
+PAGE = "# Page\n\n<!-- begin a -->\nold\n<!-- end a -->\n\n<!-- begin b -->\nkeep\n<!-- end b -->\n"
+
+
+def test_a_section_replaces_its_own_text_and_no_other():
+    page = _table.replace_section(PAGE, "a", "## A\n\nnew \\1 text\n")
+    assert page == PAGE.replace("old", "## A\n\nnew \\1 text")
+    assert _table.replace_section(page, "a", "## A\n\nnew \\1 text\n") == page
+
+
+def test_a_new_section_goes_to_the_end():
+    page = _table.replace_section(PAGE, "c", "third")
+    assert page == PAGE + "\n<!-- begin c -->\nthird\n<!-- end c -->\n"
+
+
+def test_a_table_has_a_rule_as_wide_as_its_header():
+    assert _table.table(["row", "x"], [["a", 1], ["b", 2.5]]) == (
+        "| row | x |\n| --- | ---: |\n| a | 1 |\n| b | 2.5 |"
+    )
+
+
+def test_a_run_measures_time_and_memory_of_that_process_alone(tmp_path):
+    large = _process.run([sys.executable, "-c", "x = bytearray(200_000_000)"], tmp_path)
+    small = _process.run([sys.executable, "-c", "import time; time.sleep(0.3)"], tmp_path)
+    assert large.peak > 200
+    assert small.peak < 100
+    assert small.wall > 0.3
+
+
+def test_a_failed_command_is_an_error_with_its_output(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        _process.run([sys.executable, "-c", "raise SystemExit('no such thing')"], tmp_path)
+    assert "no such thing" in caught.value.output
+
+
+def test_ratios_are_taken_to_the_first_row():
+    runs = {"floor": [_process.Run(2.0, 4.0, 100.0)], "ours": [_process.Run(3.0, 4.4, 150.0)]}
+    assert _process.rows(runs)[1] == ["ours", "3.00", "1.50", "4.40", "1.10", "150", "1.50"]
