@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from rewrite.errors import CheckpointError
 from rewrite.files import atomic_path
+from rewrite.pickler import write_model
 from rewrite.safeload import load_pickle
 
 _NAME = re.compile(
@@ -83,7 +84,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Tr
             local class) that no file can hold.
     """
     with atomic_path(path, overwrite=overwrite) as temporary:
-        torch.save(model, temporary)
+        write_model(model, temporary)
     return Path(path)
 
 

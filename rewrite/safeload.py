@@ -20,7 +20,7 @@ import importlib
 import pickle
 import warnings
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from rewrite.errors import CheckpointError
+from rewrite.graphfile import SavedGraph, SavedParametrized
 
 TRUSTED = ("torch", "torchvision", "timm", "transformers", "rewrite")
 """Packages whose module classes a checkpoint may name without `--trust`."""
@@ -47,8 +48,15 @@ _CONTAINERS: dict[str, Any] = {
 }
 """Plain data that checkpoints hold beside modules; building one runs nothing."""
 
+_SAVED = {
+    "rewrite.graphfile.SavedGraph": SavedGraph,
+    "rewrite.graphfile.SavedParametrized": SavedParametrized,
+}
+"""What `rewrite.save` writes for modules that cannot be pickled."""
+
 _PLAIN_CLASSES = frozenset(
     {
+        "torch.nn.modules.module._WrappedHook",
         "torch.nn.utils.weight_norm.WeightNorm",
         "torch.nn.utils.spectral_norm.SpectralNorm",
         "torch.nn.utils.spectral_norm.SpectralNormStateDictHook",
@@ -104,6 +112,7 @@ class _Grant:
     value: Any
     instantiated: bool = False
     called: bool = False
+    held: bool = True
 
 
 def load_pickle(
@@ -128,6 +137,7 @@ def load_pickle(
     if grants:
         _try_out(path, grants)
     real = [(entry.value, name) for name, entry in grants.items()]
+    real += [(kind, f"<{name}>") for name, kind in _SAVED.items()]
     mapped = zipped and mmap and torch.device(map_location).type == "cpu"
     return _torch_load(path, real, map_location=map_location, mmap=mapped)
 
@@ -136,6 +146,8 @@ def grant(name: str, trust: Sequence[str], path: Path) -> _Grant:
     """Look a global of a checkpoint up; raise CheckpointError when nobody allowed it."""
     if name in _CONTAINERS:
         return _Grant(_CONTAINERS[name], instantiated=True, called=True)
+    if name in _SAVED:
+        return _Grant(functools.partial(_SAVED[name], tuple(trust)), called=True, held=False)
     package = name.partition(".")[0]
     if package in _NEVER:
         raise CheckpointError(f"{path}: names {name}, which no model needs and no --trust allows")
@@ -152,7 +164,12 @@ def grant(name: str, trust: Sequence[str], path: Path) -> _Grant:
     reason = _objection(name, value, trust)
     if reason is not None:
         raise CheckpointError(f"{path}: names {name}, {reason}")
-    return _Grant(value, instantiated=True, called=issubclass(value, enum.Enum))
+    return _Grant(
+        value,
+        instantiated=True,
+        called=issubclass(value, enum.Enum),
+        held=not issubclass(value, nn.Module) or package != "transformers",
+    )
 
 
 _NEVER = frozenset({"builtins", "os", "posix", "nt", "sys", "subprocess", "shutil", "importlib"})
@@ -191,7 +208,8 @@ class _Inert:
     """What a stand-in makes in the trial: an object that keeps nothing and does nothing."""
 
     def __setstate__(self, state: Any) -> None:
-        """Take any state."""
+        """Take any state, if all that it holds may be held."""
+        _check_held(state)
 
 
 class _InertPartial(_Inert):
@@ -200,6 +218,7 @@ class _InertPartial(_Inert):
     def __setstate__(self, state: Any) -> None:
         """Check the function that the state brings in, as the constructor did."""
         _check_partial(state[0] if isinstance(state, tuple) and state else None)
+        _check_held(state)
 
 
 class _StandIn:
@@ -221,17 +240,34 @@ class _StandIn:
             raise CheckpointError(
                 f"calls {self.name}, which could run anything; a pickled model only holds it"
             )
+        _check_held(args)
         if self.name == "functools.partial":
             _check_partial(args[0] if args else None)
             return _InertPartial()
         return _Inert()
 
 
+def _check_held(state: Any) -> None:
+    """Raise CheckpointError for a name kept as a value where somebody might call it."""
+    waiting, seen = [state], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, _StandIn) and not value.entry.held:
+            raise CheckpointError(f"keeps {value.name} as a value, where a model holds instances")
+        if isinstance(value, Mapping):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple | set):
+            waiting.extend(value)
+
+
 def _check_partial(function: Any) -> None:
     """Raise CheckpointError unless `function` is a class or function harmless with any argument."""
     if not isinstance(function, _StandIn):
         raise CheckpointError("holds a functools.partial of something that is no allowed name")
-    if function.name.startswith("transformers.") or function.entry.called:
+    if function.entry.called or not function.entry.held:
         raise CheckpointError(f"holds a functools.partial of {function.name}")
 
 
@@ -252,7 +288,7 @@ def _torch_load(
 ) -> Any:
     """Call `torch.load(weights_only=True)`; raise CheckpointError for whatever goes wrong in it."""
     try:
-        with safe_globals(allowed), warnings.catch_warnings():
+        with safe_globals([*allowed]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except CheckpointError as error:
