@@ -1,0 +1,84 @@
+"""State dicts between the three spellings of weight norm."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from rewrite.parametrizations import add_weight_norm, weight_layouts
+from rewrite.weight_norm_keys import bake, fit_weight_norm_keys
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.Sequential(nn.Conv1d(4, 2, 1)))
+
+
+def old(plain: nn.Sequential) -> nn.Sequential:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(plain[0])
+        nn.utils.weight_norm(plain[2][0])
+    return plain
+
+
+def new(plain: nn.Sequential) -> nn.Sequential:
+    weight_norm(plain[0])
+    weight_norm(plain[2][0])
+    return plain
+
+
+FORMS = {"plain": lambda m: m, "old": old, "new": new}
+
+
+@pytest.mark.parametrize("target", FORMS)
+@pytest.mark.parametrize("source", FORMS)
+def test_every_form_fits_every_other(source, target):
+    written = FORMS[source](model())
+    with torch.no_grad():
+        for parameter in written.parameters():
+            parameter.add_(0.1)
+    read = FORMS[target](model())
+    state = written.state_dict()
+    fitted = fit_weight_norm_keys(state, read.state_dict().keys())
+    read.load_state_dict(fitted)
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(read(x), written(x))
+    assert fitted.keys() == read.state_dict().keys()
+    if source != target:
+        with pytest.raises(RuntimeError), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _load_without_help(read, state)
+
+
+def _load_without_help(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    for layer in module.modules():
+        layer._load_state_dict_pre_hooks.clear()
+    module.load_state_dict(state)
+
+
+def test_other_keys_that_look_alike_are_left_alone():
+    state = {"a.conv_g": torch.ones(2), "a.conv_v": torch.ones(2), "b.weight": torch.ones(2, 2)}
+    assert fit_weight_norm_keys(state, state.keys()) == state
+    assert fit_weight_norm_keys(state, {"c"}).keys() == state.keys()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_baking_agrees_with_the_module(groups):
+    layer = nn.ConvTranspose2d(4, 6, 3, groups=groups)
+    ((name, layout),) = weight_layouts(layer).items()
+    add_weight_norm(layer, name, layout)
+    g, v = layer.parametrizations.weight.parameters()
+    with torch.no_grad():
+        g.mul_(torch.rand_like(g) + 0.5)
+        g[0], v[0] = 0, 0
+    torch.testing.assert_close(bake(g, v), layer.weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_baking_agrees_with_torch(dim):
+    layer = copy.deepcopy(weight_norm(nn.Linear(5, 3), dim=dim))
+    g, v = layer.parametrizations.weight.parameters()
+    torch.testing.assert_close(bake(g, v), layer.weight)
