@@ -1,0 +1,1 @@
+"""Measurements and sweeps; run as `python -m benchmarks.NAME` from the repository."""
