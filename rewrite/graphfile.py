@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from rewrite.errors import CheckpointError
 from rewrite.functions import METHODS, find_function, name_of_function, readable
+from rewrite.parametrizations import WeightNorm, complete_weight_norm, is_weight_norm_hook
 
 _MADE_AGAIN = frozenset(
     {
@@ -102,6 +103,8 @@ class SavedParametrized(SavedModule):
             parametrize._inject_property(module, _identifier(name))
             if isinstance(steps[0], _WeightNorm):
                 _add_hook_of_weight_norm(module, name)
+            elif isinstance(steps[0], WeightNorm):
+                complete_weight_norm(module, name)
 
 
 def describe_graph_module(module: torch.fx.GraphModule) -> dict[str, Any]:
@@ -125,7 +128,9 @@ def describe_parametrized(module: nn.Module) -> dict[str, Any]:
     held = dict(vars(module))
     hooks = held["_load_state_dict_pre_hooks"]
     held["_load_state_dict_pre_hooks"] = type(hooks)(
-        (key, hook) for key, hook in hooks.items() if not _is_hook_of_weight_norm(hook)
+        (key, hook)
+        for key, hook in hooks.items()
+        if not (_is_hook_of_weight_norm(hook) or is_weight_norm_hook(hook))
     )
     return {"class": type(module).__mro__[1], "state": held}
 

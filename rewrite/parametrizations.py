@@ -20,9 +20,6 @@ channels of a transposed convolution, and divides a zero row by zero. Here:
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -165,9 +162,19 @@ def _register(
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
     for parameter in _chain(module, name).parameters():
         parameter.requires_grad_(requires_grad)
+    complete_weight_norm(module, name)
+
+
+def complete_weight_norm(module: nn.Module, name: str) -> None:
+    """Give a module with a weight-normed `name` what no file holds: hook and property."""
     if isinstance(module, nn.RNNBase):
         _track_flat_weights(module)
     module.register_load_state_dict_pre_hook(_LoadsOldKeys(name))  # type: ignore[no-untyped-call]
+
+
+def is_weight_norm_hook(hook: Any) -> bool:
+    """Return whether a load hook of a module is one that `complete_weight_norm` makes."""
+    return isinstance(getattr(hook, "hook", hook), _LoadsOldKeys)
 
 
 def share_weight_norm(first: nn.Module, name: str, second: nn.Module, other: str) -> None:
@@ -281,48 +288,6 @@ def _track_flat_weights(module: nn.RNNBase) -> None:
     would hold the tensors of the day of registration, and training would change nothing.
     """
     type(module)._flat_weights = property(_flat_weights, _ignore)  # type: ignore[assignment]
-    module.__dict__.pop("_flat_weights", None)
-    module._flat_weight_refs = [None] * len(module._flat_weights_names)
-
-
-# -- pickling --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def plain_classes(model: nn.Module) -> Iterator[None]:
-    """Give parametrized modules of `model` their own class back while a pickle is written.
-
-    PyTorch makes a class for each parametrized module, and no pickle can name it. What is stored is
-    the plain class with its `parametrizations`; `restore_parametrizations` completes it again.
-    """
-    changed = {m: type(m) for m in model.modules() if parametrize.is_parametrized(m)}
-    held: dict[nn.Module, Any] = {}
-    try:
-        for module, made in changed.items():
-            held[module] = module._load_state_dict_pre_hooks
-            module._load_state_dict_pre_hooks = OrderedDict()
-            module.__class__ = made.__mro__[1]
-            if isinstance(module, nn.RNNBase):
-                module.__dict__["_flat_weights"] = [None] * len(module._flat_weights_names)
-        yield
-    finally:
-        for module, hooks in held.items():
-            module.__class__ = changed[module]
-            module._load_state_dict_pre_hooks = hooks
-            module.__dict__.pop("_flat_weights", None)
-
-
-def restore_parametrizations(model: nn.Module) -> None:
-    """Complete, in place, the parametrized modules of a model that was read from a pickle."""
-    for module in model.modules():
-        names = _parametrized(module)
-        if not names or hasattr(type(module), names[0]):
-            continue
-        parametrize._inject_new_class(module)
-        for name in names:
-            module.__dict__.pop(name, None)
-            parametrize._inject_property(module, name)
-            if has_weight_norm(module, name):
-                module.register_load_state_dict_pre_hook(_LoadsOldKeys(name))  # type: ignore[no-untyped-call]
-        if isinstance(module, nn.RNNBase):
-            _track_flat_weights(module)
+    unknown = [None] * len(module._flat_weights_names)
+    module.__dict__["_flat_weights"] = unknown  # read by RNNBase.__setstate__ alone
+    module._flat_weight_refs = list(unknown)
