@@ -92,12 +92,21 @@ class Region:
 
 @dataclass(eq=False)
 class Captured:
-    """A captured model. Built by `capture`; read by passes; edited through `editor`."""
+    """A captured model. Built by `capture`; read by passes; edited through `editor`.
+
+    Attributes:
+        model: the module that was captured, itself (edits happen in place).
+        tree: its modules under all their names.
+        regions: the traced forwards, the model's own first if it could be traced.
+        opaque: the modules that are one call to the tracer, with the reason.
+        shape_error: why some values have no shape although example inputs were given.
+    """
 
     model: nn.Module
     tree: Tree
     regions: tuple[Region, ...]
     opaque: dict[str, Opaque]
+    shape_error: str | None = None
 
     # -- modules ------------------------------------------------------------------------------
 

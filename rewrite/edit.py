@@ -310,10 +310,9 @@ def _drop_dead_code(graph: Graph, owner: nn.Module) -> None:
     """Erase reads that nothing uses any more, and the tensors that only they read."""
     before = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
     for node in reversed(list(graph.nodes)):
-        dead = node.op == "get_attr" or (
-            node.op == "call_function" and node.target in (getattr, len) or _is_size(node)
-        )
-        if dead and not node.users:
+        pure = node.op == "get_attr" or _is_size(node)
+        pure = pure or (node.op == "call_function" and not node.is_impure())
+        if pure and not node.users:
             graph.erase_node(node)
     after = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
     for name in before - after:

@@ -9,7 +9,7 @@ function here reads one node and returns one description, under PyTorch's names,
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -175,6 +175,22 @@ _ACTIVATION_MODULES: Mapping[type[nn.Module], str] = {
 ACTIVATION_NAMES: frozenset[str] = frozenset(_ACTIVATION_MODULES.values())
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Return whether `module` computes what its torch.nn base class computes.
+
+    Quantized and fused layers of `torch.ao.nn` inherit from plain ones and compute something else.
+    """
+    base = next((b for b in type(module).__mro__ if not is_parametrization_class(b)), None)
+    while base is not None and not base.__module__.startswith("torch."):
+        base = base.__mro__[1]
+    return base is not None and base.__module__.startswith("torch.nn.modules.") and is_leaf(module)
+
+
+def is_parametrization_class(kind: type) -> bool:
+    """Return whether `kind` was made by `torch.nn.utils.parametrize` for one parametrized module."""
+    return kind.__module__ == "torch.nn.utils.parametrize"
+
+
 def function_name(node: Node) -> str | None:
     """Return the plain name of a called function or method: "relu" for `F.relu_`, `x.relu()` …"""
     if node.op == "call_method":
@@ -222,7 +238,7 @@ def norm_of(captured: Captured, node: Node) -> Norm | None:
 def _norm_module(captured: Captured, node: Node) -> Norm | None:
     name = str(node.target)
     module = captured.module(name)
-    if not is_leaf(module):
+    if not is_plain(module):
         return None
     described = norm_module(captured, name, module)
     inputs = node.all_input_nodes
@@ -238,6 +254,8 @@ def norm_module(captured: Captured, name: str, module: nn.Module) -> dict[str, A
         key: TensorRef(name, key) if getattr(module, key, None) is not None else None
         for key in keys
     }
+    if any(ref is not None and _is_lazy(getattr(module, key)) for key, ref in refs.items()):
+        return None
     if isinstance(module, _BatchNorm):
         training = module.training or module.running_mean is None
         return dict(
@@ -297,7 +315,7 @@ def conv_of(captured: Captured, node: Node) -> Conv | None:
 def _conv_module(captured: Captured, node: Node) -> Conv | None:
     name = str(node.target)
     module = captured.module(name)
-    if not isinstance(module, _ConvNd) or not is_leaf(module) or _is_lazy(module.weight):
+    if not isinstance(module, _ConvNd) or not is_plain(module) or _is_lazy(module.weight):
         return None
     inputs = node.all_input_nodes
     if not inputs:
@@ -320,7 +338,7 @@ def linear_of(captured: Captured, node: Node) -> Linear | None:
         name = str(node.target)
         module = captured.module(name)
         inputs = node.all_input_nodes
-        if not isinstance(module, nn.Linear) or not is_leaf(module) or not inputs:
+        if not isinstance(module, nn.Linear) or not is_plain(module) or not inputs:
             return None
         if _is_lazy(module.weight):
             return None
@@ -344,7 +362,7 @@ def activation_of(captured: Captured, node: Node) -> Activation | None:
         name = str(node.target)
         module = captured.module(name)
         kind = next((k for k in _ACTIVATION_MODULES if isinstance(module, k)), None)
-        if kind is None or not is_leaf(module):
+        if kind is None or not is_plain(module):
             return None
         slope = module.negative_slope if isinstance(module, nn.LeakyReLU) else None
         return Activation(node, name, inputs[0], name, _ACTIVATION_MODULES[kind], slope)
@@ -388,6 +406,3 @@ def _length(captured: Captured, refs: Mapping[str, TensorRef | None]) -> int | N
 
 def _is_lazy(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, nn.parameter.UninitializedTensorMixin)
-
-
-Predicate = Callable[[Captured, Node], bool]

@@ -184,10 +184,15 @@ def apply_pass(
         raise
     except Exception as error:
         raise PassError(f"{rewrite.name}: {target or 'commit'}: {error}") from error
-    return Applied(captured.model, tuple(_with_target(change) for change in changes), tuple(skips))
-
-
-def _with_target(change: Change) -> Change:
-    return change if change.target in change.touched else replace(
-        change, touched=(change.target, *change.touched)
+    return Applied(
+        captured.model, tuple(_complete(captured, change) for change in changes), tuple(skips)
     )
+
+
+def _complete(captured: Captured, change: Change) -> Change:
+    """Return `change` with its target and every alias of what it touched among the touched."""
+    touched = dict.fromkeys((change.target, *change.touched))
+    for name in list(touched):
+        if name in captured.tree.names:
+            touched.update(dict.fromkeys(captured.aliases(name)))
+    return replace(change, touched=tuple(touched))

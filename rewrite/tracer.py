@@ -15,10 +15,12 @@ Differences from `torch.fx.Tracer`, each for a reason:
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -264,11 +266,11 @@ def reason_of(error: BaseException) -> tuple[str, str | None]:
     return reason, source
 
 
-_MACHINERY = ("/torch/fx/", "/torch/nn/modules/", "/torch/_", "/rewrite/tracer.py")
+_MACHINERY = (str(Path(torch.__file__).parent) + os.sep, __file__)
 
 
 def _is_machinery(filename: str) -> bool:
-    return any(part in filename for part in _MACHINERY)
+    return filename.startswith(_MACHINERY)
 
 
 def _user_line() -> tuple[CodeType, int] | None:

@@ -1,0 +1,113 @@
+"""BatchNorm to GroupNorm (Wu & He 2018, https://arxiv.org/abs/1803.08494).
+
+GroupNorm splits the C channels of one sample into G groups of consecutive channels:
+
+    y = γ (x − μ_g) / √(σ²_g + ε) + β,   μ_g, σ²_g over the C/G channels and all positions of group g
+
+It computes nothing across the batch. With one element a group (x − μ_g) is zero and the output is β
+whatever comes in, so a group never has fewer than two elements here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import nn
+
+from passes import _norm_swap as swap
+from rewrite.capture import Captured
+from rewrite.errors import OptionError
+from rewrite.operators import norm_of
+from rewrite.protocol import Change, Contract, Pass, Site, Skip
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How many groups a site gets, and what to say about it."""
+
+    num_groups: int
+    num_channels: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class BatchNormToGroupNorm(Pass):
+    """Replace every BatchNorm by GroupNorm.
+
+    Rewrites:
+      1. BatchNorm1d/2d/3d and SyncBatchNorm, lazy ones that have been materialized, and subclasses
+         that inherit their forward: the module is replaced, under every name.
+      2. Subclasses with a forward of their own and functional calls (`F.batch_norm`, `aten`): the
+         line is replaced, the rest of that forward is kept.
+
+    Declines: norms with hooks or parametrizations; lazy norms without input; quantized ones; lines
+    of a forward that cannot be traced; a single channel where the number of positions is unknown or
+    one.
+    """
+
+    name: ClassVar[str] = "bn-to-gn"
+    contract: ClassVar[Contract] = Contract.APPROXIMATE
+
+    num_groups: int | None = field(
+        default=None, metadata={"help": "groups a layer (default 32); at most so many"}
+    )
+    channels_per_group: int | None = field(
+        default=None, metadata={"help": "channels a group, instead of num_groups"}
+    )
+    strict: bool = field(
+        default=False, metadata={"help": "an error where the count does not divide the channels"}
+    )
+
+    def __post_init__(self) -> None:
+        for option in ("num_groups", "channels_per_group"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise OptionError(f"{self.name}: {option} is {value}; pass 1 or more")
+        if self.num_groups is not None and self.channels_per_group is not None:
+            raise OptionError(f"{self.name}: pass num_groups or channels_per_group, not both")
+
+    def find(self, captured: Captured) -> Iterable[Site | Skip]:
+        """Yield every BatchNorm with its number of groups."""
+        return swap.sites(captured, self.groups)
+
+    def rewrite(self, captured: Captured, site: Site) -> Change:
+        """Replace one norm."""
+        assert site.node is not None
+        norm = norm_of(captured, site.node)
+        assert norm is not None
+        plan: Groups = site.plan
+        module = nn.GroupNorm(plan.num_groups, plan.num_channels, eps=norm.eps, affine=False)
+        return swap.change(captured, site, norm, module, plan.note)
+
+    def groups(self, candidate: swap.Candidate) -> Groups | str:
+        """Return the groups for one norm, or why there are none."""
+        channels, positions = candidate.num_features, candidate.positions
+        wanted, asked = self._wanted(channels)
+        if channels % wanted and self.strict:
+            fitting = _largest_divisor(channels, wanted)
+            raise OptionError(
+                f"{candidate.target}: {channels} channels are not divisible by {asked}; "
+                f"pass num_groups={fitting}"
+            )
+        if channels == 1 and (positions or 1) < 2:
+            where = "one position" if positions == 1 else "an unknown number of positions"
+            return f"has 1 channel and {where}: a group of one element would output β"
+        fewest = 2 if positions is None or positions < 2 else 1
+        count = _largest_divisor(channels, min(wanted, max(1, channels // fewest)))
+        note = "" if count == wanted else f"{asked} asked, {count} fit {channels} channels"
+        return Groups(count, channels, note)
+
+    def _wanted(self, channels: int) -> tuple[int, str]:
+        if self.channels_per_group is not None:
+            size = self.channels_per_group
+            count = max(1, channels // size)
+            return count, f"groups of {size} channels"
+        count = self.num_groups if self.num_groups is not None else 32
+        return count, f"{count} groups"
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of `number` that is at most `limit`."""
+    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)

@@ -1,0 +1,192 @@
+"""What is inside a model, and what each pass would find: the data behind `rewrite inspect`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.fx import Node
+
+from rewrite import registry
+from rewrite.capture import Captured, capture
+from rewrite.errors import RewriteError
+from rewrite.operators import activation_of, conv_of, function_name, linear_of, norm_of
+from rewrite.protocol import find_sites
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class NormRow:
+    """One normalization: where, what, how wide, what feeds it, in which mode, and its source line."""
+
+    name: str
+    kind: str
+    num_features: int | None
+    fed_by: str
+    mode: str
+    calls: int
+    source: str | None
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """How many sites a pass would rewrite, how many it declines, and why."""
+
+    name: str
+    contract: str
+    sites: int
+    skips: int
+    reasons: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `rewrite inspect` shows."""
+
+    model: str
+    parameters: int
+    buffers: int
+    dtypes: dict[str, int]
+    devices: dict[str, int]
+    training: str
+    norms: tuple[NormRow, ...]
+    regions: tuple[str, ...]
+    opaque: tuple[dict[str, str | None], ...]
+    passes: tuple[PassRow, ...]
+
+    def to_json(self) -> str:
+        """Return everything as JSON text."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def tables(self) -> Iterator[RenderableType]:
+        """Yield what to print, as rich renderables."""
+        from rich.text import Text
+
+        dtypes = ", ".join(f"{name} ({count})" for name, count in self.dtypes.items())
+        devices = ", ".join(self.devices)
+        yield Text(
+            f"{self.model}: {self.parameters:,} parameters, {self.buffers:,} buffer elements, "
+            f"{dtypes or 'no tensors'} on {devices or 'no device'}, in {self.training} mode"
+        )
+        if self.norms:
+            rows = [
+                (
+                    n.name or "(root)",
+                    n.kind,
+                    str(n.num_features or "?"),
+                    n.fed_by,
+                    n.mode,
+                    str(n.calls),
+                )
+                for n in self.norms
+            ]
+            head = ("module", "norm", "channels", "fed by", "statistics", "calls")
+            yield _table("Normalizations", head, rows)
+        others = [name for name in self.regions if name]
+        yield Text(
+            f"{len(self.regions)} traced regions" + (f": {', '.join(others)}" if others else "")
+        )
+        if self.opaque:
+            head = ("module", "stopped the tracer", "at")
+            rows_ = [
+                (o["name"] or "(root)", o["reason"] or "", o["source"] or "") for o in self.opaque
+            ]
+            yield _table("Opaque modules (their children are captured on their own)", head, rows_)
+        found = [
+            (p.name, p.contract, str(p.sites), str(p.skips), _most(p.reasons)) for p in self.passes
+        ]
+        yield _table("Passes", ("pass", "contract", "sites", "left alone", "why"), found)
+
+
+def inspect_model(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Inspection:
+    """Return what is inside `model`; it is neither changed nor run."""
+    captured = capture(model, example_inputs)
+    tensors = [*model.parameters(), *model.buffers()]
+    modes = Counter(module.training for module in model.modules())
+    return Inspection(
+        model=type(model).__name__,
+        parameters=sum(_numel(p) for p in model.parameters()),
+        buffers=sum(_numel(b) for b in model.buffers()),
+        dtypes=dict(Counter(str(t.dtype).removeprefix("torch.") for t in tensors)),
+        devices=dict(Counter(str(t.device) for t in tensors)),
+        training="mixed" if len(modes) > 1 else ("train" if modes[True] else "eval"),
+        norms=tuple(_norms(captured)),
+        regions=tuple(region.name for region in captured.regions),
+        opaque=tuple(
+            {"name": o.name, "reason": o.reason, "source": o.source}
+            for o in captured.opaque.values()
+        ),
+        passes=tuple(_passes(captured)),
+    )
+
+
+def _norms(captured: Captured) -> Iterator[NormRow]:
+    met: set[Node] = set()
+    for node in captured.nodes():
+        norm = norm_of(captured, node)
+        if norm is None or node in met:
+            continue
+        twins = captured.twins(node)
+        met.update(twins)
+        kind = (
+            type(captured.module(norm.target)).__name__
+            if norm.module is not None
+            else (f"{norm.kind} norm in {type(captured.module(norm.target)).__name__}")
+        )
+        yield NormRow(
+            norm.target, kind, norm.num_features, fed_by(captured, norm.input),
+            "of the input" if norm.training else "running", len(twins), captured.source(node),
+        )  # fmt: skip
+
+
+def fed_by(captured: Captured, node: Node) -> str:
+    """Say what makes a value: "conv1 (Conv2d)", "relu", "add", "an input"."""
+    if node.op == "placeholder":
+        return f"input {node.target}"
+    for describe in (conv_of, linear_of, norm_of, activation_of):
+        operator = describe(captured, node)
+        if operator is not None and operator.module is not None:
+            return f"{operator.module} ({type(captured.module(operator.module)).__name__})"
+    if node.op == "call_module":
+        return f"{node.target} ({type(captured.module(str(node.target))).__name__})"
+    return function_name(node) or str(node)
+
+
+def _passes(captured: Captured) -> Iterator[PassRow]:
+    for name in registry.entries():
+        kind = registry.pass_class(name)
+        try:
+            sites, skips = find_sites(kind(), captured)
+        except (RewriteError, TypeError) as error:
+            yield PassRow(name, str(kind.contract), 0, 0, {str(error): 1})
+            continue
+        reasons = Counter(skip.reason for skip in skips)
+        yield PassRow(name, str(kind.contract), len(sites), len(skips), dict(reasons))
+
+
+def _most(reasons: dict[str, int]) -> str:
+    ranked = sorted(reasons.items(), key=lambda item: -item[1])
+    text = "; ".join(f"{count} × {reason}" for reason, count in ranked[:2])
+    return text + (f"; {len(ranked) - 2} more reasons" if len(ranked) > 2 else "")
+
+
+def _numel(tensor: Any) -> int:
+    return 0 if isinstance(tensor, nn.parameter.UninitializedTensorMixin) else int(tensor.numel())
+
+
+def _table(title: str, head: tuple[str, ...], rows: Any) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in head:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table

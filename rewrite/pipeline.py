@@ -1,0 +1,150 @@
+"""`convert`: copy the model, apply each pass, hold each to its contract, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from torch import nn
+
+from rewrite import registry
+from rewrite.errors import OptionError, PassError, RewriteError
+from rewrite.protocol import Change, Contract, Pass, Selection, apply_pass
+from rewrite.report import PassReport, Report
+from rewrite.tree import copy_model
+
+if TYPE_CHECKING:
+    from rewrite.verify import Verification
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_WEAKEST_LAST = (
+    Contract.EXACT,
+    Contract.EXACT_IN_EVAL,
+    Contract.APPROXIMATE,
+    Contract.REDEFINING,
+)
+
+
+@dataclass(frozen=True)
+class Result(Generic[Model]):
+    """A rewritten copy of a model, and what was done to it."""
+
+    model: Model
+    report: Report
+
+
+def convert(
+    model: Model,
+    passes: Sequence[Pass | str],
+    *,
+    example_inputs: tuple[Any, ...] | None = None,
+    calibration: Iterable[Any] | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    verify: bool = True,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Result[Model]:
+    """Return a rewritten copy of `model`; the argument is untouched.
+
+    Tensors that no pass touches share storage with the argument, copy-on-write.
+
+    Args:
+        model: any module, in any mode and dtype, on any device.
+        passes: passes, or their text form, applied in this order.
+        example_inputs: positional inputs of the forward. They make shapes known to the passes and
+            are what verification runs on; without them an input is inferred where possible.
+        calibration: batches for passes that fit to data.
+        only, skip: shell patterns on qualified names; `skip` wins.
+        verify: whether to run both models and check each pass's contract.
+        seed: of everything random here.
+        progress: called with the name of each step as it begins.
+
+    Raises:
+        OptionError: an empty list of passes, an unknown pass, or options that do not fit.
+        PassError: a pass failed; the message names the passes that had run.
+    """
+    chosen = [registry.parse(item) if isinstance(item, str) else item for item in passes]
+    if not chosen:
+        raise OptionError("no pass given; see `rewrite passes`")
+    selection = Selection(tuple(only), tuple(skip))
+    say = progress or (lambda step: None)
+    inputs, notes = _inputs(model, example_inputs) if verify else (example_inputs, ())
+    before: nn.Module = model
+    reports: list[PassReport] = []
+    for item in chosen:
+        say(item.name)
+        start = time.perf_counter()
+        after = copy_model(before)
+        try:
+            applied = apply_pass(item, after, inputs, calibration, selection)
+        except RewriteError as error:
+            if reports and isinstance(error, PassError):
+                done = ", ".join(report.spec for report in reports)
+                raise PassError(f"{error} (after {done})") from error
+            raise
+        seconds = time.perf_counter() - start
+        after = applied.model
+        checked = None
+        if verify and inputs is not None and applied.changes:
+            say(f"verifying {item.name}")
+            checked = _check(before, after, inputs, item.contract, applied.changes, seed)
+        reports.append(
+            PassReport(
+                registry.spec(item), str(item.contract), applied.changes, applied.skips, seconds,
+                _violations(before, after, applied.changes) if verify else (), checked,
+            )
+        )  # fmt: skip
+        before = after
+    whole = reports[-1].verification if len(reports) == 1 else None
+    if len(reports) > 1 and verify and inputs is not None:
+        contract = max((item.contract for item in chosen), key=_WEAKEST_LAST.index)
+        changes = tuple(change for report in reports for change in report.changes)
+        whole = _check(model, before, inputs, contract, changes, seed)
+    return Result(before, Report(tuple(reports), notes, whole))  # type: ignore[arg-type]
+
+
+def _inputs(
+    model: nn.Module, given: tuple[Any, ...] | None
+) -> tuple[tuple[Any, ...] | None, tuple[str, ...]]:
+    if given is not None:
+        return tuple(given), ()
+    from rewrite.inputs import infer_example_inputs
+
+    inferred = infer_example_inputs(model, quick=True)
+    if inferred is None:
+        return None, ("no input is known, so nothing was run or compared; pass an example input",)
+    shapes = ", ".join("×".join(map(str, x.shape)) for x in inferred if hasattr(x, "shape"))
+    return inferred, (f"no input was given: verified on a random one of shape {shapes}",)
+
+
+def _check(
+    before: nn.Module,
+    after: nn.Module,
+    inputs: tuple[Any, ...],
+    contract: Contract,
+    changes: tuple[Change, ...],
+    seed: int,
+) -> Verification:
+    from rewrite.verify import Level, verify
+
+    return verify(
+        before, after, inputs, contract=contract, level=Level.QUICK, touched=_touched(changes),
+        seed=seed,
+    )  # fmt: skip
+
+
+def _touched(changes: tuple[Change, ...]) -> set[str]:
+    return {name for change in changes for name in change.touched}
+
+
+def _violations(
+    before: nn.Module, after: nn.Module, changes: tuple[Change, ...]
+) -> tuple[str, ...]:
+    """Return the tensors that changed although no change names their module."""
+    from rewrite.verify import check_untouched
+
+    return tuple(check_untouched(before, after, _touched(changes)))
