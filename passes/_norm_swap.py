@@ -1,7 +1,7 @@
 """What the three norm swaps share: finding every BatchNorm, and putting another norm in its place.
 
-BatchNorm in eval mode: y = γ (x − μ) / √(σ² + ε) + β per channel. The norm that comes in keeps γ, β,
-ε, dtype, device, mode and `requires_grad`: the very Parameter objects move over.
+BatchNorm in eval mode: y = γ (x − μ) / √(σ² + ε) + β per channel. The norm that comes in keeps γ,
+β, ε, dtype, device, mode and `requires_grad`: the very Parameter objects move over.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from rewrite.capture import Captured, TensorRef
 from rewrite.operators import Norm, norm_of
@@ -64,7 +65,7 @@ def find_batch_norms(captured: Captured) -> Iterator[Candidate | Skip]:
 
 
 def _holders(norm: Norm) -> tuple[str, ...]:
-    """Return the modules that hold the norm's statistics: `F.batch_norm(x, self.bn.running_mean…)`."""
+    """Return the modules that hold the norm's tensors: `F.batch_norm(x, self.bn.running_mean…)`."""
     return tuple({ref.owner for ref in (norm.running_mean, norm.weight) if ref is not None})
 
 
@@ -87,12 +88,11 @@ def _unseen(captured: Captured, owners: set[str]) -> Iterator[Skip]:
         if name in owners or getattr(module, "running_mean", None) is None:
             continue
         before = type(module).__name__
-        tensors = [
-            p for p in (module.running_mean, module._parameters.get("weight")) if p is not None
-        ]
+        held = (module.running_mean, module._parameters.get("weight"))
+        tensors = [tensor for tensor in held if tensor is not None]
         if isinstance(module, nn.modules.instancenorm._InstanceNorm):
             continue
-        if any(isinstance(t, nn.parameter.UninitializedTensorMixin) for t in tensors):
+        if any(is_lazy(t) for t in tensors):
             reason = "is lazy and has seen no input: run one batch through the model first"
         elif name in captured.opaque:
             reason = f"its forward cannot be traced: {captured.opaque[name].reason}"
@@ -104,7 +104,7 @@ def _unseen(captured: Captured, owners: set[str]) -> Iterator[Skip]:
 
 
 def describe(captured: Captured, norm: Norm) -> str:
-    """Return how reports show a norm: "BatchNorm2d(64)", "BatchNormAct2d(64)", "F.batch_norm(64)"."""
+    """Return how reports show a norm: "BatchNorm2d(64)", "BatchNormAct2d(64)", "batch_norm(64)"."""
     channels = norm.num_features if norm.num_features is not None else "?"
     owner = captured.module(norm.target)
     if norm.module is not None or isinstance(owner, nn.modules.batchnorm._NormBase):

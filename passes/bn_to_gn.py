@@ -2,10 +2,10 @@
 
 GroupNorm splits the C channels of one sample into G groups of consecutive channels:
 
-    y = γ (x − μ_g) / √(σ²_g + ε) + β,   μ_g, σ²_g over the C/G channels and all positions of group g
+    y = γ (x − μ_g) / √(σ²_g + ε) + β,   μ_g, σ²_g over all channels and positions of group g
 
-It computes nothing across the batch. With one element a group (x − μ_g) is zero and the output is β
-whatever comes in, so a group never has fewer than two elements here.
+It computes nothing across the batch. With one element a group (x − μ_g) is zero and the output is
+β whatever comes in, so a group never has fewer than two elements here.
 """
 
 from __future__ import annotations

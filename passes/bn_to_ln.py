@@ -1,7 +1,7 @@
 """BatchNorm to LayerNorm (Ba et al. 2016, https://arxiv.org/abs/1607.06450), in its two readings.
 
-    over="chw"   y = γ_c (x − μ) / √(σ² + ε) + β_c,   μ, σ² over all channels and positions of a sample
-                 (Wu & He 2018: GroupNorm with one group)
+    over="chw"   y = γ_c (x − μ) / √(σ² + ε) + β_c,   μ, σ² over all channels and positions of a
+                 sample (Wu & He 2018: GroupNorm with one group)
     over="c"     the same with μ, σ² over the channels at each position (ConvNeXt)
 
 On (N, C) input both are `nn.LayerNorm(C)`.

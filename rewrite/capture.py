@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.fx import Graph, Node
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from rewrite.tracer import (
@@ -46,7 +47,7 @@ _NOT_TRACED = "is not called in any traced forward"
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A parameter, buffer or attribute: the qualified name of the module that holds it, and its key."""
+    """A parameter, buffer or attribute: which module holds it, by qualified name, and its key."""
 
     owner: str
     attr: str
@@ -279,7 +280,7 @@ class Captured:
 
     @cached_property
     def _roots(self) -> frozenset[str]:
-        """Roots of regions other than the model itself: some code that was not traced calls them."""
+        """Roots of regions but the model itself: code that was not traced calls them."""
         return frozenset(region.name for region in self.regions if region.name)
 
     @cached_property
@@ -293,7 +294,7 @@ class Captured:
         for name, module in self.tree.modules():
             for held in (module._parameters, module._buffers):
                 for key, tensor in held.items():
-                    if tensor is not None and not _is_lazy(tensor):
+                    if tensor is not None and not is_lazy(tensor):
                         holders.setdefault(_storage(tensor), []).append(TensorRef(name, key))
         return holders
 
@@ -472,10 +473,6 @@ def _prefixes(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition(".")[0]
         yield name
-
-
-def _is_lazy(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)
 
 
 def _storage(tensor: torch.Tensor) -> int:

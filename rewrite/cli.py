@@ -27,7 +27,10 @@ OK, FAILED, USAGE, NOTHING = 0, 1, 2, 3
 # it adds sets `run`.
 _MORE_COMMANDS: tuple[str, ...] = ()
 
-_REFERENCE = "a checkpoint (.pt, .pth, .pt2, .safetensors), torchvision:NAME, timm:NAME, or package.module:factory"
+_REFERENCE = (
+    "a checkpoint (.pt, .pth, .pt2, .safetensors), torchvision:NAME, timm:NAME, "
+    "or package.module:factory"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,16 +104,22 @@ def _add_convert(commands: Any, argv: Sequence[str]) -> None:
     parser.add_argument("model", metavar="MODEL", help=_REFERENCE)
     parser.add_argument("-o", "--output", metavar="OUT.pt", help="default: MODEL.rewritten.pt")
     parser.add_argument("--force", action="store_true", help="overwrite an existing output")
-    parser.add_argument("--only", metavar="PATTERN", action="append", default=[],
-                        help="rewrite only sites whose qualified name matches (repeatable)")  # fmt: skip
-    parser.add_argument("--skip", metavar="PATTERN", action="append", default=[],
-                        help="leave sites alone whose qualified name matches (repeatable)")  # fmt: skip
     parser.add_argument(
-        "--dry-run", action="store_true", help="print what would change, write nothing"
+        "--only",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="rewrite only sites whose qualified name matches (repeatable)",
     )
     parser.add_argument(
-        "--allow-noop", action="store_true", help="exit 0 where nothing is to rewrite"
+        "--skip",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="leave sites alone whose qualified name matches (repeatable)",
     )
+    parser.add_argument("--dry-run", action="store_true", help="show what would change")
+    parser.add_argument("--allow-noop", action="store_true", help="exit 0 if nothing is to rewrite")
     parser.add_argument("--no-verify", action="store_true", help="do not run the models")
     parser.add_argument("--calibration", metavar="DATA",
                         help="unlabelled data for passes that fit: a folder of images, a file, or "
@@ -173,7 +182,7 @@ def _run_convert(options: argparse.Namespace) -> int:
                 _export(options, result.model, inputs)
     _finish(options, result.report)
     if code == OK and not options.quiet:
-        print(f"nothing written (--dry-run)" if options.dry_run else f"wrote {output}")
+        print("nothing written (--dry-run)" if options.dry_run else f"wrote {output}")
     return code
 
 

@@ -107,7 +107,7 @@ class _PassAction(argparse.Action):
         texts = getattr(namespace, f"_{self.const}", [])
         texts.append(values)
         setattr(namespace, f"_{self.const}", texts)
-        built = kind.from_flag(texts)  # type: ignore[attr-defined]
+        built = kind.from_flag(texts)
         if len(texts) > 1:
             index = next(
                 i for i, (key, value) in enumerate(flags.events)

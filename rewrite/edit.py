@@ -16,6 +16,7 @@ import inspect
 import textwrap
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class Editor:
         return None if self._line(forward, node) is not None else _elsewhere(owner)
 
     def bypass(self, node: Node) -> None:
-        """Make the value of `node` its first input: the layer becomes Identity, or the line goes."""
+        """Make the value of `node` its first input: a layer becomes Identity, a line goes."""
         if node.op == "call_module" and not self._in_graph_module(node):
             self.replace(str(node.target), nn.Identity())
             return
@@ -230,7 +231,7 @@ class Editor:
             with tracing(tree):
                 trace = tracer.run(module, fixed)
         except Exception as error:  # noqa: BLE001 - a forward under proxies may raise anything
-            return f"is a line of the forward of {owner}, which cannot be traced: {reason_of(error)[0]}"
+            return f"is a line of {owner}'s forward, which cannot be traced: {reason_of(error)[0]}"
         forward = Forward(owner, trace.graph, _lines(trace.graph, owner))
         forward.constants.update(trace.constants)
         forward.children.update(_keep_dropout_modes(trace.graph, module))
@@ -336,7 +337,7 @@ def _sequential(graph: Graph, owner: nn.Module) -> nn.Sequential | None:
     if not nodes or nodes[0].op != "placeholder":
         return None
     children: OrderedDict[str, nn.Module] = OrderedDict()
-    for previous, node in zip(nodes, nodes[1:], strict=False):
+    for previous, node in pairwise(nodes):
         name = str(node.target)
         if node.op != "call_module" or node.args != (previous,) or node.kwargs:
             return None

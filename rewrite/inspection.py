@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.fx import Node
+from torch.nn.parameter import is_lazy
 
 from rewrite import registry
 from rewrite.capture import Captured, capture
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NormRow:
-    """One normalization: where, what, how wide, what feeds it, in which mode, and its source line."""
+    """One normalization: where, what, how wide, what feeds it, in which mode, on which line."""
 
     name: str
     kind: str
@@ -93,11 +94,13 @@ class Inspection:
             f"{len(self.regions)} traced regions" + (f": {', '.join(others)}" if others else "")
         )
         if self.opaque:
-            head = ("module", "stopped the tracer", "at")
+            columns = ("module", "stopped the tracer", "at")
             rows_ = [
                 (o["name"] or "(root)", o["reason"] or "", o["source"] or "") for o in self.opaque
             ]
-            yield _table("Opaque modules (their children are captured on their own)", head, rows_)
+            yield _table(
+                "Opaque modules (their children are captured on their own)", columns, rows_
+            )
         found = [
             (p.name, p.contract, str(p.sites), str(p.skips), _most(p.reasons)) for p in self.passes
         ]
@@ -177,7 +180,7 @@ def _most(reasons: dict[str, int]) -> str:
 
 
 def _numel(tensor: Any) -> int:
-    return 0 if isinstance(tensor, nn.parameter.UninitializedTensorMixin) else int(tensor.numel())
+    return 0 if is_lazy(tensor) else int(tensor.numel())
 
 
 def _table(title: str, head: tuple[str, ...], rows: Any) -> RenderableType:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 class ChannelLayerNorm(nn.LayerNorm):
     """LayerNorm over the channels (axis 1) at each position, as ConvNeXt does.
 
-        y[n, c, p] = weight[c] * (x[n, c, p] - mean_c(x[n, :, p])) / sqrt(var_c(x[n, :, p]) + eps) + bias[c]
+        y[n, c, p] = weight[c] * (x[n, c, p] - mean) / sqrt(var + eps) + bias[c],
+        mean, var over x[n, :, p]
 
     Input and output: (N, C, *), any floating dtype.
     """

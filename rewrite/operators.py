@@ -20,6 +20,7 @@ from torch.fx import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
 
 from rewrite.capture import Captured, TensorRef
 from rewrite.tracer import is_leaf
@@ -69,7 +70,10 @@ class Norm(Operator):
 
 @dataclass(frozen=True)
 class Conv(Operator):
-    """A convolution or transposed convolution; weight is (out, in/groups, *kernel) or (in, out/groups, *kernel)."""
+    """A convolution, or a transposed one.
+
+    The weight is (out, in/groups, *kernel), or (in, out/groups, *kernel) if transposed.
+    """
 
     weight: TensorRef
     bias: TensorRef | None
@@ -187,7 +191,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_parametrization_class(kind: type) -> bool:
-    """Return whether `kind` was made by `torch.nn.utils.parametrize` for one parametrized module."""
+    """Return whether `torch.nn.utils.parametrize` made `kind` for one module."""
     return kind.__module__ == "torch.nn.utils.parametrize"
 
 
@@ -254,7 +258,7 @@ def norm_module(captured: Captured, name: str, module: nn.Module) -> dict[str, A
         key: TensorRef(name, key) if getattr(module, key, None) is not None else None
         for key in keys
     }
-    if any(ref is not None and _is_lazy(getattr(module, key)) for key, ref in refs.items()):
+    if any(ref is not None and is_lazy(getattr(module, key)) for key, ref in refs.items()):
         return None
     if isinstance(module, _BatchNorm):
         training = module.training or module.running_mean is None
@@ -315,7 +319,7 @@ def conv_of(captured: Captured, node: Node) -> Conv | None:
 def _conv_module(captured: Captured, node: Node) -> Conv | None:
     name = str(node.target)
     module = captured.module(name)
-    if not isinstance(module, _ConvNd) or not is_plain(module) or _is_lazy(module.weight):
+    if not isinstance(module, _ConvNd) or not is_plain(module) or is_lazy(module.weight):
         return None
     inputs = node.all_input_nodes
     if not inputs:
@@ -324,7 +328,8 @@ def _conv_module(captured: Captured, node: Node) -> Conv | None:
     return Conv(
         node, name, inputs[0], name, TensorRef(name, "weight"),
         TensorRef(name, "bias") if module.bias is not None else None,
-        stride=tuple(module.stride), padding=padding if isinstance(padding, str) else tuple(padding),
+        stride=tuple(module.stride),
+        padding=padding if isinstance(padding, str) else tuple(padding),
         dilation=tuple(module.dilation), groups=module.groups,
         transposed=isinstance(module, _ConvTransposeNd),
         output_padding=tuple(module.output_padding), padding_mode=module.padding_mode,
@@ -340,7 +345,7 @@ def linear_of(captured: Captured, node: Node) -> Linear | None:
         inputs = node.all_input_nodes
         if not isinstance(module, nn.Linear) or not is_plain(module) or not inputs:
             return None
-        if _is_lazy(module.weight):
+        if is_lazy(module.weight):
             return None
         bias = TensorRef(name, "bias") if module.bias is not None else None
         return Linear(node, name, inputs[0], name, TensorRef(name, "weight"), bias)
@@ -402,7 +407,3 @@ def _length(captured: Captured, refs: Mapping[str, TensorRef | None]) -> int | N
         if ref is not None:
             return captured.tensor(ref).numel()
     return None
-
-
-def _is_lazy(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.status import Status
 
 _PATIENCE = 1.0
 
@@ -19,7 +23,7 @@ class Steps:
         self._enabled = enabled and sys.stderr.isatty()
         self._text = "starting"
         self._lock = threading.Lock()
-        self._status: object | None = None
+        self._status: Status | None = None
         self._timer = threading.Timer(_PATIENCE, self._show)
         self._timer.daemon = True
 
@@ -38,14 +42,14 @@ class Steps:
             self._enabled = False
             self._timer.cancel()
             if self._status is not None:
-                self._status.stop()  # type: ignore[attr-defined]
+                self._status.stop()
 
     def __call__(self, step: str) -> None:
         """Name the step that begins now."""
         with self._lock:
             self._text = step
             if self._status is not None:
-                self._status.update(f"{step} …")  # type: ignore[attr-defined]
+                self._status.update(f"{step} …")
 
     def _show(self) -> None:
         from rich.console import Console
@@ -53,4 +57,4 @@ class Steps:
         with self._lock:
             if self._enabled:
                 self._status = Console(stderr=True).status(f"{self._text} …")
-                self._status.start()  # type: ignore[attr-defined]
+                self._status.start()

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,7 +26,7 @@ _OWN_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"_graph", "_tracer_cls", "m
 
 @dataclass(frozen=True)
 class Slot:
-    """One place that holds a module: `parent.key`, or `parent.attr[path...]` in plain containers."""
+    """One place that holds a module: `parent.key`, or `parent.attr[path...]` in a container."""
 
     parent: nn.Module
     attr: str
@@ -209,7 +210,7 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 def _lazy_copy(tensor: torch.Tensor) -> torch.Tensor:
     data = tensor.detach()
-    if isinstance(data, nn.parameter.UninitializedTensorMixin):
+    if is_lazy(data):
         return copy.deepcopy(tensor)
     try:
         shared = torch._lazy_clone(data) if type(data) is torch.Tensor else data.clone()
