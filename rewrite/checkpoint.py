@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from rewrite.errors import CheckpointError
+from rewrite.exported import is_exported, load_exported
 from rewrite.files import atomic_path
 from rewrite.pickler import write_model
 from rewrite.safeload import load_pickle
@@ -95,6 +96,8 @@ def _load_file(
     _check_file(path)
     if path.suffix == ".safetensors":
         return _from_state(path, _read_safetensors(path, map_location), factory, map_location)
+    if zipfile.is_zipfile(path) and is_exported(path):
+        return load_exported(path, map_location)
     content = load_pickle(path, trust=trust, map_location=map_location)
     if isinstance(content, nn.Module):
         if factory is not None:

@@ -110,7 +110,7 @@ class SavedParametrized(SavedModule):
 def describe_graph_module(module: torch.fx.GraphModule) -> dict[str, Any]:
     """Return a GraphModule as the state of a `SavedGraph`, or raise CheckpointError."""
     base = next(kind for kind in type(module).__mro__ if "<locals>" not in kind.__qualname__)
-    if not base.__module__.startswith("torch.fx."):
+    if not base.__module__.startswith("torch."):
         raise CheckpointError(
             f"{base.__qualname__}, a GraphModule class of its own, cannot be written; "
             "save its state dict instead"

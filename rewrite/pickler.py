@@ -54,13 +54,27 @@ class _NotImportableError(Exception):
 
 
 def write_model(model: nn.Module, path: Path) -> None:
-    """Write `model` to `path` with `torch.save`; raise CheckpointError for what cannot be held."""
+    """Write `model` to `path` with `torch.save`; raise CheckpointError for what cannot be held.
+
+    Raises:
+        OSError: The system does not take the file.
+    """
+    how = SimpleNamespace(__name__="pickle", Pickler=Pickler)
     try:
-        torch.save(model, path, pickle_module=SimpleNamespace(__name__="pickle", Pickler=Pickler))
+        with path.open("wb") as stream:
+            torch.save(model, stream, pickle_module=how)
     except _NotImportableError as error:
         raise CheckpointError(_complaint(model, error.value)) from None
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the model cannot be pickled: {error}") from error
+    except RuntimeError as error:
+        # The archive writer fails once more while it closes, over what the system said.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        if isinstance(error.__context__, _NotImportableError):
+            raise CheckpointError(_complaint(model, error.__context__.value)) from None
+        said = str(error).splitlines()[0]
+        raise CheckpointError(f"the model cannot be written: {said}") from error
 
 
 def _importable(value: type | FunctionType) -> bool:

@@ -1,0 +1,134 @@
+"""A file is written completely or not at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from rewrite.errors import CheckpointError
+from rewrite.files import atomic_path, check_writable, write_bytes
+
+
+def leftovers(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_writes_bytes_and_text(tmp_path):
+    assert write_bytes(tmp_path / "a.json", "γ").read_text() == "γ"
+    assert write_bytes(tmp_path / "b.bin", b"\x00").read_bytes() == b"\x00"
+    assert leftovers(tmp_path) == ["a.json", "b.bin"]
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = write_bytes(tmp_path / "a", "old")
+    with pytest.raises(ValueError, match="stop"), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise ValueError("stop")
+    assert target.read_text() == "old"
+    assert leftovers(tmp_path) == ["a"]
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    target = write_bytes(tmp_path / "a", "old")
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+
+
+def test_does_not_overwrite_unless_allowed(tmp_path):
+    target = write_bytes(tmp_path / "a", "old")
+    with pytest.raises(CheckpointError, match=r"already exists.*--force"):
+        write_bytes(target, "new", overwrite=False)
+    assert target.read_text() == "old"
+    write_bytes(target, "new", overwrite=True)
+    assert target.read_text() == "new"
+
+
+def test_does_not_overwrite_what_appears_meanwhile(tmp_path):
+    target = tmp_path / "a"
+    with (
+        pytest.raises(CheckpointError, match="already exists"),
+        atomic_path(target, overwrite=False) as temporary,
+    ):
+        temporary.write_text("mine")
+        target.write_text("theirs")
+    assert target.read_text() == "theirs"
+    assert leftovers(tmp_path) == ["a"]
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere does not exist"):
+        check_writable(tmp_path / "nowhere" / "a")
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(CheckpointError, match="is a folder"):
+        check_writable(tmp_path)
+
+
+def test_permission_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(CheckpointError, match="no permission"):
+        check_writable(tmp_path / "a")
+    monkeypatch.undo()
+    assert check_writable(tmp_path / "a") == tmp_path / "a"
+
+
+def test_a_link_stays_a_link(tmp_path):
+    write_bytes(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_bytes(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+
+
+def test_the_mode_is_that_of_an_ordinary_file(tmp_path):
+    (tmp_path / "plain").write_text("x")
+    write_bytes(tmp_path / "a", "x")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(("code", "words"), [("ENOSPC", "disk is full"), ("EROFS", "read-only")])
+def test_what_the_system_says_becomes_one_line(tmp_path, code, words):
+    import errno
+
+    with pytest.raises(CheckpointError, match=words), atomic_path(tmp_path / "a"):
+        raise OSError(getattr(errno, code), "system text")
+    assert leftovers(tmp_path) == []
+
+
+def test_a_full_disk_in_a_real_process(tmp_path):
+    """A process that may write 4096 bytes a file saves a larger model."""
+    program = textwrap.dedent(
+        """
+        import resource, signal, sys
+        from torch import nn
+        from rewrite.checkpoint import save
+        from rewrite.errors import CheckpointError
+        model = nn.Linear(100, 100)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+        try:
+            save(model, sys.argv[1])
+        except CheckpointError as error:
+            sys.exit(str(error))
+        """
+    )
+    target = tmp_path / "m.pt"
+
+    def run(limit):
+        command = [sys.executable, "-c", program, str(target), str(limit)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    small = run(4096)
+    assert small.returncode == 1, small.stderr
+    assert len(small.stderr.strip().splitlines()) == 1, small.stderr
+    assert str(target) in small.stderr
+    assert leftovers(tmp_path) == []
+    assert run(1 << 20).returncode == 0
+    assert leftovers(tmp_path) == ["m.pt"]
