@@ -3,5 +3,6 @@
 from passes.bn_to_gn import BatchNormToGroupNorm
 from passes.bn_to_in import BatchNormToInstanceNorm
 from passes.bn_to_ln import BatchNormToLayerNorm
+from passes.fold import FoldNorm
 
-__all__ = ["BatchNormToGroupNorm", "BatchNormToInstanceNorm", "BatchNormToLayerNorm"]
+__all__ = ["BatchNormToGroupNorm", "BatchNormToInstanceNorm", "BatchNormToLayerNorm", "FoldNorm"]

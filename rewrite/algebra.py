@@ -1,0 +1,215 @@
+"""The algebra of folding: per-channel affine maps, and the kernels that absorb them.
+
+    layer(x) = W*x + b             W: a convolution, transposed convolution or linear map
+
+    behind it:      s.(W*x + b) + t  =  (s.W)*x + (s.b + t)            always
+    in front of it: W*(s.x + t) + b  =  (W.s)*x + (b + sum_ik W_oik t_i)
+
+The second holds where every output position reads the same taps: a linear map, or a convolution
+whose padding adds no zeros (or t = 0). Everything is computed in float64 and rounded once, into the
+dtype, device and memory layout of the old tensor. Nothing here knows about graphs or modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BLOCK = 1 << 18
+"""Elements converted to float64 at a time: bounds the memory beside that of the result."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = scale * x + shift per channel, in float64."""
+
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def identity(cls, channels: int) -> Affine:
+        """Return y = x on `channels` channels."""
+        return cls(
+            torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+        )
+
+    @classmethod
+    def batch_norm(
+        cls,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> Affine:
+        """Return what a batch normalization computes from its running statistics."""
+        scale = (var.detach().double() + eps).rsqrt()
+        if weight is not None:
+            scale = scale * weight.detach().double()
+        shift = -mean.detach().double() * scale
+        if bias is not None:
+            shift = shift + bias.detach().double()
+        return cls(scale, shift)
+
+    def after(self, first: Affine) -> Affine:
+        """Return the map x -> self(first(x))."""
+        return Affine(self.scale * first.scale, self.scale * first.shift + self.shift)
+
+    def inverse(self) -> Affine:
+        """Return the map that undoes this one; every scale has to differ from zero."""
+        scale = self.scale.reciprocal()
+        return Affine(scale, -self.shift * scale)
+
+    def at(self, index: Tensor) -> Affine:
+        """Return the map of the channels in `index`; an index of -1 stands for the identity."""
+        index = index.to(self.scale.device)
+        inside = index >= 0
+        safe = index.clamp(min=0)
+        return Affine(
+            torch.where(inside, self.scale[safe], 1.0), torch.where(inside, self.shift[safe], 0.0)
+        )
+
+    def to(self, device: torch.device) -> Affine:
+        """Return the same map on `device`."""
+        return Affine(self.scale.to(device), self.shift.to(device))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight is laid out: (out, in/groups, *taps); transposed (in, out/groups, *taps)."""
+
+    groups: int = 1
+    transposed: bool = False
+
+    def in_channels(self, weight: Tensor) -> int:
+        """Return how many channels the kernel reads."""
+        return weight.shape[0] if self.transposed else weight.shape[1] * self.groups
+
+    def out_channels(self, weight: Tensor) -> int:
+        """Return how many channels the kernel writes."""
+        return weight.shape[1] * self.groups if self.transposed else weight.shape[0]
+
+
+def scale_weight(
+    weight: Tensor, layout: Layout, behind: Tensor | None, in_front: Tensor | None
+) -> Tensor:
+    """Return the weight of `behind . (W * (in_front . x))`, rounded once."""
+    rows, columns = (in_front, behind) if layout.transposed else (behind, in_front)
+    source = weight.detach()
+    result = torch.empty_like(source)
+    row_size = max(1, source[0].numel()) if source.shape[0] else 1
+    step = max(1, _BLOCK // row_size)
+    for start in range(0, source.shape[0], step):
+        block = source[start : start + step]
+        factor = _factor(block, start, source.shape[0] // layout.groups, layout, rows, columns)
+        result[start : start + step] = block.double() * factor
+    return result
+
+
+def _factor(
+    block: Tensor,
+    start: int,
+    rows_per_group: int,
+    layout: Layout,
+    rows: Tensor | None,
+    columns: Tensor | None,
+) -> Tensor:
+    """Return what `block` (rows `start` and on of a weight) is multiplied by."""
+    taps = (1,) * (block.dim() - 2)
+    factor = torch.ones((), dtype=torch.float64, device=block.device)
+    if rows is not None:
+        factor = rows[start : start + block.shape[0]].view(-1, 1, *taps)
+    if columns is not None:
+        row_indices = torch.arange(start, start + block.shape[0], device=columns.device)
+        chosen = columns.view(layout.groups, -1)[row_indices // rows_per_group]
+        factor = factor * chosen.view(*chosen.shape, *taps)
+    return factor
+
+
+def shift_through(weight: Tensor, layout: Layout, shift: Tensor) -> Tensor:
+    """Return W * (a constant `shift` per input channel): one float64 value per output channel.
+
+    A transposed kernel has to have a single tap: with more, its output is not constant.
+    """
+    taps = tuple(range(2, weight.dim()))
+    summed = weight.detach().sum(taps, dtype=torch.float64) if taps else weight.detach().double()
+    if layout.transposed:
+        grouped = summed.view(layout.groups, -1, summed.shape[1])
+        return (grouped * shift.view(layout.groups, -1, 1)).sum(1).flatten()
+    grouped = summed.view(layout.groups, -1, summed.shape[1])
+    return (grouped * shift.view(layout.groups, 1, -1)).sum(2).flatten()
+
+
+def absorb(
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    behind: Affine | None = None,
+    in_front: Affine | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of `behind(W * in_front(x) + b)`, each rounded once.
+
+    The bias stays None where it had been and would be zero.
+    """
+    old = weight.detach()
+    shift = torch.zeros(layout.out_channels(old), dtype=torch.float64, device=old.device)
+    if bias is not None:
+        shift = shift + bias.detach().double()
+    if in_front is not None and bool(in_front.shift.any()):
+        shift = shift + shift_through(old, layout, in_front.shift.to(old.device))
+    if behind is not None:
+        behind = behind.to(old.device)
+        shift = behind.scale * shift + behind.shift
+    new_weight = scale_weight(
+        old,
+        layout,
+        None if behind is None else behind.scale,
+        None if in_front is None else in_front.scale.to(old.device),
+    )
+    if bias is None and not bool(shift.any()):
+        return new_weight, None
+    return new_weight, shift.to(old.dtype if bias is None else bias.dtype)
+
+
+# --- parallel kernels ---------------------------------------------------------------------------
+
+
+def dirac(channels: int, groups: int, taps: Sequence[int], at: Sequence[int]) -> Tensor:
+    """Return the float64 kernel of the identity: one at tap `at` of each channel's own input."""
+    per_group = channels // groups
+    kernel = torch.zeros(channels, per_group, *taps, dtype=torch.float64)
+    rows = torch.arange(channels)
+    kernel[(rows, rows % per_group, *(torch.full_like(rows, tap) for tap in at))] = 1.0
+    return kernel
+
+
+def embed(kernel: Tensor, taps: Sequence[int], at: Sequence[int]) -> Tensor:
+    """Return `kernel` with zeros around it: its first tap stands at `at` of a grid of `taps`."""
+    result = kernel.new_zeros(*kernel.shape[:2], *taps)
+    window = tuple(
+        slice(start, start + size) for start, size in zip(at, kernel.shape[2:], strict=True)
+    )
+    result[(slice(None), slice(None), *window)] = kernel
+    return result
+
+
+def offset(inner: tuple[int, int], outer: tuple[int, int], dilation: int) -> int | None:
+    """Return where a kernel's first tap lies in a larger one, along one axis; None if nowhere.
+
+    Each kernel is (taps, padding). Both have to see the same input window for each output:
+    p_outer - p_inner = offset * dilation on the left, and the same output size on the right.
+    """
+    (inner_taps, inner_pad), (outer_taps, outer_pad) = inner, outer
+    left = outer_pad - inner_pad
+    if left < 0 or left % dilation:
+        return None
+    position = left // dilation
+    if position + inner_taps > outer_taps:
+        return None
+    same_size = 2 * inner_pad - dilation * (inner_taps - 1) == 2 * outer_pad - dilation * (
+        outer_taps - 1
+    )
+    return position if same_size else None
