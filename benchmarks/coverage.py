@@ -1,5 +1,115 @@
-"""The coverage sweep."""
+"""The coverage sweep: every architecture of the packages here, one row each.
 
-from benchmarks.corpus import QUICK, UnbuildableError, build
+    python -m benchmarks.coverage --quick                     one a family, a few minutes
+    python -m benchmarks.coverage                             all of them, for hours; resumable
+    python -m benchmarks.coverage --package timm --package smp
+    python -m benchmarks.coverage --summarize                 docs/coverage.md from the results
+
+A row says how many batch norms run, how many capture sees, how many `bn-to-gn` leaves, whether an
+activation got lost, what folding leaves and how far it is off in float64, and the same counts for
+torch.fx's fuser and Opacus. Each architecture runs in a process of its own with a limit of time
+and of memory. Rows are appended as JSON lines; architectures that have one are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks.corpus import PACKAGES, QUICK, UnbuildableError, build, names
+from benchmarks.sweep.order import by_family
+from benchmarks.sweep.summary import failures, summary
+from benchmarks.sweep.workers import Limits, run_all
 
 __all__ = ["QUICK", "UnbuildableError", "build"]
+
+RESULTS = Path(__file__).parent / "coverage.jsonl"
+PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
+_PRELOADED = (
+    "torch.fx.experimental.optimization",
+    "timm",
+    "torchvision",
+    "transformers",
+    "segmentation_models_pytorch",
+    "pytorchcv.model_provider",
+    "opacus.validators",
+    "benchmarks.sweep.measure",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the sweep, or write its summary; return 1 if an architecture misses the target."""
+    options = _parser().parse_args(arguments)
+    if options.summarize:
+        PAGE.write_text(summary(list(read(options.results))), encoding="utf-8")
+        return 0
+    chosen = options.names or (QUICK if options.quick else _all(options.package or PACKAGES))
+    rows = {row["name"]: row for row in read(options.results)}
+    _sweep([name for name in chosen if name not in rows], options)
+    rows = {row["name"]: row for row in read(options.results)}
+    missed = [line for name in chosen if name in rows for line in failures(rows[name])]
+    print("\n".join(missed) or f"all {len(chosen)} architectures reach the target")
+    return 1 if missed else 0
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a results file, the last one of each architecture."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    yield from {row["name"]: row for row in map(json.loads, lines)}.values()
+
+
+def _sweep(pending: Sequence[str], options: argparse.Namespace) -> None:
+    """Measure what has no row yet, and append each row as it comes."""
+    for module in _PRELOADED:
+        importlib.import_module(module)
+    from benchmarks.sweep.measure import measure
+
+    limits = Limits(options.seconds, options.megabytes)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    # A refreshing thread would be alive at every fork: the bar is drawn after each row instead.
+    progress = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    with progress, options.results.open("a", encoding="utf-8") as results:
+        task = progress.add_task("", total=len(pending))
+        for row in run_all(pending, measure, limits, options.workers):
+            results.write(json.dumps(row, ensure_ascii=False) + "\n")
+            results.flush()
+            progress.update(task, advance=1, description=row["name"], refresh=True)
+
+
+def _all(packages: Sequence[str]) -> list[str]:
+    return by_family(name for package in packages for name in names(package))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="PACKAGE:ARCHITECTURE")
+    parser.add_argument("--quick", action="store_true", help="one architecture a family")
+    parser.add_argument("--package", action="append", choices=PACKAGES)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=240, help="limit an architecture")
+    parser.add_argument("--megabytes", type=int, default=10_000, help="limit an architecture")
+    parser.add_argument("--summarize", action="store_true", help="write docs/coverage.md and stop")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

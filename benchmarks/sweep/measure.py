@@ -1,0 +1,188 @@
+"""One architecture, measured: the row that the sweep writes for it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import corpus
+from benchmarks.sweep import peers
+from benchmarks.sweep.counts import Counts, holds_statistics, identity, run
+from benchmarks.sweep.outputs import all_finite, relative_difference, same_shapes
+from passes import BatchNormToGroupNorm
+from rewrite.capture import Captured, capture
+from rewrite.operators import norm_of
+from rewrite.protocol import Skip, apply_pass
+from rewrite.tree import copy_model
+
+STRUCTURAL_ABOVE = 300_000_000
+"""Models of more parameters are built on the meta device and not run."""
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Return the row of one architecture; an architecture that cannot be built says so."""
+    torch.set_num_threads(1)
+    row: dict[str, Any] = {"name": name}
+    start = time.perf_counter()
+    try:
+        model = corpus.make(name, "meta")
+        large = _parameters(model) > STRUCTURAL_ABOVE
+    except corpus.UnbuildableError:
+        large = False  # some constructors compute with values; that says nothing about the size
+    try:
+        if not large:
+            model = corpus.make(name)
+        row["parameters"] = _parameters(model)
+        row["norms"] = sum(holds_statistics(module) for module in model.modules())
+        if large or row["norms"] == 0:
+            _structural(row, model, "meta" if large else "no-norm")
+        else:
+            _full(row, name, model)
+    except corpus.UnbuildableError as error:
+        row |= {"status": "unbuildable", "error": str(error)[:300]}
+    row["seconds"] = round(time.perf_counter() - start, 2)
+    return row
+
+
+def _structural(row: dict[str, Any], model: nn.Module, status: str) -> None:
+    """Capture without running: models without a norm, and those too large to run."""
+    row["status"] = status
+    captured = _times(row, model)
+    row["seen"] = len(_seen(captured))
+    if row["norms"]:
+        applied = apply_pass(BatchNormToGroupNorm(), model)
+        row["left_in_modules"] = sum(holds_statistics(m) for m in applied.model.modules())
+        row["skips"] = _reasons(applied.skips)
+
+
+def _full(row: dict[str, Any], name: str, model: nn.Module) -> None:
+    """Run, capture, rewrite, run again; then the peers and the fold."""
+    row["status"] = "run"
+    example_inputs = corpus.fit_inputs(name, model)
+    output, before = run(model, example_inputs)
+    row["finite_before"] = all_finite(output)
+    row["run"] = len(before.norms)
+    row["arithmetic"] = len(before.arithmetic)
+    captured = _times(row, model)
+    _compare_seen(row, captured, before)
+    _swap(row, model, example_inputs, output, before)
+    _fold(row, model, example_inputs)
+    row |= peers.measure(model, example_inputs, output)
+
+
+def _times(row: dict[str, Any], model: nn.Module) -> Captured:
+    """Time capture and symbolic tracing, the better of two runs each; return the capture."""
+    copied = copy_model(model)  # symbolic_trace stores constants on the model
+    try:
+        row["trace_seconds"] = _best_of_two(lambda: torch.fx.symbolic_trace(copied))[0]
+    except Exception as error:  # noqa: BLE001 - a model may break the tracer in any way
+        row["trace_error"] = peers.short(error)
+    row["capture_seconds"], captured = _best_of_two(lambda: capture(model))
+    row["regions"] = len(captured.regions)
+    row["opaque"] = {name: item.reason[:120] for name, item in list(captured.opaque.items())[:5]}
+    row["opaque_count"] = len(captured.opaque)
+    return captured
+
+
+def _best_of_two(function: Callable[[], Any]) -> tuple[float, Any]:
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = function()
+        times.append(time.perf_counter() - start)
+        if times[0] > 2:
+            break
+    return round(min(times), 4), result
+
+
+def _seen(captured: Captured) -> dict[int, str]:
+    """Return the running means that capture names as batch norms', with their modules."""
+    found: dict[int, str] = {}
+    for node in captured.nodes():
+        norm = norm_of(captured, node)
+        if norm is not None and norm.kind == "batch" and norm.running_mean is not None:
+            found[identity(captured.tensor(norm.running_mean))] = norm.target
+    return found
+
+
+def _compare_seen(row: dict[str, Any], captured: Captured, before: Counts) -> None:
+    """Count the norms that run and that capture sees; name those that it misses."""
+    seen = _seen(captured)
+    named = {
+        identity(module.running_mean): name  # type: ignore[arg-type]
+        for name, module in captured.tree.modules()
+        if holds_statistics(module)
+    }
+    unseen = [named.get(mean, "unnamed") for mean in before.norms if mean not in seen]
+    row["seen"] = sum(mean in seen for mean in before.norms)
+    row["unseen"] = sorted(unseen)[:10]
+
+
+def _swap(
+    row: dict[str, Any],
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    output: Any,
+    before: Counts,
+) -> None:
+    """Apply bn-to-gn to a copy, and count again."""
+    row["activations"] = before.activations
+    try:
+        applied = apply_pass(BatchNormToGroupNorm(), copy_model(model))
+        row["skips"] = _reasons(applied.skips)
+        new_output, after = run(applied.model, example_inputs)
+    except Exception as error:  # noqa: BLE001 - a failure of ours is a row, not the end of the sweep
+        row["swap_error"] = peers.short(error)
+        return
+    row["left"] = len(after.norms)
+    row["activations_after"] = after.activations
+    row["finite"] = all_finite(new_output)
+    row["same_shape"] = same_shapes(output, new_output, free_length=_counts_boxes(output))
+
+
+def _counts_boxes(output: Any) -> bool:
+    items = output if isinstance(output, list) else [output]
+    return any(isinstance(item, dict) and "boxes" in item for item in items)
+
+
+def _fold(row: dict[str, Any], model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
+    """Fold a copy in float64 and compare; `fold_left` norms still run afterwards."""
+    try:
+        from passes import FoldNorm
+    except ImportError:
+        return
+    wide = copy_model(model).double()
+    inputs = torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, example_inputs
+    )
+    try:
+        output, before = run(wide, inputs)
+    except Exception as error:  # noqa: BLE001 - code that makes float32 tensors does not run in float64
+        row["fold_error"] = f"the model itself does not run in float64: {peers.short(error)}"
+        return
+    try:
+        applied = apply_pass(FoldNorm(), copy_model(wide))
+        row["fold_skips"] = _reasons(applied.skips)
+        new_output, after = run(applied.model, inputs)
+    except Exception as error:  # noqa: BLE001 - a failure of ours is a row, not the end of the sweep
+        row["fold_error"] = peers.short(error)
+        return
+    row["fold_left"] = len(after.norms)
+    row["fold_diff"] = relative_difference(output, new_output)
+    row["fold_activations_kept"] = before.activations == after.activations
+
+
+def _reasons(skips: Iterable[Skip]) -> dict[str, int]:
+    return dict(Counter(skip.reason for skip in skips).most_common(8))
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,202 @@
+"""From rows to the page: what was reached, what was not, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from statistics import median
+from typing import Any
+
+from benchmarks._table import environment, table
+
+Row = dict[str, Any]
+
+_INTRODUCTION = """# Coverage
+
+Every architecture that timm, torchvision, segmentation-models-pytorch, transformers and pytorchcv
+build offline, with random weights, random BatchNorm statistics and a random affine map.
+`python -m benchmarks.coverage` makes the rows (resumable, hours), `--summarize` makes this page,
+`--quick` runs one architecture a family.
+
+Norms are counted by running the model: a batch norm that runs is one running mean that a call of
+`batch_norm` was given. *Seen* is how many of those capture names; *left* is how many still run
+after `bn-to-gn`. *Peers* are counted the same way: batch norms that still run after
+`torch.fx.experimental.optimization.fuse` and after Opacus' `ModuleValidator.fix`, over the
+architectures on which they do not raise.
+"""
+
+
+def failures(row: Row) -> list[str]:
+    """Return where a row misses the target, one line each; empty for a good row."""
+    name, status = row["name"], row["status"]
+    if status in ("unbuildable", "no-norm"):
+        return []
+    if status in ("timeout", "memory", "crashed", "failed"):
+        return [f"{name}: {status}: {row['error']}"]
+    if status == "meta":
+        left = row["left_in_modules"]
+        reasons = "; ".join(row["skips"])
+        return [f"{name}: {left} norms left (not run): {reasons}"] if left else []
+    lines = []
+    if row["seen"] < row["run"]:
+        lines.append(f"{row['run'] - row['seen']} norms that run not seen: {row['unseen'][:3]}")
+    if "swap_error" in row:
+        lines.append(f"bn-to-gn: {row['swap_error']}")
+    else:
+        if row["left"]:
+            lines.append(f"{row['left']} of {row['run']} norms left: {'; '.join(row['skips'])}")
+        if row["activations_after"] != row["activations"]:
+            lines.append(f"activations {row['activations']} -> {row['activations_after']}")
+        if row["finite_before"] and not row["finite"]:
+            lines.append("the output is not finite")
+        if not row["same_shape"]:
+            lines.append("the output has another shape")
+    if row.get("fold_diff", 0) > 1e-8:
+        lines.append(f"folding is off by {row['fold_diff']:.1e} in float64")
+    if "fold_error" in row and not row["fold_error"].startswith("the model itself"):
+        lines.append(f"fold: {row['fold_error']}")
+    return [f"{name}: {line}" for line in lines]
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Return the page."""
+    packages = sorted({package(row) for row in rows})
+    ran = [row for row in rows if row["status"] == "run"]
+    parts = [
+        _INTRODUCTION,
+        f"{len(rows)} architectures; {environment('timm', 'torchvision', 'transformers')}.\n",
+        "## Norms\n",
+        table(_NORMS, [_norms(name, rows) for name in [*packages, "all"]]),
+        "\n## Peers\n",
+        table(_PEERS, [_peers(name, rows) for name in [*packages, "all"]]),
+        "\n## Folding\n",
+        table(_FOLDS, [_folds(name, rows) for name in [*packages, "all"]]),
+        "\n## Time of capture\n",
+        _times(ran),
+        "\n## What misses the target\n",
+        _bullets(line for row in rows for line in failures(row)),
+        "\n## What the packages cannot build or run here\n",
+        _grouped(rows, "unbuildable"),
+        "\n## Norms that compute without batch_norm\n",
+        _arithmetic(ran),
+        "\n## Forwards that cannot be traced, most common reasons\n",
+        _opaque(rows),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def package(row: Row) -> str:
+    """Return the package of a row's architecture."""
+    return str(row["name"].partition(":")[0])
+
+
+_NORMS = (
+    "package", "architectures", "run", "no norm", "structure only", "not buildable", "failed",
+    "norms that run", "seen", "left by bn-to-gn", "complete", "activations lost",
+)  # fmt: skip
+
+
+def _norms(name: str, rows: Sequence[Row]) -> list[object]:
+    mine = [row for row in rows if name in ("all", package(row))]
+    status = Counter(row["status"] for row in mine)
+    ran = [row for row in mine if row["status"] == "run"]
+    broken = sum(status[key] for key in ("timeout", "memory", "crashed", "failed"))
+    complete = sum(row["seen"] == row["run"] and row.get("left") == 0 for row in ran)
+    lost = sum(row.get("activations_after", 0) < row["activations"] for row in ran if "left" in row)
+    return [
+        name, len(mine), status["run"], status["no-norm"], status["meta"], status["unbuildable"],
+        broken, _sum(ran, "run"), _sum(ran, "seen"), _sum(ran, "left"),
+        f"{complete} of {len(ran)}", lost,
+    ]  # fmt: skip
+
+
+_PEERS = (
+    "package", "norms that run", "torch.fx fuse: left", "fails on", "off by > 1e-2",
+    "Opacus: left", "fails on", "bn-to-gn: left", "fails on",
+)  # fmt: skip
+
+
+def _peers(name: str, rows: Sequence[Row]) -> list[object]:
+    ran = [row for row in rows if row["status"] == "run" and name in ("all", package(row))]
+    return [
+        name,
+        _sum(ran, "run"),
+        _of(ran, "fuse_left"),
+        sum("fuse_error" in row for row in ran),
+        sum(row.get("fuse_diff", 0) > 1e-2 for row in ran),
+        _of(ran, "opacus_left"),
+        sum("opacus_error" in row for row in ran),
+        _of(ran, "left"),
+        sum("swap_error" in row for row in ran),
+    ]
+
+
+_FOLDS = (
+    "package", "architectures", "norms that run", "left by fold", "largest difference, float64",
+    "off by > 1e-8", "fails on", "model not float64",
+)  # fmt: skip
+
+
+def _folds(name: str, rows: Sequence[Row]) -> list[object]:
+    mine = [row for row in rows if row["status"] == "run" and name in ("all", package(row))]
+    folded = [row for row in mine if "fold_diff" in row]
+    errors = [row["fold_error"] for row in mine if "fold_error" in row]
+    unable = sum(error.startswith("the model itself") for error in errors)
+    worst = max((row["fold_diff"] for row in folded), default=0.0)
+    return [
+        name, len(folded), _sum(folded, "run"), _sum(folded, "fold_left"), f"{worst:.1e}",
+        sum(row["fold_diff"] > 1e-8 for row in folded), len(errors) - unable, unable,
+    ]  # fmt: skip
+
+
+def _sum(rows: Iterable[Row], key: str) -> int:
+    return sum(row.get(key, 0) for row in rows)
+
+
+def _of(rows: Sequence[Row], key: str) -> str:
+    there = [row for row in rows if key in row]
+    return f"{_sum(there, key)} of {_sum(there, 'run')}"
+
+
+def _times(ran: Sequence[Row]) -> str:
+    both = [row for row in ran if "trace_seconds" in row]
+    if not both:
+        return "No architecture was traced by both."
+    ratios = sorted(row["capture_seconds"] / max(row["trace_seconds"], 1e-4) for row in both)
+    return (
+        f"`torch.fx.symbolic_trace` succeeds on {len(both)} of {len(ran)} architectures that run; "
+        f"there capture takes {median(ratios):.2f} times as long in the median, "
+        f"{ratios[int(0.9 * (len(ratios) - 1))]:.2f} at the 90th percentile, "
+        f"{ratios[-1]:.2f} at most; all together "
+        f"{_sum(both, 'capture_seconds') / _sum(both, 'trace_seconds'):.2f}. The better of two "
+        "runs each, on a machine that did other work; `python -m benchmarks.capture_time` measures "
+        "it with care."
+    )
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines) or "Nothing."
+
+
+def _grouped(rows: Sequence[Row], status: str) -> str:
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] == status:
+            groups.setdefault(row["error"].splitlines()[0][:140], []).append(row["name"])
+    return _bullets(
+        f"{len(names)}: {reason} ({', '.join(names[:4])}{' …' if len(names) > 4 else ''})"
+        for reason, names in sorted(groups.items(), key=lambda item: -len(item[1]))
+    )
+
+
+def _arithmetic(ran: Sequence[Row]) -> str:
+    named = [f"{row['name']} ({row['arithmetic']})" for row in ran if row["arithmetic"]]
+    text = ", ".join(named) or "none"
+    return f"Frozen norms are a constant map, y = x·a + b, and `bn-to-gn` says so for each: {text}."
+
+
+def _opaque(rows: Sequence[Row]) -> str:
+    reasons: Counter[str] = Counter()
+    for row in rows:
+        reasons.update(set(row.get("opaque", {}).values()))
+    return _bullets(f"{count} architectures: {reason}" for reason, count in reasons.most_common(12))
