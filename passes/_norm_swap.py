@@ -92,7 +92,7 @@ def _unseen(captured: Captured, owners: set[str]) -> Iterator[Skip]:
         tensors = [tensor for tensor in held if tensor is not None]
         if isinstance(module, nn.modules.instancenorm._InstanceNorm):
             continue
-        if any(is_lazy(t) for t in tensors):
+        if any(isinstance(t, torch.Tensor) and is_lazy(t) for t in tensors):
             reason = "is lazy and has seen no input: run one batch through the model first"
         elif name in captured.opaque:
             reason = f"its forward cannot be traced: {captured.opaque[name].reason}"

@@ -129,6 +129,6 @@ class _OptionAction(argparse.Action):
     """Set an option of a chosen pass."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        option: registry.Option = self.const  # type: ignore[assignment]
+        option: registry.Option = self.const
         value = True if option.kind is bool else option.parse(str(values))
         _flags(namespace).events.append((option.name, value))

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rewrite.capture import Captured, capture
-from rewrite.errors import PassError, RewriteError
+from rewrite.errors import OptionError, PassError, RewriteError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -118,6 +118,13 @@ class Pass(ABC):
 
     name: ClassVar[str]
     contract: ClassVar[Contract]
+    flag_value: ClassVar[str | None] = None
+    """What the value of the command-line flag is called; None for a flag without a value."""
+
+    @classmethod
+    def from_flag(cls, values: Sequence[str]) -> Self:
+        """Return the pass that `--name VALUE`, given once or several times, means."""
+        raise OptionError(f"--{cls.name} takes no value ({' '.join(values)})")
 
     @abstractmethod
     def find(self, captured: Captured) -> Iterable[Site | Skip]:

@@ -1,0 +1,94 @@
+"""Every installed pass, over every model of `models/`, keeps the laws of the protocol."""
+
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+from torch import nn
+
+from rewrite import registry
+from rewrite.capture import capture
+from rewrite.protocol import Contract, Pass, apply_pass, find_sites
+from rewrite.tree import copy_model
+from rewrite.verify import check_untouched
+
+# Options without which a pass does nothing.
+_SPECS = {"reinit": "reinit{scheme=he}"}
+_NAMES = tuple(models.all_models())
+
+
+def _pass(name: str) -> Pass:
+    return registry.parse(_SPECS.get(name, name))
+
+
+def _state(model: nn.Module) -> dict[str, tuple[int, int, torch.Tensor]]:
+    """Return identity, version and value of every tensor, tied and non-persistent ones too."""
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    return {
+        name: (id(t), t._version, torch.empty(0) if nn.parameter.is_lazy(t) else t.detach().clone())
+        for name, t in tensors
+    }
+
+
+def _same(before: dict[str, tuple[int, int, torch.Tensor]], model: nn.Module) -> bool:
+    after = _state(model)
+    return before.keys() == after.keys() and all(
+        old[:2] == after[name][:2] and torch.equal(old[2], after[name][2])
+        for name, old in before.items()
+    )
+
+
+def _structure(model: nn.Module) -> list[tuple[str, int, bool, frozenset[str]]]:
+    return [
+        (n, id(m), m.training, frozenset(vars(m)))
+        for n, m in model.named_modules(remove_duplicate=False)
+    ]
+
+
+@pytest.mark.parametrize("model_name", _NAMES)
+@pytest.mark.parametrize("pass_name", sorted(registry.entries()))
+def test_laws(pass_name: str, model_name: str) -> None:
+    rewrite = _pass(pass_name)
+    model, inputs = models.build(model_name)
+
+    # `find` changes nothing, and yields each candidate once.
+    state, structure = _state(model), _structure(model)
+    captured = capture(model, inputs)
+    sites, skips = find_sites(rewrite, captured)
+    assert _same(state, model) and _structure(model) == structure
+    targets = [(outcome.target, outcome.node) for outcome in sites]
+    assert len(targets) == len(set(targets))
+
+    # Each candidate ends as one Change or one Skip; the original stays as it was.
+    copied = copy_model(model)
+    applied = apply_pass(rewrite, copied, inputs)
+    assert len(applied.changes) == len(sites)
+    assert [skip.target for skip in applied.skips] == [skip.target for skip in skips]
+    assert _same(state, model) and _structure(model) == structure
+
+    # Untouched state is bit-identical; modes and dtypes survive.
+    touched = {name for change in applied.changes for name in change.touched}
+    assert check_untouched(model, applied.model, touched) == []
+    assert applied.model.training == model.training
+    modes = {name: m.training for name, m in model.named_modules()}
+    for name, module in applied.model.named_modules():
+        assert module.training == modes.get(name, module.training), name
+    kinds = {t.dtype for t in model.parameters()}
+    assert {t.dtype for t in applied.model.parameters()} <= kinds
+
+    # A second application changes nothing.
+    if rewrite.contract is not Contract.REDEFINING:
+        again = apply_pass(rewrite, applied.model, inputs)
+        assert [change.target for change in again.changes] == []
+
+
+def test_the_laws_notice_a_pass_that_breaks_them() -> None:
+    model, _ = models.build("residual")
+    state = _state(model)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    assert not _same(state, model)

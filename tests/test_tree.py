@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import math
+
+import models
+import pytest
+import torch
+from torch import nn
+
+from rewrite.tree import Tree, copy_model
+
+
+class Holder(nn.Module):
+    """Modules under attributes, in a list, in a tuple, in a nested dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+        self.again = self.first
+        self.plain = [nn.Linear(2, 2), self.first]
+        self.pair = (nn.ReLU(), nn.Linear(2, 3))
+        self.table = {"a": {"b": nn.BatchNorm1d(3)}}
+        self.library = math
+
+
+def test_names_registered_and_hidden_modules() -> None:
+    model = Holder()
+    tree = Tree(model)
+    assert tree.name(model.first) == "first"
+    assert set(tree.aliases("first")) == {"again", "plain[1]"}
+    assert tree.get("plain[0]") is model.plain[0]
+    assert tree.get("table['a']['b']") is model.table["a"]["b"]
+    assert [name for name, _ in tree.modules()] == [
+        "", "first", "plain[0]", "pair[0]", "pair[1]", "table['a']['b']",
+    ]  # fmt: skip
+
+
+def test_replaces_under_every_name_and_in_plain_containers() -> None:
+    model = Holder()
+    tree = Tree(model)
+    new, other, third = nn.Identity(), nn.Identity(), nn.Identity()
+    tree.replace(model.first, new)
+    tree.replace(model.pair[1], other)
+    tree.replace(model.table["a"]["b"], third)
+    assert model.first is model.again is model.plain[1] is new
+    assert model.pair[1] is other and isinstance(model.pair, tuple)
+    assert model.table["a"]["b"] is third
+    assert tree.get("plain[1]") is new and tree.name(new) == "first"
+
+
+def test_a_copy_shares_storage_until_somebody_writes() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    copied = copy_model(model)
+    assert all(torch.equal(copied.state_dict()[name], value) for name, value in before.items())
+    assert copied[0].weight is not model[0].weight
+    with torch.no_grad():
+        copied[0].weight.add_(1)
+        copied[1].running_mean.add_(1)
+        model[0].bias.add_(1)
+    assert torch.equal(model[0].weight, before["0.weight"])
+    assert torch.equal(model[1].running_mean, before["1.running_mean"])
+    assert torch.equal(copied[0].bias, before["0.bias"])
+
+
+def test_a_copy_shares_its_bytes() -> None:
+    model = nn.Linear(64, 64)
+    copied = copy_model(model)
+    pointers = [torch._C._data_address(m.weight) for m in (model, copied)]
+    assert pointers[0] == pointers[1]
+
+
+def test_a_copy_keeps_ties_modes_and_what_cannot_be_pickled() -> None:
+    model = Holder().train()
+    model.first.weight = model.pair[1].weight = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+    model.first.eval()
+    copied = copy_model(model)
+    assert copied.first.weight is copied.pair[1].weight
+    assert copied.first is copied.again is copied.plain[1]
+    assert copied.library is math
+    assert not copied.first.training and copied.pair[1].training
+    assert not copied.first.weight.requires_grad
+
+
+def test_a_copy_of_old_style_weight_norm() -> None:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        model = nn.utils.weight_norm(nn.Linear(3, 3))
+    model(torch.ones(1, 3))
+    copied = copy_model(model)
+    assert torch.equal(copied(torch.ones(2, 3)), model(torch.ones(2, 3)))
+
+
+@pytest.mark.parametrize("name", models.all_models())
+def test_every_reference_model_can_be_copied(name: str) -> None:
+    model, inputs = models.build(name)
+    copied = copy_model(model)
+    assert type(copied) is type(model) or isinstance(model, torch.fx.GraphModule)
+    pairs = zip(model.state_dict().items(), copied.state_dict().items(), strict=True)
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+    assert [m.training for m in model.modules()] == [m.training for m in copied.modules()]
