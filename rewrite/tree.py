@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -209,9 +209,14 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _lazy_copy(tensor: torch.Tensor) -> torch.Tensor:
+    if is_lazy(tensor):
+        # torch refuses to copy an uninitialized buffer; an empty one says as much.
+        kind: Any = type(tensor)
+        return cast(
+            torch.Tensor,
+            kind(requires_grad=tensor.requires_grad, device=tensor.device, dtype=tensor.dtype),
+        )
     data = tensor.detach()
-    if is_lazy(data):
-        return copy.deepcopy(tensor)
     try:
         shared = torch._lazy_clone(data) if type(data) is torch.Tensor else data.clone()
     except RuntimeError:

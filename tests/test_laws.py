@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import models
 import pytest
 import torch
 from torch import nn
 
+import models
 from rewrite import registry
 from rewrite.capture import capture
 from rewrite.protocol import Contract, Pass, apply_pass, find_sites

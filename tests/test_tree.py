@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import math
 
-import models
 import pytest
 import torch
 from torch import nn
 
+import models
 from rewrite.tree import Tree, copy_model
 
 
@@ -92,7 +92,7 @@ def test_a_copy_of_old_style_weight_norm() -> None:
 
 @pytest.mark.parametrize("name", models.all_models())
 def test_every_reference_model_can_be_copied(name: str) -> None:
-    model, inputs = models.build(name)
+    model, _ = models.build(name)
     copied = copy_model(model)
     assert type(copied) is type(model) or isinstance(model, torch.fx.GraphModule)
     pairs = zip(model.state_dict().items(), copied.state_dict().items(), strict=True)
