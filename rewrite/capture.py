@@ -380,18 +380,26 @@ def _is_boundary(item: Opaque | None) -> bool:
 def _children(module: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     for _, child in slots(module):
-        if type(child).forward is nn.Module.forward or isinstance(child, nn.ModuleList):
+        if not _has_forward(child) or isinstance(child, nn.ModuleList):
             found.extend(_children(child))
         else:
             found.append(child)
     return found[::-1]
 
 
+def _has_forward(module: nn.Module) -> bool:
+    """Return whether the class has a forward; looking it up on a ScriptModule's class raises."""
+    return inspect.getattr_static(type(module), "forward") is not nn.Module.forward
+
+
 def _trace_root(tracer: RegionTracer, module: nn.Module, name: str) -> Region | None:
     opaque = tracer.opaque
     if name in opaque and not _is_boundary(opaque[name]):
         return None
-    if type(module).forward is nn.Module.forward:
+    if isinstance(module, torch.jit.ScriptModule):
+        opaque[name] = Opaque(name, "is a TorchScript module", None)
+        return None
+    if not _has_forward(module):
         return None
     if is_leaf(module):
         return _leaf_region(module, name)
