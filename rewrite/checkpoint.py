@@ -15,12 +15,15 @@ keeps the mode it was saved in; a model that is built here (a name, a factory) i
 
 from __future__ import annotations
 
+import codecs
 import importlib
+import inspect
 import json
 import os
 import re
 import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,12 @@ from rewrite.safeload import load_pickle
 _NAME = re.compile(
     r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_][\w.]*)(?P<kwargs>\(.*\))?", re.S
 )
-_NESTED = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
+_NESTED = (
+    *("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params"),
+    *("model_ema", "ema", "state_dict_ema", "ema_state_dict", "params_ema"),
+)
+"""Where training checkpoints keep their state dict; the first that is there is taken."""
+
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
@@ -144,7 +152,8 @@ def _check_archive(path: Path) -> None:
 def _is_text(head: bytes) -> bool:
     """Say whether the first bytes of a file read as text."""
     try:
-        text = head[:-4].decode() if len(head) == 512 else head.decode()
+        # A character may be cut off at the end.
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
         return False
     return all(character.isprintable() or character.isspace() for character in text)
@@ -178,19 +187,18 @@ def _from_state(
             "--factory package.module:callable"
         )
     model = _build(factory).to(map_location)
-    _check_keys(path, factory, model, state)
-    model.load_state_dict(state, assign=False)
+    _fill(path, factory, model, state)
     return model
 
 
-def _state_in(content: Any) -> dict[str, Tensor] | nn.Module | None:
+def _state_in(content: Any) -> Mapping[str, Tensor] | nn.Module | None:
     """Return the state dict (or module) that a checkpoint is or nests, without wrapper prefixes."""
     if isinstance(content, nn.Module):
         return content
     if not isinstance(content, Mapping):
         return None
     if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        return _unwrapped(dict(content))
+        return _unwrapped(content)
     for key in _NESTED:
         found = _state_in(content.get(key))
         if found is not None:
@@ -198,28 +206,64 @@ def _state_in(content: Any) -> dict[str, Tensor] | nn.Module | None:
     return None
 
 
-def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _unwrapped(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Take off the prefixes that DataParallel and torch.compile put before every key."""
     for prefix in _WRAPPERS:
         if all(key.startswith(prefix) for key in state):
-            return _unwrapped({key.removeprefix(prefix): value for key, value in state.items()})
+            bare = OrderedDict((key.removeprefix(prefix), value) for key, value in state.items())
+            versions = getattr(state, "_metadata", {})
+            vars(bare)["_metadata"] = {
+                "" if key == prefix[:-1] else key.removeprefix(prefix): version
+                for key, version in versions.items()
+                if key.startswith(prefix[:-1])
+            }
+            return _unwrapped(bare)
     return state
 
 
-def _check_keys(path: Path, factory: str, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless the keys and shapes of `state` are those of `model`."""
+def _fill(path: Path, factory: str, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give `model` the tensors of `state` as they are; raise CheckpointError if keys do not match.
+
+    The tensors are assigned, not copied: they keep the dtype of the file, and a mapped file is
+    not read. Assigning separates tied parameters, which are tied again afterwards.
+    """
     own = model.state_dict()
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    shaped = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+    shaped = {
+        key: f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
         for key in own
         if key in state and isinstance(own[key], Tensor) and own[key].shape != state[key].shape
-    ]
-    groups = (("missing", missing), ("unexpected", unexpected), ("of another shape", shaped))
-    parts = [f"{len(keys)} {what} ({_first(keys)})" for what, keys in groups if keys]
+    }
+    ties = _ties(model)
+    fitting = OrderedDict((key, value) for key, value in state.items() if key not in shaped)
+    vars(fitting)["_metadata"] = getattr(state, "_metadata", {})
+    try:
+        # Hooks of the model may rename keys of older versions, so it judges what is missing.
+        keys = model.load_state_dict(fitting, strict=False, assign=True)
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: does not fit {factory}: {said}") from error
+    missing = [key for key in keys.missing_keys if key not in shaped]
+    groups = (
+        ("missing", missing),
+        ("unexpected", keys.unexpected_keys),
+        ("of another shape", list(shaped.values())),
+    )
+    parts = [f"{len(found)} {what} ({_first(found)})" for what, found in groups if found]
     if parts:
         raise CheckpointError(f"{path}: does not fit {factory}: {'; '.join(parts)}")
+    for (first, name), *others in ties:
+        for module, other in others:
+            module._parameters[other] = first._parameters[name]
+
+
+def _ties(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Return the places of each parameter that stands in more than one."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, name))
+    return [found for found in places.values() if len(found) > 1]
 
 
 def _first(keys: Sequence[str], limit: int = 3) -> str:
@@ -245,7 +289,7 @@ def _build(reference: str) -> nn.Module:
         model = _call(match["module"], match["name"], kwargs)
     except CheckpointError as error:
         raise CheckpointError(f"{reference}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         said = " ".join(str(error).split())
         raise CheckpointError(f"{reference}: raised {type(error).__name__}: {said}") from error
     if not isinstance(model, nn.Module):
@@ -300,8 +344,6 @@ def _call(module: str, name: str, kwargs: dict[str, Any]) -> Any:
 
 def _torchvision(name: str, kwargs: dict[str, Any]) -> Any:
     """Build a torchvision model without downloading weights, those of its backbone neither."""
-    import inspect
-
     from torchvision import models
 
     builder = models.get_model_builder(name)

@@ -52,6 +52,8 @@ _MADE_AGAIN = frozenset(
 
 _PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
 _TORCH_CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
+_ANNOTATIONS: dict[str, type] = {kind.__name__: kind for kind in (Tensor, bool, int, float, str)}
+"""Annotations that a graph keeps; they are text in the source, so the others are left out."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -160,7 +162,7 @@ def describe_graph(graph: torch.fx.Graph) -> dict[str, Any]:
             "target": _name_of_target(node),
             "args": [_encode(arg, node) for arg in node.args],
             "kwargs": {key: _encode(value, node) for key, value in node.kwargs.items()},
-            "tensor": node.type is Tensor,
+            "type": next((k for k, kind in _ANNOTATIONS.items() if kind is node.type), None),
         }
         for node in graph.nodes
     ]
@@ -176,7 +178,7 @@ def build_graph(description: Mapping[str, Any], trust: Sequence[str]) -> torch.f
         args = tuple(_decode(value, nodes) for value in entry["args"])
         kwargs = {_identifier(key): _decode(value, nodes) for key, value in entry["kwargs"].items()}
         target = _check_node(op, entry["target"], args, kwargs, trust)
-        annotation = Tensor if entry["tensor"] is True else None
+        annotation = _ANNOTATIONS.get(entry["type"])
         nodes[name] = graph.create_node(op, target, args, kwargs, name, annotation)
     signature = description["signature"]
     if signature is not None:

@@ -132,7 +132,7 @@ def load_pickle(
             device allow it; a tensor is then copied only when somebody writes to it.
     """
     zipped = zipfile.is_zipfile(path)
-    names = sorted(get_unsafe_globals_in_checkpoint(str(path))) if zipped else []
+    names = _names(path) if zipped else []
     grants = {name: grant(name, trust, path) for name in names}
     if grants:
         _try_out(path, grants)
@@ -140,6 +140,14 @@ def load_pickle(
     real += [(kind, f"<{name}>") for name, kind in _SAVED.items()]
     mapped = zipped and mmap and torch.device(map_location).type == "cpu"
     return _torch_load(path, real, map_location=map_location, mmap=mapped)
+
+
+def _names(path: Path) -> list[str]:
+    """Return the globals that a file asks for beside tensors and containers."""
+    try:
+        return sorted(get_unsafe_globals_in_checkpoint(str(path)))
+    except Exception as error:
+        raise CheckpointError(f"{path}: is damaged ({_first_line(error)})") from error
 
 
 def grant(name: str, trust: Sequence[str], path: Path) -> _Grant:
