@@ -242,7 +242,8 @@ def _fill(path: Path, factory: str, model: nn.Module, state: Mapping[str, Tensor
     except RuntimeError as error:
         said = " ".join(str(error).split())
         raise CheckpointError(f"{path}: does not fit {factory}: {said}") from error
-    missing = [key for key in keys.missing_keys if key not in shaped]
+    given = {key for names in ties for key in names if any(name in fitting for name in names)}
+    missing = [key for key in keys.missing_keys if key not in shaped and key not in given]
     groups = (
         ("missing", missing),
         ("unexpected", keys.unexpected_keys),
@@ -251,19 +252,20 @@ def _fill(path: Path, factory: str, model: nn.Module, state: Mapping[str, Tensor
     parts = [f"{len(found)} {what} ({_first(found)})" for what, found in groups if found]
     if parts:
         raise CheckpointError(f"{path}: does not fit {factory}: {'; '.join(parts)}")
-    for (first, name), *others in ties:
-        for module, other in others:
-            module._parameters[other] = first._parameters[name]
+    for names in ties:
+        source = next((name for name in names if name in fitting), names[0])
+        parameter = model.get_parameter(source)
+        for name in names:
+            owner, _, last = name.rpartition(".")
+            model.get_submodule(owner)._parameters[last] = parameter
 
 
-def _ties(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """Return the places of each parameter that stands in more than one."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((module, name))
-    return [found for found in places.values() if len(found) > 1]
+def _ties(model: nn.Module) -> list[list[str]]:
+    """Return the keys of each parameter that has more than one."""
+    keys: dict[int, list[str]] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        keys.setdefault(id(parameter), []).append(key)
+    return [found for found in keys.values() if len(found) > 1]
 
 
 def _first(keys: Sequence[str], limit: int = 3) -> str:

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,7 +208,9 @@ def test_a_module_inside_a_training_checkpoint(tmp_path):
     assert same(load(tmp_path / "c.pt"), small())
 
 
-def test_tied_parameters_of_the_factory_stay_tied(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dropped", [None, "0.weight", "1.weight"])
+def test_tied_parameters_of_the_factory_stay_tied(tmp_path, monkeypatch, dropped):
+    """safetensors files keep only one of the keys of a tied parameter."""
     code = """
     from torch import nn
     def build():
@@ -218,11 +221,17 @@ def test_tied_parameters_of_the_factory_stay_tied(tmp_path, monkeypatch):
     """
     (tmp_path / "tied_makers.py").write_text(textwrap.dedent(code))
     monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("tied_makers", None)
     import tied_makers
 
-    torch.save(tied_makers.build().state_dict(), tmp_path / "s.pt")
+    state = tied_makers.build().state_dict()
+    if dropped is not None:
+        del state[dropped]
+    torch.save(state, tmp_path / "s.pt")
     back = load(tmp_path / "s.pt", factory="tied_makers:build")
     assert back[0].weight is back[1].weight
+    kept = "1.weight" if dropped == "0.weight" else "0.weight"
+    assert torch.equal(back[0].weight, state[kept])
     assert not back[0].bias.requires_grad
 
 
@@ -405,13 +414,16 @@ def test_a_file_without_permission(tmp_path):
     refused(path, "permission")
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak memory")
 def test_loading_a_large_state_dict_holds_it_once(tmp_path):
     """Resident memory of a 200 MB state dict, over that of the imports: at most 1.2 times."""
     program = textwrap.dedent(
         """
-        import resource, sys, torch
+        import re, sys
+        from pathlib import Path
         from rewrite.checkpoint import load
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        status = Path("/proc/self/status")
+        peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1]) * 1024
         before = peak()
         kwargs = '({"in_features": 5000, "out_features": 10000})'
         model = load(sys.argv[1], factory=f"torch.nn:Linear{kwargs}")
@@ -422,4 +434,4 @@ def test_loading_a_large_state_dict_holds_it_once(tmp_path):
     torch.save(nn.Linear(5000, 10000).state_dict(), tmp_path / "s.pt")
     command = [sys.executable, "-c", program, str(tmp_path / "s.pt")]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(result.stdout) < 1.2
+    assert 0.9 < float(result.stdout) < 1.2
