@@ -1,0 +1,131 @@
+"""Time of capture: against torch.fx.symbolic_trace where that succeeds, and by the model's size.
+
+    python -m benchmarks.capture_time
+
+Both trace the same model in turns; the ratio is that of the fastest runs, which other work on the
+machine disturbs least. The second table captures chains of blocks, half of them with a forward
+that no tracer follows: a cost per block that stays the same is linear growth.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks._table import environment, parser, publish, table
+from benchmarks.corpus import QUICK, make
+from rewrite.capture import capture
+from rewrite.tree import copy_model
+
+SIZES = (10, 100, 1000)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and publish both tables."""
+    options = parser(__doc__)
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("names", nargs="*", default=QUICK, metavar="PACKAGE:ARCHITECTURE")
+    chosen = options.parse_args(arguments)
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    rows = list(ratios(chosen.names, chosen.repeats))
+    worst = max(row[3] for row in rows)
+    total = sum(row[2] for row in rows) / sum(row[1] for row in rows)
+    body = "\n\n".join(
+        (
+            f"{environment('timm', 'torchvision', 'transformers')}. "
+            f"`torch.fx.symbolic_trace` succeeds on {len(rows)} of {len(chosen.names)} "
+            f"architectures. Worst ratio {worst:.2f}, all together {total:.2f} (target: 1.5).",
+            table(
+                ["architecture", "symbolic_trace, ms", "capture, ms", "ratio"],
+                [[n, f"{t * 1e3:.1f}", f"{c * 1e3:.1f}", f"{r:.2f}"] for n, t, c, r in rows],
+            ),
+            "Chains of blocks, every second one with control flow on values:",
+            table(
+                ["blocks", "regions", "capture, ms", "ms a block"],
+                [
+                    [n, regions, f"{s * 1e3:.1f}", f"{s * 1e3 / n:.3f}"]
+                    for n, regions, s in growth(chosen.repeats)
+                ],
+            ),
+        )
+    )
+    publish("capture-time", "Time of capture", body, write=chosen.write)
+
+
+def ratios(names: Sequence[str], repeats: int) -> Iterator[tuple[str, float, float, float]]:
+    """Yield name, seconds of symbolic_trace, seconds of capture, ratio, where the former works."""
+    for name in names:
+        model = make(name)
+        traced = copy_model(model)  # symbolic_trace stores constants on the model
+        try:
+            _quietly(lambda traced=traced: torch.fx.symbolic_trace(traced))
+        except Exception:  # noqa: BLE001 - only models that it can trace are compared
+            continue
+        trace, mine = fastest(
+            (
+                lambda traced=traced: torch.fx.symbolic_trace(traced),
+                lambda model=model: capture(model),
+            ),
+            repeats,
+        )
+        yield name, trace, mine, mine / trace
+
+
+def growth(repeats: int, sizes: Sequence[int] = SIZES) -> Iterator[tuple[int, int, float]]:
+    """Yield number of blocks, number of regions and seconds of capture."""
+    for size in sizes:
+        model = chain(size)
+        (seconds,) = fastest((lambda model=model: capture(model),), repeats)
+        yield size, len(capture(model).regions), seconds
+
+
+def chain(length: int) -> nn.Sequential:
+    """Return a chain of blocks, every second one untraceable."""
+    return nn.Sequential(*(Block(branches=bool(i % 2)) for i in range(length))).eval()
+
+
+class Block(nn.Module):
+    """A convolution, a norm and an activation; with `branches`, control flow on their value."""
+
+    def __init__(self, *, branches: bool) -> None:
+        super().__init__()
+        self.branches = branches
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm(self.conv(x)))
+        if self.branches and y.sum() > 1e6:
+            return x
+        return x + y
+
+
+def fastest(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Return the fewest seconds that each function took, in turns, after one run to warm up."""
+    best = [float("inf")] * len(functions)
+    for run in range(repeats + 1):
+        for index, function in enumerate(functions):
+            gc.collect()
+            start = time.perf_counter()
+            _quietly(function)
+            if run:
+                best[index] = min(best[index], time.perf_counter() - start)
+    return best
+
+
+def _quietly(function: Callable[[], object]) -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
