@@ -4,5 +4,14 @@ from passes.bn_to_gn import BatchNormToGroupNorm
 from passes.bn_to_in import BatchNormToInstanceNorm
 from passes.bn_to_ln import BatchNormToLayerNorm
 from passes.fold import FoldNorm
+from passes.remove_weight_norm import RemoveWeightNorm
+from passes.weight_norm import WeightNorm
 
-__all__ = ["BatchNormToGroupNorm", "BatchNormToInstanceNorm", "BatchNormToLayerNorm", "FoldNorm"]
+__all__ = [
+    "BatchNormToGroupNorm",
+    "BatchNormToInstanceNorm",
+    "BatchNormToLayerNorm",
+    "FoldNorm",
+    "RemoveWeightNorm",
+    "WeightNorm",
+]

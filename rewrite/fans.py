@@ -35,6 +35,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -197,3 +198,29 @@ def _attention(module: nn.MultiheadAttention) -> tuple[LinearMap, ...]:
         *_stacked("k_proj_weight", ("",), embed, int(module.kdim or embed)),
         *_stacked("v_proj_weight", ("",), embed, int(module.vdim or embed)),
     )
+
+
+LAYER_KINDS = (
+    "linear",
+    "conv",
+    "conv_transpose",
+    "embedding",
+    "recurrent",
+    "attention",
+    "bilinear",
+)
+
+
+def layer_kind(module: nn.Module) -> str:
+    """Return which of `LAYER_KINDS` a layer with linear maps is."""
+    if isinstance(module, _CONV):
+        return "conv"
+    if isinstance(module, _TRANSPOSED):
+        return "conv_transpose"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return "recurrent"
+    if isinstance(module, nn.MultiheadAttention | NonDynamicallyQuantizableLinear):
+        return "attention"
+    return "bilinear" if isinstance(module, nn.Bilinear) else "linear"

@@ -131,7 +131,20 @@ def _chain(module: nn.Module, name: str) -> parametrize.ParametrizationList:
 def weight_normed(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the weights of `module` that are weight-normed, in either form."""
     new = [name for name in _parametrized(module) if has_weight_norm(module, name)]
-    return (*new, *(hook.name for hook in _old_hooks(module).values()))
+    return (*new, *has_old_weight_norm(module))
+
+
+def has_old_weight_norm(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the weights of `module` that are weight-normed in the old form."""
+    return tuple(hook.name for hook in _old_hooks(module).values())
+
+
+def weight_norm_sources(module: nn.Module, name: str) -> tuple[int, int]:
+    """Return the identities of the g and v behind a weight-normed weight."""
+    if name in has_old_weight_norm(module):
+        return id(getattr(module, f"{name}_g")), id(getattr(module, f"{name}_v"))
+    chain = _chain(module, name)
+    return id(chain.original0), id(chain.original1)
 
 
 def _parametrized(module: nn.Module) -> tuple[str, ...]:
@@ -158,6 +171,7 @@ def add_weight_norm(module: nn.Module, name: str, layout: Layout) -> None:
 def _register(
     module: nn.Module, name: str, parametrization: nn.Module, requires_grad: bool
 ) -> None:
+    _own_class(module, _parametrized(module))
     # `unsafe` skips a trial run on the live parameter; shapes and dtypes are ours to get right.
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
     for parameter in _chain(module, name).parameters():
@@ -194,14 +208,33 @@ def remove_weight_norm(module: nn.Module, name: str) -> nn.Parameter:
     with torch.no_grad():
         weight = nn.Parameter(getattr(module, name).clone(), requires_grad=requires_grad)
     _drop_load_hook(module, name)
-    parametrize.remove_parametrizations(module, name)
+    left = tuple(key for key in _parametrized(module) if key != name)
+    del module.parametrizations[name]  # type: ignore[union-attr, operator]
+    _own_class(module, left)
     module._parameters[name] = weight
-    if isinstance(module, nn.RNNBase):
-        if parametrize.is_parametrized(module):
-            _track_flat_weights(module)
-        else:
-            module._init_flat_weights()
+    if isinstance(module, nn.RNNBase) and not left:
+        module._init_flat_weights()
     return weight
+
+
+def _own_class(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Give a parametrized module a class of its own, with properties for `names` alone.
+
+    PyTorch makes a class for each parametrized module, but a deep copy shares it with the original,
+    and `register_parametrization` and `remove_parametrizations` edit it: they would break the
+    original, which is why neither is called on a module that is parametrized already.
+    """
+    if not isinstance(module._modules.get("parametrizations"), nn.ModuleDict):
+        return
+    module.__class__ = type(module).__mro__[1]
+    if not names:
+        del module._modules["parametrizations"]
+        return
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)
+    if isinstance(module, nn.RNNBase):
+        _track_flat_weights(module)
 
 
 def _drop_load_hook(module: nn.Module, name: str) -> None:

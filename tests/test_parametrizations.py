@@ -257,6 +257,27 @@ def test_old_checkpoint_loads_into_the_new_form():
         new.load_state_dict(state)
 
 
+def test_a_copy_can_change_without_its_original():
+    """A deep copy shares the class that PyTorch made for the original."""
+    lstm = nn.LSTM(3, 4)
+    layouts = weight_layouts(lstm)
+    add_weight_norm(lstm, "weight_ih_l0", layouts["weight_ih_l0"])
+    x = torch.randn(2, 1, 3)
+    before = lstm(x)[0]
+    copied = copy.deepcopy(lstm)
+    assert type(copied) is type(lstm)
+    add_weight_norm(copied, "weight_hh_l0", layouts["weight_hh_l0"])
+    assert torch.equal(lstm(x)[0], before)
+    assert weight_normed(lstm) == ("weight_ih_l0",)
+    remove_weight_norm(copied, "weight_ih_l0")
+    assert weight_normed(copied) == ("weight_hh_l0",)
+    for layer in (lstm, copied):
+        assert torch.equal(layer(x)[0], before)
+    remove_weight_norm(copied, "weight_hh_l0")
+    assert type(copied) is nn.LSTM
+    assert torch.equal(lstm.weight_ih_l0, copied.weight_ih_l0)
+
+
 def test_other_parametrizations_stay():
     layer = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))
     assert weight_normed(layer) == ()

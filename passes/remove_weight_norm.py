@@ -1,0 +1,106 @@
+"""Bake weight normalization away:  w = g * v / ||v||  becomes one plain parameter again.
+
+The weight that the layer computed is the weight that it keeps, bit for bit; nothing else changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from rewrite.capture import Captured, TensorRef
+from rewrite.lockstep import in_data_flow_order
+from rewrite.parametrizations import (
+    has_old_weight_norm,
+    remove_weight_norm,
+    weight_norm_sources,
+    weight_normed,
+)
+from rewrite.protocol import Change, Contract, Pass, Site, Skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layer, and for each of its normed weights the others that share its g and v."""
+
+    module: nn.Module
+    ties: dict[str, tuple[TensorRef, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RemoveWeightNorm(Pass):
+    """Replace g and v by the weight that they make.
+
+    Rewrites:
+      1. `torch.nn.utils.parametrizations.weight_norm`, and the weight norm of this toolkit.
+      2. Old-style `torch.nn.utils.weight_norm`.
+      3. Tied weights once: what shared g and v shares the weight.
+
+    Declines: a weight with another parametrization on top of the weight norm.
+    """
+
+    name: ClassVar[str] = "remove-weight-norm"
+    contract: ClassVar[Contract] = Contract.EXACT
+
+    def find(self, captured: Captured) -> Iterable[Site | Skip]:
+        """Yield every layer with a weight norm."""
+        holders = _holders(captured)
+        seen: set[tuple[str, str]] = set()
+        for name, module in in_data_flow_order(captured):
+            plan = Plan(module)
+            for key in weight_normed(module):
+                if is_parametrized(module, key) and len(module.parametrizations[key]) > 1:  # type: ignore[index]
+                    yield Skip(name, _describe(module), f"{key} has a second parametrization")
+                elif (name, key) not in seen:
+                    together = holders[weight_norm_sources(module, key)]
+                    plan.ties[key] = tuple(r for r in together if r != TensorRef(name, key))
+                    seen.update((r.owner, r.attr) for r in together)
+            if plan.ties:
+                yield Site(name, _describe(module), plan=plan)
+
+    def rewrite(self, captured: Captured, site: Site) -> Change:
+        """Bake the weights of one layer and of those tied to it."""
+        plan: Plan = site.plan
+        touched: list[str] = [site.target]
+        keys: dict[str, str | None] = {}
+        for key, ties in plan.ties.items():
+            keys |= _keys(plan.module, TensorRef(site.target, key))
+            for ref in ties:
+                keys |= _keys(captured.module(ref.owner), ref)
+            weight = remove_weight_norm(plan.module, key)
+            for ref in ties:
+                other = captured.module(ref.owner)
+                remove_weight_norm(other, ref.attr)
+                other._parameters[ref.attr] = weight
+                if isinstance(other, nn.RNNBase):
+                    other._init_flat_weights()
+                touched.append(ref.owner)
+        after = type(plan.module).__name__
+        tied = [ref.name for ties in plan.ties.values() for ref in ties]
+        note = f"tied to {', '.join(tied)}" if tied else ""
+        return Change(site.target, site.before, after, note, tuple(touched), keys)
+
+
+def _describe(module: nn.Module) -> str:
+    old = "old-style " if has_old_weight_norm(module) else ""
+    return f"{type(module).__name__.removeprefix('Parametrized')} with {old}weight norm"
+
+
+def _holders(captured: Captured) -> dict[tuple[int, int], list[TensorRef]]:
+    """Return, per pair of g and v, the weights that they make."""
+    found: dict[tuple[int, int], list[TensorRef]] = {}
+    for name, module in captured.tree.modules():
+        for key in weight_normed(module):
+            found.setdefault(weight_norm_sources(module, key), []).append(TensorRef(name, key))
+    return found
+
+
+def _keys(module: nn.Module, ref: TensorRef) -> dict[str, str | None]:
+    if ref.attr in has_old_weight_norm(module):
+        return {f"{ref.name}_g": None, f"{ref.name}_v": ref.name}
+    stem = f"{TensorRef(ref.owner, 'parametrizations').name}.{ref.attr}.original"
+    return {f"{stem}0": None, f"{stem}1": ref.name}

@@ -1,0 +1,381 @@
+"""Weight normalization (Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868).
+
+    w = g * v / ||v||          the norm over the inputs and the kernel of each output unit
+
+g = ||w|| and v = w leave the function as it is, in train and in eval, for every input; what changes
+is the geometry that an optimizer sees. Two options change the function on purpose:
+
+    data_init   g <- g / std[t],  b <- (b - mean[t]) / std[t]    t the layer's own pre-activation
+    mean_only   t - mean_batch[t] + b                            in train; the running mean in eval
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from rewrite.capture import Captured, TensorRef
+from rewrite.errors import OptionError
+from rewrite.fans import LAYER_KINDS, Layout, layer_kind
+from rewrite.lockstep import fit_in_lockstep, in_data_flow_order, unit_axis
+from rewrite.mean_only import MeanOnlyBatchNorm
+from rewrite.operators import conv_of, linear_of, norm_of
+from rewrite.parametrizations import (
+    add_weight_norm,
+    convert_old_weight_norm,
+    has_old_weight_norm,
+    has_weight_norm,
+    share_weight_norm,
+    weight_layouts,
+)
+from rewrite.protocol import Change, Contract, Pass, Site, Skip
+from rewrite.unit_variance import unit_statistics
+
+# Layers whose output is one pre-activation that a hook can see, with one bias a unit.
+_FITTED = ("linear", "conv", "conv_transpose", "bilinear")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to one module: new weight norms with their ties, or old ones converted."""
+
+    module: nn.Module
+    weights: dict[str, Layout] = field(default_factory=dict)
+    ties: dict[str, tuple[TensorRef, ...]] = field(default_factory=dict)
+    old: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WeightNorm(Pass):
+    """Reparameterize weights by magnitude and direction.
+
+    Rewrites:
+      1. The weights of Linear, Conv and ConvTranspose (1d, 2d, 3d), Embedding, Bilinear, RNN, LSTM,
+         GRU and their cells, and of MultiheadAttention, by output unit of their layout.
+      2. Tied weights once, so that they stay tied.
+      3. Old-style `weight_g`, `weight_v` (torch.nn.utils.weight_norm) into the new form, on the
+         same two parameters.
+
+    Declines: weights that are normed already, under another parametrization, lazy, integer,
+    quantized or empty; embeddings with sparse gradients or `max_norm`; weights tied to something
+    that has no output units; weights that code reads (F.linear) instead of a layer; layers outside
+    `kinds` and `min_size`.
+    """
+
+    name: ClassVar[str] = "weight-norm"
+    contract: ClassVar[Contract] = Contract.EXACT
+
+    kinds: str = field(
+        default="",
+        metadata={"help": f"only these kinds of layer, of {','.join(LAYER_KINDS)}; default all"},
+    )
+    min_size: int = field(default=0, metadata={"help": "leave weights with fewer elements"})
+    data_init: bool = field(
+        default=False,
+        metadata={"help": "scale g and b on a batch to zero mean and unit variance"},
+    )
+    mean_only: bool = field(
+        default=False, metadata={"help": "add mean-only batch normalization after each layer"}
+    )
+    momentum: float = field(
+        default=0.1, metadata={"help": "of the running means of mean_only, 0.1 by default"}
+    )
+
+    def __post_init__(self) -> None:
+        for kind in self._kinds():
+            if kind not in LAYER_KINDS:
+                raise OptionError(
+                    f"{self.name}: unknown layer kind {kind!r}; known are {', '.join(LAYER_KINDS)}"
+                )
+        if self.min_size < 0:
+            raise OptionError(f"{self.name}: min_size is {self.min_size}; pass 0 or more")
+        if not 0 < self.momentum <= 1:
+            raise OptionError(f"{self.name}: momentum is {self.momentum}; pass a number in (0, 1]")
+        weakened = Contract.EXACT
+        if self.mean_only:
+            weakened = Contract.EXACT_IN_EVAL
+        if self.data_init:
+            weakened = Contract.REDEFINING
+        if weakened is not Contract.EXACT:
+            object.__setattr__(self, "contract", weakened)
+
+    def _kinds(self) -> tuple[str, ...]:
+        return tuple(kind.strip() for kind in self.kinds.split(",") if kind.strip()) or LAYER_KINDS
+
+    # -- find -------------------------------------------------------------------------------------
+
+    def find(self, captured: Captured) -> Iterable[Site | Skip]:
+        """Yield every layer that has output units."""
+        shared: set[int] = set()
+        for name, module in in_data_flow_order(captured):
+            if old := has_old_weight_norm(module):
+                before = f"{type(module).__name__} with old-style weight norm"
+                yield Site(name, before, plan=Plan(module, old=old))
+            elif weight_layouts(module):
+                yield from self._layer(captured, name, module, shared)
+        yield from _read_by_code(captured)
+
+    def _layer(
+        self, captured: Captured, name: str, module: nn.Module, shared: set[int]
+    ) -> Iterator[Site | Skip]:
+        before = type(module).__name__.removeprefix("Parametrized")
+        if layer_kind(module) not in self._kinds():
+            reason = f"is of kind {layer_kind(module)}, not of {self.kinds}"
+            yield Skip(name, before, reason)
+            return
+        plan = Plan(module)
+        for key, layout in weight_layouts(module).items():
+            refusal = self._refusal(module, key)
+            weight = module._parameters.get(key)
+            if refusal is None and id(weight) in shared:
+                continue
+            ties = refusal or _ties(captured, TensorRef(name, key), layout)
+            if isinstance(ties, str):
+                yield Skip(name, before, f"{key} {ties}")
+                continue
+            shared.add(id(weight))
+            plan.weights[key], plan.ties[key] = layout, ties
+        if plan.weights:
+            yield Site(name, before, plan=plan)
+
+    def _refusal(self, module: nn.Module, key: str) -> str | None:
+        if (reason := weight_refusal(module, key)) is not None:
+            return reason
+        size = module._parameters[key].numel()  # type: ignore[union-attr]
+        return f"has {size} elements, fewer than {self.min_size}" if size < self.min_size else None
+
+    # -- rewrite ----------------------------------------------------------------------------------
+
+    def rewrite(self, captured: Captured, site: Site) -> Change:
+        """Reparameterize the weights of one layer and of those tied to it."""
+        plan: Plan = site.plan
+        for key in plan.old:
+            convert_old_weight_norm(plan.module, key)
+        touched, tied = [site.target], []
+        for key, layout in plan.weights.items():
+            add_weight_norm(plan.module, key, layout)
+            for ref in plan.ties[key]:
+                share_weight_norm(plan.module, key, captured.module(ref.owner), ref.attr)
+                touched.append(ref.owner)
+                tied.append(ref.name)
+        after = f"{site.before.split(' ')[0]} with weight norm"
+        note = f"tied to {', '.join(tied)}" if tied else ""
+        keys: dict[str, str | None] = {}
+        for key in plan.weights:
+            for ref in (TensorRef(site.target, key), *plan.ties[key]):
+                stem = f"{TensorRef(ref.owner, 'parametrizations').name}.{ref.attr}.original1"
+                keys[ref.name] = stem
+        for key in plan.old:
+            stem = f"{TensorRef(site.target, 'parametrizations').name}.{key}.original"
+            keys[TensorRef(site.target, f"{key}_g").name] = f"{stem}0"
+            keys[TensorRef(site.target, f"{key}_v").name] = f"{stem}1"
+        return Change(site.target, site.before, after, note, tuple(touched), keys)
+
+    def rewrite_all(
+        self, captured: Captured, sites: list[Site], calibration: Iterable[Any] | None
+    ) -> list[Change]:
+        """Reparameterize every site, then add means and fit to data where that is asked for."""
+        batch = self._batch(calibration) if self.data_init else None
+        centring = {s.target: self._centring(captured, s) for s in sites} if self.mean_only else {}
+        drafts = {site.target: _Draft(self.rewrite(captured, site)) for site in sites}
+        for site in sites:
+            if site.target in centring:
+                self._centre(captured, site, drafts[site.target], centring[site.target])
+        if self.data_init:
+            _fit(captured, sites, drafts, batch)
+        return [draft.finished() for draft in drafts.values()]
+
+    def _batch(self, calibration: Iterable[Any] | None) -> Any:
+        for batch in calibration or ():
+            return batch
+        raise OptionError(f"{self.name}: data_init needs a batch; pass calibration data")
+
+    def _centring(self, captured: Captured, site: Site) -> str | None:
+        """Return why no mean can be taken after a layer, or None."""
+        plan: Plan = site.plan
+        if layer_kind(plan.module) not in _FITTED:
+            return f"no mean-only norm: {layer_kind(plan.module)} has no single pre-activation"
+        prefix = f"{site.target}."
+        for node in captured.nodes():
+            if node.op == "get_attr" and str(node.target).startswith(prefix):
+                return f"no mean-only norm: code reads {node.target}"
+        for call in captured.calls(site.target):
+            if any((n := norm_of(captured, u)) and n.kind == "batch" for u in call.users):
+                return "no mean-only norm: a batch norm follows"
+        return None
+
+    def _centre(self, captured: Captured, site: Site, draft: _Draft, refusal: str | None) -> None:
+        if refusal is not None:
+            draft.notes.append(refusal)
+            return
+        layer = site.plan.module
+        weight = layer.weight
+        units = int(layer.bias.numel()) if layer.bias is not None else _units(layer)
+        norm = MeanOnlyBatchNorm(units, self.momentum, 1 if _is_conv(layer) else -1)
+        norm = norm.to(device=weight.device, dtype=weight.dtype)
+        if layer.bias is not None:
+            norm.bias = layer.bias
+            layer._parameters["bias"] = None
+        pair = nn.Sequential(OrderedDict(layer=layer, mean=norm))
+        draft.centred = norm
+        captured.editor.replace(site.target, pair)
+        target = site.target
+        draft.keys = {
+            old: None if new is None else f"{target}.layer.{new.removeprefix(f'{target}.')}"
+            for old, new in draft.change.keys.items()
+        }
+        draft.keys[f"{target}.bias"] = f"{target}.mean.bias"
+        draft.touched += [f"{target}.layer", f"{target}.mean"]
+        draft.notes.append("mean-only batch norm after it")
+
+
+@dataclass
+class _Draft:
+    """A change while further steps still add to it."""
+
+    change: Change
+    notes: list[str] = field(default_factory=list)
+    touched: list[str] = field(default_factory=list)
+    keys: dict[str, str | None] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    centred: MeanOnlyBatchNorm | None = None
+
+    def finished(self) -> Change:
+        old = self.change
+        return Change(
+            old.target,
+            old.before,
+            old.after,
+            "; ".join([*filter(None, [old.note]), *self.notes]),
+            (*old.touched, *self.touched),
+            old.keys if self.keys is None else self.keys,
+            self.metrics,
+        )
+
+
+def weight_refusal(module: nn.Module, key: str) -> str | None:
+    """Return why weight `key` of a layer cannot be weight-normed, or None."""
+    if has_weight_norm(module, key):
+        return "is weight-normed already"
+    if parametrize.is_parametrized(module, key):
+        return "has another parametrization"
+    weight = module._parameters.get(key)
+    if weight is None:
+        return "is no parameter of the layer"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "is lazy; run the model once first"
+    if type(weight.data) is not torch.Tensor or weight.is_quantized:
+        return "is quantized, or of another tensor class; weight norm needs a plain tensor"
+    if not weight.is_floating_point():
+        return f"is {str(weight.dtype).removeprefix('torch.')}; weight norm needs floating point"
+    if weight.numel() == 0:
+        return "is empty"
+    if getattr(module, "sparse", False):
+        return "has sparse gradients"
+    if getattr(module, "max_norm", None) is not None:
+        return "is rescaled in place by max_norm"
+    return None
+
+
+def _ties(captured: Captured, ref: TensorRef, layout: Layout) -> tuple[TensorRef, ...] | str:
+    """Return the other places of a weight, or why one of them stands in the way."""
+    weight = captured.tensor(ref)
+    ties = []
+    for other in captured.tied(ref):
+        module = captured.module(other.owner)
+        if captured.tensor(other) is not weight:
+            if other.owner == ref.owner:
+                continue  # flattened recurrent weights share one storage without overlapping
+            return f"shares its storage with {other.name}, which is another tensor"
+        theirs = weight_layouts(module).get(other.attr)
+        if theirs is None or theirs.inputs_first != layout.inputs_first:
+            return f"is tied to {other.name}, whose output units are not the same"
+        if theirs.inputs_first and theirs.groups != layout.groups:
+            return f"is tied to {other.name}, whose groups are not the same"
+        if (reason := weight_refusal(module, other.attr)) is not None:
+            return f"is tied to {other.name}, which {reason}"
+        ties.append(other)
+    return tuple(ties)
+
+
+def _read_by_code(captured: Captured) -> Iterator[Skip]:
+    """Yield the weights that a line of code applies, outside of any layer."""
+    for node in captured.nodes():
+        found = conv_of(captured, node) or linear_of(captured, node)
+        if found is None or found.module is not None:
+            continue
+        if found.weight.attr in weight_layouts(captured.module(found.weight.owner)):
+            continue  # a layer's own weight, read by hand: the layer's site covers it
+        yield Skip(found.weight.name, "weight", "is applied by code, not by a layer")
+
+
+def _is_conv(layer: nn.Module) -> bool:
+    return layer_kind(layer) in ("conv", "conv_transpose")
+
+
+def _units(layer: nn.Module) -> int:
+    units = weight_layouts(layer)["weight"].units(layer.weight)  # type: ignore[arg-type]
+    return units.shape[0] * units.shape[1]
+
+
+# -- data-dependent initialization ----------------------------------------------------------------
+
+
+def _fit(captured: Captured, sites: list[Site], drafts: dict[str, _Draft], batch: Any) -> None:
+    """Set g and b of every site in one forward."""
+    layers: dict[str, nn.Module] = {}
+    for site in sites:
+        kind = layer_kind(site.plan.module)
+        if kind not in _FITTED:
+            drafts[site.target].notes.append(f"not fitted: {kind} has no single pre-activation")
+        elif any(site.plan.ties.values()):
+            drafts[site.target].notes.append("not fitted: its weight is tied")
+        else:
+            layers[site.target] = site.plan.module
+
+    def fit(name: str, layer: nn.Module, output: torch.Tensor, again: Any) -> torch.Tensor:
+        return _standardize(name, layer, output, drafts[name])
+
+    for name in fit_in_lockstep(captured.model, batch, layers, fit):
+        drafts[name].notes.append("not fitted: the batch did not reach it")
+
+
+def _standardize(name: str, layer: nn.Module, output: torch.Tensor, draft: _Draft) -> torch.Tensor:
+    units = unit_statistics(layer, output)
+    if units.complaint is not None:
+        warnings.warn(f"{name}: {units.complaint}", stacklevel=2)
+        draft.notes.append(units.complaint)
+    if units.samples < 2 or not bool(units.usable.any()):
+        return output
+    scale = torch.where(units.usable, 1 / units.std, 1.0)
+    shift = torch.where(units.usable, -units.mean / units.std, 0.0)
+    draft.metrics |= {
+        "std before": float(units.std.mean()),
+        "mean before": float(units.mean.abs().mean()),
+    }
+    chain: Any = layer.parametrizations["weight"]  # type: ignore[index]
+    g = chain.original0
+    flat = g.detach().flatten().to(scale.dtype) * scale
+    chain.original0 = nn.Parameter(flat.to(g.dtype).reshape(g.shape), g.requires_grad)
+    axis = unit_axis(layer, output)
+    scaled = output * units.along(axis, output, scale)
+    if draft.centred is not None:
+        norm = draft.centred
+        mean = torch.where(units.usable, units.mean / units.std, norm.running_mean)
+        norm.running_mean = mean.to(norm.running_mean)
+        bias = torch.where(units.usable, 0.0, norm.bias.detach())
+        norm.bias = nn.Parameter(bias.to(norm.bias.dtype), norm.bias.requires_grad)
+        return scaled
+    old = layer.bias
+    if old is None:
+        draft.notes.append("a bias was added")
+    bias = shift if old is None else old.detach().to(scale.dtype) * scale + shift  # type: ignore[operator]
+    layer.bias = nn.Parameter(bias.to(g.dtype), g.requires_grad)
+    return scaled + units.along(axis, output, shift)
