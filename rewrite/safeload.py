@@ -61,6 +61,11 @@ _PLAIN_CLASSES = frozenset(
         "torch.nn.utils.spectral_norm.SpectralNorm",
         "torch.nn.utils.spectral_norm.SpectralNormStateDictHook",
         "torch.nn.utils.spectral_norm.SpectralNormLoadStateDictPreHook",
+        "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
+        "torchvision.models.detection._utils.BoxCoder",
+        "torchvision.models.detection._utils.BoxLinearCoder",
+        "torchvision.models.detection._utils.Matcher",
+        "torchvision.models.detection._utils.SSDMatcher",
     }
 )
 """Classes that are no modules, but that modules of the trusted packages keep as attributes."""
@@ -98,6 +103,8 @@ _ACTIVATIONS = (
 )
 
 _FUNCTIONS = frozenset(
+    {"torchvision.ops.boxes.box_iou", "torchvision.models.optical_flow.raft._pass_through_h"}
+) | frozenset(
     f"{place}.{name}"
     for place in ("torch", "torch.nn.functional", "torch._C._nn", "torch._C._VariableFunctions")
     for name in _ACTIVATIONS
