@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import models
+import rewrite
+from passes import BatchNormToLayerNorm
+from rewrite.errors import OptionError
+from rewrite.modules import ChannelLayerNorm
+
+
+def model_of(*layers: nn.Module) -> nn.Sequential:
+    return models.randomize_norms_(nn.Sequential(*layers).eval(), 0)
+
+
+def convert(
+    model: nn.Module, x: torch.Tensor | None, **options: object
+) -> rewrite.Result[nn.Module]:
+    return rewrite.convert(
+        model, [BatchNormToLayerNorm(keep="affine", **options)],
+        example_inputs=None if x is None else (x,), verify=x is not None,
+    )  # fmt: skip
+
+
+def test_over_chw_is_group_norm_with_one_group() -> None:
+    model = model_of(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=1e-3))
+    x = torch.randn(2, 3, 8, 8)
+    result = convert(model, x)
+    y = model[0](x)
+    expected = F.group_norm(y, 1, model[1].weight, model[1].bias, 1e-3)
+    assert torch.equal(result.model(x), expected)
+    assert result.report.changes[0].after == "GroupNorm(1, 8)"
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8), (2, 3, 8, 8), (2, 3, 6, 6, 6)])
+def test_over_c_normalizes_the_channels_at_each_position(shape: tuple[int, ...]) -> None:
+    dims = len(shape) - 2
+    conv, norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"BatchNorm{dims}d")
+    model = model_of(conv(3, 8, 3), norm(8))
+    x = torch.randn(shape)
+    result = convert(model, x, over="c")
+    y = model[0](x)
+    mean, var = y.mean(1, keepdim=True), y.var(1, correction=0, keepdim=True)
+    per_channel = (1, 8, *(1,) * dims)
+    gamma, beta = model[1].weight.view(per_channel), model[1].bias.view(per_channel)
+    expected = gamma * (y - mean) / (var + model[1].eps).sqrt() + beta
+    assert torch.allclose(result.model(x), expected, atol=1e-5)
+    assert not torch.allclose(result.model(x), F.group_norm(y, 1), atol=1e-2)
+    assert type(result.model[1]) is ChannelLayerNorm
+
+
+@pytest.mark.parametrize("over", ["c", "chw"])
+def test_on_flat_input_both_are_layer_norm(over: str) -> None:
+    model = model_of(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    result = convert(model, torch.randn(2, 4), over=over)
+    assert type(result.model[1]) is nn.LayerNorm
+
+
+def test_declines_a_single_channel() -> None:
+    model = model_of(nn.Conv2d(3, 1, 3), nn.BatchNorm2d(1))
+    assert "1 channel" in convert(model, torch.randn(2, 3, 8, 8), over="c").report.skips[0].reason
+    assert convert(model, torch.randn(2, 3, 8, 8)).report.changes
+    assert "1 channel" in convert(model, None).report.skips[0].reason
+
+
+def test_leaves_the_rest_alone() -> None:
+    model = model_of(nn.LayerNorm(4), nn.GroupNorm(2, 4))
+    assert not convert(model, None).report.changes
+
+
+def test_options() -> None:
+    with pytest.raises(OptionError, match="over is 'hw'; pass 'chw' or 'c'"):
+        BatchNormToLayerNorm(over="hw")

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import symbolic_trace
+from torch.fx.passes.infra.pass_base import PassResult
+from torch.fx.passes.infra.pass_manager import PassManager
+
+import models
+from passes import BatchNormToGroupNorm
+from rewrite.errors import OptionError
+from rewrite.protocol import Change, Selection, Skip, apply_pass
+
+
+def traced() -> torch.fx.GraphModule:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    return symbolic_trace(models.randomize_norms_(model, 0))
+
+
+def test_a_pass_is_callable_on_a_graph_module() -> None:
+    model = traced()
+    result = BatchNormToGroupNorm(num_groups=2)(model)
+    assert isinstance(result, PassResult) and result.modified
+    assert result.graph_module is model and type(model.get_submodule("1")) is nn.GroupNorm
+    assert not BatchNormToGroupNorm()(model).modified
+
+
+def test_runs_inside_torch_pass_manager_beside_others() -> None:
+    def relu_to_silu(graph_module: torch.fx.GraphModule) -> PassResult:
+        graph_module.set_submodule("2", nn.SiLU())
+        return PassResult(graph_module, True)
+
+    manager = PassManager(passes=[BatchNormToGroupNorm(num_groups=2), relu_to_silu], steps=1)
+    result = manager(traced())
+    assert result is not None
+    kinds = [type(module) for module in result.graph_module.children()]
+    assert kinds == [nn.Conv2d, nn.GroupNorm, nn.SiLU]
+    assert torch.isfinite(result.graph_module(torch.randn(2, 3, 8, 8))).all()
+
+
+def test_a_graph_module_has_no_orphans_after_a_line_of_it_changed() -> None:
+    model, inputs = models.build("functional_norm")
+    graph_module = symbolic_trace(model)
+    assert BatchNormToGroupNorm(num_groups=2)(graph_module).modified
+    graph_module.graph.lint()
+    used = {str(n.target).split(".")[0] for n in graph_module.graph.nodes if n.op == "call_module"}
+    assert {name for name, _ in graph_module.named_children()} <= used
+    assert not any("running" in name for name, _ in graph_module.named_buffers())
+    assert torch.isfinite(graph_module(*inputs)).all()
+
+
+@pytest.mark.parametrize(
+    ("selection", "reason"),
+    [
+        (Selection(), None),
+        (Selection(only=("layer1.*",)), None),
+        (Selection(only=("layer2.*", "layer1.0.bn?")), None),
+        (Selection(only=("layer2.*",)), "not matched by --only layer2.*"),
+        (Selection(skip=("*.bn1",)), "matched by --skip *.bn1"),
+        (Selection(only=("layer1.*",), skip=("layer1.0.*",)), "matched by --skip layer1.0.*"),
+    ],
+)
+def test_selection(selection: Selection, reason: str | None) -> None:
+    assert selection.refusal("layer1.0.bn1") == reason
+
+
+def test_touched_names_the_target_and_every_alias() -> None:
+    model, inputs = models.build("norm_under_two_names")
+    applied = apply_pass(BatchNormToGroupNorm(keep="affine"), model, inputs)
+    assert applied.changes[0].touched == ("norm1", "norm2")
+
+
+def test_a_change_is_data() -> None:
+    change = Change("a", "BatchNorm2d(8)", "GroupNorm(2, 8)")
+    assert change == Change("a", "BatchNorm2d(8)", "GroupNorm(2, 8)")
+    assert hash(Skip("a", "b", "c")) == hash(Skip("a", "b", "c"))
+
+
+def test_a_flag_without_value_takes_none() -> None:
+    with pytest.raises(OptionError, match="takes no value"):
+        BatchNormToGroupNorm.from_flag(["x"])
