@@ -100,8 +100,8 @@ class Report:
         from rich.text import Text
 
         for item in self.passes:
-            title = f"{item.spec} ({item.contract})"
-            table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+            yield Text(f"{item.spec} ({item.contract})", style="bold")
+            table = Table(box=None, pad_edge=False)
             for column in ("module", "was", "is", "note"):
                 table.add_column(column, overflow="fold")
             for change in item.changes:
@@ -111,7 +111,8 @@ class Report:
                     *map(Text, (skip.target, skip.before, "left alone", skip.reason)),
                     style="yellow",
                 )
-            yield table
+            if item.changes or item.skips:
+                yield table
             yield Text(f"{len(item.changes)} rewritten, {len(item.skips)} left alone")
             for name in item.violations:
                 yield Text(f"{name} changed although no rewritten site names it", style="red")
