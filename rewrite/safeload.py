@@ -183,7 +183,7 @@ def grant(name: str, trust: Sequence[str], path: Path) -> _Grant:
         value,
         instantiated=True,
         called=issubclass(value, enum.Enum),
-        held=not issubclass(value, nn.Module) or package != "transformers",
+        held=package != "transformers" or issubclass(value, enum.Enum),
     )
 
 
@@ -215,6 +215,9 @@ def _objection(name: str, value: Any, trust: Collection[str]) -> str | None:
     if package == "torch" and not home.startswith(_LAYERS_OF_TORCH):
         return f"which is no layer of torch.nn; {fix}"
     if issubclass(value, nn.Module | enum.Enum) or home in _PLAIN_CLASSES:
+        return None
+    bases = [base.__module__ for base in value.__mro__]
+    if package == "transformers" and "transformers.configuration_utils" in bases:
         return None
     return f"which is no nn.Module class; {fix}"
 

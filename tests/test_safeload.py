@@ -247,3 +247,21 @@ def test_activations_and_classes_that_models_keep_open(tmp_path):
     assert back.norm_layer is nn.BatchNorm2d
     assert back.make.func is nn.LayerNorm
     assert back.make.keywords == {"eps": 1e-3}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_whole_model_of_transformers_opens_and_its_classes_are_not_kept(tmp_path):
+    """Building such a model may fetch code that its configuration names, so none is built."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_sizes": [8, 8], "depths": [1, 1], "embedding_size": 8}
+    model = transformers.ResNetModel(transformers.ResNetConfig(**sizes))
+    back = load(save(model, tmp_path / "m.pt"))
+    assert back.config.hidden_sizes == [8, 8]
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters(), strict=True)
+    )
+    holder = nn.Linear(2, 2)
+    holder.forward = type(model)
+    torch.save(holder, tmp_path / "kept.pt")
+    refused(tmp_path / "kept.pt", "keeps transformers.models.resnet")
+    refused(attack(tmp_path, Call(type(model), model.config)), "calls transformers.models.resnet")
