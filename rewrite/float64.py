@@ -1,0 +1,241 @@
+"""Run a model in float64 without changing it, and without needing a copy of it.
+
+    wide(f)(x) = f with every narrow floating-point tensor t replaced by float64(t)
+
+Two mechanisms together:
+
+1. Parameters, buffers and tensors held as attributes are exchanged for float64 ones while the
+   context is open, and put back after it; nothing is ever written into the model's own tensors.
+   Streamed, a module's tensors are exchanged only while that module runs.
+2. A dispatch mode keeps what a forward creates in float64: a hard-coded `dtype=torch.float32`, a
+   `.float()`, a constant of a closure. Such code breaks `model.double()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from rewrite.tree import Tree
+
+_WIDE = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+
+
+def widen(value: Any) -> Any:
+    """Return `value` with every narrow floating-point tensor in it as float64, on its device."""
+    return tree_map(_widen_tensor, value)
+
+
+def _widen_tensor(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or value.dtype not in _WIDE:
+        return value
+    # MPS has no float64: judge on the CPU what only the CPU can represent.
+    device = torch.device("cpu") if value.device.type == "mps" else value.device
+    return value.to(device=device, dtype=_WIDE[value.dtype])
+
+
+class KeepFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every operator reads and returns float64 where it would use a narrower floating type."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        args = tuple(_WIDE.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
+        if kwargs.get("dtype") in _WIDE:
+            kwargs["dtype"] = _WIDE[kwargs["dtype"]]
+        keeps_storage = func.is_view or func._schema.is_mutable
+        if not keeps_storage:
+            args, kwargs = widen(args), widen(kwargs)
+        out = func(*args, **kwargs)
+        return out if keeps_storage else widen(out)
+
+
+@contextlib.contextmanager
+def in_float64(*models: nn.Module, streamed: bool = False) -> Iterator[None]:
+    """Let `models` compute in float64 while the context is open; inputs are the caller's to widen.
+
+    Args:
+        models: any models; their tensors and state are as before when the context closes.
+        streamed: hold the float64 copy of one module at a time; slower, without a second copy.
+    """
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            exchange = _Exchange(model)
+            stack.callback(exchange.restore)
+            exchange.own_buffers()
+            for name, module in exchange.modules.items():
+                if streamed:
+                    stack.enter_context(_while_running(exchange, name, module))
+                else:
+                    exchange.widen(name)
+        stack.enter_context(KeepFloat64())  # type: ignore[no-untyped-call]
+        yield
+
+
+@contextlib.contextmanager
+def isolated(model: nn.Module) -> Iterator[None]:
+    """Give `model` its own buffers while the context is open, so that a forward leaves no trace."""
+    exchange = _Exchange(model)
+    exchange.own_buffers()
+    try:
+        yield
+    finally:
+        exchange.restore()
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models into eval mode, each module back into its own mode afterwards."""
+    before = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def short_of_memory(*models: nn.Module) -> bool:
+    """Return whether float64 copies of `models` would take more than half of the free memory."""
+    needed = 0
+    device = torch.device("cpu")
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            needed += 8 * tensor.numel()
+            device = tensor.device
+    return needed > _free_bytes(device) // 2
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        # Not every system tells; a copy is then assumed to fit.
+        return 1 << 62
+
+
+class _Exchange:
+    """The tensors of a model, replaced by float64 ones, and everything back afterwards."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = {
+            name: module
+            for name, module in Tree(model).modules()
+            if not isinstance(module, torch.jit.ScriptModule)
+        }
+        self._state = {
+            name: (dict(vars(module)), dict(module._parameters), dict(module._buffers))
+            for name, module in self.modules.items()
+        }
+        self._memo: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def own_buffers(self) -> None:
+        """Exchange every buffer for a private copy of the same type."""
+        for module in self.modules.values():
+            module._buffers.update(
+                {key: self._converted(b, _clone) for key, b in module._buffers.items()}
+            )
+        self._memo.clear()
+
+    def widen(self, name: str) -> None:
+        """Exchange the tensors of one module for wide ones."""
+        module = self.modules[name]
+        module._parameters.update(
+            {key: self._converted(p, _wide) for key, p in module._parameters.items()}
+        )
+        module._buffers.update(
+            {key: self._converted(b, _wide) for key, b in module._buffers.items()}
+        )
+        held = vars(module)
+        for key, value in self._state[name][0].items():
+            if isinstance(value, torch.Tensor):
+                held[key] = self._converted(value, _wide)
+            elif _is_tensor_list(value):
+                held[key] = [self._converted(item, _wide) for item in value]
+
+    def drop(self, name: str) -> None:
+        """Put the narrow parameters of one module back; buffers keep what the forward wrote."""
+        held, parameters, _ = self._state[name]
+        module = self.modules[name]
+        module._parameters.update(parameters)
+        for key, value in held.items():
+            if isinstance(value, torch.Tensor) or _is_tensor_list(value):
+                vars(module)[key] = value
+        self._memo.clear()
+
+    def restore(self) -> None:
+        """Put every tensor and every attribute back."""
+        for name, (held, parameters, buffers) in self._state.items():
+            module = self.modules[name]
+            for live, saved in (
+                (vars(module), held),
+                (cast(dict[str, Any], module._parameters), parameters),
+                (cast(dict[str, Any], module._buffers), buffers),
+            ):
+                live.clear()
+                live.update(saved)
+
+    def _converted(self, value: Any, convert: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        """Return `value` converted, the same result for the same tensor: ties stay ties."""
+        if type(value) not in (torch.Tensor, nn.Parameter):
+            return value
+        if id(value) not in self._memo:
+            result = convert(value)
+            # Kept with its source, whose id may not go to another tensor meanwhile. The result is
+            # an attribute now and may be met again: it stands for itself.
+            self._memo[id(value)] = (value, result)
+            self._memo[id(result)] = (result, result)
+        return self._memo[id(value)][1]
+
+
+def _clone(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().clone()
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    if value.dtype not in _WIDE:
+        return value
+    wide = cast(torch.Tensor, widen(value.detach()))
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(wide, requires_grad=value.requires_grad)
+    return wide
+
+
+def _is_tensor_list(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, torch.Tensor) for item in value)
+
+
+@contextlib.contextmanager
+def _while_running(exchange: _Exchange, name: str, module: nn.Module) -> Iterator[None]:
+    def enter(module: nn.Module, args: Any) -> None:
+        exchange.widen(name)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        exchange.drop(name)
+
+    handles = (
+        module.register_forward_pre_hook(enter, prepend=True),
+        module.register_forward_hook(leave, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
