@@ -18,7 +18,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,6 +101,7 @@ class Captured:
         regions: the traced forwards, the model's own first if it could be traced.
         opaque: the modules that are one call to the tracer, with the reason.
         shape_error: why some values have no shape although example inputs were given.
+        notes: what a pass has to say of the whole model; it goes into the report.
     """
 
     model: nn.Module
@@ -108,6 +109,7 @@ class Captured:
     regions: tuple[Region, ...]
     opaque: dict[str, Opaque]
     shape_error: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     # -- modules ------------------------------------------------------------------------------
 
@@ -440,9 +442,19 @@ def _leaf_region(module: nn.Module, name: str) -> Region:
 
 
 def forward_defaults(module: nn.Module) -> dict[str, Any]:
-    """Return the forward's parameters that have defaults: a trace takes those."""
-    parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    """Return the forward's parameters that have defaults: a trace takes those.
+
+    Where every parameter has one, the first is an input all the same: `forward(pixel_values=None)`
+    computes nothing without it.
+    """
+    parameters = [
+        p
+        for p in inspect.signature(inspect.unwrap(type(module).forward)).parameters.values()
+        if p.name != "self"
+    ]
+    required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    inputs = required or parameters[:1]
+    return {p.name: p.default for p in parameters if p not in inputs and p.default is not p.empty}
 
 
 def forward_branches(module: nn.Module, assumed: dict[str, Any]) -> tuple[str, ...]:
@@ -463,6 +475,7 @@ def forward_branches(module: nn.Module, assumed: dict[str, Any]) -> tuple[str, .
     return tuple(name for name in assumed if name in tested)
 
 
+@lru_cache(maxsize=4096)  # inspect.getsource parses the whole file of a class
 def _words(kind: type) -> frozenset[str] | None:
     """Return every word of a class's code (its bases' too, up to nn.Module); None if unknown."""
     words: set[str] = set()

@@ -426,3 +426,23 @@ def test_exported_programs_are_read_as_aten_with_named_parameters():
     captured = capture(program.module())
     found = [norm for node in captured.nodes() if (norm := norm_of(captured, node))]
     assert [norm.running_mean.name for norm in found] == ["bn1.running_mean", "bn2.running_mean"]
+
+
+class EveryArgumentOptional(nn.Module):
+    """As in transformers: the input has a default too, and its absence is an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, pixel_values: Tensor | None = None, scale: float = 2.0) -> Tensor:
+        if pixel_values is None:
+            raise ValueError("pixel_values is missing")
+        return self.conv(pixel_values) * scale
+
+
+def test_the_first_argument_is_an_input_when_every_argument_has_a_default():
+    captured = capture(EveryArgumentOptional())
+    assert not captured.opaque
+    assert captured.regions[0].assumed == {"scale": 2.0}
+    assert captured.callers_known("conv")

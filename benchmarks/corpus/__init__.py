@@ -22,6 +22,18 @@ from torch import nn
 
 from benchmarks.corpus.fill import SkipRandomInit, fill
 
+__all__ = [
+    "PACKAGES",
+    "QUICK",
+    "UnbuildableError",
+    "build",
+    "construct",
+    "fill",
+    "fit_inputs",
+    "make",
+    "names",
+]
+
 PACKAGES = ("timm", "torchvision", "smp", "transformers", "pytorchcv")
 
 QUICK = (
@@ -82,7 +94,7 @@ class UnbuildableError(Exception):
 
 
 def build(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
-    """Return the model called `name`, in eval mode with random norms, and inputs it runs on.
+    """Return the model called `name` as `make` does, and inputs on which it runs.
 
     Raises:
         UnbuildableError: it cannot be built offline, or runs on none of the usual inputs.
@@ -91,8 +103,19 @@ def build(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     return model, fit_inputs(name, model)
 
 
-def make(name: str, device: str = "cpu") -> nn.Module:
-    """Return the model called `name`; on the meta device nothing is filled.
+def make(name: str) -> nn.Module:
+    """Return the model called `name` with random weights and norms, in eval mode.
+
+    Raises:
+        UnbuildableError: the package cannot build it offline.
+    """
+    model = construct(name)
+    fill(model)
+    return model
+
+
+def construct(name: str, device: str = "cpu") -> nn.Module:
+    """Return the model called `name` in eval mode, its random weights left as memory was found.
 
     Raises:
         UnbuildableError: the package cannot build it offline.
@@ -106,8 +129,6 @@ def make(name: str, device: str = "cpu") -> nn.Module:
                 model: nn.Module = source.make(architecture)
         except Exception as error:
             raise UnbuildableError(f"{type(error).__name__}: {error}") from error
-        if device != "meta":
-            fill(model)
     return model.eval()
 
 

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,14 @@ _VOCABULARY = 1000
 
 def architectures() -> Iterator[str]:
     """Yield the model types whose modeling file names a convolution or a BatchNorm."""
-    root = Path(transformers.__file__).parent / "models"
-    with_layer = {
-        path.stem.removeprefix("modeling_")
-        for path in root.glob("*/modeling_*.py")
-        if _LAYER.search(path.read_text(encoding="utf-8"))
-    }
     for model_type in sorted(CONFIG_MAPPING_NAMES):
-        if _module_name(model_type).rsplit("modeling_", 1)[-1] in with_layer:
+        if _LAYER.search(_code(model_type)):
             yield model_type
+
+
+def names_batch_norm(architecture: str) -> bool:
+    """Return whether the modeling file mentions BatchNorm; backbones may bring it without that."""
+    return "BatchNorm" in _code(architecture)
 
 
 def make(architecture: str) -> nn.Module:
@@ -129,6 +129,14 @@ def _value(name: str, model: nn.Module, side: int) -> Tensor | None:
 
 def _first(config: PretrainedConfig, *names: str) -> int | None:
     return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
+@lru_cache(maxsize=1024)
+def _code(model_type: str) -> str:
+    """Return the text of the modeling file of a model type, "" if it has none."""
+    parts = _module_name(model_type).removeprefix("transformers.").split(".")
+    path = Path(transformers.__file__).parent.joinpath(*parts).with_suffix(".py")
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _module_name(model_type: str) -> str:

@@ -22,7 +22,7 @@ from rewrite.protocol import Skip, apply_pass
 from rewrite.tree import copy_model
 
 STRUCTURAL_ABOVE = 300_000_000
-"""Models of more parameters are built on the meta device and not run."""
+"""Models of more parameters are rewritten, but not run."""
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -31,18 +31,15 @@ def measure(name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name}
     start = time.perf_counter()
     try:
-        model = corpus.make(name, "meta")
-        large = _parameters(model) > STRUCTURAL_ABOVE
-    except corpus.UnbuildableError:
-        large = False  # some constructors compute with values; that says nothing about the size
-    try:
-        if not large:
-            model = corpus.make(name)
+        model = _construct(name)
         row["parameters"] = _parameters(model)
         row["norms"] = sum(holds_statistics(module) for module in model.modules())
-        if large or row["norms"] == 0:
-            _structural(row, model, "meta" if large else "no-norm")
+        if not row["norms"]:
+            _capture_only(row, model)
+        elif row["parameters"] > STRUCTURAL_ABOVE:
+            _structure_only(row, model)
         else:
+            corpus.fill(model)
             _full(row, name, model)
     except corpus.UnbuildableError as error:
         row |= {"status": "unbuildable", "error": str(error)[:300]}
@@ -50,15 +47,30 @@ def measure(name: str) -> dict[str, Any]:
     return row
 
 
-def _structural(row: dict[str, Any], model: nn.Module, status: str) -> None:
-    """Capture without running: models without a norm, and those too large to run."""
-    row["status"] = status
+def _construct(name: str) -> nn.Module:
+    """Build in memory that nothing has touched yet; what is too large for that, on meta."""
+    try:
+        return corpus.construct(name)
+    except corpus.UnbuildableError as error:
+        if "allocate memory" not in str(error):
+            raise
+        return corpus.construct(name, "meta")
+
+
+def _capture_only(row: dict[str, Any], model: nn.Module) -> None:
+    """Capture a model without a norm: nothing else applies to it."""
+    row["status"] = "no-norm"
+    _describe(row, capture(model))
+
+
+def _structure_only(row: dict[str, Any], model: nn.Module) -> None:
+    """Rewrite a model that is too large to run, and count what it is made of."""
+    row["status"] = "structure"
     captured = _times(row, model)
     row["seen"] = len(_seen(captured))
-    if row["norms"]:
-        applied = apply_pass(BatchNormToGroupNorm(), model)
-        row["left_in_modules"] = sum(holds_statistics(m) for m in applied.model.modules())
-        row["skips"] = _reasons(applied.skips)
+    applied = apply_pass(BatchNormToGroupNorm(), model)
+    row["left_in_modules"] = sum(holds_statistics(m) for m in applied.model.modules())
+    row["skips"] = _reasons(applied.skips)
 
 
 def _full(row: dict[str, Any], name: str, model: nn.Module) -> None:
@@ -84,10 +96,14 @@ def _times(row: dict[str, Any], model: nn.Module) -> Captured:
     except Exception as error:  # noqa: BLE001 - a model may break the tracer in any way
         row["trace_error"] = peers.short(error)
     row["capture_seconds"], captured = _best_of_two(lambda: capture(model))
+    _describe(row, captured)
+    return captured
+
+
+def _describe(row: dict[str, Any], captured: Captured) -> None:
     row["regions"] = len(captured.regions)
     row["opaque"] = {name: item.reason[:120] for name, item in list(captured.opaque.items())[:5]}
     row["opaque_count"] = len(captured.opaque)
-    return captured
 
 
 def _best_of_two(function: Callable[[], Any]) -> tuple[float, Any]:

@@ -33,7 +33,7 @@ def failures(row: Row) -> list[str]:
         return []
     if status in ("timeout", "memory", "crashed", "failed"):
         return [f"{name}: {status}: {row['error']}"]
-    if status == "meta":
+    if status == "structure":
         left = row["left_in_modules"]
         reasons = "; ".join(row["skips"])
         return [f"{name}: {left} norms left (not run): {reasons}"] if left else []
@@ -104,8 +104,8 @@ def _norms(name: str, rows: Sequence[Row]) -> list[object]:
     complete = sum(row["seen"] == row["run"] and row.get("left") == 0 for row in ran)
     lost = sum(row.get("activations_after", 0) < row["activations"] for row in ran if "left" in row)
     return [
-        name, len(mine), status["run"], status["no-norm"], status["meta"], status["unbuildable"],
-        broken, _sum(ran, "run"), _sum(ran, "seen"), _sum(ran, "left"),
+        name, len(mine), status["run"], status["no-norm"], status["structure"],
+        status["unbuildable"], broken, _sum(ran, "run"), _sum(ran, "seen"), _sum(ran, "left"),
         f"{complete} of {len(ran)}", lost,
     ]  # fmt: skip
 
