@@ -106,7 +106,9 @@ def _load_file(
         return _from_state(path, _read_safetensors(path, map_location), factory, map_location)
     if zipfile.is_zipfile(path) and is_exported(path):
         return load_exported(path, map_location)
-    content = load_pickle(path, trust=trust, map_location=map_location)
+    # A state dict is mapped, so that it and the factory's own tensors are not held side by side.
+    mapped = factory is not None
+    content = load_pickle(path, trust=trust, map_location=map_location, mmap=mapped)
     if isinstance(content, nn.Module):
         if factory is not None:
             raise CheckpointError(f"{path}: is a whole model, not a state dict; drop the factory")

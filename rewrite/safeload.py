@@ -127,7 +127,7 @@ def load_pickle(
     *,
     trust: Sequence[str] = (),
     map_location: str | torch.device = "cpu",
-    mmap: bool = True,
+    mmap: bool = False,
 ) -> Any:
     """Return the object of a `torch.save` file; raise CheckpointError for what may not be opened.
 
@@ -136,7 +136,7 @@ def load_pickle(
         trust: Packages, or full names of single classes and functions, allowed beside `TRUSTED`.
         map_location: Where the tensors go.
         mmap: Map the file into memory instead of reading it, where its format and the target
-            device allow it; a tensor is then copied only when somebody writes to it.
+            device allow it. Mapped tensors have no copy-on-write form: `convert` copies them all.
     """
     zipped = zipfile.is_zipfile(path)
     names = _names(path) if zipped else []
