@@ -15,6 +15,7 @@ import ast
 import inspect
 import textwrap
 from collections import OrderedDict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -27,7 +28,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from rewrite.capture import Captured, TensorRef, forward_branches, forward_defaults
 from rewrite.errors import PassError
 from rewrite.tracer import RegionTracer, reason_of, tracing
-from rewrite.tree import Tree, tensor_names
+from rewrite.tree import Tree, join, tensor_names
 
 _DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout")
 
@@ -60,6 +61,7 @@ class Editor:
     def __init__(self, captured: Captured) -> None:
         self.captured = captured
         self._forwards: dict[str, Forward | str] = {}
+        self._removed: list[nn.Module] = []
 
     # -- tensors and modules ------------------------------------------------------------------
 
@@ -106,8 +108,17 @@ class Editor:
         line.replace_all_uses_with(source)
         forward.graph.erase_node(line)
 
-    def substitute(self, node: Node, module: nn.Module, name: str) -> str:
+    def substitute(
+        self, node: Node, module: nn.Module, name: str, holder: str | None = None
+    ) -> str:
         """Make a call of a function a call of `module`, a new child of the owner.
+
+        Args:
+            node: the call.
+            module: what is called instead.
+            name: its name; a number is added if it is taken.
+            holder: the module below the owner that holds the call's tensors, if any: `module` takes
+                its place, and the names in a state dict stay, where nothing else needs it.
 
         Returns:
             The qualified name of the new child: `name`, with a number behind it if taken.
@@ -117,41 +128,84 @@ class Editor:
             return str(node.target)
         forward, line = self._open_line(node)
         owner = self.captured.module(forward.owner)
-        key, number = name, 1
-        while hasattr(owner, key) or key in forward.children:
-            number += 1
-            key = f"{name}{number}"
+        key = self._place_of(holder, forward, line) or _free_name(owner, forward.children, name)
         module.train(owner.training)
         forward.children[key] = module
         with forward.graph.inserting_before(line):
-            call = forward.graph.call_module(key, (line.all_input_nodes[0],))
+            call = forward.graph.create_node("call_module", key, (line.all_input_nodes[0],))
         line.replace_all_uses_with(call)
         forward.graph.erase_node(line)
         return f"{forward.owner}.{key}" if forward.owner else key
 
+    def merge(
+        self, node: Node, source: Callable[[Node], Node | None], module: nn.Module, name: str
+    ) -> str:
+        """Make the value of `node` a call of `module` on an earlier value of the same forward.
+
+        The lines between the two, which nothing else reads, go.
+
+        Args:
+            node: the call whose value is replaced.
+            source: given the line of `node`, returns the line whose value `module` is called on.
+            module: the new child of the owner.
+            name: its name; a number is added if it is taken.
+
+        Returns:
+            The qualified name of the new child.
+        """
+        forward, line = self._open_line(node)
+        before = source(line)
+        if before is None:
+            raise PassError(f"{forward.owner}: the branches of {node.name} begin at several values")
+        owner = self.captured.module(forward.owner)
+        key = _free_name(owner, forward.children, name)
+        module.train(owner.training)
+        forward.children[key] = module
+        with forward.graph.inserting_before(line):
+            call = forward.graph.create_node("call_module", key, (before,))
+        line.replace_all_uses_with(call)
+        dead = [line]
+        while dead:
+            gone = dead.pop()
+            if not gone.users and gone is not before and gone.op != "placeholder":
+                inputs = gone.all_input_nodes
+                forward.graph.erase_node(gone)
+                dead.extend(inputs)
+        return f"{forward.owner}.{key}" if forward.owner else key
+
+    def remove(self, name: str) -> None:
+        """Take a module that nothing calls any more out of its parents at `commit`."""
+        self._removed.append(self.captured.module(name))
+
     def set_argument(self, node: Node, index: int, name: str, tensor: torch.Tensor) -> TensorRef:
-        """Give a function call a new tensor argument (a bias, say), stored on its owner."""
+        """Give a function call a new tensor argument (a bias, say), stored beside its others."""
         forward, line = self._open_line(node)
         owner = self.captured.module(forward.owner)
-        key, number = name, 1
-        while hasattr(owner, key) or key in forward.tensors:
-            number += 1
-            key = f"{name}{number}"
+        reads = [n for n in line.all_input_nodes if n.op == "get_attr"]
+        place = str(reads[0].target).rpartition(".")[0] if reads else ""
+        beside = owner.get_submodule(place)
+        prefix = f"{place}." if place else ""
+        taken = {key.removeprefix(prefix) for key in forward.tensors}
+        key = prefix + _free_name(beside, taken, name)
         forward.tensors[key] = nn.Parameter(tensor.detach())
         with forward.graph.inserting_before(line):
-            read = forward.graph.get_attr(key)
+            read = forward.graph.create_node("get_attr", key)
         arguments = list(line.args)
         if name in line.kwargs or len(arguments) < index:
             line.update_kwarg(name, read)
         else:
             arguments[index : index + 1] = [read]
             line.args = tuple(arguments)
-        return TensorRef(forward.owner, key)
+        holder, _, attr = join(forward.owner, key).rpartition(".")
+        return TensorRef(holder, attr)
 
     # -- commit -------------------------------------------------------------------------------
 
     def commit(self) -> None:
         """Finish every edited forward: a chain becomes nn.Sequential, the rest a GraphModule."""
+        for module in self._removed:
+            _remove(self.captured.tree, module)
+        self._removed.clear()
         for forward in list(self._forwards.values()):
             if isinstance(forward, Forward) and forward.edited:
                 self._finish(forward)
@@ -160,7 +214,8 @@ class Editor:
     def _finish(self, forward: Forward) -> None:
         owner = self.captured.module(forward.owner)
         for key, tensor in forward.tensors.items():
-            owner.register_parameter(key, tensor)
+            place, _, attr = key.rpartition(".")
+            owner.get_submodule(place).register_parameter(attr, tensor)
         for key, constant in forward.constants.items():
             owner.register_buffer(key, constant, persistent=False)
         if isinstance(owner, GraphModule):
@@ -179,6 +234,19 @@ class Editor:
         self.captured.replace(owner, new)
 
     # -- opening ------------------------------------------------------------------------------
+
+    def _place_of(self, holder: str | None, forward: Forward, line: Node) -> str | None:
+        """Return the name of `holder` relative to the owner if only `line` needs that module."""
+        if holder is None or holder == forward.owner:
+            return None
+        key = holder.removeprefix(f"{forward.owner}.") if forward.owner else holder
+        module = self.captured.module(holder)
+        if module._modules or self.captured.callers_known(holder) and self.captured.calls(holder):
+            return None
+        if "." in key and not isinstance(self.captured.module(forward.owner), GraphModule):
+            return None
+        reads = [n for n in forward.graph.nodes if str(n.target).startswith(f"{key}.")]
+        return key if all(set(n.users) <= {line} for n in reads) else None
 
     def _in_graph_module(self, node: Node) -> bool:
         return isinstance(self.captured.module(self.captured.owner(node)), GraphModule)
@@ -240,6 +308,25 @@ class Editor:
         return forward
 
 
+def _free_name(owner: nn.Module, taken: Collection[str], name: str) -> str:
+    key, number = name, 1
+    while hasattr(owner, key) or key in taken:
+        number += 1
+        key = f"{name}{number}"
+    return key
+
+
+def _remove(tree: Tree, module: nn.Module) -> None:
+    """Take a module out of its parents, and containers that it leaves empty out of theirs."""
+    for slot in tree.slots_of(module):
+        parent = slot.parent
+        if slot.path or slot.attr not in parent._modules:
+            continue
+        del parent._modules[slot.attr]
+        if isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential) and not len(parent):
+            _remove(tree, parent)
+
+
 def _elsewhere(owner: str) -> str:
     return f"is a line of the forward of {owner}, which runs differently at different calls"
 
@@ -292,7 +379,7 @@ def _keep_dropout_modes(graph: Graph, owner: nn.Module) -> dict[str, nn.Module]:
         key = f"{name}_{len(owner._modules) + len(layers)}"
         layers[key] = layer
         with graph.inserting_before(node):
-            new = graph.call_module(key, (call["input"],))
+            new = graph.create_node("call_module", key, (call["input"],))
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     return layers

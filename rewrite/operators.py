@@ -35,7 +35,9 @@ class Operator:
 
     Attributes:
         node: the call.
-        target: the qualified name to report: the layer itself, or whose forward holds the line.
+        target: the qualified name to report: the layer itself, or the module that holds the
+            tensors of a function call (in an exported program, the layer that it once was), or
+            whose forward holds the line.
         input: the node of the first argument.
         module: the qualified name of the layer if the node calls one, else None.
     """
@@ -229,7 +231,7 @@ def norm_of(captured: Captured, node: Node) -> Norm | None:
         training = training or refs["running_mean"] is None
     shape = call.get("normalized_shape") or ()
     return Norm(
-        node, captured.owner(node), call["input"], None, kind, **refs,
+        node, _holder(captured, node, *refs.values()), call["input"], None, kind, **refs,
         eps=_default(call.get("eps"), 1e-5),
         training=training,
         num_features=_length(captured, refs),
@@ -306,7 +308,7 @@ def conv_of(captured: Captured, node: Node) -> Conv | None:
         return None
     padding = call.get("padding", 0)
     return Conv(
-        node, captured.owner(node), call["input"], None, weight, bias,
+        node, _holder(captured, node, weight), call["input"], None, weight, bias,
         stride=_tuple(call.get("stride", 1), dims),
         padding=padding if isinstance(padding, str) else _tuple(padding, dims),
         dilation=_tuple(call.get("dilation", 1), dims),
@@ -355,7 +357,8 @@ def linear_of(captured: Captured, node: Node) -> Linear | None:
     weight, bias_ref = captured.ref(call.get("weight")), captured.ref(call.get("bias"))
     if weight is None or (bias_ref is None and isinstance(call.get("bias"), Node)):
         return None
-    return Linear(node, captured.owner(node), call["input"], None, weight, bias_ref)
+    target = _holder(captured, node, weight)
+    return Linear(node, target, call["input"], None, weight, bias_ref)
 
 
 def activation_of(captured: Captured, node: Node) -> Activation | None:
@@ -389,6 +392,11 @@ def is_getitem(node: Node) -> bool:
 def _bind(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
     """Return the call's arguments by name, those left out missing."""
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _holder(captured: Captured, node: Node, *refs: TensorRef | None) -> str:
+    """Return the module to report a call of a function by: the one that holds its tensors."""
+    return next((ref.owner for ref in refs if ref is not None), captured.owner(node))
 
 
 def _default(value: Any, default: float) -> float:
