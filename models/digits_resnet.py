@@ -4,7 +4,8 @@ The network is assembled from torchvision's own ``ResNet`` and ``BasicBlock``, s
 pickled module in ``models/digits_resnet.pt`` names classes of torch and torchvision only, and
 opens without trusting any other package.
 
-Train it again (under a minute on two cores) and overwrite the checkpoint::
+Train it again (under a minute on two cores) and overwrite the checkpoint, and the test images
+(without labels) for the command line in ``models/digits_images.npz``::
 
     python -m models.digits_resnet
 """
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, ResNet
 
 CHECKPOINT = Path(__file__).with_name("digits_resnet.pt")
+IMAGES = Path(__file__).with_name("digits_images.npz")
 WIDTHS = (64, 96)
 TEST_IMAGES = 500
 
@@ -145,6 +147,7 @@ def main() -> None:
     model = train()
     seconds = time.perf_counter() - start
     torch.save(model, CHECKPOINT)
+    np.savez_compressed(IMAGES, images=held_out()[0].numpy())
     size = CHECKPOINT.stat().st_size
     print(f"accuracy {accuracy(model):.4f} after {seconds:.0f} s; {CHECKPOINT} ({size} bytes)")
 
