@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from rewrite.capture import Captured, TensorRef
 from rewrite.operators import Norm, norm_of
-from rewrite.protocol import Change, Site, Skip
+from rewrite.protocol import Site, Skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def find_batch_norms(captured: Captured) -> Iterator[Candidate | Skip]:
         if norm is None or norm.kind != "batch":
             continue
         twins = captured.twins(node)
-        if node in met:
+        # A module that only lends its tensors to a function call was met with that call.
+        if node in met or norm.module in owners:
             continue
         met.update(twins)
         owners.update((norm.target, *_holders(norm)))
@@ -112,23 +113,28 @@ def describe(captured: Captured, norm: Norm) -> str:
     return f"{norm.node.target.__name__}({channels})"  # type: ignore[union-attr]
 
 
-def put(captured: Captured, norm: Norm, module: nn.Module) -> tuple[str, str]:
-    """Put `module` where `norm` is, with the norm's own γ and β.
-
-    Returns:
-        The qualified name under which `module` stands now, and what to say about the rest of a
-        forward that held the norm as a line of code.
-    """
+def dress(captured: Captured, norm: Norm, module: nn.Module) -> None:
+    """Give `module` the γ and β of `norm`: the very parameters, or None."""
     for key, ref in (("weight", norm.weight), ("bias", norm.bias)):
         module.register_parameter(key, _parameter(captured, ref))
     for flag in ("affine", "elementwise_affine"):
         if hasattr(module, flag):
             setattr(module, flag, norm.weight is not None)
+
+
+def place(captured: Captured, norm: Norm, module: nn.Module) -> tuple[str, str]:
+    """Put `module` where `norm` is.
+
+    Returns:
+        The qualified name under which `module` stands now, and what to say about the rest of a
+        forward that held the norm as a line of code.
+    """
     if norm.module is not None and norm.node.op == "call_module":
         captured.editor.replace(norm.module, module)
         return norm.module, ""
-    name = captured.editor.substitute(norm.node, module, "norm")
-    return name, f"the rest of {type(captured.module(norm.target)).__name__}'s forward is kept"
+    name = captured.editor.substitute(norm.node, module, "norm", holder=norm.target)
+    owner = captured.module(captured.owner(norm.node))
+    return name, f"the rest of {type(owner).__name__}'s forward is kept"
 
 
 def _parameter(captured: Captured, ref: TensorRef | None) -> nn.Parameter | None:
@@ -147,13 +153,6 @@ def show(module: nn.Module) -> str:
     if isinstance(module, nn.LayerNorm):
         return f"{type(module).__name__}({module.normalized_shape[0]})"
     return f"{type(module).__name__}({getattr(module, 'num_features', '')})"
-
-
-def change(captured: Captured, site: Site, norm: Norm, module: nn.Module, note: str = "") -> Change:
-    """Put `module` where `norm` is and return the `Change` that says so."""
-    name, kept = put(captured, norm, module)
-    notes = "; ".join(text for text in (note, affine_note(norm), kept) if text)
-    return Change(site.target, site.before, show(module), notes, (site.target, name))
 
 
 def affine_note(norm: Norm) -> str:

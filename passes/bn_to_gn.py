@@ -10,16 +10,18 @@ It computes nothing across the batch. With one element a group (x − μ_g) is z
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
+from passes import _keep as keeping
 from passes import _norm_swap as swap
 from rewrite.capture import Captured
 from rewrite.errors import OptionError
-from rewrite.operators import norm_of
+from rewrite.keep import Settings
+from rewrite.operators import Norm
 from rewrite.protocol import Change, Contract, Pass, Site, Skip
 
 
@@ -60,7 +62,11 @@ class BatchNormToGroupNorm(Pass):
         default=False, metadata={"help": "an error where the count does not divide the channels"}
     )
 
+    keep: str = field(default="statistics", metadata={"help": keeping.KEEP_HELP})
+    anchor: float | None = field(default=None, metadata={"help": keeping.ANCHOR_HELP})
+
     def __post_init__(self) -> None:
+        keeping.check(self.name, self.keep, self.anchor)
         for option in ("num_groups", "channels_per_group"):
             value = getattr(self, option)
             if value is not None and value < 1:
@@ -74,12 +80,14 @@ class BatchNormToGroupNorm(Pass):
 
     def rewrite(self, captured: Captured, site: Site) -> Change:
         """Replace one norm."""
-        assert site.node is not None
-        norm = norm_of(captured, site.node)
-        assert norm is not None
-        plan: Groups = site.plan
-        module = nn.GroupNorm(plan.num_groups, plan.num_channels, eps=norm.eps, affine=False)
-        return swap.change(captured, site, norm, module, plan.note)
+        return self.rewrite_all(captured, [site])[0]
+
+    def rewrite_all(
+        self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
+    ) -> list[Change]:
+        """Replace all norms; keep="function" fits them in one pass over `calibration`."""
+        settings = Settings(self.keep, self.anchor)
+        return keeping.swap_all(captured, sites, settings, _make, calibration)
 
     def groups(self, candidate: swap.Candidate) -> Groups | str:
         """Return the groups for one norm, or why there are none."""
@@ -106,6 +114,12 @@ class BatchNormToGroupNorm(Pass):
             return count, f"groups of {size} channels"
         count = self.num_groups if self.num_groups is not None else 32
         return count, f"{count} groups"
+
+
+def _make(site_plan: Any, norm: Norm) -> nn.Module:
+    """Return the new norm, without γ and β."""
+    plan: Groups = site_plan
+    return nn.GroupNorm(plan.num_groups, plan.num_channels, eps=norm.eps, affine=False)
 
 
 def _largest_divisor(number: int, limit: int) -> int:

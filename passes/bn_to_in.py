@@ -8,15 +8,17 @@ With one position the output is β whatever comes in, so such a site is declined
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import nn
 
+from passes import _keep as keeping
 from passes import _norm_swap as swap
 from rewrite.capture import Captured
-from rewrite.operators import conv_of, norm_of
+from rewrite.keep import Settings
+from rewrite.operators import Norm, conv_of
 from rewrite.protocol import Change, Contract, Pass, Site, Skip
 
 _LAYERS: dict[int, type[nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d]] = {
@@ -40,17 +42,32 @@ class BatchNormToInstanceNorm(Pass):
     name: ClassVar[str] = "bn-to-in"
     contract: ClassVar[Contract] = Contract.APPROXIMATE
 
+    keep: str = field(default="statistics", metadata={"help": keeping.KEEP_HELP})
+    anchor: float | None = field(default=None, metadata={"help": keeping.ANCHOR_HELP})
+
+    def __post_init__(self) -> None:
+        keeping.check(self.name, self.keep, self.anchor)
+
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
         """Yield every BatchNorm with its number of spatial axes."""
         return swap.sites(captured, lambda candidate: _axes(captured, candidate))
 
     def rewrite(self, captured: Captured, site: Site) -> Change:
         """Replace one norm."""
-        assert site.node is not None
-        norm = norm_of(captured, site.node)
-        assert norm is not None and norm.num_features is not None
-        module = _LAYERS[site.plan](norm.num_features, eps=norm.eps, affine=False)
-        return swap.change(captured, site, norm, module)
+        return self.rewrite_all(captured, [site])[0]
+
+    def rewrite_all(
+        self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
+    ) -> list[Change]:
+        """Replace all norms; keep="function" fits them in one pass over `calibration`."""
+        settings = Settings(self.keep, self.anchor)
+        return keeping.swap_all(captured, sites, settings, _make, calibration)
+
+
+def _make(site_plan: Any, norm: Norm) -> nn.Module:
+    """Return the new norm, without γ and β."""
+    assert norm.num_features is not None
+    return _LAYERS[site_plan](norm.num_features, eps=norm.eps, affine=False)
 
 
 def _axes(captured: Captured, candidate: swap.Candidate) -> int | str:

@@ -9,17 +9,19 @@ On (N, C) input both are `nn.LayerNorm(C)`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
+from passes import _keep as keeping
 from passes import _norm_swap as swap
 from rewrite.capture import Captured
 from rewrite.errors import OptionError
+from rewrite.keep import Settings
 from rewrite.modules import ChannelLayerNorm
-from rewrite.operators import norm_of
+from rewrite.operators import Norm
 from rewrite.protocol import Change, Contract, Pass, Site, Skip
 
 
@@ -48,7 +50,11 @@ class BatchNormToLayerNorm(Pass):
         default="chw", metadata={"help": "chw: all of a sample; c: the channels at each position"}
     )
 
+    keep: str = field(default="statistics", metadata={"help": keeping.KEEP_HELP})
+    anchor: float | None = field(default=None, metadata={"help": keeping.ANCHOR_HELP})
+
     def __post_init__(self) -> None:
+        keeping.check(self.name, self.keep, self.anchor)
         if self.over not in ("chw", "c"):
             raise OptionError(f"{self.name}: over is {self.over!r}; pass 'chw' or 'c'")
 
@@ -58,16 +64,14 @@ class BatchNormToLayerNorm(Pass):
 
     def rewrite(self, captured: Captured, site: Site) -> Change:
         """Replace one norm."""
-        assert site.node is not None
-        norm = norm_of(captured, site.node)
-        assert norm is not None
-        plan: Layout = site.plan
-        module: nn.Module
-        if issubclass(plan.kind, nn.GroupNorm):
-            module = plan.kind(1, plan.num_channels, eps=norm.eps, affine=False)
-        else:
-            module = plan.kind(plan.num_channels, eps=norm.eps, elementwise_affine=False)
-        return swap.change(captured, site, norm, module)
+        return self.rewrite_all(captured, [site])[0]
+
+    def rewrite_all(
+        self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
+    ) -> list[Change]:
+        """Replace all norms; keep="function" fits them in one pass over `calibration`."""
+        settings = Settings(self.keep, self.anchor)
+        return keeping.swap_all(captured, sites, settings, _make, calibration)
 
     def layout(self, candidate: swap.Candidate) -> Layout | str:
         """Return what one norm becomes, or why it stays."""
@@ -78,3 +82,11 @@ class BatchNormToLayerNorm(Pass):
         if flat:
             return Layout(nn.LayerNorm, channels)
         return Layout(nn.GroupNorm if self.over == "chw" else ChannelLayerNorm, channels)
+
+
+def _make(site_plan: Any, norm: Norm) -> nn.Module:
+    """Return the new norm, without γ and β."""
+    plan: Layout = site_plan
+    if issubclass(plan.kind, nn.GroupNorm):
+        return plan.kind(1, plan.num_channels, eps=norm.eps, affine=False)
+    return plan.kind(plan.num_channels, eps=norm.eps, elementwise_affine=False)

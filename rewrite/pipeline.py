@@ -88,6 +88,7 @@ def convert(
             raise
         seconds = time.perf_counter() - start
         after = applied.model
+        notes = (*notes, *applied.notes)
         checked = None
         if verify and inputs is not None and applied.changes:
             say(f"verifying {item.name}")

@@ -106,6 +106,7 @@ class Applied:
     model: nn.Module
     changes: tuple[Change, ...]
     skips: tuple[Skip, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,8 @@ def apply_pass(
         raise
     except Exception as error:
         raise PassError(f"{rewrite.name}: {target or 'commit'}: {error}") from error
-    return Applied(
-        captured.model, tuple(_complete(captured, change) for change in changes), tuple(skips)
-    )
+    done = tuple(_complete(captured, change) for change in changes)
+    return Applied(captured.model, done, tuple(skips), tuple(captured.notes))
 
 
 def _complete(captured: Captured, change: Change) -> Change:

@@ -27,7 +27,7 @@ def conv_norm(channels: int = 8, **options: object) -> nn.Sequential:
 def test_rewrites_each_batch_norm_and_keeps_what_it_was() -> None:
     model = conv_norm(64, eps=1e-3).double().to(memory_format=torch.channels_last)
     model[1].weight.requires_grad_(False)
-    norm = convert(model, torch.randn(2, 3, 8, 8).double()).model[1]
+    norm = convert(model, torch.randn(2, 3, 8, 8).double(), keep="affine").model[1]
     assert type(norm) is nn.GroupNorm and norm.num_groups == 32 and norm.eps == 1e-3
     assert torch.equal(norm.weight, model[1].weight) and torch.equal(norm.bias, model[1].bias)
     assert norm.weight.dtype == torch.float64 and not norm.training

@@ -1,0 +1,223 @@
+"""Statistics of a model over unlabelled batches: one pass, float64, additive.
+
+For each norm, over the samples s with channel means z̄_s (means over space; for a norm that works
+position by position, each position is a sample):
+
+    count = Σ 1      total = Σ z̄_s      second = Σ z̄_s z̄_sᵀ within each group
+
+All three are sums, so batches stream, and under `torch.distributed` the ranks' sums are added:
+every rank ends with the numbers of the whole data, up to float64 rounding. A fifth of the samples
+is kept out of the fit, to measure what it gave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from rewrite.errors import OptionError
+from rewrite.inputs import Inputs, batches_for, device_of, dtype_of
+
+HOLD_OUT = 5
+"""One sample of so many is kept out of the fit."""
+
+_MOST_HELD = 64
+"""Samples that are held out at most: they stay in memory until the end."""
+
+
+@dataclass
+class MeanStatistics:
+    """Sums over samples of one norm's channel means, by group."""
+
+    groups: int
+    count: Tensor
+    total: Tensor
+    second: Tensor
+
+    @classmethod
+    def zeros(cls, channels: int, groups: int) -> MeanStatistics:
+        """Return the sums over no sample."""
+        size = channels // groups
+        return cls(
+            groups,
+            torch.zeros((), dtype=torch.float64),
+            torch.zeros(groups, size, dtype=torch.float64),
+            torch.zeros(groups, size, size, dtype=torch.float64),
+        )
+
+    def add(self, means: Tensor) -> None:
+        """Add samples: `means` is (samples, channels)."""
+        samples = means.detach().double().cpu().reshape(len(means), self.groups, -1)
+        samples = samples[torch.isfinite(samples).all(2).all(1)]
+        self.count += len(samples)
+        self.total += samples.sum(0)
+        self.second += torch.einsum("sgi,sgj->gij", samples, samples)
+
+    def reduce(self) -> None:
+        """Add the sums of all ranks, if this process is one of several."""
+        for tensor in (self.count, self.total, self.second):
+            all_reduce(tensor)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean over samples, (groups, size)."""
+        return self.total / self.count.clamp(min=1)
+
+    @property
+    def covariance(self) -> Tensor:
+        """The covariance over samples within each group, (groups, size, size)."""
+        mean = self.mean
+        second = self.second / self.count.clamp(min=1)
+        return second - mean[:, :, None] * mean[:, None, :]
+
+
+def all_reduce(tensor: Tensor) -> None:
+    """Add `tensor` over all ranks, in place; do nothing in a single process."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    moved = tensor.to(device)
+    distributed.all_reduce(moved)
+    tensor.copy_(moved)
+
+
+@dataclass
+class Batches:
+    """Batches of calibration data, checked, split into what is fitted and what is held out.
+
+    Attributes:
+        seen: samples read so far.
+        left_out: what was wrong with the batches that were not used.
+        held: the samples kept out of the fit, batch by batch.
+    """
+
+    model: nn.Module
+    source: Iterable[Any]
+    seen: int = 0
+    left_out: list[str] = field(default_factory=list)
+    held: list[Inputs] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Inputs]:
+        """Yield what the model is fitted on.
+
+        Raises:
+            OptionError: no batch can be used.
+        """
+        used = 0
+        for number, batch in enumerate(self.source):
+            inputs = self._prepared(batch)
+            if reason := _unusable(inputs):
+                self.left_out.append(f"batch {number}: {reason}")
+                continue
+            fitted = self._split(inputs)
+            if fitted is not None:
+                used += 1
+                yield fitted
+        if not used:
+            reasons = f" ({'; '.join(self.left_out[:3])})" if self.left_out else ""
+            raise OptionError(f"calibration data: no batch to fit to{reasons}")
+
+    def _prepared(self, batch: Any) -> Inputs:
+        device, dtype = device_of(self.model), dtype_of(self.model)
+        moved = batches_for(self.model, batch).to(device)
+        return moved.map(
+            lambda leaf: (
+                leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+            )
+        )
+
+    def _split(self, inputs: Inputs) -> Inputs | None:
+        """Return the samples to fit to; keep the others."""
+        size = batch_size(inputs)
+        numbers = torch.arange(self.seen, self.seen + size)
+        self.seen += size
+        held = numbers % HOLD_OUT == HOLD_OUT - 1
+        if sum(batch_size(item) for item in self.held) + int(held.sum()) > _MOST_HELD:
+            held = torch.zeros_like(held)
+        if held.any():
+            self.held.append(rows(inputs, held))
+        return None if held.all() else rows(inputs, ~held)
+
+
+def batch_size(inputs: Inputs) -> int:
+    """Return the number of samples in a batch."""
+    first = next((leaf for leaf in inputs.args if isinstance(leaf, Tensor)), None)
+    if first is None:
+        first = next((v for v in inputs.kwargs.values() if isinstance(v, Tensor)), None)
+    return 0 if first is None or first.dim() == 0 else len(first)
+
+
+def rows(inputs: Inputs, mask: Tensor) -> Inputs:
+    """Return the samples of a batch where `mask` is true."""
+    size = len(mask)
+    return inputs.map(
+        lambda leaf: (
+            leaf[mask.to(leaf.device)]
+            if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size
+            else leaf
+        )
+    )
+
+
+def _unusable(inputs: Inputs) -> str:
+    """Return why a batch cannot be fitted to, or ""."""
+    leaves = [x for x in (*inputs.args, *inputs.kwargs.values()) if isinstance(x, Tensor)]
+    if not leaves:
+        return "holds no tensor"
+    if batch_size(inputs) == 0:
+        return "is empty"
+    if any(x.is_floating_point() and not bool(torch.isfinite(x).all()) for x in leaves):
+        return "holds NaN or infinity"
+    return ""
+
+
+@contextlib.contextmanager
+def hooked(
+    modules: Sequence[nn.Module], hook: Callable[[int, Tensor, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Call `hook(index, input, output)` at each call of `modules`; what it returns goes on."""
+
+    def hook_for(index: int) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+        return lambda module, args, output: hook(index, args[0], output)
+
+    handles = [
+        module.register_forward_hook(hook_for(index), prepend=True)
+        for index, module in enumerate(modules)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put `model` into eval mode and every module back into its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """Run `model` on one batch.
+
+    Raises:
+        OptionError: the model rejects it.
+    """
+    try:
+        return model(*inputs.args, **inputs.kwargs)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        message = str(error).splitlines()[0]
+        raise OptionError(
+            f"calibration data ({inputs}): the model rejects it: {message}"
+        ) from error

@@ -1,0 +1,227 @@
+"""Fitting swapped norms to data, so that the model keeps its function.
+
+The converted model is two models at once. Each new norm reads z, the standardized channels, so
+
+    y = γ z + β       in place of each norm: the original model, exactly
+    y = n(z)          the converted model
+
+and one pass over the data with the first gives the channel means that `rewrite.mean_leak` fits to.
+Then each producer is given the factors, each norm the inverse, and the held-out samples run through
+both, value by value, to say how far they are apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from rewrite.absorb import Ledger
+from rewrite.absorption import Absorption, write_tensor
+from rewrite.affine import Planner
+from rewrite.algebra import Affine
+from rewrite.calibrate import Batches, MeanStatistics, hooked, in_eval_mode, run
+from rewrite.capture import Captured, capture
+from rewrite.errors import OptionError
+from rewrite.held_out import Agreement, measure
+from rewrite.mean_leak import factors
+from rewrite.modules import ChannelAffine
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a swap keeps the function: what of it, and the anchor (None: the default)."""
+
+    keep: str
+    anchor: float | None = None
+
+
+@dataclass(eq=False)
+class Probe:
+    """A new norm, and the old function in terms of its input: y = scale·z + bias.
+
+    Attributes:
+        target: the name to report.
+        module: the new norm.
+        scale, bias: γ and β of the old norm, in float64; scale is divided by what z is multiplied.
+        gain: what the anchor multiplied the new norm's weight by.
+        prefix: the channel affine in front of it, if there is one.
+        standardized: whether its input is standardized.
+    """
+
+    target: str
+    module: nn.Module
+    scale: Tensor
+    bias: Tensor
+    gain: float = 1.0
+    prefix: nn.Module | None = None
+    standardized: bool = True
+
+    @property
+    def axis(self) -> int:
+        """The axis of the channels."""
+        return -1 if type(self.module) is nn.LayerNorm else 1
+
+    @property
+    def groups(self) -> int:
+        """How many means the norm takes of one sample."""
+        if isinstance(self.module, nn.GroupNorm):
+            return self.module.num_groups
+        return 1 if isinstance(self.module, nn.LayerNorm) else len(self.scale)
+
+    def old(self, z: Tensor) -> Tensor:
+        """Return what the old norm returned."""
+        shape = [1] * z.dim()
+        shape[self.axis] = -1
+        return torch.addcmul(self.bias.to(z).reshape(shape), z, self.scale.to(z).reshape(shape))
+
+    def means(self, z: Tensor) -> Tensor:
+        """Return what the norm takes a group's mean of, (samples, channels)."""
+        if isinstance(self.module, nn.LayerNorm):
+            return z.movedim(self.axis, -1).reshape(-1, len(self.scale))
+        return z.flatten(2).mean(2) if z.dim() > 2 else z
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the fit did at one norm."""
+
+    note: str
+    touched: tuple[str, ...] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def keep_function(
+    model: nn.Module, probes: Sequence[Probe], calibration: Iterable[Any]
+) -> tuple[list[Kept], Agreement]:
+    """Fit the new norms of `model` to `calibration`, in place.
+
+    Returns:
+        What was done at each norm, and how the model agrees with the original on what was held out.
+
+    Raises:
+        OptionError: nothing in the data can be used, or it was interrupted.
+    """
+    batches = Batches(model, calibration)
+    fitted = [probe for probe in probes if probe.standardized]
+    with in_eval_mode(model), torch.no_grad():
+        statistics = collect(model, fitted, batches)
+        notes = _apply(model, fitted, statistics)
+        agreement = measure(model, probes, batches)
+    kept = []
+    for probe in probes:
+        note, touched = notes.get(probe.target, ("not fitted", ()))
+        kept.append(Kept(note, touched, agreement.layers.get(probe.target, {})))
+    return kept, agreement
+
+
+def collect(model: nn.Module, probes: Sequence[Probe], batches: Batches) -> list[MeanStatistics]:
+    """Return the statistics of the original model's channel means at each norm."""
+    statistics = [MeanStatistics.zeros(len(probe.scale), probe.groups) for probe in probes]
+
+    def hook(index: int, z: Tensor, output: Tensor) -> Tensor:
+        statistics[index].add(probes[index].means(z))
+        return probes[index].old(z)
+
+    try:
+        with hooked([probe.module for probe in probes], hook):
+            for batch in batches:
+                run(model, batch)
+    except KeyboardInterrupt as error:
+        raise OptionError(
+            f"calibration was interrupted after {batches.seen} samples; nothing was fitted"
+        ) from error
+    for item in statistics:
+        item.reduce()
+    return statistics
+
+
+# -- applying ---------------------------------------------------------------------------------
+
+
+def _apply(
+    model: nn.Module, probes: Sequence[Probe], statistics: Sequence[MeanStatistics]
+) -> dict[str, tuple[str, tuple[str, ...]]]:
+    captured = capture(model)
+    planner, ledger = Planner(captured), Ledger(captured.tensor)
+    outcomes: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for probe, item in zip(probes, statistics, strict=True):
+        if int(item.count) == 0:
+            outcomes[probe.target] = ("not fitted: no finite sample reached it", ())
+            continue
+        plan, signed = _plan(captured, planner, probe)
+        factor = torch.ones_like(probe.scale)
+        if plan is not None or probe.prefix is not None:
+            factor = _factors(item, probe, signed)
+        touched = _scale_producers(probe, plan, factor, ledger)
+        _scale_norm(probe, factor, item)
+        outcomes[probe.target] = (_note(probe, plan), touched)
+    ledger.write(lambda layer, attr, new: write_tensor(captured.editor, layer, attr, new))
+    captured.editor.commit()
+    return outcomes
+
+
+def _plan(captured: Captured, planner: Planner, probe: Probe) -> tuple[Absorption | None, bool]:
+    """Return who takes up factors of the norm's input, and whether they may be negative."""
+    if probe.prefix is not None or probe.groups == len(probe.scale):
+        return None, True
+    nodes: tuple[Node, ...] = captured.calls(captured.tree.name(probe.module))
+    for positive in (False, True):
+        plan = planner.backward(nodes, probe.axis, len(probe.scale), shift=False, positive=positive)
+        if isinstance(plan, Absorption):
+            return plan, not positive
+    return None, True
+
+
+def _factors(item: MeanStatistics, probe: Probe, signed: bool) -> Tensor:
+    weight = probe.scale.cpu().reshape(item.groups, -1).numpy()
+    found = factors(item.covariance.numpy(), weight, signed=signed)
+    return torch.from_numpy(found).reshape(-1).to(probe.scale.device)
+
+
+def _scale_producers(
+    probe: Probe, plan: Absorption | None, factor: Tensor, ledger: Ledger
+) -> tuple[str, ...]:
+    if probe.prefix is not None:
+        assert isinstance(probe.prefix, ChannelAffine)
+        for key in ("weight", "bias"):
+            old = getattr(probe.prefix, key)
+            new = nn.Parameter((old.double() * factor).to(old), requires_grad=old.requires_grad)
+            probe.prefix.register_parameter(key, new)
+        return ()
+    if plan is None:
+        return ()
+    plan.enter(ledger, Affine(factor, torch.zeros_like(factor)))
+    return plan.layers
+
+
+def _scale_norm(probe: Probe, factor: Tensor, item: MeanStatistics) -> None:
+    """Divide the norm's weight by the factors and give its bias the mean that it will take."""
+    module = probe.module
+    means = item.mean.reshape(-1).to(factor) * factor
+    taken = means.reshape(item.groups, -1).mean(1, keepdim=True).expand(item.groups, -1)
+    size = len(factor) // item.groups
+    probe.scale = probe.scale / factor
+    bias = probe.bias + probe.scale * taken.expand(item.groups, size).reshape(-1)
+    _set(module, "weight", probe.scale * probe.gain)
+    _set(module, "bias", bias)
+
+
+def _set(module: nn.Module, key: str, value: Tensor) -> None:
+    old = getattr(module, key)
+    like = old if old is not None else module.weight
+    assert isinstance(like, nn.Parameter)
+    requires_grad = like.requires_grad
+    module.register_parameter(key, nn.Parameter(value.to(like), requires_grad=requires_grad))
+
+
+def _note(probe: Probe, plan: Absorption | None) -> str:
+    if probe.groups == len(probe.scale):
+        return "the mean of each channel is lost: one channel a group"
+    if plan is None and probe.prefix is None:
+        return "only β fitted: no layer can take up factors"
+    return "factors and β fitted"
