@@ -11,14 +11,12 @@ that holds parameters is therefore seen in exactly one place, and two questions 
 
 from __future__ import annotations
 
-import ast
 import inspect
 import linecache
 import re
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,17 +25,9 @@ from torch.fx import Graph, Node
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from rewrite.tracer import (
-    Frame,
-    Opaque,
-    RegionTracer,
-    Trace,
-    hook_reasons,
-    is_leaf,
-    reason_of,
-    tracing,
-)
-from rewrite.tree import Tree, slots, tensor_names
+from rewrite.regions import Region, trace_regions
+from rewrite.tracer import Frame, Opaque, hook_reasons
+from rewrite.tree import Tree
 
 if TYPE_CHECKING:
     from rewrite.edit import Editor
@@ -68,30 +58,6 @@ class Readers:
 
 
 @dataclass(eq=False)
-class Region:
-    """One traced forward: the root of the model, or of a part below an opaque module.
-
-    Attributes:
-        name: qualified name of the module whose forward was traced; "" for the model.
-        graph: the fx graph; targets are qualified names of the whole model.
-        assumed: parameters of the forward that were taken at their defaults.
-        branches: those of them that the forward's own code branches on.
-        frames, lines: per node, the forward that made the call and the line of its code.
-        constants: tensors of the graph that no module holds.
-        entered: the modules whose forward this trace went through.
-    """
-
-    name: str
-    graph: Graph
-    assumed: dict[str, Any] = field(default_factory=dict)
-    branches: tuple[str, ...] = ()
-    frames: dict[Node, Frame] = field(default_factory=dict)
-    lines: dict[Node, Any] = field(default_factory=dict)
-    constants: dict[str, torch.Tensor] = field(default_factory=dict)
-    entered: frozenset[str] = frozenset()
-
-
-@dataclass(eq=False)
 class Captured:
     """A captured model. Built by `capture`; read by passes; edited through `editor`.
 
@@ -110,6 +76,7 @@ class Captured:
     opaque: dict[str, Opaque]
     shape_error: str | None = None
     notes: list[str] = field(default_factory=list)
+    _class_words: dict[type, frozenset[str] | None] = field(default_factory=dict, repr=False)
 
     # -- modules ------------------------------------------------------------------------------
 
@@ -312,7 +279,10 @@ class Captured:
             parts.pop()
         if len(parts) == 1:
             return True
-        words = _words(type(self.tree.get(parent)))
+        kind = type(self.tree.get(parent))
+        if kind not in self._class_words:  # inspect.getsource parses the whole file of a class
+            self._class_words[kind] = _words(kind)
+        words = self._class_words[kind]
         return words is None or parts[-1].split("[")[0] in words
 
 
@@ -328,7 +298,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> 
         The captured model. What cannot be traced is in `opaque`, with the reason.
     """
     tree = Tree(model)
-    regions, opaque = _trace_regions(tree)
+    regions, opaque = trace_regions(tree)
     captured = Captured(model, tree, tuple(regions), opaque)
     if example_inputs is not None:
         from rewrite.shapes import propagate_shapes
@@ -337,145 +307,6 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> 
     return captured
 
 
-def _trace_regions(tree: Tree) -> tuple[list[Region], dict[str, Opaque]]:
-    opaque: dict[str, Opaque] = {}
-    regions: list[Region] = []
-    seen: set[str] = set()
-    expanded: set[str] = set()
-    tracer = RegionTracer(tree, tensor_names(tree), opaque)
-
-    def visit(root: nn.Module) -> None:
-        pending = [root]
-        while pending:
-            module = pending.pop()
-            name = tree.name(module)
-            if name in seen and not (_is_boundary(opaque.get(name)) and name in expanded):
-                continue
-            seen.add(name)
-            region = _trace_root(tracer, module, name)
-            if region is None:
-                expanded.add(name)
-                pending.extend(_children(module))
-                continue
-            regions.append(region)
-            called = {str(n.target) for n in region.graph.nodes if n.op == "call_module"}
-            seen.update(called, region.entered)
-            for inner in reversed([n for n in called if n in opaque and n not in expanded]):
-                expanded.add(inner)
-                module = tree.get(inner)
-                pending.extend([module] if _is_boundary(opaque[inner]) else _children(module))
-
-    with tracing(tree):
-        visit(tree.model)
-        # What no trace reached: another branch, a training head, the inside of a torch.nn block.
-        for name, module in tree.modules():
-            if name not in seen and ".parametrizations." not in f".{name}.":
-                visit(module)
-    return regions, opaque
-
-
-def _is_boundary(item: Opaque | None) -> bool:
-    """Return whether a module is opaque only because hooks watch it: its forward can be traced."""
-    return item is not None and item.source is None and item.reason.endswith("hook")
-
-
-def _children(module: nn.Module) -> list[nn.Module]:
-    found: list[nn.Module] = []
-    for _, child in slots(module):
-        if not _has_forward(child) or isinstance(child, nn.ModuleList):
-            found.extend(_children(child))
-        else:
-            found.append(child)
-    return found[::-1]
-
-
-def _has_forward(module: nn.Module) -> bool:
-    """Return whether the class has a forward; looking it up on a ScriptModule's class raises."""
-    return inspect.getattr_static(type(module), "forward") is not nn.Module.forward
-
-
-def _trace_root(tracer: RegionTracer, module: nn.Module, name: str) -> Region | None:
-    opaque = tracer.opaque
-    if name in opaque and not _is_boundary(opaque[name]):
-        return None
-    if isinstance(module, torch.jit.ScriptModule):
-        opaque[name] = Opaque(name, "is a TorchScript module", None)
-        return None
-    if not _has_forward(module):
-        return None
-    if is_leaf(module):
-        return _leaf_region(module, name)
-    if "forward" in vars(module):
-        opaque[name] = Opaque(name, "has a forward that was set on the instance", None)
-        return None
-    assumed = forward_defaults(module)
-    try:
-        trace = tracer.run(module, assumed)
-    except Exception as error:  # noqa: BLE001 - a forward under proxies may raise anything
-        opaque[name] = Opaque(name, *reason_of(error))
-        return None
-    return _region(name, trace, assumed, forward_branches(module, assumed))
-
-
-def _region(name: str, trace: Trace, assumed: dict[str, Any], branches: tuple[str, ...]) -> Region:
-    alive = set(trace.graph.nodes)
-    frames = {node: frame for node, frame in trace.frames.items() if node in alive}
-    entered = frozenset(trace.entered)
-    return Region(
-        name, trace.graph, assumed, branches, frames, trace.lines, trace.constants, entered
-    )
-
-
-def _leaf_region(module: nn.Module, name: str) -> Region:
-    """Return the region of a standard layer that some opaque code calls: input, call, output."""
-    graph = Graph()
-    inputs = [
-        graph.placeholder(parameter.name)
-        for parameter in inspect.signature(type(module).forward).parameters.values()
-        if parameter.name != "self" and parameter.default is parameter.empty
-    ]
-    call = graph.call_module(name, tuple(inputs))
-    output = graph.output(call)
-    parent = name.rpartition(".")[0]
-    frames = {node: Frame(parent, 0) for node in (*inputs, call, output)}
-    return Region(name, graph, frames=frames)
-
-
-def forward_defaults(module: nn.Module) -> dict[str, Any]:
-    """Return the forward's parameters that have defaults: a trace takes those.
-
-    Where every parameter has one, the first is an input all the same: `forward(pixel_values=None)`
-    computes nothing without it.
-    """
-    parameters = [
-        p
-        for p in inspect.signature(inspect.unwrap(type(module).forward)).parameters.values()
-        if p.name != "self"
-    ]
-    required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    inputs = required or parameters[:1]
-    return {p.name: p.default for p in parameters if p not in inputs and p.default is not p.empty}
-
-
-def forward_branches(module: nn.Module, assumed: dict[str, Any]) -> tuple[str, ...]:
-    """Return the assumed parameters that the forward's code tests: it may do something else."""
-    if not assumed:
-        return ()
-    try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward)))
-        tree = ast.parse(source)
-    except (OSError, TypeError, SyntaxError):
-        return tuple(assumed)
-    tested: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If | ast.IfExp | ast.While | ast.Assert):
-            tested |= {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)}
-        elif isinstance(node, ast.BoolOp):
-            tested |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    return tuple(name for name in assumed if name in tested)
-
-
-@lru_cache(maxsize=4096)  # inspect.getsource parses the whole file of a class
 def _words(kind: type) -> frozenset[str] | None:
     """Return every word of a class's code (its bases' too, up to nn.Module); None if unknown."""
     words: set[str] = set()

@@ -25,8 +25,9 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _NormBase
 
-from rewrite.capture import Captured, TensorRef, forward_branches, forward_defaults
+from rewrite.capture import Captured, TensorRef
 from rewrite.errors import PassError
+from rewrite.regions import forward_branches, forward_defaults
 from rewrite.tracer import RegionTracer, reason_of, tracing
 from rewrite.tree import Tree, join, tensor_names
 
@@ -88,10 +89,13 @@ class Editor:
 
     # -- lines --------------------------------------------------------------------------------
 
-    def refusal(self, node: Node) -> str | None:
-        """Return why the line that made `node` cannot be edited, or None. Changes nothing."""
+    def refusal(self, node: Node, line: bool = False) -> str | None:
+        """Return why the line that made `node` cannot be edited, or None. Changes nothing.
+
+        A layer can be replaced whatever its line says; `line` asks for the line all the same.
+        """
         owner = self.captured.owner(node)
-        if node.op == "call_module" and not self._in_graph_module(node):
+        if node.op == "call_module" and not line and not self._in_graph_module(node):
             return None
         forward = self._open(owner)
         if isinstance(forward, str):
@@ -241,7 +245,8 @@ class Editor:
             return None
         key = holder.removeprefix(f"{forward.owner}.") if forward.owner else holder
         module = self.captured.module(holder)
-        if module._modules or self.captured.callers_known(holder) and self.captured.calls(holder):
+        called = self.captured.callers_known(holder) and self.captured.calls(holder)
+        if module._modules or called:
             return None
         if "." in key and not isinstance(self.captured.module(forward.owner), GraphModule):
             return None

@@ -15,7 +15,8 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_map
 
-from rewrite.capture import Captured, Region
+from rewrite.capture import Captured
+from rewrite.regions import Region
 from rewrite.tracer import reason_of
 
 _NORMS = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm})
