@@ -4,6 +4,8 @@ from passes.bn_to_gn import BatchNormToGroupNorm
 from passes.bn_to_in import BatchNormToInstanceNorm
 from passes.bn_to_ln import BatchNormToLayerNorm
 from passes.fold import FoldNorm
+from passes.merge_branches import MergeBranches
+from passes.reinit import Reinitialize
 from passes.remove_weight_norm import RemoveWeightNorm
 from passes.weight_norm import WeightNorm
 
@@ -12,6 +14,8 @@ __all__ = [
     "BatchNormToInstanceNorm",
     "BatchNormToLayerNorm",
     "FoldNorm",
+    "MergeBranches",
+    "Reinitialize",
     "RemoveWeightNorm",
     "WeightNorm",
 ]

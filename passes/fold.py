@@ -12,18 +12,21 @@ reason.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import nn
-from torch.fx import GraphModule
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
-from rewrite.absorb import Ledger
-from rewrite.absorption import Refusal, write_tensor
+from passes.merge_branches import merge_site
+from rewrite.absorption import Refusal, write_ledger
+from rewrite.branches import Branches, Merge
 from rewrite.capture import Captured
 from rewrite.edit import Editor
+from rewrite.errors import OptionError, PassError
 from rewrite.folding import Fold, Folder
+from rewrite.leftovers import InputNorm, Leftover, fold_input, parse_input_norm
 from rewrite.protocol import Change, Contract, Pass, Site, Skip
 from rewrite.sources import Source, sources
 
@@ -39,6 +42,7 @@ class FoldNorm(Pass):
       3. Multiplications and additions by a constant per channel (LayerScale, FrozenBatchNorm2d).
       4. The weight and bias of LayerNorm, GroupNorm and RMSNorm: into all layers that read it; the
          norm stays, without them.
+      5. Parallel linear branches, as `merge-branches` does; norms of the identity go with them.
 
     Declines: norms in training mode or without running statistics; values that something else
     reads; a shift in front of zero padding; operations that do not commute with a map per channel;
@@ -48,27 +52,66 @@ class FoldNorm(Pass):
     name: ClassVar[str] = "fold"
     contract: ClassVar[Contract] = Contract.EXACT_IN_EVAL
 
+    merge: bool = field(default=True, metadata={"help": "merge parallel linear branches, too"})
     compensate: bool = field(
         default=False,
         metadata={"help": "let other readers of a value take up the inverse map"},
     )
+    unshare: bool = field(
+        default=False,
+        metadata={"help": "clone a shared layer whose calls are not all normalized alike"},
+    )
+    leftover: str = field(
+        default="norm",
+        metadata={"help": "what a norm that cannot be folded becomes: norm (it stays), affine"},
+    )
+    input_norm: str | None = field(
+        default=None,
+        metadata={"help": "fold the preprocessing (x - mean) / std, given as MEAN/STD by commas"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.leftover not in ("norm", "affine"):
+            raise OptionError(f"{self.name}: leftover is {self.leftover!r}; pass norm or affine")
+        if self.input_norm is not None:
+            parse_input_norm(self.input_norm)
+
+    def reference(self, model: nn.Module) -> nn.Module:
+        """Return what the rewritten model has to equal: `model`, behind the preprocessing."""
+        if self.input_norm is None:
+            return model
+        return nn.Sequential(InputNorm(*parse_input_norm(self.input_norm)), model)
 
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
-        """Yield every norm and constant in data-flow order; the plan of a site is its fold."""
-        return self._decide(captured, None)[0]
+        """Yield every norm and constant in data-flow order; a site's plan says what it does."""
+        return self._decide(captured, None).outcomes
 
-    def _decide(
-        self, captured: Captured, wanted: set[Source] | None
-    ) -> tuple[list[Site | Skip], Ledger]:
-        folder = Folder(captured, self.compensate)
-        found: list[Site | Skip] = []
+    def _decide(self, captured: Captured, wanted: Set[tuple[str, Node | None]] | None) -> _Decided:
+        """Decide about every source, or about those that are wanted (target and node)."""
+        folder = Folder(captured, self.compensate, self.unshare)
+        decided = _Decided(folder, Branches(captured, folder.planner))
+        if self.input_norm is not None:
+            decided.outcomes.append(_fold_input(folder, *parse_input_norm(self.input_norm)))
+        merges = [m for m in decided.branches.find() if isinstance(m, Merge)] if self.merge else []
         for source in sources(folder.planner):
+            first = source.first[0]
+            if wanted is not None and (source.target, first) not in wanted:
+                continue
             outcome = folder.decide(source)
-            if isinstance(outcome, Refusal):
-                found.append(Skip(source.target, source.before, outcome.reason))
+            if isinstance(outcome, Fold):
+                plan: object = outcome
+            elif merge := next((m for m in merges if m.inside.issuperset(source.nodes)), None):
+                plan = merge
+            elif self.leftover == "affine" and source.kind == "norm" and not source.refusal:
+                plan = Leftover(source, outcome.reason)
             else:
-                found.append(Site(source.target, source.before, source.first[0], outcome))
-        return found, folder.ledger
+                decided.outcomes.append(Skip(source.target, source.before, outcome.reason))
+                continue
+            decided.outcomes.append(Site(source.target, source.before, first, plan))
+        for merge in merges:
+            if wanted is None or (merge.owner, merge.root) in wanted:
+                decided.outcomes.append(Site(merge.owner, merge.before, merge.root, merge))
+        return decided
 
     def rewrite(self, captured: Captured, site: Site) -> Change:
         """Fold one site."""
@@ -78,32 +121,87 @@ class FoldNorm(Pass):
         self, captured: Captured, sites: Sequence[Site], calibration: Any = None
     ) -> list[Change]:
         """Fold all sites: each layer's new weight is computed once, from all that it takes up."""
-        nodes = {site.node for site in sites}
-        folder = Folder(captured, self.compensate)
-        folds: list[Fold] = []
-        for source in list(sources(folder.planner)):
-            if source.first[0] in nodes:
-                outcome = folder.decide(source)
-                if isinstance(outcome, Fold):
-                    folds.append(outcome)
-        editor = captured.editor
-        folder.ledger.write(lambda layer, attr, new: write_tensor(editor, layer, attr, new))
-        return [_remove(captured, editor, fold) for fold in folds]
+        decided = self._decide(captured, {(site.target, site.node) for site in sites})
+        plans = [site for site in decided.outcomes if isinstance(site, Site)]
+        for outcome in decided.outcomes:
+            if isinstance(outcome, Skip):
+                raise PassError(
+                    f"{outcome.target}: {outcome.reason}; it could only be folded together with "
+                    "a site that is left out: leave it out, too"
+                )
+        leftovers = {
+            site.target: site.plan.take(decided.folder.ledger)
+            for site in plans
+            if isinstance(site.plan, Leftover)
+        }
+        clones = write_ledger(captured.editor, decided.folder.ledger)
+        merged = _merge_all(captured, decided.branches, plans)
+        inside = {node for merge in merged for node in merge.inside}
+        changes = []
+        for site in plans:
+            if isinstance(site.plan, Fold):
+                changes.append(_remove(captured, site.plan, inside, clones))
+            elif isinstance(site.plan, Leftover):
+                changes.append(site.plan.write(captured.editor, leftovers[site.target]))
+            elif isinstance(site.plan, Merge):
+                changes.append(_merged_change(site, merged[site.plan]))
+        return changes
 
 
-def _remove(captured: Captured, editor: Editor, fold: Fold) -> Change:
+@dataclass
+class _Decided:
+    """The outcomes of one look at a model, and what they were decided with."""
+
+    folder: Folder
+    branches: Branches
+    outcomes: list[Site | Skip] = field(default_factory=list)
+
+
+def _merge_all(
+    captured: Captured, branches: Branches, plans: Sequence[Site]
+) -> dict[Merge, Change]:
+    """Merge every set of branches that a site asks for, once; norms are folded by then."""
+    merged: dict[Merge, Change] = {}
+    for site in plans:
+        merge = site.plan
+        if isinstance(merge, Merge) and merge not in merged:
+            merged[merge] = merge_site(captured, merge.owner, branches.again(merge))
+    return merged
+
+
+def _merged_change(site: Site, change: Change) -> Change:
+    """Return the change of the branches, or that of a norm which went with them."""
+    if site.node is not None and site.plan.root is site.node:
+        return change
+    into = change.after.removeprefix("one convolution, ")
+    return Change(site.target, site.before, f"merged into {into}", touched=change.touched)
+
+
+def _fold_input(folder: Folder, mean: Tensor, std: Tensor) -> Site | Skip:
+    """Fold y = (x - mean) / std, which the model's first input used to go through.
+
+    Raises:
+        PassError: what reads the input cannot take it up.
+    """
+    fold = fold_input(folder, mean, std)
+    if isinstance(fold, Refusal):
+        raise PassError(f"input_norm cannot be folded: {fold.reason}; leave the option out")
+    return Site("input", "(x - mean) / std", fold.source.first[0], fold)
+
+
+def _remove(captured: Captured, fold: Fold, merged: Set[Node], clones: tuple[str, ...]) -> Change:
     """Take the folded norm, or its affine part, out of the model."""
     source = fold.source
     keys = _keys(captured, source)
     if source.kind == "gain":
-        _drop_gain(captured, editor, source)
-    else:
-        _bypass(captured, editor, source)
+        _drop_gain(captured, captured.editor, source)
+    elif source.kind != "input" and not merged >= set(source.nodes):
+        _bypass(captured, captured.editor, source)
     into = ", ".join(fold.layers)
     what = "its affine part folded" if source.kind == "gain" else "folded"
     return Change(
         source.target, source.before, f"{what} into {into}" if into else "removed: it did nothing",
-        touched=fold.layers, keys=keys,
+        touched=(*fold.layers, *clones), keys=keys,
     )  # fmt: skip
 
 
@@ -132,6 +230,8 @@ def _drop_gain(captured: Captured, editor: Editor, source: Source) -> None:
 
 def _keys(captured: Captured, source: Source) -> dict[str, str | None]:
     """Return the state-dict keys that go with the source."""
+    if source.kind == "input":
+        return {}
     if source.constants:
         roots = [c.root for c in source.constants if c.root is not None]
         return dict.fromkeys(roots)

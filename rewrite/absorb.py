@@ -38,6 +38,7 @@ class Layer:
         keeps_shift: a constant per input channel becomes a constant per output channel.
         why_not: why it does not, if so.
         absorbs: whether its own tensors can take up a map at all.
+        call: the one call that is meant, if each call may become a layer of its own.
     """
 
     name: str
@@ -56,11 +57,14 @@ class Layer:
     keeps_shift: bool = True
     why_not: str = ""
     absorbs: bool = True
+    call: Node | None = None
 
     @property
     def key(self) -> str:
         """What identifies the layer: equal for all calls of one layer."""
         ref = self.weight or self.mean or self.bias
+        if self.call is not None:
+            return f"{self.module} at {self.call.name}"
         return self.module or (ref.name if ref is not None else self.node.name)
 
 
@@ -241,6 +245,8 @@ class Uses:
 
     def calls(self, layer: Layer) -> tuple[Node, ...]:
         """Return every call of the layer that was traced."""
+        if layer.call is not None:
+            return (layer.call,)
         if layer.module is not None:
             return self._captured.calls(layer.module)
         assert layer.weight is not None

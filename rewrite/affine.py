@@ -35,13 +35,19 @@ _FORKS = 12
 
 @dataclass
 class Planner:
-    """Plans absorptions on one captured model. `folded` are nodes whose map is gone already."""
+    """Plans absorptions on one captured model.
+
+    Attributes:
+        folded: nodes whose map has moved elsewhere: they pass their input on.
+        unshare: a layer with several calls may take up a map at some of them.
+    """
 
     captured: Captured
     folded: set[Node] = field(default_factory=set)
+    unshare: bool = False
 
     def __post_init__(self) -> None:
-        self.surroundings = Surroundings(self.captured, self.folded)
+        self.surroundings = Surroundings(self.captured, self.folded, self.unshare)
 
     def layer(self, node: Node) -> Layer | None:
         """Return the layer that `node` calls, or None."""
@@ -50,6 +56,14 @@ class Planner:
     def called(self, node: Node) -> str:
         """Return a call in words."""
         return self.surroundings.steps.called(node)
+
+    def channel_axis_of_input(self, node: Node) -> int | None:
+        """Return the channel axis of an input from the end, by its rank or by what reads it."""
+        rank = self.surroundings.ranks.rank(node)
+        if rank is not None:
+            return 1 - rank
+        axes = {layer.axis for user in node.users if (layer := self.layer(user)) is not None}
+        return axes.pop() if len(axes) == 1 else None
 
     def backward(
         self,

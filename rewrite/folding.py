@@ -85,13 +85,23 @@ class Folder:
         captured: the model.
         compensate: let other layers take up the inverse map, where a value has other readers or
             meets another in a sum.
+        unshare: let a layer with several calls take up a map at some of them, as a clone.
     """
 
-    def __init__(self, captured: Captured, compensate: bool = False) -> None:
+    def __init__(self, captured: Captured, compensate: bool = False, unshare: bool = False) -> None:
         self.captured = captured
         self.compensate = compensate
-        self.planner = Planner(captured)
+        self.planner = Planner(captured, unshare=unshare)
         self.ledger = Ledger(captured.tensor)
+
+    def fold_at(self, source: Source, affine: Affine) -> Fold | Refusal:
+        """Fold `affine`, a map that no node of the model computes, at `source`."""
+        found = self._moves(source, affine)
+        if isinstance(found, Refusal):
+            return found
+        for move in found:
+            move.enter(self.ledger, affine)
+        return Fold(source, affine, found, bool(affine.shift.any()))
 
     def decide(self, source: Source) -> Fold | Refusal:
         """Fold `source` in the ledger, or say why it cannot be."""
@@ -145,7 +155,7 @@ class Folder:
         safe = _invertible(affine, self.captured, source)
         reasons: list[str] = []
         for compensate in (False, True)[: 1 + (self.compensate and safe)]:
-            plan = self._planner(source, positive, compensate)
+            plan = self._planner(source, len(affine.scale), positive, compensate)
             for way in ("backward", "forward"):
                 absorption = plan(way, scales, adds)
                 if isinstance(absorption, Absorption):
@@ -157,27 +167,19 @@ class Folder:
         return Refusal("; ".join(dict.fromkeys(reasons)))
 
     def _planner(
-        self, source: Source, positive: bool, compensate: bool
+        self, source: Source, channels: int, positive: bool, compensate: bool
     ) -> Callable[[str, bool, bool], Absorption | Refusal]:
-        channels = _channels(source)
-
         def plan(way: str, scale: bool, shift: bool) -> Absorption | Refusal:
             options = {
                 "scale": scale, "shift": shift, "positive": positive, "compensate": compensate,
             }  # fmt: skip
             if way == "backward":
-                if source.kind == "gain":
+                if source.kind in ("gain", "input"):
                     return Refusal("")
                 return self.planner.backward(source.first, source.axis, channels, **options)
             return self.planner.forward(source.last, source.axis, channels, **options)
 
         return plan
-
-
-def _channels(source: Source) -> int:
-    if source.layer is not None:
-        return source.layer.channels_out
-    return len(source.constants[0].affine.scale)
 
 
 def _split(

@@ -10,7 +10,7 @@ Every operation next to a changed value says which other values have to change w
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -33,6 +33,7 @@ class Surroundings:
 
     captured: Captured
     folded: set[Node]
+    unshare: bool = False
 
     def __post_init__(self) -> None:
         self.ranks = Ranks(self.captured)
@@ -48,8 +49,20 @@ class Surroundings:
             layer = None
             if node.op in ("call_module", "call_function"):
                 layer = layer_of(self.captured, node, rank)
+            if layer is not None and self.unshare and self._separable(layer):
+                layer = replace(layer, call=node)
             self._layers[node] = layer
         return self._layers[node]
+
+    def _separable(self, layer: Layer) -> bool:
+        """Return whether each call of a shared layer stands on a line of its own."""
+        if layer.module is None or layer.kind != "kernel":
+            return False
+        calls = self.captured.calls(layer.module)
+        frames = {self.captured.frame(call) for call in calls}
+        if len(calls) < 2 or len({frame.owner for frame in frames}) < len(frames):
+            return False
+        return not any(self.captured.editor.refusal(call, line=True) for call in calls)
 
 
 class Growth:
@@ -238,7 +251,8 @@ class Growth:
                 if other is None:
                     raise Refused(
                         f"{layer.name} is called more than once, and at {call.name} its "
-                        f"{'output' if side == 'behind' else 'input'} is not normalized so"
+                        f"{'output' if side == 'behind' else 'input'} is not normalized so "
+                        "(unshare clones the layer for each call)"
                     )
                 alike = torch.equal(other.index, edit.index) and (
                     (other.scale, other.shift) == (edit.scale, edit.shift)

@@ -74,6 +74,7 @@ def convert(
     say = progress or (lambda step: None)
     inputs, notes = _inputs(model, example_inputs) if verify else (example_inputs, ())
     before: nn.Module = model
+    expected: nn.Module
     reports: list[PassReport] = []
     for item in chosen:
         say(item.name)
@@ -92,7 +93,8 @@ def convert(
         checked = None
         if verify and inputs is not None and applied.changes:
             say(f"verifying {item.name}")
-            checked = _check(before, after, inputs, item.contract, applied.changes, seed)
+            expected = item.reference(before)
+            checked = _check(expected, after, inputs, item.contract, applied.changes, seed)
         reports.append(
             PassReport(
                 registry.spec(item), str(item.contract), applied.changes, applied.skips, seconds,
@@ -104,7 +106,10 @@ def convert(
     if len(reports) > 1 and verify and inputs is not None:
         contract = max((item.contract for item in chosen), key=_WEAKEST_LAST.index)
         changes = tuple(change for report in reports for change in report.changes)
-        whole = _check(model, before, inputs, contract, changes, seed)
+        expected = model
+        for item in chosen:
+            expected = item.reference(expected)
+        whole = _check(expected, before, inputs, contract, changes, seed)
     return Result(before, Report(tuple(reports), notes, whole))  # type: ignore[arg-type]
 
 

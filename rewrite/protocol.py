@@ -127,6 +127,10 @@ class Pass(ABC):
         """Return the pass that `--name VALUE`, given once or several times, means."""
         raise OptionError(f"--{cls.name} takes no value ({' '.join(values)})")
 
+    def reference(self, model: nn.Module) -> nn.Module:
+        """Return what the rewritten model is compared with: `model`, unless the input changes."""
+        return model
+
     @abstractmethod
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
         """Yield every candidate in data-flow order, declined ones as `Skip`; change nothing."""

@@ -26,7 +26,7 @@ class Source:
     """One affine map to fold.
 
     Attributes:
-        kind: "norm", "gain" or "constant", as in the module's docstring.
+        kind: "norm", "gain" or "constant", as in the module's docstring; "input" is preprocessing.
         target: the qualified name to report.
         before: what stands there, in a few words.
         first, last: per call, the node that reads x and the node whose value is y.
@@ -35,7 +35,7 @@ class Source:
         refusal: why it cannot be folded whatever surrounds it, or "".
     """
 
-    kind: Literal["norm", "gain", "constant"]
+    kind: Literal["norm", "gain", "constant", "input"]
     target: str
     before: str
     first: tuple[Node, ...]

@@ -1,0 +1,108 @@
+"""What folding does beside removing norms: what is left, and what stands before the model.
+
+leftover   (x - mean) / sqrt(var + eps) * weight + bias  ->  s.x + t, one multiply-add
+input      model((x - mean) / std)                       ->  model'(x)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rewrite.absorb import Ledger
+from rewrite.absorption import Refusal
+from rewrite.algebra import Affine
+from rewrite.edit import Editor
+from rewrite.errors import OptionError
+from rewrite.folding import Fold, Folder
+from rewrite.modules import ChannelAffine
+from rewrite.protocol import Change
+from rewrite.sources import Source
+
+
+@dataclass(frozen=True, eq=False)
+class Leftover:
+    """A norm that nothing takes up, to be written as one multiply-add; and why nothing does."""
+
+    source: Source
+    reason: str
+
+    def take(self, ledger: Ledger) -> Affine:
+        """Return the map with all that the norm has taken up, which it need not be given then."""
+        affine = self.source.affine(ledger)
+        if self.source.layer is not None:
+            ledger.forget(self.source.layer)
+        return affine
+
+    def write(self, editor: Editor, affine: Affine) -> Change:
+        """Put the multiply-add in place of the norm."""
+        source = self.source
+        layer = source.layer
+        assert layer is not None and layer.mean is not None
+        old = editor.captured.tensor(layer.weight or layer.mean)
+        module = ChannelAffine(affine.scale.to(old.dtype), affine.shift.to(old.dtype))
+        for parameter in module.parameters():
+            parameter.requires_grad_(layer.weight is not None and old.requires_grad)
+        name = editor.substitute(source.first[0], module, "affine")
+        keys: dict[str, str | None] = {
+            ref.name: f"{name}.{ref.attr}" if ref.attr in ("weight", "bias") else None
+            for ref in (layer.weight, layer.bias, layer.mean, layer.var)
+            if ref is not None
+        }
+        return Change(
+            source.target, source.before, f"one multiply-add, {name}", note=self.reason,
+            touched=(name,), keys=keys,
+        )  # fmt: skip
+
+
+class InputNorm(nn.Module):
+    """Preprocessing: y = (x - mean) / std per channel (axis 1) of the first input."""
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalized input, in its own dtype."""
+        shape = (1, -1, *(1,) * (input.dim() - 2))
+        mean, std = self.get_buffer("mean"), self.get_buffer("std")
+        return ((input - mean.view(shape)) / std.view(shape)).to(input.dtype)
+
+
+def parse_input_norm(text: str) -> tuple[Tensor, Tensor]:
+    """Return mean and std of "0.485,0.456,0.406/0.229,0.224,0.225".
+
+    Raises:
+        OptionError: the text is not two lists of numbers of one length, or a std is not positive.
+    """
+    try:
+        mean, std = (
+            torch.tensor([float(number) for number in part.split(",")], dtype=torch.float64)
+            for part in text.split("/")
+        )
+    except ValueError:
+        raise OptionError(
+            f"fold: input_norm is {text!r}; pass mean/std, as 0.5,0.5/0.2,0.2"
+        ) from None
+    if len(mean) != len(std) or not bool((std > 0).all()):
+        raise OptionError(
+            f"fold: input_norm has {len(mean)} means and {len(std)} stds; pass as many of both, "
+            "every std above zero"
+        )
+    return mean, std
+
+
+def fold_input(folder: Folder, mean: Tensor, std: Tensor) -> Fold | Refusal:
+    """Fold (x - mean) / std of the model's first input into what reads it."""
+    region = folder.captured.regions[0] if folder.captured.regions else None
+    inputs = [] if region is None else [n for n in region.graph.nodes if n.op == "placeholder"]
+    if region is None or region.name or not inputs:
+        return Refusal("the forward of the model cannot be traced")
+    axis = folder.planner.channel_axis_of_input(inputs[0])
+    if axis is None:
+        return Refusal("the number of axes of the input is unknown (pass example_inputs)")
+    source = Source("input", "input", "(x - mean) / std", (inputs[0],), (inputs[0],), axis, None)
+    return folder.fold_at(source, Affine(1 / std, -mean / std))
