@@ -22,7 +22,6 @@ from rewrite.capture import Captured, TensorRef
 from rewrite.fans import linear_maps
 from rewrite.operators import activation_of, conv_of, function_name, linear_of, norm_of
 from rewrite.regions import Region
-from rewrite.regions import Region
 
 TailKind = Literal["norm", "weight", "scale"]
 
