@@ -24,12 +24,19 @@ from rewrite.absorb import Ledger
 from rewrite.absorption import Absorption, write_tensor
 from rewrite.affine import Planner
 from rewrite.algebra import Affine
-from rewrite.calibrate import Batches, MeanStatistics, hooked, in_eval_mode, run
+from rewrite.calibrate import Batches, MeanStatistics, hooked, in_eval_mode, run, variations
 from rewrite.capture import Captured, capture
 from rewrite.errors import OptionError
 from rewrite.held_out import Agreement, measure
-from rewrite.mean_leak import factors
+from rewrite.mean_leak import RANGE, SHRINKAGE, factors
 from rewrite.modules import ChannelAffine
+
+THROUGH_WEIGHTS = 0.7
+"""Part of a covariance that comes from the weights."""
+
+_SIZES_FROM = 3.0
+"""Gain of the anchor from which on factors of unequal size pay: below it they unbalance the
+variance that the norm divides by, and only signs are fitted."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +115,12 @@ def keep_function(
     """
     batches = Batches(model, calibration)
     fitted = [probe for probe in probes if probe.standardized]
+    captured = capture(model)
+    planner = Planner(captured)
     with in_eval_mode(model), torch.no_grad():
-        statistics = collect(model, fitted, batches)
-        notes = _apply(model, fitted, statistics)
+        fits = [_fit_of(captured, planner, probe) for probe in fitted]
+        collect(model, fits, batches)
+        notes = _apply(captured, fits)
         agreement = measure(model, probes, batches)
     kept = []
     for probe in probes:
@@ -119,47 +129,113 @@ def keep_function(
     return kept, agreement
 
 
-def collect(model: nn.Module, probes: Sequence[Probe], batches: Batches) -> list[MeanStatistics]:
-    """Return the statistics of the original model's channel means at each norm."""
-    statistics = [MeanStatistics.zeros(len(probe.scale), probe.groups) for probe in probes]
+@dataclass(eq=False)
+class Fit:
+    """One norm on its way to its factors.
 
-    def hook(index: int, z: Tensor, output: Tensor) -> Tensor:
-        statistics[index].add(probes[index].means(z))
-        return probes[index].old(z)
+    Attributes:
+        plan: the layers that can take up factors, if there are any.
+        signed: whether factors may be negative.
+        kernel: weight of the one layer that produces the norm's input, summed over its taps.
+        reads: the module of that layer.
+        plain, varied: sums over the calibration data, and over variations of it as well.
+        inputs: sums over what that layer reads, per channel.
+    """
 
+    probe: Probe
+    plan: Absorption | None
+    signed: bool
+    kernel: Tensor | None
+    reads: nn.Module | None
+    plain: MeanStatistics
+    varied: MeanStatistics
+    inputs: MeanStatistics | None
+
+
+def _fit_of(captured: Captured, planner: Planner, probe: Probe) -> Fit:
+    plan, signed = _plan(captured, planner, probe)
+    kernel, reads = _kernel(captured, plan)
+    channels, groups = len(probe.scale), probe.groups
+    wide = None if kernel is None else MeanStatistics.zeros(kernel.shape[1], kernel.shape[1])
+    return Fit(
+        probe, plan, signed, kernel, reads,
+        MeanStatistics.zeros(channels, groups), MeanStatistics.zeros(channels, groups), wide,
+    )  # fmt: skip
+
+
+def _kernel(captured: Captured, plan: Absorption | None) -> tuple[Tensor | None, nn.Module | None]:
+    """Return the weight, over channels, of the one dense layer in front of a norm, if it is so."""
+    if plan is None or len(plan.edits) != 1:
+        return None, None
+    layer = plan.edits[0].layer
+    if layer.kind != "kernel" or layer.module is None or layer.weight is None:
+        return None, None
+    if layer.layout.groups != 1 or layer.layout.transposed:
+        return None, None
+    if not torch.equal(plan.edits[0].index.cpu(), torch.arange(layer.channels_out)):
+        return None, None
+    weight = captured.tensor(layer.weight).detach().double().cpu()
+    return weight.flatten(2).sum(2) if weight.dim() > 2 else weight, captured.module(layer.module)
+
+
+def collect(model: nn.Module, fits: Sequence[Fit], batches: Batches) -> None:
+    """Sum up the original model's channel means at each norm, in one pass over the data."""
+    plain = True
+
+    def at_norm(index: int, z: Tensor, output: Tensor) -> Tensor:
+        fit = fits[index]
+        means = fit.probe.means(z)
+        fit.varied.add(means)
+        if plain:
+            fit.plain.add(means)
+        return fit.probe.old(z)
+
+    reading = [fit for fit in fits if fit.reads is not None]
+
+    def at_kernel(index: int, x: Tensor, output: Tensor) -> None:
+        fit = reading[index]
+        assert fit.inputs is not None
+        axis = -1 if isinstance(fit.reads, nn.Linear) else 1
+        moved = x.movedim(axis, 1) if x.dim() > 1 else x[None]
+        fit.inputs.add(moved.flatten(2).mean(2) if moved.dim() > 2 else moved)
+
+    norms = [fit.probe.module for fit in fits]
+    kernels = [fit.reads for fit in reading if fit.reads is not None]
     try:
-        with hooked([probe.module for probe in probes], hook):
+        with hooked(norms, at_norm), hooked(kernels, at_kernel):
             for batch in batches:
+                plain = True
                 run(model, batch)
+                plain = False
+                for variation in variations(batch, batches.seen):
+                    run(model, variation)
     except KeyboardInterrupt as error:
         raise OptionError(
             f"calibration was interrupted after {batches.seen} samples; nothing was fitted"
         ) from error
-    for item in statistics:
-        item.reduce()
-    return statistics
+    for fit in fits:
+        for item in (fit.plain, fit.varied, fit.inputs):
+            if item is not None:
+                item.reduce()
 
 
 # -- applying ---------------------------------------------------------------------------------
 
 
-def _apply(
-    model: nn.Module, probes: Sequence[Probe], statistics: Sequence[MeanStatistics]
-) -> dict[str, tuple[str, tuple[str, ...]]]:
-    captured = capture(model)
-    planner, ledger = Planner(captured), Ledger(captured.tensor)
+def _apply(captured: Captured, fits: Sequence[Fit]) -> dict[str, tuple[str, tuple[str, ...]]]:
+    ledger = Ledger(captured.tensor)
     outcomes: dict[str, tuple[str, tuple[str, ...]]] = {}
-    for probe, item in zip(probes, statistics, strict=True):
-        if int(item.count) == 0:
+    for fit in fits:
+        probe = fit.probe
+        if int(fit.plain.count) == 0:
             outcomes[probe.target] = ("not fitted: no finite sample reached it", ())
             continue
-        plan, signed = _plan(captured, planner, probe)
         factor = torch.ones_like(probe.scale)
-        if plan is not None or probe.prefix is not None:
-            factor = _factors(item, probe, signed)
-        touched = _scale_producers(probe, plan, factor, ledger)
-        _scale_norm(probe, factor, item)
-        outcomes[probe.target] = (_note(probe, plan), touched)
+        if fit.plan is not None or probe.prefix is not None:
+            factor = _factors(fit)
+        touched = _scale_producers(probe, fit.plan, factor, ledger)
+        _scale_norm(probe, factor, fit.plain)
+        outcomes[probe.target] = (_note(probe, fit.plan), touched)
     ledger.write(lambda layer, attr, new: write_tensor(captured.editor, layer, attr, new))
     captured.editor.commit()
     return outcomes
@@ -177,10 +253,31 @@ def _plan(captured: Captured, planner: Planner, probe: Probe) -> tuple[Absorptio
     return None, True
 
 
-def _factors(item: MeanStatistics, probe: Probe, signed: bool) -> Tensor:
-    weight = probe.scale.cpu().reshape(item.groups, -1).numpy()
-    found = factors(item.covariance.numpy(), weight, signed=signed)
-    return torch.from_numpy(found).reshape(-1).to(probe.scale.device)
+def _factors(fit: Fit) -> Tensor:
+    groups = fit.plain.groups
+    weight = fit.probe.scale.cpu().reshape(groups, -1).numpy()
+    covariance = fit.varied.covariance
+    if fit.kernel is not None and fit.inputs is not None:
+        covariance = through_weights(covariance, fit.kernel, fit.inputs.covariance.flatten())
+    sizes = RANGE if fit.probe.gain > _SIZES_FROM else 1.0
+    found = factors(
+        covariance.numpy(), weight, signed=fit.signed, sizes=sizes,
+        shrinkage=SHRINKAGE if fit.kernel is None else SHRINKAGE / 3,
+    )  # fmt: skip
+    return torch.from_numpy(found).reshape(-1).to(fit.probe.scale.device)
+
+
+def through_weights(covariance: Tensor, kernel: Tensor, variance: Tensor) -> Tensor:
+    """Mix a covariance of channel means with the one that independent inputs would give.
+
+        (1 − r) S + r W D Wᵀ,   D the variances of the input's channel means
+
+    A hundred samples span few directions; the weights know how all others would come out.
+    """
+    size = covariance.shape[1]
+    rows = kernel.reshape(-1, size, kernel.shape[1])
+    prior = torch.einsum("gik,k,gjk->gij", rows, variance, rows)
+    return (1 - THROUGH_WEIGHTS) * covariance + THROUGH_WEIGHTS * prior
 
 
 def _scale_producers(

@@ -37,13 +37,23 @@ _GRID = 17
 _FINE = np.array([1.0, 1.1, 1 / 1.1, 1.03, 1 / 1.03])
 
 
-def factors(second: Array, weight: Array, *, signed: bool = True, seed: int = 0) -> Array:
+def factors(
+    second: Array,
+    weight: Array,
+    *,
+    signed: bool = True,
+    sizes: float = RANGE,
+    shrinkage: float = SHRINKAGE,
+    seed: int = 0,
+) -> Array:
     """Return the factors a, one row a group.
 
     Args:
         second: the covariance of the channel means within each group, (groups, n, n).
         weight: γ, (groups, n).
         signed: whether negative factors are allowed.
+        sizes: the largest size, and the reciprocal of the smallest; 1 for signs alone.
+        shrinkage: part of the covariance that is replaced by its diagonal.
         seed: of the starting signs and the order of the coordinates.
     """
     groups, size = weight.shape
@@ -51,12 +61,12 @@ def factors(second: Array, weight: Array, *, signed: bool = True, seed: int = 0)
         return np.ones_like(weight)
     random = np.random.default_rng(seed)
     restarts = _RESTARTS if size <= 128 else 1
-    covariance = np.tile(_shrunk(second), (restarts, 1, 1))
+    covariance = np.tile(_shrunk(second, shrinkage), (restarts, 1, 1))
     importance = np.tile(_importance(weight), (restarts, 1))
-    start = _start(covariance, importance)
+    start = _start(covariance, importance, sizes)
     if signed:
         start = start * random.choice([-1.0, 1.0], start.shape)
-    found, error = _descend(covariance, importance, start, signed, random)
+    found, error = _descend(covariance, importance, start, _grid(sizes, signed), random)
     best = error.reshape(restarts, groups).argmin(0)
     chosen: Array = found.reshape(restarts, groups, size)[best, np.arange(groups)]
     return chosen
@@ -68,11 +78,11 @@ def leak(second: Array, weight: Array, factor: Array) -> Array:
     return np.asarray(quadratic * (weight**2 / factor**2).sum(1))
 
 
-def _shrunk(second: Array) -> Array:
+def _shrunk(second: Array, shrinkage: float) -> Array:
     diagonal = np.einsum("gii->gi", second)
     scale = np.maximum(diagonal.mean(1), 1e-30)[:, None, None]
     eye = np.eye(second.shape[1])
-    shrunk = (1 - SHRINKAGE) * second + SHRINKAGE * diagonal[:, :, None] * eye
+    shrunk = (1 - shrinkage) * second + shrinkage * diagonal[:, :, None] * eye
     return np.asarray(shrunk / scale + 1e-4 * eye)
 
 
@@ -82,27 +92,31 @@ def _importance(weight: Array) -> Array:
     return np.asarray(square / np.maximum(square.mean(1, keepdims=True), 1e-30) + 1e-4)
 
 
-def _start(covariance: Array, importance: Array) -> Array:
+def _start(covariance: Array, importance: Array, sizes: float) -> Array:
     """Return the factors that were best if no channel means were correlated."""
     size = (importance / np.einsum("gii->gi", covariance)) ** 0.25
     size = size / np.exp(np.log(size).mean(1, keepdims=True))
-    return np.asarray(np.clip(size, 1 / RANGE, RANGE))
+    return np.asarray(np.clip(size, 1 / sizes, sizes))
+
+
+def _grid(sizes: float, signed: bool) -> Array:
+    grid = np.geomspace(1 / sizes, sizes, _GRID) if sizes > 1 else np.ones(1)
+    return np.concatenate([grid, -grid]) if signed else grid
 
 
 def _descend(
-    covariance: Array, importance: Array, factor: Array, signed: bool, random: np.random.Generator
+    covariance: Array, importance: Array, factor: Array, grid: Array, random: np.random.Generator
 ) -> tuple[Array, Array]:
     rows = np.arange(len(factor))
     diagonal = np.einsum("gii->gi", covariance).copy()
     product = np.einsum("gij,gj->gi", covariance, factor)
     quadratic = (factor * product).sum(1)
     inverse = (importance / factor**2).sum(1)
-    grid = np.geomspace(1 / RANGE, RANGE, _GRID)
-    grid = np.concatenate([grid, -grid]) if signed else grid
+    sizes = float(grid.max())
     for _ in range(_SWEEPS):
         for c in random.permutation(factor.shape[1]):
             old = factor[:, c : c + 1]
-            fine = np.clip(np.abs(old) * _FINE, 1 / RANGE, RANGE) * np.sign(old)
+            fine = np.clip(np.abs(old) * _FINE, 1 / sizes, sizes) * np.sign(old)
             new = np.concatenate([np.broadcast_to(grid, (len(rows), len(grid))), fine], 1)
             step = new - old
             q = quadratic[:, None] + 2 * step * product[:, c : c + 1]
