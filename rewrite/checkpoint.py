@@ -36,6 +36,7 @@ from rewrite.exported import is_exported, load_exported
 from rewrite.files import atomic_path
 from rewrite.pickler import write_model
 from rewrite.safeload import load_pickle
+from rewrite.tree import own_memory_
 
 _NAME = re.compile(
     r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_][\w.]*)(?P<kwargs>\(.*\))?", re.S
@@ -71,7 +72,9 @@ def load(
     """
     path = Path(reference)
     if path.exists() or not isinstance(reference, str):
-        return _load_file(path, factory, trust, map_location)
+        model = _load_file(path, factory, trust, map_location)
+        own_memory_(model)
+        return model
     match = _NAME.fullmatch(reference)
     if match is None or path.suffix in (".pt", ".pth", ".pt2", ".safetensors", ".ckpt"):
         raise CheckpointError(f"{reference}: no such file, and no name like torchvision:resnet18")

@@ -102,13 +102,14 @@ class Editor:
             return forward
         return None if self._line(forward, node) is not None else _elsewhere(owner)
 
-    def bypass(self, node: Node) -> None:
-        """Make the value of `node` its first input: a layer becomes Identity, a line goes."""
+    def bypass(self, node: Node, operand: Node | None = None) -> None:
+        """Make the value of `node` that of `operand`, its first input: a layer becomes Identity."""
         if node.op == "call_module" and not self._in_graph_module(node):
             self.replace(str(node.target), nn.Identity())
             return
         forward, line = self._open_line(node)
-        source = line.all_input_nodes[0]
+        place = 0 if operand is None else node.all_input_nodes.index(operand)
+        source = line.all_input_nodes[place]
         line.replace_all_uses_with(source)
         forward.graph.erase_node(line)
 

@@ -217,12 +217,7 @@ def _lazy_copy(tensor: torch.Tensor) -> torch.Tensor:
             kind(requires_grad=tensor.requires_grad, device=tensor.device, dtype=tensor.dtype),
         )
     data = tensor.detach()
-    try:
-        shared = torch._lazy_clone(data) if type(data) is torch.Tensor else data.clone()
-    except RuntimeError:
-        # Storage that is not plain memory (mapped from a file, quantized, sparse) has no
-        # copy-on-write form.
-        shared = data.clone()
+    shared = torch._lazy_clone(data) if _owns_memory(data) else data.clone()
     if isinstance(tensor, nn.Parameter):
         parameter = copy.copy(tensor) if type(tensor) is not nn.Parameter else None
         if parameter is not None:
@@ -230,6 +225,44 @@ def _lazy_copy(tensor: torch.Tensor) -> torch.Tensor:
             return parameter
         return nn.Parameter(shared, requires_grad=tensor.requires_grad)
     return shared.requires_grad_(tensor.requires_grad and tensor.is_leaf)
+
+
+def _owns_memory(tensor: torch.Tensor) -> bool:
+    """Return whether a copy of `tensor` may share its storage until either side writes.
+
+    The memory of a storage that came out of a file, from numpy or from another process belongs to
+    no allocator; torch would crash when such a shared storage is written to.
+    """
+    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
+        return False
+    if tensor.is_quantized or tensor.device.type == "meta":
+        return False
+    storage = tensor.untyped_storage()
+    return bool(storage.resizable()) and not (tensor.device.type == "cpu" and storage.is_shared())
+
+
+def own_memory_(model: nn.Module) -> None:
+    """Move what was read from a file into memory of its own, one storage after the other.
+
+    Values, identities of the tensors and ties stay; from then on copies can share storage.
+    """
+    moved: dict[int, torch.UntypedStorage] = {}
+    for tensor in list(_tensors(model)):
+        if is_lazy(tensor) or type(tensor.data) is not torch.Tensor:
+            continue
+        data = tensor.detach()
+        if data.layout is not torch.strided or data.is_quantized or data.device.type == "meta":
+            continue
+        storage = data.untyped_storage()
+        if storage.resizable():
+            continue
+        if storage._cdata not in moved:
+            memory = torch.empty(storage.nbytes(), dtype=torch.uint8, device=data.device)
+            moved[storage._cdata] = memory.untyped_storage()
+            moved[storage._cdata].copy_(storage)
+        home = torch.empty(0, dtype=data.dtype, device=data.device)
+        source = moved[storage._cdata]
+        tensor.data = home.set_(source, data.storage_offset(), data.shape, data.stride())
 
 
 def tensor_names(tree: Tree) -> dict[int, str]:

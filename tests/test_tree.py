@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import models
-from rewrite.tree import Tree, copy_model
+from rewrite.tree import Tree, copy_model, own_memory_
 
 
 class Holder(nn.Module):
@@ -98,3 +98,36 @@ def test_every_reference_model_can_be_copied(name: str) -> None:
     pairs = zip(model.state_dict().items(), copied.state_dict().items(), strict=True)
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
     assert [m.training for m in model.modules()] == [m.training for m in copied.modules()]
+
+
+def _from_a_file(tmp_path) -> nn.Module:
+    torch.save(nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)), tmp_path / "m.pt")
+    return torch.load(tmp_path / "m.pt", weights_only=False)
+
+
+def test_what_was_read_from_a_file_can_be_copied_and_written(tmp_path) -> None:
+    """Its storages have no allocator: shared copy-on-write, a write would crash the process."""
+    model = _from_a_file(tmp_path)
+    expected = model[0].weight.detach().clone()
+    copied = copy_model(model)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+        copied[0].bias.add_(1)
+    torch.save(copied, tmp_path / "copy.pt")
+    assert torch.equal(copied[0].weight, expected)
+
+
+def test_memory_of_its_own_can_be_shared(tmp_path) -> None:
+    model = _from_a_file(tmp_path)
+    model.register_parameter("tied", model[0].weight)
+    model.half_of_it = model[0].weight.detach()[:32]
+    weight, expected = model[0].weight, model[0].weight.detach().clone()
+    own_memory_(model)
+    assert model[0].weight is weight is model.tied and torch.equal(weight, expected)
+    assert weight.untyped_storage().resizable()
+    assert model.half_of_it.data_ptr() == weight.data_ptr()
+    copied = copy_model(model)
+    assert torch._C._data_address(copied[0].weight) == torch._C._data_address(weight)
+    with torch.no_grad():
+        weight.add_(1)
+    assert torch.equal(copied[0].weight, expected)
