@@ -44,6 +44,7 @@ class Divergence:
         error_in: how far the call's inputs are apart, relative.
         error_out: how far its output is apart, relative; infinite when it has no counterpart.
         rewrite: the pass that touched the module, "" if none did.
+        node: the node of an ONNX graph, "" in PyTorch.
         note: what else is to be said.
     """
 
@@ -54,6 +55,7 @@ class Divergence:
     error_in: float
     error_out: float
     rewrite: str = ""
+    node: str = ""
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:

@@ -42,6 +42,16 @@ def stored_rounding(a: nn.Module, b: nn.Module) -> dict[tuple[str, str], float]:
     return changed
 
 
+def all_rounding(model: nn.Module) -> dict[tuple[str, str], float]:
+    """Return the eps of every floating-point tensor of a model that is narrower than float64."""
+    return {
+        (name, key): torch.finfo(tensor.dtype).eps
+        for name, module in Tree(model).modules()
+        for key, tensor in {**module._parameters, **module._buffers}.items()
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+    }
+
+
 def identical(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     """Return whether two tensors hold the same values in the same type, NaN included."""
     if a is None or b is None:

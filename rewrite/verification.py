@@ -5,12 +5,15 @@ from __future__ import annotations
 import enum
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rewrite.protocol import Contract
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from rewrite.diverge import Divergence
 
 JUDGED = (Contract.EXACT, Contract.EXACT_IN_EVAL)
@@ -116,6 +119,22 @@ class Verification:
         if self.divergence is not None:
             lines.append(str(self.divergence))
         return "\n".join(lines)
+
+    def tables(self) -> Iterator[Table | str]:
+        """Yield what a terminal shows."""
+        from rich.table import Table
+
+        verdict = "holds" if self.ok else "does not hold"
+        title = f"{self.contract} {verdict}: {self.distance()}"
+        table = Table("", "input", "shapes", "error", box=None, pad_edge=False, title=title)
+        for case in self.cases:
+            mark = "[bold red]FAIL[/]" if case.failed else "" if case.skipped else "[green]ok[/]"
+            error = f"left out: {case.skipped}" if case.skipped else f"{case.max_rel:.1e}"
+            table.add_row(mark, case.name, case.inputs, error)
+        yield table
+        yield from self.reasons
+        if self.divergence is not None:
+            yield str(self.divergence)
 
     def distance(self) -> str:
         """Return the distances in words: "2.1e-06, 0.8 x the noise of the original"."""

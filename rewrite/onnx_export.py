@@ -1,0 +1,299 @@
+"""Export a model to ONNX with PyTorch's exporter, meet its traps first, verify what came out.
+
+The exporter writes an inference graph whatever mode the model is in: a norm or a dropout that is in
+train mode would become another function without a word. Such models are refused by name. What it
+keeps as computation (a weight norm) is baked or kept by choice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from rewrite.compare import leaves, tensors
+from rewrite.errors import ExportError
+from rewrite.files import check_writable
+from rewrite.float64 import isolated
+from rewrite.inputs import Inputs, call, device_of, infer_example_inputs, one_line
+from rewrite.onnx_report import OnnxVerification
+from rewrite.onnx_verify import verify_onnx
+from rewrite.tree import Tree, copy_model
+from rewrite.verification import Level
+
+MAX_BYTES = 1_900_000_000
+"""Above this the weights go into a file beside the model: a protobuf ends at 2 GB."""
+_TRACES = ("pkg.torch.onnx.stack_trace", "namespace", "pkg.torch.onnx.fx_node")
+_BATCH = "batch"
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    example_inputs: Any = None,
+    opset: int | None = None,
+    dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
+    dynamic_batch: bool = True,
+    external_data: bool | None = None,
+    bake_weight_norm: bool = True,
+    metadata: Mapping[str, str] | None = None,
+    verify: bool = True,
+    level: Level = Level.QUICK,
+    overwrite: bool = True,
+    seed: int = 0,
+) -> OnnxVerification:
+    """Export `model` to `path` and verify the file against it; the model is untouched.
+
+    Args:
+        model: any module whose norms and dropouts are in eval mode.
+        path: the file to write, completely or not at all.
+        example_inputs: positional inputs, or a dict of keyword inputs; inferred where possible.
+        opset: version of the operators; the exporter's own choice by default.
+        dynamic_shapes: axes beside the batch that may vary: {"x": {2: "height", 3: "width"}}.
+        dynamic_batch: whether the first axis of the inputs may vary.
+        external_data: weights in a file beside the model; by itself only where they are too large.
+        bake_weight_norm: compute parametrized weights once, instead of in the graph.
+        metadata: written into the file beside versions: the source, the passes, the contract.
+        verify: whether to verify the file against the model.
+        level: how thoroughly.
+        overwrite: whether an existing file may be replaced.
+        seed: of everything random.
+
+    Raises:
+        ExportError: the model cannot be exported as it is, or the exporter fails.
+    """
+    target = check_writable(path, overwrite=overwrite)
+    check_exportable(model)
+    inputs = _inputs(model, example_inputs, seed)
+    notes: list[str] = []
+    ready = _baked(model, notes) if bake_weight_norm else model
+    program = _export(ready, inputs, opset, dynamic_shapes, dynamic_batch, notes, seed)
+    _describe(program.model, metadata or {})
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    beside = size > MAX_BYTES if external_data is None else external_data
+    _save(program, target, beside)
+    if not verify:
+        return OnnxVerification(str(target), (), notes=tuple(notes))
+    found = verify_onnx(target, model, inputs, level=level, seed=seed)
+    return replace(found, path=str(target), notes=tuple(notes))
+
+
+def check_exportable(model: nn.Module) -> None:
+    """Raise ExportError where the exporter would write another function without a word."""
+    for name, module in Tree(model).modules():
+        where = f"{name or type(model).__name__}: {type(module).__name__}"
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
+            if module.running_mean is None and not instance:
+                raise ExportError(
+                    f"{where} has no running statistics: it normalizes by the batch, which ONNX "
+                    "cannot say; train it with track_running_stats=True"
+                )
+            if module.training and module.running_mean is not None:
+                raise ExportError(f"{where} is in train mode; call model.eval() before the export")
+        elif module.training and _drops(module):
+            raise ExportError(f"{where} is in train mode; call model.eval() before the export")
+
+
+def _drops(module: nn.Module) -> bool:
+    """Return whether a module in train mode leaves values out at random."""
+    rate = getattr(module, "p", getattr(module, "drop_prob", None))
+    kind = type(module).__name__
+    return ("Drop" in kind or kind == "StochasticDepth") and isinstance(rate, float) and rate > 0
+
+
+def _inputs(model: nn.Module, example_inputs: Any, seed: int) -> Inputs:
+    found = infer_example_inputs(model, seed) if example_inputs is None else example_inputs
+    if found is None:
+        raise ExportError(
+            f"{type(model).__name__}: no input is known that it runs on; pass --input 1x3x224x224 "
+            "(example_inputs=(x,) in Python)"
+        )
+    return Inputs.of(found).to(device_of(model))
+
+
+def _baked(model: nn.Module, notes: list[str]) -> nn.Module:
+    """Return the model with parametrized weights computed, a copy if there are any."""
+    names = [n for n, m in Tree(model).modules() if parametrize.is_parametrized(m)]
+    if not names:
+        return model
+    copied = copy_model(model)
+    tree = Tree(copied)
+    for name in names:
+        module = tree.get(name)
+        for tensor in list(module.parametrizations):  # type: ignore[arg-type]
+            parametrize.remove_parametrizations(module, tensor)
+    shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    notes.append(f"baked the parametrized weights of {len(names)} modules: {shown}")
+    return copied
+
+
+def _export(
+    model: nn.Module,
+    inputs: Inputs,
+    opset: int | None,
+    axes: Mapping[str, Mapping[int, str]] | None,
+    batch: bool,
+    notes: list[str],
+    seed: int,
+) -> Any:
+    """Run the exporter; where it cannot keep the batch dynamic, say so and fix it."""
+    with isolated(model):
+        output = call(model, inputs, seed)
+    arguments: dict[str, Any] = {
+        "opset_version": opset,
+        "output_names": _output_names(output),
+        "dynamo": True,
+        "verbose": False,
+    }
+    shapes = _dynamic(model, inputs, axes or {}, batch)
+    if shapes is None:
+        return _call_exporter(model, inputs, arguments)
+    try:
+        wider = _wider(inputs) if batch else inputs
+        return _call_exporter(model, wider, {**arguments, "dynamic_shapes": shapes})
+    except ExportError as error:
+        if axes or not batch:
+            raise
+        program = _call_exporter(model, inputs, arguments)
+        notes.append(
+            f"the batch is fixed: with a dynamic one the exporter fails: {one_line(error)}"
+        )
+        return program
+
+
+def _call_exporter(model: nn.Module, inputs: Inputs, arguments: dict[str, Any]) -> Any:
+    with _quiet():
+        try:
+            return torch.onnx.export(model, inputs.args, kwargs=dict(inputs.kwargs), **arguments)
+        except Exception as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise ExportError(
+                f"{type(model).__name__}: torch.onnx.export fails: {one_line(cause)}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's warnings and log lines to itself: what matters is verified afterwards."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
+    before = [(logger, logger.level) for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for logger, level in before:
+                logger.setLevel(level)
+
+
+def _dynamic(
+    model: nn.Module, inputs: Inputs, axes: Mapping[str, Mapping[int, str]], batch: bool
+) -> Any:
+    """Return dynamic_shapes as torch.export wants them, None where nothing is dynamic."""
+    names = _input_names(model, inputs)
+    unknown = [name for name in axes if name not in names]
+    if unknown:
+        raise ExportError(
+            f"--dynamic-shape {unknown[0]}: no such input; the inputs are {', '.join(names)}"
+        )
+    firsts = {t.shape[0] for t in tensors([inputs.args, dict(inputs.kwargs)]) if t.ndim}
+    shared = batch and len(firsts) == 1
+    if not shared and not axes:
+        return None
+
+    def of(leaf: Any, wanted: Mapping[int, str]) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return None
+        spec: dict[int, Any] = {0: _BATCH} if shared and leaf.ndim else {}
+        return spec | dict(wanted) or None
+
+    shapes: dict[str, Any] = {}
+    for name, value in zip(names, (*inputs.args, *inputs.kwargs.values()), strict=True):
+        shapes[name] = torch.utils._pytree.tree_map(
+            lambda leaf, n=name: of(leaf, axes.get(n, {})), value
+        )
+    if inputs.kwargs or len(names) != len(inputs.args):
+        return shapes
+    return tuple(shapes.values())
+
+
+def _input_names(model: nn.Module, inputs: Inputs) -> list[str]:
+    import inspect
+
+    signature = inspect.signature(model.forward)
+    names: list[str] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}_{i}" for i in range(len(inputs.args) - len(names))]
+        elif len(names) < len(inputs.args) and parameter.kind is not parameter.KEYWORD_ONLY:
+            names.append(parameter.name)
+    return names + list(inputs.kwargs)
+
+
+def _wider(inputs: Inputs) -> Inputs:
+    """Return inputs with a batch of at least two: the exporter takes a 1 for a constant."""
+
+    def doubled(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == 1:
+            return torch.cat([leaf, leaf])
+        return leaf
+
+    return inputs.map(doubled)
+
+
+def _output_names(output: Any) -> list[str]:
+    """Return a name for each output: keys and fields, else output, output_1 …"""
+    names = []
+    for path, leaf in leaves(output, ""):
+        if isinstance(leaf, torch.Tensor):
+            cleaned = "_".join(
+                part for part in path.replace("[", ".").replace("]", "").split(".") if part
+            ).replace("'", "")
+            names.append(f"output_{cleaned}" if cleaned.isdigit() else cleaned or "output")
+    return names
+
+
+def _describe(model: Any, metadata: Mapping[str, str]) -> None:
+    """Write what made the file into it, and keep only names of modules on the nodes."""
+    import rewrite
+
+    model.metadata_props.update(
+        {
+            "rewrite.version": str(getattr(rewrite, "__version__", "")) or "unreleased",
+            "torch.version": torch.__version__,
+            "onnx.version": onnx.__version__,
+            **{f"rewrite.{key}": value for key, value in metadata.items()},
+        }
+    )
+    for node in model.graph.all_nodes():
+        for key in _TRACES:
+            node.metadata_props.pop(key, None)
+
+
+def _save(program: Any, target: Path, beside: bool) -> None:
+    """Write the model, and the weights beside it, completely or not at all."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        place = Path(folder) / target.name
+        try:
+            program.save(str(place), external_data=beside)
+            written = sorted(Path(folder).iterdir(), key=lambda file: file == place)
+            for file in written:
+                file.replace(target.parent / file.name)
+        except OSError as error:
+            raise ExportError(f"{target}: {(error.strerror or str(error)).lower()}") from error

@@ -1,0 +1,265 @@
+"""Compare what an ONNX graph computes with what it should, output by output and value by value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewrite.compare import compare, leaves
+from rewrite.diverge import Divergence, first_guilty, recorded, value_noise
+from rewrite.errors import VerificationError
+from rewrite.float64 import in_float64, isolated, short_of_memory, widen
+from rewrite.inputs import Inputs, call, device_of, one_line
+from rewrite.judge import run_original
+from rewrite.onnx_file import OnnxFile
+from rewrite.onnx_report import Check
+from rewrite.onnx_run import Feed, feed_of, nudged_model, record_graph, run, session
+from rewrite.record import Event, Known, Record, Sketcher
+from rewrite.rounding import EXPLAINS, all_rounding, nudged
+from rewrite.verification import Level
+
+_EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass
+class Parity:
+    """What a comparison with a reference found."""
+
+    checks: list[Check] = field(default_factory=list)
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    noise: float = 0.0
+    agreements: list[float] = field(default_factory=list)
+    cosines: list[float] = field(default_factory=list)
+    divergence: Divergence | None = None
+    ran: int = 0
+    worst: float = 0.0
+    where: str = ""
+    failed: list[str] = field(default_factory=list)
+    failing: Any = None
+
+    def numbers(self) -> dict[str, Any]:
+        """Return what a report carries."""
+        mean = sum(self.agreements) / len(self.agreements) if self.agreements else None
+        return {
+            "max_abs": self.max_abs,
+            "max_rel": self.max_rel,
+            "noise": self.noise,
+            "agreement": mean,
+            "cosine": min(self.cosines, default=None),
+            "divergence": self.divergence,
+        }
+
+    def add(self, name: str, exact: Any, own: Any, got: Any, rounding: float) -> bool:
+        """Take one input in; return whether the graph is right on it."""
+        self.ran += 1
+        error = compare(exact, got, dtypes=False)
+        noise = max(compare(exact, own, dtypes=False).max_rel, rounding)
+        allowed = EXPLAINS * (noise + _EPS)
+        self.max_abs = max(self.max_abs, error.max_abs)
+        self.max_rel = max(self.max_rel, error.max_rel)
+        self.noise = max(self.noise, noise)
+        if error.agreement is not None:
+            self.agreements.append(error.agreement)
+        if error.cosine is not None:
+            self.cosines.append(error.cosine)
+        ratio = error.max_rel / (noise + _EPS)
+        if ratio > self.worst:
+            self.worst, self.where = ratio, name
+        reasons = list(error.reasons)
+        if error.max_rel > allowed:
+            reasons.append(f"{error.worst} is off by {error.max_rel:.1e}, noise {noise:.1e}")
+        self.failed += [f"{name}: {reason}" for reason in reasons]
+        return not reasons
+
+    def sum_up(self, reference: str) -> None:
+        """Turn what was gathered into checks."""
+        label = f"parity with {reference}"
+        found = f"{self.ran} inputs, error {self.max_rel:.1e}"
+        if self.where:
+            found += f", at most {self.worst:.1f} x the noise ({self.where})"
+        if self.agreements:
+            found += f", top-1 agreement {sum(self.agreements) / len(self.agreements):.1%}"
+        if not self.failed:
+            self.checks.append(Check(label, found))
+        shown = self.failed[:3]
+        if len(self.failed) > len(shown):
+            shown[-1] += f" (and {len(self.failed) - len(shown)} more)"
+        self.checks += [Check(label, reason, False) for reason in shown]
+
+
+def against_model(
+    opened: OnnxFile,
+    live: Any,
+    model: nn.Module,
+    cases: Sequence[tuple[str, Inputs]],
+    level: Level,
+    repro: str | Path | None,
+    seed: int,
+) -> Parity:
+    """Compare a graph with a PyTorch model in eval mode: outputs on every case, values on one."""
+    parity = Parity()
+    rounding = all_rounding(model)
+    device = device_of(model)
+    for index, (name, inputs) in enumerate(cases):
+        inputs = inputs.to(device)
+        try:
+            with isolated(model):
+                own = run_original(model, name, inputs, seed)
+        except VerificationError:
+            if not index:
+                raise
+            continue
+        feed = feed_of(opened, inputs)
+        try:
+            got = run(live, feed)
+        except VerificationError as error:
+            parity.failed.append(f"{name}: {one_line(error)}")
+            continue
+        own_list, got = _paired(opened, own, got)
+        with in_float64(model, streamed=short_of_memory(model)):
+            if index:
+                exact = call(model, inputs.map(widen), seed)
+                moved = 0.0
+            else:
+                exact, moved = _first(opened, model, inputs, feed, rounding, parity, repro, seed)
+        parity.add(name, [leaf for _, leaf in _kept(exact)], own_list, got, moved)
+    parity.sum_up("the PyTorch model")
+    return parity
+
+
+def _kept(output: Any) -> list[tuple[str, Any]]:
+    """Return the leaves of an output that an exporter keeps: tensors and numbers."""
+    return [(p, v) for p, v in leaves(output) if isinstance(v, torch.Tensor | int | float)]
+
+
+def _paired(opened: OnnxFile, own: Any, got: list[Any]) -> tuple[list[Any], list[Any]]:
+    mine = [leaf for _, leaf in _kept(own)]
+    if len(mine) != len(got):
+        raise VerificationError(
+            f"{opened.path}: the graph returns {len(got)} values, the PyTorch model {len(mine)}"
+        )
+    return mine, got
+
+
+def _first(
+    opened: OnnxFile,
+    model: nn.Module,
+    inputs: Inputs,
+    feed: Feed,
+    rounding: Any,
+    parity: Parity,
+    repro: str | Path | None,
+    seed: int,
+) -> tuple[Any, float]:
+    """Compare every value on the way; return the exact output and what rounding does to it."""
+    sketch = Sketcher(seed)
+    wide = inputs.map(widen)
+    exact_record, exact = recorded(model, wide, sketch, seed)
+    with nudged(model, rounding, seed):
+        nudged_record, moved = recorded(model, wide, sketch, seed)
+    graph = record_graph(opened, feed, sketch)
+    noise = [max(value, _EPS / 4) for value in value_noise(exact_record, nudged_record)]
+    parity.divergence = _diverging(graph, exact_record, noise)
+    if parity.divergence is not None:
+        parity.failed.append(f"value on the way: {parity.divergence.note}")
+        if repro is not None:
+            from rewrite.onnx_repro import write_repro
+
+            write_repro(repro, opened, feed, parity.divergence)
+    return exact, compare(exact, moved).max_rel
+
+
+def _diverging(graph: Record, reference: Record, noise: Sequence[float]) -> Divergence | None:
+    """Return the first node of `graph` that leaves the values of `reference`."""
+    known = Known(reference.values, noise)
+    event = first_guilty(graph, [known.nearest(value) for value in graph.values])
+    if event is None:
+        return None
+    seen = Known(graph.values)
+    distances = [(seen.nearest(v)[0], n) for v, n in zip(reference.values, noise, strict=True)]
+    there = first_guilty(reference, distances)
+    far = max((known.nearest(graph.values[i])[0] for i in event.outputs), default=math.inf)
+    near = max((known.nearest(graph.values[i])[0] for i in event.inputs), default=0.0)
+    node = event.owner
+    target = _target(event, there)
+    return Divergence(
+        target=target,
+        function=event.function,
+        source=there.source if there is not None else None,
+        source_after=None,
+        error_in=near,
+        error_out=far,
+        node=node,
+        note=f"node {node} ({event.function}) of {target or 'the graph'} is off by {far:.1e}",
+    )
+
+
+def _target(event: Event, there: Event | None) -> str:
+    """Return the PyTorch module of a node: as the exporter noted it, else as the values tell."""
+    if event.source is not None:
+        return event.source
+    return there.owner if there is not None else ""
+
+
+def against_graph(
+    opened: OnnxFile,
+    live: Any,
+    reference: OnnxFile,
+    feeds: Sequence[Feed],
+    repro: str | Path | None,
+    seed: int,
+) -> Parity:
+    """Compare a graph with another one: outputs on every input, values on the first."""
+    parity = Parity()
+    theirs = session(reference.model, "disabled", reference.path)
+    moved_live = session(nudged_model(reference.model, seed), "disabled")
+    for index, feed in enumerate(feeds):
+        renamed = _renamed(reference, feed)
+        exact, moved = run(theirs, renamed), run(moved_live, renamed)
+        got = run(live, feed)
+        if len(exact) != len(got):
+            raise VerificationError(
+                f"{opened.path}: returns {len(got)} values, {reference.path} {len(exact)}"
+            )
+        right = parity.add(f"input {index}", exact, moved, got, 0.0)
+        if index == 0 or (not right and parity.divergence is None):
+            parity.divergence = parity.divergence or _compare_graphs(
+                opened, reference, feed, renamed, seed
+            )
+            if parity.divergence is not None and index == 0:
+                parity.failed.append(f"value on the way: {parity.divergence.note}")
+    if parity.divergence is not None and repro is not None and feeds:
+        from rewrite.onnx_repro import write_repro
+
+        write_repro(repro, opened, feeds[0], parity.divergence)
+    parity.sum_up(str(reference.path))
+    return parity
+
+
+def _compare_graphs(
+    opened: OnnxFile, reference: OnnxFile, feed: Feed, renamed: Feed, seed: int
+) -> Divergence | None:
+    sketch = Sketcher(seed)
+    base = record_graph(reference, renamed, sketch)
+    shaken = replace(reference, model=nudged_model(reference.model, seed))
+    noise = [max(n, _EPS / 4) for n in value_noise(base, record_graph(shaken, renamed, sketch))]
+    return _diverging(record_graph(opened, feed, sketch), base, noise)
+
+
+def _renamed(reference: OnnxFile, feed: Feed) -> Feed:
+    """Return a feed under the reference's input names: the same ones, or by position."""
+    names = [value.name for value in reference.inputs]
+    if set(names) == set(feed):
+        return feed
+    if len(names) != len(feed):
+        raise VerificationError(
+            f"{reference.path}: its inputs are {', '.join(names)}, not {', '.join(feed)}"
+        )
+    return dict(zip(names, feed.values(), strict=True))

@@ -1,0 +1,86 @@
+"""Write a diverging node as something to send to somebody: one node, its inputs, its outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from rewrite.diverge import Divergence
+from rewrite.errors import VerificationError
+from rewrite.onnx_file import OnnxFile
+from rewrite.onnx_run import Feed, values_of
+
+_SCRIPT = '''"""{title}"""
+import numpy as np
+import onnxruntime
+
+inputs = dict(np.load("inputs.npz"))
+expected = np.load("expected.npz")
+session = onnxruntime.InferenceSession("node.onnx", providers=["CPUExecutionProvider"])
+for value, output in zip(session.get_outputs(), session.run(None, inputs)):
+    if value.name in expected:
+        print(value.name, "differs by", np.abs(output - expected[value.name]).max())
+'''
+
+
+def write_repro(
+    folder: str | Path,
+    opened: OnnxFile,
+    feed: Feed,
+    divergence: Divergence,
+    expected: dict[str, Any] | None = None,
+) -> Path:
+    """Write node.onnx, inputs.npz, actual.npz, expected.npz and repro.py into `folder`.
+
+    Raises:
+        VerificationError: the folder cannot be written, or the node is gone.
+    """
+    graph = opened.model.graph
+    node = next((n for n in graph.node if divergence.node in (n.name, n.output[0])), None)
+    if node is None:
+        raise VerificationError(f"{opened.path}: no node {divergence.node} to write a repro of")
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    given = [name for name in node.input if name and name not in weights]
+    outputs = [name for name in node.output if name]
+    fetched = dict(values_of(opened.model, feed, [n for n in given if n not in feed] + outputs))
+    inputs: dict[str, Any] = {
+        name: feed.get(name, fetched.get(name)) for name in dict.fromkeys(given)
+    }
+    place = Path(folder)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        onnx.save(_one_node(opened.model, node, inputs, fetched, weights), str(place / "node.onnx"))
+        np.savez(place / "inputs.npz", **inputs)
+        np.savez(place / "actual.npz", **{name: fetched[name] for name in outputs})
+        np.savez(place / "expected.npz", **(expected or {}))
+        (place / "repro.py").write_text(_SCRIPT.format(title=divergence.note))
+    except OSError as error:
+        raise VerificationError(f"{place}: cannot be written: {error.strerror}") from error
+    return place
+
+
+def _one_node(
+    model: onnx.ModelProto,
+    node: Any,
+    inputs: dict[str, Any],
+    fetched: dict[str, Any],
+    weights: dict[str, Any],
+) -> onnx.ModelProto:
+    def value(name: str, array: Any) -> Any:
+        kind = onnx.helper.np_dtype_to_tensor_dtype(np.asarray(array).dtype)
+        return onnx.helper.make_tensor_value_info(name, kind, np.asarray(array).shape)
+
+    graph = onnx.helper.make_graph(
+        [node],
+        "repro",
+        [value(name, array) for name, array in inputs.items()],
+        [value(name, fetched[name]) for name in node.output if name],
+        [weights[name] for name in dict.fromkeys(node.input) if name in weights],
+    )
+    made = onnx.helper.make_model(graph, opset_imports=model.opset_import)
+    made.ir_version = model.ir_version
+    made.functions.extend(model.functions)
+    return made

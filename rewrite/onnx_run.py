@@ -1,0 +1,281 @@
+"""Run an ONNX graph in onnxruntime: sessions, inputs that fit the graph, values on the way."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import numpy_helper
+
+from rewrite.compare import tensors
+from rewrite.errors import VerificationError
+from rewrite.inputs import Inputs, one_line
+from rewrite.onnx_file import OnnxFile
+from rewrite.record import Event, Record, Sketcher
+
+Feed = dict[str, np.ndarray[Any, Any]]
+_Level = onnxruntime.GraphOptimizationLevel
+LEVELS = {
+    "disabled": _Level.ORT_DISABLE_ALL,
+    "basic": _Level.ORT_ENABLE_BASIC,
+    "extended": _Level.ORT_ENABLE_EXTENDED,
+    "all": _Level.ORT_ENABLE_ALL,
+}
+_DEFAULT_SIDE = 64
+_DEFAULT_LENGTH = 16
+_FATAL_ONLY = 4
+# Values on the way are fetched in portions of about this many bytes.
+_PORTION = 512 * 1024 * 1024
+
+
+def session(model: onnx.ModelProto, level: str = "all", path: Path | None = None) -> Any:
+    """Return a session on the CPU at an optimization level.
+
+    Raises:
+        VerificationError: onnxruntime refuses the graph.
+    """
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = LEVELS[level]
+    options.log_severity_level = _FATAL_ONLY
+    options.intra_op_num_threads = torch.get_num_threads()
+    providers = ["CPUExecutionProvider"]
+    try:
+        if model.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF:
+            return onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=providers
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            place = str(Path(folder) / "model.onnx")
+            onnx.save(model, place, save_as_external_data=True)
+            return onnxruntime.InferenceSession(place, options, providers=providers)
+    except Exception as error:
+        name = path or "the graph"
+        raise VerificationError(
+            f"{name}: onnxruntime {onnxruntime.__version__} refuses it: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return what onnxruntime says, without its codes and source paths."""
+    text = one_line(error)
+    for noise in ("[ONNXRuntimeError] : ", "Load model from "):
+        text = text.replace(noise, "")
+    parts = text.split(" : ")
+    return " : ".join(parts[2:]) if len(parts) > 2 and parts[0].strip().isdigit() else text
+
+
+def run(live: Any, feed: Feed, names: Sequence[str] | None = None) -> list[Any]:
+    """Run a session.
+
+    Raises:
+        VerificationError: the graph refuses the inputs.
+    """
+    try:
+        return list(live.run(names, feed))
+    except Exception as error:
+        shapes = ", ".join(f"{name} {value.dtype}{value.shape}" for name, value in feed.items())
+        raise VerificationError(f"the graph refuses ({shapes}): {_reason(error)}") from error
+
+
+def feed_of(opened: OnnxFile, inputs: Inputs) -> Feed:
+    """Return inputs by the graph's names: those given by name, the others in order.
+
+    Raises:
+        VerificationError: names, number, types or fixed sizes do not match.
+    """
+    values = opened.inputs
+    names = [value.name for value in values]
+    named = {key: value for key, value in inputs.kwargs.items() if value is not None}
+    positional = tensors(list(inputs.args))
+    unknown = [name for name in named if name not in names]
+    free = [name for name in names if name not in named]
+    if unknown or len(positional) != len(free):
+        given = [f"{name!r}" for name in named] + [f"{len(positional)} by position"]
+        raise VerificationError(
+            f"{opened.path}: the graph's inputs are {', '.join(names)}; given: {', '.join(given)}"
+        )
+    feed: Feed = {}
+    for value in values:
+        tensor = named[value.name] if value.name in named else positional[free.index(value.name)]
+        feed[value.name] = _fitting(opened.path, value, as_array(tensor))
+    return feed
+
+
+def as_array(value: Any) -> np.ndarray[Any, Any]:
+    """Return a tensor as a numpy array; bfloat16, which numpy lacks, as float32."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        plain: np.ndarray[Any, Any] = (
+            value.float() if value.dtype == torch.bfloat16 else value
+        ).numpy()
+        return plain
+    return np.asarray(value)
+
+
+def _fitting(path: Path, value: Any, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    kind = value.type.tensor_type
+    wanted = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    if array.dtype != wanted:
+        if array.dtype.kind == "f" and np.dtype(wanted).kind == "f":
+            array = array.astype(wanted)
+        else:
+            raise VerificationError(
+                f"{path}: input {value.name} takes {np.dtype(wanted)}, not {array.dtype}; "
+                f"write --input {'x'.join(map(str, array.shape))}:{np.dtype(wanted)}"
+            )
+    sizes = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
+    fits = len(sizes) == array.ndim and all(
+        size is None or size == given for size, given in zip(sizes, array.shape, strict=True)
+    )
+    if kind.HasField("shape") and not fits:
+        shape = "x".join(d.dim_param or str(d.dim_value) for d in kind.shape.dim)
+        given = "x".join(map(str, array.shape))
+        raise VerificationError(f"{path}: input {value.name} is {shape}, not {given}")
+    return array
+
+
+def accepts(opened: OnnxFile, inputs: Inputs) -> bool:
+    """Return whether the graph's own declaration takes inputs of these shapes."""
+    try:
+        feed_of(opened, inputs)
+    except VerificationError:
+        return False
+    return True
+
+
+def dynamic_axes(opened: OnnxFile) -> dict[str, dict[int, str]]:
+    """Return the axes that each input declares as dynamic, with their names."""
+    return {
+        value.name: {
+            axis: dim.dim_param or "?"
+            for axis, dim in enumerate(value.type.tensor_type.shape.dim)
+            if not dim.HasField("dim_value")
+        }
+        for value in opened.inputs
+    }
+
+
+def made_up(opened: OnnxFile, batch: int = 1, seed: int = 0) -> Feed:
+    """Return random inputs for a graph: what it declares, and likely sizes where it leaves them."""
+    random = np.random.default_rng(seed)
+    feed: Feed = {}
+    for value in opened.inputs:
+        kind = value.type.tensor_type
+        dims = kind.shape.dim
+        free = _DEFAULT_SIDE if len(dims) >= 4 else _DEFAULT_LENGTH
+        shape = [
+            dim.dim_value if dim.HasField("dim_value") else batch if axis == 0 else free
+            for axis, dim in enumerate(dims)
+        ]
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        if dtype.kind == "f":
+            feed[value.name] = random.standard_normal(shape).astype(dtype)
+        elif dtype.kind == "b":
+            feed[value.name] = random.integers(0, 2, shape).astype(dtype)
+        else:
+            feed[value.name] = random.integers(0, 2, shape).astype(dtype)
+    return feed
+
+
+def nudged_model(model: onnx.ModelProto, seed: int = 0) -> onnx.ModelProto:
+    """Return a copy whose float32 initializers are half an eps off, at random."""
+    random = np.random.default_rng(seed)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    half = np.finfo(np.float32).eps / 2
+    for tensor in copy.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            value = numpy_helper.to_array(tensor)
+            sign = random.integers(0, 2, value.shape) * 2.0 - 1.0
+            moved = (value * (1 + sign * half)).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(moved, tensor.name))
+    return copy
+
+
+def record_graph(opened: OnnxFile, feed: Feed, sketch: Sketcher) -> Record:
+    """Run the graph node by node as the file says it, and return a sketch of every value.
+
+    Values are fetched in portions, so that memory stays bounded; optimizations are off.
+    """
+    graph = opened.model.graph
+    names = [name for node in graph.node for name in node.output if name]
+    record = Record()
+    numbers: dict[str, int] = {}
+    for name, value in feed.items():
+        numbers[name] = _add(record, sketch, value, None)
+    sketches = {}
+    for portion in _portions(names, opened):
+        for name, value in values_of(opened.model, feed, portion):
+            if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+                sketches[name] = sketch(torch.from_numpy(np.array(value)))
+    for node in graph.node:
+        given = tuple(numbers[name] for name in node.input if name in numbers)
+        made = [name for name in node.output if name in sketches]
+        # Sizes are no values of the model: PyTorch keeps them in Python.
+        if not given or not made or node.op_type in ("Shape", "Size"):
+            continue
+        index = len(record.events)
+        for name in made:
+            numbers[name] = len(record.values)
+            record.values.append(sketches[name])
+            record.producer.append(index)
+        label = node.name or node.output[0]
+        outputs = tuple(numbers[name] for name in made)
+        record.events.append(Event((label, 0, node.op_type, 0), scope_of(node), given, outputs))
+    record.outputs = tuple(numbers[v.name] for v in graph.output if v.name in numbers)
+    return record
+
+
+def _add(record: Record, sketch: Sketcher, value: Any, producer: int | None) -> int:
+    record.values.append(sketch(torch.from_numpy(np.array(value))))
+    record.producer.append(producer)
+    return len(record.values) - 1
+
+
+def values_of(
+    model: onnx.ModelProto, feed: Feed, names: Iterable[str]
+) -> Iterator[tuple[str, Any]]:
+    """Yield values on the way, by making them outputs of the graph."""
+    wanted = list(names)
+    open_model = onnx.ModelProto()
+    open_model.CopyFrom(model)
+    del open_model.graph.output[:]
+    open_model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+    live = session(open_model, "disabled")
+    yield from zip(wanted, run(live, feed, wanted), strict=True)
+
+
+def _portions(names: list[str], opened: OnnxFile) -> Iterator[list[str]]:
+    """Split the values into portions by their declared sizes; undeclared ones count as nothing."""
+    sizes = {}
+    for value in opened.model.graph.value_info:
+        count = 4
+        for dim in value.type.tensor_type.shape.dim:
+            count *= max(1, dim.dim_value)
+        sizes[value.name] = count
+    portion: list[str] = []
+    total = 0
+    for name in names:
+        if portion and total + sizes.get(name, 0) > _PORTION:
+            yield portion
+            portion, total = [], 0
+        portion.append(name)
+        total += sizes.get(name, 0)
+    if portion:
+        yield portion
+
+
+def scope_of(node: Any) -> str | None:
+    """Return the qualified name of the module that a node came from, as the exporter notes it."""
+    properties: Mapping[str, str] = {item.key: item.value for item in node.metadata_props}
+    scopes = properties.get("pkg.torch.onnx.name_scopes")
+    if not scopes:
+        return None
+    names = [part.strip().strip("'\"") for part in scopes.strip("[]").split(",")]
+    return names[-2] if len(names) > 1 else ""
