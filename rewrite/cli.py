@@ -23,11 +23,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+    from rewrite.onnx_report import OnnxVerification
+    from rewrite.pipeline import Result
+
 OK, FAILED, USAGE, NOTHING = 0, 1, 2, 3
 
 # Subcommands that live in modules of their own: each has `add_parsers(subparsers)`, and the parser
 # it adds sets `run`.
-_MORE_COMMANDS: tuple[str, ...] = ()
+_MORE_COMMANDS = ("rewrite.cli_verify",)
 
 _REFERENCE = (
     "a checkpoint (.pt, .pth, .pt2, .safetensors), torchvision:NAME, timm:NAME, "
@@ -138,6 +141,11 @@ def _add_convert(commands: Any, argv: Sequence[str]) -> None:
     parser.add_argument("--calibration", metavar="DATA",
                         help="unlabelled data for passes that fit: a folder of images, a file, or "
                         "package.module:factory")  # fmt: skip
+    parser.add_argument(
+        "--size", type=int, help="side of calibration images (default: the model's)"
+    )
+    parser.add_argument("--mean", metavar="R,G,B", help="subtracted from calibration images")
+    parser.add_argument("--std", metavar="R,G,B", help="calibration images are divided by it")
     parser.add_argument("--onnx", metavar="OUT.onnx", help="export and verify the result as well")
     add_model_arguments(parser)
     if argv[:1] == ["convert"]:
@@ -187,16 +195,24 @@ def _run_convert(options: argparse.Namespace) -> int:
         )  # fmt: skip
         code = _judge(result.report, len(chosen), options)
         del model
+        exported = None
         if code == OK and writes and result.report.changes:
             from rewrite.checkpoint import save
 
+            if options.onnx:
+                progress("exporting")
+                exported = _export(options, result, inputs)
             progress("saving")
             save(result.model, output, overwrite=options.force)
-            if options.onnx:
-                _export(options, result.model, inputs)
     _finish(options, result.report)
     if code == OK and not options.quiet:
         print("nothing written (--dry-run)" if options.dry_run else f"wrote {output}")
+    if exported is not None:
+        if not options.quiet:
+            for item in exported.tables():
+                console().print(item)
+        if not exported.ok:
+            return _complain(f"{options.onnx}: does not agree with the model", FAILED)
     return code
 
 
@@ -231,13 +247,37 @@ def _calibration(options: argparse.Namespace, model: nn.Module) -> Any:
         return None
     from rewrite.calibration_data import open_calibration
 
-    return open_calibration(options.calibration, model)
+    return open_calibration(
+        options.calibration, model, size=options.size,
+        mean=_numbers("--mean", options.mean), std=_numbers("--std", options.std),
+    )  # fmt: skip
 
 
-def _export(options: argparse.Namespace, model: nn.Module, inputs: tuple[Any, ...] | None) -> None:
+def _numbers(flag: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(f"{flag} {text}: write numbers, as 0.485,0.456,0.406") from None
+
+
+def _export(
+    options: argparse.Namespace, result: Result[nn.Module], inputs: tuple[Any, ...] | None
+) -> OnnxVerification:
     from rewrite.onnx import export
+    from rewrite.tree import copy_model
 
-    export(model, options.onnx, example_inputs=inputs)
+    passes = result.report.passes
+    metadata = {
+        "source": str(options.model),
+        "passes": " ".join(item.spec for item in passes),
+        "contract": " ".join(item.contract for item in passes),
+    }
+    return export(
+        copy_model(result.model).eval(), options.onnx, example_inputs=inputs, metadata=metadata,
+        overwrite=options.force, seed=options.seed,
+    )  # fmt: skip
 
 
 def _run_inspect(options: argparse.Namespace) -> int:
