@@ -206,8 +206,10 @@ def _remove(captured: Captured, fold: Fold, merged: Set[Node], clones: tuple[str
 
 
 def _bypass(captured: Captured, editor: Editor, source: Source) -> None:
-    nodes = source.nodes
-    if not source.constants:
+    for constant in source.constants:
+        editor.bypass(constant.node, constant.operand)
+    nodes = () if source.constants else source.nodes
+    if nodes:
         in_graphs = [isinstance(captured.module(captured.owner(n)), GraphModule) for n in nodes]
         nodes = nodes if all(in_graphs) else nodes[:1]
     for node in nodes:

@@ -14,7 +14,7 @@ unless `compensate` allows it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -38,12 +38,12 @@ class Planner:
     """Plans absorptions on one captured model.
 
     Attributes:
-        folded: nodes whose map has moved elsewhere: they pass their input on.
+        folded: nodes whose map has moved elsewhere, and the input that they pass on.
         unshare: a layer with several calls may take up a map at some of them.
     """
 
     captured: Captured
-    folded: set[Node] = field(default_factory=set)
+    folded: dict[Node, Node] = field(default_factory=dict)
     unshare: bool = False
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class Planner:
 
     def backward(
         self,
-        nodes: Iterable[Node],
+        inputs: Mapping[Node, Node],
         axis: int,
         channels: int,
         *,
@@ -76,10 +76,8 @@ class Planner:
         positive: bool = False,
         compensate: bool = False,
     ) -> Absorption | Refusal:
-        """Plan to absorb a map of the input of `nodes`, which are all calls of one layer."""
-        seeds = {
-            node: (node.all_input_nodes[0], "in front") for node in nodes if node.all_input_nodes
-        }
+        """Plan to absorb a map of the input of all calls of one layer (each call to its input)."""
+        seeds = {node: (value, "in front") for node, value in inputs.items()}
         return self._plan(seeds, axis, channels, -1, scale, shift, positive, compensate)
 
     def forward(
@@ -171,7 +169,9 @@ def _plan_at(
             return Refusal(f"{norm.module} {reason}")
         if (caller := captured.unknown_caller(norm.module)) is not None:
             return Refusal(caller)
-    plan = planner.backward if way == "backward" else planner.forward
-    return plan(
-        captured.twins(node), norm.channel_axis, norm.num_features, shift=shift, positive=positive
-    )
+    calls = captured.twins(node)
+    axis, channels = norm.channel_axis, norm.num_features
+    if way == "backward":
+        inputs = {call: call.all_input_nodes[0] for call in calls}
+        return planner.backward(inputs, axis, channels, shift=shift, positive=positive)
+    return planner.forward(calls, axis, channels, shift=shift, positive=positive)

@@ -195,7 +195,7 @@ class Branches:
     def _terms(self, node: Node, source: Node) -> tuple[Term, ...]:
         """Return the branches between `source` and `node`, which are linear all along."""
         if node in self.planner.folded and node is not source:
-            return self._terms(self._inputs(node)[0], source)
+            return self._terms(self.planner.folded[node], source)
         if node is source:
             return (Term(None, Affine.identity(self._channels(source))),)
         name = function_name(node)

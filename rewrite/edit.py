@@ -211,9 +211,10 @@ class Editor:
         for module in self._removed:
             _remove(self.captured.tree, module)
         self._removed.clear()
-        for forward in list(self._forwards.values()):
-            if isinstance(forward, Forward) and forward.edited:
-                self._finish(forward)
+        opened = [f for f in self._forwards.values() if isinstance(f, Forward) and f.edited]
+        # Inner owners first: an outer one takes its children over as they are by then.
+        for forward in sorted(opened, key=lambda f: -len(f.owner.split(".")) * bool(f.owner)):
+            self._finish(forward)
         self._forwards.clear()
 
     def _finish(self, forward: Forward) -> None:

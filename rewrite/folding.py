@@ -122,7 +122,7 @@ class Folder:
         for move in found:
             move.enter(self.ledger, affine)
         if source.kind != "gain":
-            self.planner.folded.update(source.nodes)
+            self.planner.folded.update(source.passes_on)
         return Fold(source, affine, found, bool(affine.shift.any()))
 
     def _uneditable(self, source: Source) -> str | None:
@@ -133,7 +133,7 @@ class Folder:
         if source.kind == "gain":
             return None
         for first, last in zip(source.first, source.last, strict=True):
-            value = first.all_input_nodes[0]
+            value = source.inputs[first]
             if len(value.users) > 1 or value.op in ("placeholder", "get_attr"):
                 for reader in last.users:
                     if changes_in_place(self.captured, reader):
@@ -176,7 +176,7 @@ class Folder:
             if way == "backward":
                 if source.kind in ("gain", "input"):
                     return Refusal("")
-                return self.planner.backward(source.first, source.axis, channels, **options)
+                return self.planner.backward(source.inputs, source.axis, channels, **options)
             return self.planner.forward(source.last, source.axis, channels, **options)
 
         return plan

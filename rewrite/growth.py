@@ -32,7 +32,7 @@ class Surroundings:
     """A captured model as growths read it. `folded` are nodes whose map has moved elsewhere."""
 
     captured: Captured
-    folded: set[Node]
+    folded: dict[Node, Node]
     unshare: bool = False
 
     def __post_init__(self) -> None:

@@ -52,6 +52,20 @@ class Source:
             return tuple(constant.node for constant in self.constants)
         return self.first
 
+    @property
+    def inputs(self) -> dict[Node, Node]:
+        """The value that each first node maps."""
+        if self.constants:
+            return {self.constants[0].node: self.constants[0].operand}
+        return {node: node.all_input_nodes[0] for node in self.first if node.all_input_nodes}
+
+    @property
+    def passes_on(self) -> dict[Node, Node]:
+        """What each node passes on once the map is gone."""
+        if self.constants:
+            return {constant.node: constant.operand for constant in self.constants}
+        return self.inputs
+
     def affine(self, ledger: Ledger) -> Affine:
         """Return the map, with everything that the norm itself has taken up so far."""
         if self.layer is not None:

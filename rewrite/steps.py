@@ -70,11 +70,11 @@ class Demand:
 class Steps:
     """The operations of one captured model, as demands on lanes.
 
-    `folded` are nodes (norms, multiplications by a constant) whose map has moved elsewhere: they
-    pass their first input on.
+    `folded` are nodes (norms, multiplications by a constant) whose map has moved elsewhere, and the
+    input that they pass on.
     """
 
-    def __init__(self, captured: Captured, ranks: Ranks, folded: set[Node]) -> None:
+    def __init__(self, captured: Captured, ranks: Ranks, folded: dict[Node, Node]) -> None:
         self._captured = captured
         self._ranks = ranks
         self._folded = folded
@@ -103,7 +103,7 @@ class Steps:
         """
         backward = value is node
         if node in self._folded:
-            return _unary(node, backward, lane)
+            return {self._folded[node] if backward else node: lane}
         joined = self.channels.join(node)
         if joined is not None:
             return self._join(node, value, lane, *joined)
