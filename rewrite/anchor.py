@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from rewrite.errors import OptionError
+from rewrite.tree import Tree
 
 AnchoredNorm = nn.GroupNorm | nn.LayerNorm | nn.modules.instancenorm._InstanceNorm
 
@@ -48,7 +49,7 @@ def largest_anchor(weight: torch.Tensor, anchor: float) -> float:
 
 def anchored_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every norm whose eps is larger than any plain one's, by name."""
-    for name, module in model.named_modules():
+    for name, module in Tree(model).modules():
         if isinstance(module, AnchoredNorm) and module.weight is not None and module.eps > 0.01:
             yield name, module
 

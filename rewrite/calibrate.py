@@ -22,6 +22,7 @@ from torch import Tensor, distributed, nn
 
 from rewrite.errors import OptionError
 from rewrite.inputs import Inputs, batches_for, device_of, dtype_of
+from rewrite.tree import Tree
 
 HOLD_OUT = 5
 """One sample of so many is kept out of the fit."""
@@ -200,8 +201,9 @@ def hooked(
 @contextlib.contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Put `model` into eval mode and every module back into its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    modes = {module: module.training for _, module in Tree(model).modules()}
+    for module in modes:
+        module.training = False
     try:
         yield
     finally:

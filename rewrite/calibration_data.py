@@ -268,4 +268,5 @@ def _call(reference: str) -> Iterable[Any]:
         raise OptionError(
             f"calibration factory {reference} returned {type(made).__name__}, no batches"
         )
-    return made
+    batches: Iterable[Any] = made
+    return batches
