@@ -147,7 +147,7 @@ def main() -> None:
     model = train()
     seconds = time.perf_counter() - start
     torch.save(model, CHECKPOINT)
-    np.savez_compressed(IMAGES, images=held_out()[0].numpy())
+    np.savez_compressed(IMAGES, held_out()[0].numpy())
     size = CHECKPOINT.stat().st_size
     print(f"accuracy {accuracy(model):.4f} after {seconds:.0f} s; {CHECKPOINT} ({size} bytes)")
 
