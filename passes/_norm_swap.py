@@ -75,12 +75,25 @@ def _candidate(captured: Captured, norm: Norm) -> Candidate | Skip:
     hooks = captured.hooks(norm.module) if norm.module is not None else ()
     if hooks:
         return Skip(norm.target, before, f"{hooks[0]}; remove it first, it would be lost")
+    if norm.module is not None and (holder := _fused_holder(captured, norm.module)) is not None:
+        reason = f"belongs to {holder}, fused for quantization: convert the float model instead"
+        return Skip(norm.target, before, reason)
     if norm.num_features is None:
         return Skip(norm.target, before, "has neither parameters nor statistics: channels unknown")
     if (reason := captured.editor.refusal(norm.node)) is not None:
         return Skip(norm.target, before, reason)
     shapes = tuple(captured.shape(call.all_input_nodes[0]) for call in captured.twins(norm.node))
     return Candidate(norm, before, norm.num_features, shapes)
+
+
+def _fused_holder(captured: Captured, name: str) -> str | None:
+    """Return the layer of torch.ao around a norm that reads its statistics by itself, or None."""
+    for parent in captured.tree.parents(name):
+        module = captured.module(parent)
+        fused = type(module).__module__.startswith("torch.ao.nn.")
+        if fused and type(module).forward is not nn.Sequential.forward:
+            return parent
+    return None
 
 
 def _unseen(captured: Captured, owners: set[str]) -> Iterator[Skip]:

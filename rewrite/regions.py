@@ -73,7 +73,8 @@ def trace_regions(tree: Tree) -> tuple[list[Region], dict[str, Opaque]]:
         visit(tree.model)
         # What no trace reached: another branch, a training head, the inside of a torch.nn block.
         for name, module in tree.modules():
-            if name not in seen and ".parametrizations." not in f".{name}.":
+            parametrization = ".parametrizations." in f".{name}."
+            if name not in seen and not parametrization and not _is_iterated(tree, module, seen):
                 visit(module)
     return regions, opaque
 
@@ -81,6 +82,14 @@ def trace_regions(tree: Tree) -> tuple[list[Region], dict[str, Opaque]]:
 def _is_boundary(item: Opaque | None) -> bool:
     """Return whether a module is opaque only because hooks watch it: its forward can be traced."""
     return item is not None and item.source is None and item.reason.endswith("hook")
+
+
+def _is_iterated(tree: Tree, module: nn.Module, seen: set[str]) -> bool:
+    """Return whether a Sequential serves as a list: its items are called, itself it is not."""
+    forward = inspect.getattr_static(type(module), "forward")
+    return forward is nn.Sequential.forward and any(
+        tree.name(child) in seen for _, child in slots(module)
+    )
 
 
 def _children(module: nn.Module) -> list[nn.Module]:

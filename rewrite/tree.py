@@ -208,6 +208,10 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
         yield from (v for v in vars(module).values() if isinstance(v, torch.Tensor))
 
 
+_SMALL = 1 << 16
+"""Bytes below which a buffer is copied."""
+
+
 def _lazy_copy(tensor: torch.Tensor) -> torch.Tensor:
     if is_lazy(tensor):
         # torch refuses to copy an uninitialized buffer; an empty one says as much.
@@ -217,7 +221,7 @@ def _lazy_copy(tensor: torch.Tensor) -> torch.Tensor:
             kind(requires_grad=tensor.requires_grad, device=tensor.device, dtype=tensor.dtype),
         )
     data = tensor.detach()
-    shared = torch._lazy_clone(data) if _owns_memory(data) else data.clone()
+    shared = torch._lazy_clone(data) if _owns_memory(tensor) else data.clone()
     if isinstance(tensor, nn.Parameter):
         parameter = copy.copy(tensor) if type(tensor) is not nn.Parameter else None
         if parameter is not None:
@@ -231,13 +235,16 @@ def _owns_memory(tensor: torch.Tensor) -> bool:
     """Return whether a copy of `tensor` may share its storage until either side writes.
 
     The memory of a storage that came out of a file, from numpy or from another process belongs to
-    no allocator; torch would crash when such a shared storage is written to.
+    no allocator; torch would crash when such a shared storage is written to. Nor can a shared
+    storage be resized, as quantization's observers do with their small buffers.
     """
-    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
+    if type(tensor.detach()) is not torch.Tensor or tensor.layout is not torch.strided:
         return False
     if tensor.is_quantized or tensor.device.type == "meta":
         return False
     storage = tensor.untyped_storage()
+    if not isinstance(tensor, nn.Parameter) and storage.nbytes() < _SMALL:
+        return False
     return bool(storage.resizable()) and not (tensor.device.type == "cpu" and storage.is_shared())
 
 

@@ -446,3 +446,23 @@ def test_the_first_argument_is_an_input_when_every_argument_has_a_default():
     assert not captured.opaque
     assert captured.regions[0].assumed == {"scale": 2.0}
     assert captured.callers_known("conv")
+
+
+class IteratesItsSequential(nn.Module):
+    """A Sequential as a mere list: its own forward never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1))
+        self.unused = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(conv(x) for conv in self.convs)
+
+
+def test_a_sequential_that_is_only_iterated_over_is_no_second_call_of_its_items():
+    captured = capture(IteratesItsSequential())
+    assert [region.name for region in captured.regions] == ["", "unused"]
+    assert len(captured.calls("convs.0")) == 1
+    assert captured.callers_known("convs.0")
+    assert not captured.callers_known("unused")

@@ -131,3 +131,14 @@ def test_memory_of_its_own_can_be_shared(tmp_path) -> None:
     with torch.no_grad():
         weight.add_(1)
     assert torch.equal(copied[0].weight, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_empty_buffer_can_still_grow_in_the_copy_and_in_the_original() -> None:
+    qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    model = nn.Sequential(qconfig.weight())
+    assert model[0].activation_post_process.min_val.numel() == 0
+    copied = copy_model(model)
+    x = torch.randn(4, 4)
+    assert torch.equal(copied(x), model(x))
+    assert model[0].activation_post_process.min_val.numel() == 4

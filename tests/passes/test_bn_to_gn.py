@@ -216,3 +216,18 @@ def test_the_printed_graph_before_and_after() -> None:
     assert 'getattr(self, "0")' in code and 'getattr(self, "1")' in code
     assert repr(model.get_submodule("1")) == "GroupNorm(2, 8, eps=1e-05, affine=True, bias=True)"
     assert not BatchNormToGroupNorm()(model).modified
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_declines_norms_inside_a_layer_fused_for_quantization():
+    fused = torch.ao.nn.intrinsic.qat.ConvBn2d(
+        4, 4, 1, qconfig=torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    )
+    model = nn.Sequential(fused, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
+    x = torch.randn(2, 4, 3, 3)
+    result = convert(model, x)
+    assert [change.target for change in result.report.changes] == ["2"]
+    (skip,) = result.report.skips
+    assert skip.target == "0.bn"
+    assert "convert the float model" in skip.reason
+    assert result.model(x).isfinite().all()
