@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 _NOISE_LENGTH = 1_000_003
@@ -29,6 +31,17 @@ class SkipRandomInit(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._skipped: set[int] = set()
+        # It draws again until every value is in range, which memory as it was found never is.
+        self._truncated = patch.object(init, "_no_grad_trunc_normal_", _leave)
+
+    def __enter__(self) -> SkipRandomInit:
+        self._truncated.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._truncated.stop()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -45,6 +58,10 @@ class SkipRandomInit(TorchFunctionMode):
                 if random or (name in _IN_PLACE_MATH and storage in self._skipped):
                     return tensor
         return func(*args, **kwargs)
+
+
+def _leave(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return tensor
 
 
 def fill(model: nn.Module, seed: int = 0, gain: float = 1.0) -> None:
