@@ -407,6 +407,7 @@ def _drop_dead_code(graph: Graph, owner: nn.Module) -> None:
     for node in reversed(list(graph.nodes)):
         pure = node.op == "get_attr" or _is_size(node)
         pure = pure or (node.op == "call_function" and not node.is_impure())
+        pure = pure or (node.op == "call_method" and not str(node.target).endswith("_"))
         if pure and not node.users:
             graph.erase_node(node)
     after = {str(n.target) for n in graph.nodes if n.op == "get_attr"}

@@ -172,7 +172,8 @@ class Growth:
         if side == "in front" and self.around.steps.reads_only_shape(node, value):
             return
         if not near and not self.compensate:
-            raise Refused(self._far_reason(node, value))
+            self._agree(node, value, lane, absorbs)
+            return
         if absorbs:
             assert layer is not None
             self._done[key] = {value: lane}
@@ -189,6 +190,26 @@ class Growth:
                 self._change(other, needed)
             elif not needed.same(lane):
                 raise Refused(f"{value.name} would have to change in two different ways")
+
+    def _agree(self, node: Node, value: Node, lane: Lane, absorbs: bool) -> None:
+        """Accept another neighbour of a changed value if nothing else has to change for it.
+
+        A chunk whose other parts stay what they are is one.
+        """
+        reason = self._far_reason(node, value)
+        if absorbs or node.op in ("placeholder", "get_attr", "output"):
+            raise Refused(reason)
+        try:
+            demands = self.around.steps.around(node, value, lane, self.demand)
+        except Refused:
+            raise Refused(reason) from None
+        for other, needed in demands.items():
+            held = self._lanes.get(other)
+            if not needed.trivial and (held is None or not held.same(needed)):
+                raise Refused(reason)
+        for other, needed in demands.items():
+            self._change(other, needed)
+        self._done[(node, "through")] = {**demands, value: lane}
 
     def _far_reason(self, node: Node, value: Node) -> str:
         called = self.around.steps.called

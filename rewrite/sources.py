@@ -112,7 +112,7 @@ def _norm_refusal(planner: Planner, norm: Norm, layer: Layer | None) -> str:
     captured = planner.captured
     if norm.module is not None:
         for reason in captured.hooks(norm.module):
-            return reason
+            return f"{reason}: its call is more than a normalization"
         if (caller := captured.unknown_caller(norm.module)) is not None:
             return caller
     if norm.kind == "batch":

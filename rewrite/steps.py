@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +50,10 @@ _SHAPE_FUNCTIONS = frozenset(
     {"getattr", "zeros_like", "ones_like", "empty_like", "len", "is_tensor"}
 )
 _LIKE_SECOND = frozenset({"reshape_as", "view_as", "expand_as", "type_as"})
+
+_AUGMENTED: Mapping[Any, str] = {
+    operator.add: "+=", operator.sub: "-=", operator.mul: "*=", operator.truediv: "/=",
+}  # fmt: skip
 
 
 @dataclass
@@ -288,7 +292,8 @@ class Steps:
         name = self._name(node)
         if argument(node, 2, "alpha", 1) != 1:
             raise Refused(f"{self.called(node)} weighs its second operand")
-        if name in ("sub", "isub") and value is not one and lane.shift:
+        subtracts = name in ("sub", "isub")
+        if subtracts and value is other and lane.shift:
             raise Refused(f"{self.called(node)} subtracts, and a shift would change its sign")
         demands: dict[Node, Lane] = {node: lane}
         operands = [v for v in (one, other) if not self._is_constant(v)]
@@ -299,7 +304,8 @@ class Steps:
         for operand in operands:
             self._fits(node, operand, lane)
         if value is node:
-            taker = operands[demand.choose(len(operands))] if lane.shift else None
+            takers = [one] if subtracts and one in operands else operands
+            taker = takers[demand.choose(len(takers))] if lane.shift else None
         else:
             taker = value if lane.shift else None
         for operand in operands:
@@ -396,6 +402,9 @@ def changes_in_place(captured: Captured, node: Node) -> bool:
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     if node.op != "call_function":
         return False
+    if node.target in _AUGMENTED:
+        # A proxy records `x += y` as `x + y`: only the line of code tells them apart.
+        return _AUGMENTED[node.target] in captured.source_text(node)
     if node.target in (
         operator.iadd,
         operator.imul,
