@@ -13,6 +13,7 @@ is kept out of the fit, to measure what it gave.
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -226,16 +227,18 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
         ) from error
 
 
-def variations(inputs: Inputs, seed: int) -> Iterator[Inputs]:
+def variations(inputs: Inputs) -> Iterator[Inputs]:
     """Yield two variations of a batch of images; none of anything else.
 
     In the first, colours change places, brightness and contrast change, some are mirrored top to
     bottom, some are negatives. In the second, each is half one sample of the first, half another.
+    What happens to a batch depends on that batch alone, so that ranks agree with one process.
     """
-    generator = torch.Generator().manual_seed(seed)
     if len(inputs.args) != 1 or inputs.kwargs or not _is_image_batch(inputs.args[0]):
         return
     images: Tensor = inputs.args[0]
+    values = images.detach().float().cpu().contiguous().numpy()
+    generator = torch.Generator().manual_seed(zlib.crc32(values.tobytes()))
     recoloured = torch.stack([_recoloured(image, generator) for image in images])
     yield Inputs((recoloured,))
     other = recoloured[torch.randperm(len(images), generator=generator).to(images.device)]

@@ -264,9 +264,8 @@ def _call(reference: str) -> Iterable[Any]:
         raise OptionError(f"calibration factory {reference} failed: {error}") from error
     if isinstance(made, Tensor):
         return _split(made, BATCH_SIZE)
-    if not isinstance(made, Iterable):
-        raise OptionError(
-            f"calibration factory {reference} returned {type(made).__name__}, no batches"
-        )
+    if not hasattr(made, "__iter__"):
+        kind = type(made).__name__
+        raise OptionError(f"calibration factory {reference} returned {kind}, no batches")
     batches: Iterable[Any] = made
     return batches

@@ -30,6 +30,7 @@ from rewrite.errors import OptionError
 from rewrite.held_out import Agreement, measure
 from rewrite.mean_leak import RANGE, SHRINKAGE, factors
 from rewrite.modules import ChannelAffine
+from rewrite.operators import norm_of
 
 THROUGH_WEIGHTS = 0.7
 """Part of a covariance that comes from the weights."""
@@ -207,7 +208,7 @@ def collect(model: nn.Module, fits: Sequence[Fit], batches: Batches) -> None:
                 plain = True
                 run(model, batch)
                 plain = False
-                for variation in variations(batch, batches.seen):
+                for variation in variations(batch):
                     run(model, variation)
     except KeyboardInterrupt as error:
         raise OptionError(
@@ -245,12 +246,28 @@ def _plan(captured: Captured, planner: Planner, probe: Probe) -> tuple[Absorptio
     """Return who takes up factors of the norm's input, and whether they may be negative."""
     if probe.prefix is not None or probe.groups == len(probe.scale):
         return None, True
-    nodes: tuple[Node, ...] = captured.calls(captured.tree.name(probe.module))
+    name = captured.tree.name(probe.module)
+    if captured.unknown_caller(name) is not None:
+        return None, True
+    axis, inputs = _inputs(captured, name, probe)
+    if not inputs:
+        return None, True
     for positive in (False, True):
-        plan = planner.backward(nodes, probe.axis, len(probe.scale), shift=False, positive=positive)
+        plan = planner.backward(inputs, axis, len(probe.scale), shift=False, positive=positive)
         if isinstance(plan, Absorption):
             return plan, not positive
     return None, True
+
+
+def _inputs(captured: Captured, name: str, probe: Probe) -> tuple[int, dict[Node, Node]]:
+    """Return the axis of the channels and the input of each call of a norm."""
+    calls = captured.calls(name)
+    if calls:
+        return probe.axis, {node: node.all_input_nodes[0] for node in calls}
+    # A norm with a forward of its own is looked into: its calls are those of the line within.
+    within = [node for node in captured.nodes() if captured.owner(node) == name]
+    norms = [norm for node in within if (norm := norm_of(captured, node)) is not None]
+    return (norms[0].channel_axis if norms else probe.axis), {n.node: n.input for n in norms}
 
 
 def _factors(fit: Fit) -> Tensor:

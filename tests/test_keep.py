@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import models
+import rewrite
+from models.digits_resnet import accuracy, calibration_batches, load_digits_resnet
+from passes import BatchNormToGroupNorm, BatchNormToInstanceNorm, BatchNormToLayerNorm
+from rewrite.errors import OptionError
+from rewrite.held_out import Agreement
+from rewrite.protocol import Pass
+
+LAYOUTS = ({"num_groups": 1}, {"channels_per_group": 16})
+
+
+def convert(model: nn.Module, item: Pass, calibration: object = None) -> rewrite.Result[nn.Module]:
+    return rewrite.convert(model, [item], calibration=calibration, verify=False)  # type: ignore[arg-type]
+
+
+def network(kind: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), kind(), nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    ).eval()  # fmt: skip
+    return models.randomize_norms_(model)  # type: ignore[return-value]
+
+
+def batches(count: int = 4, size: int = 8) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(size, 3, 1, 1, generator=generator)
+        + torch.randn(size, 3, 10, 10, generator=generator)
+        for _ in range(count)
+    ]
+
+
+# -- the digits checkpoint --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("keep", ["statistics", "function"])
+def test_the_digits_model_keeps_what_it_learned(keep: str, layout: dict[str, int]) -> None:
+    calibration = calibration_batches(1, 96) if keep == "function" else None
+    result = convert(load_digits_resnet(), BatchNormToGroupNorm(keep=keep, **layout), calibration)
+    assert accuracy(result.model) >= 0.994
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in result.model.modules())
+
+
+@pytest.mark.parametrize("keep", ["affine", "nothing"])
+def test_the_digits_model_is_lost_otherwise(keep: str) -> None:
+    result = convert(load_digits_resnet(), BatchNormToGroupNorm(keep=keep, num_groups=1))
+    assert accuracy(result.model) < 0.5
+
+
+def test_layer_norms_keep_it_too() -> None:
+    calibration = calibration_batches(1, 96)
+    for item, least in (
+        (BatchNormToLayerNorm(keep="function"), 0.994),
+        (BatchNormToLayerNorm(keep="function", over="c"), 0.9),
+    ):
+        assert accuracy(convert(load_digits_resnet(), item, calibration).model) >= least
+
+
+# -- the fit ----------------------------------------------------------------------------------
+
+
+def test_fitting_lowers_the_error_on_other_data() -> None:
+    model, data = network(), torch.cat(batches(40, 8))[-200:]
+    errors = {}
+    for keep, calibration in (("statistics", None), ("function", batches(12, 8))):
+        item = BatchNormToGroupNorm(keep=keep, num_groups=2, anchor=30.0)
+        changed = convert(model, item, calibration).model
+        with torch.no_grad():
+            errors[keep] = float((changed(data) - model(data)).norm())
+    assert errors["function"] < 0.6 * errors["statistics"]
+
+
+def test_the_report_says_what_was_done_and_measured() -> None:
+    result = convert(network(), BatchNormToGroupNorm(keep="function", num_groups=2), batches())
+    first = result.report.changes[0]
+    assert set(first.touched) >= {"0", "1"} and "factors and β fitted" in first.note
+    assert 0 < first.metrics["error"] < 1 and first.metrics["correlation"] > 0.5
+    assert any("held-out calibration samples" in note for note in result.report.notes)
+
+
+def test_a_group_of_one_channel_loses_its_mean_and_says_so() -> None:
+    result = convert(network(), BatchNormToInstanceNorm(keep="function"), batches())
+    assert "the mean of each channel is lost" in result.report.changes[0].note
+
+
+def test_poor_agreement_is_said_in_a_plain_sentence() -> None:
+    layers = {name: {"error_added": added} for name, added in (("a", 0.1), ("b", 0.7))}
+    poor = Agreement(20, 0.6, 0.8, 0.5, layers).sentences()
+    assert "does not agree well" in poor[-1] and "b, a" in poor[-1]
+    good = Agreement(20, 0.99, 0.999, 0.05, layers).sentences()
+    assert not any("does not agree" in line for line in good)
+    assert "too few" in Agreement(0).sentences()[0]
+
+
+def test_the_rest_of_the_model_stays_as_it_is() -> None:
+    model = network()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    result = convert(model, BatchNormToGroupNorm(keep="function", num_groups=2), batches())
+    touched = {name for change in result.report.changes for name in change.touched}
+    assert touched == {"0", "1", "3", "4"}
+    assert torch.equal(result.model.get_parameter("8.weight"), model[8].weight)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def test_hooks_and_modes_are_put_back() -> None:
+    model = network()
+    model[2].train()
+    result = convert(model, BatchNormToGroupNorm(keep="function"), batches())
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert {n: m.training for n, m in result.model.named_modules()} == modes
+    assert not any(m._forward_hooks for m in result.model.modules())
+
+
+def test_prefixes_take_factors_where_a_nonlinearity_is_in_between() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.BatchNorm2d(16)).eval()
+    models.randomize_norms_(model)
+    result = convert(model, BatchNormToGroupNorm(keep="function", num_groups=2), batches())
+    assert (result.model.get_parameter("2.affine.weight") < 0).any()
+    assert torch.equal(result.model.get_parameter("0.weight"), model[0].weight)
+
+
+# -- data -------------------------------------------------------------------------------------
+
+
+def test_any_iterable_of_batches_does() -> None:
+    item = BatchNormToGroupNorm(keep="function", num_groups=2)
+    labelled = [(batch, torch.zeros(len(batch))) for batch in batches()]
+
+    def stream() -> Iterator[torch.Tensor]:
+        yield from batches()
+
+    results = [convert(network(), item, data).model for data in (batches(), labelled, stream())]
+    for other in results[1:]:
+        for a, b in zip(results[0].parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_function_needs_data() -> None:
+    with pytest.raises(OptionError, match="--calibration"):
+        convert(network(), BatchNormToGroupNorm(keep="function"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "no batch to fit to"),
+        ([torch.zeros(0, 3, 10, 10)], "is empty"),
+        ([torch.full((2, 3, 10, 10), float("nan"))], "NaN"),
+        ([torch.randn(2, 4, 10, 10)], "the model rejects it"),
+        (["text"], "holds no tensor"),
+    ],
+)
+def test_complains_about_bad_data(data: list[object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        convert(network(), BatchNormToGroupNorm(keep="function"), data)
+
+
+def test_bad_batches_among_good_ones_are_named() -> None:
+    data = [*batches(), torch.full((2, 3, 10, 10), float("inf"))]
+    result = convert(network(), BatchNormToGroupNorm(keep="function"), data)
+    assert any("batch 4: holds NaN or infinity, left out" in note for note in result.report.notes)
+
+
+@pytest.mark.parametrize("data", [torch.zeros(1, 3, 10, 10), torch.ones(8, 3, 10, 10)])
+def test_one_sample_and_constant_images_give_a_finite_model(data: torch.Tensor) -> None:
+    changed = convert(network(), BatchNormToGroupNorm(keep="function"), [data]).model
+    assert all(torch.isfinite(p).all() for p in changed.parameters())
+    assert torch.isfinite(changed(torch.randn(2, 3, 10, 10))).all()
+
+
+def test_data_of_another_dtype_is_cast() -> None:
+    data = [batch.double() for batch in batches()]
+    assert convert(network(), BatchNormToGroupNorm(keep="function"), data).report.ok
+
+
+def test_an_interrupted_run_says_what_it_had() -> None:
+    def stream() -> Iterator[torch.Tensor]:
+        yield from batches(2, 8)
+        raise KeyboardInterrupt
+
+    with pytest.raises(OptionError, match="interrupted after 16 samples"):
+        convert(network(), BatchNormToGroupNorm(keep="function"), stream())
