@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.corpus import PACKAGES, QUICK, UnbuildableError, build, names
+from benchmarks.corpus import PACKAGES, QUICK, UnbuildableError, build, installed, names
 from benchmarks.sweep.order import by_family
 from benchmarks.sweep.summary import failures, summary
 from benchmarks.sweep.workers import Limits, run_all
@@ -51,7 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.summarize:
         PAGE.write_text(summary(list(read(options.results))), encoding="utf-8")
         return 0
-    chosen = options.names or (QUICK if options.quick else _all(options.package or PACKAGES))
+    wanted = options.names or (QUICK if options.quick else _all(options.package or tuple(PACKAGES)))
+    chosen = [name for name in wanted if installed(name)]
+    if missing := [name for name in wanted if name not in chosen]:
+        print(f"not installed: {', '.join(missing)}", file=sys.stderr)
     rows = {row["name"]: row for row in read(options.results)}
     _sweep([name for name in chosen if name not in rows], options)
     rows = {row["name"]: row for row in read(options.results)}
@@ -70,8 +74,11 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 def _sweep(pending: Sequence[str], options: argparse.Namespace) -> None:
     """Measure what has no row yet, and append each row as it comes."""
+    if not pending:
+        return
     for module in _PRELOADED:
-        importlib.import_module(module)
+        if importlib.util.find_spec(module.partition(".")[0]) is not None:
+            importlib.import_module(module)
     from benchmarks.sweep.measure import measure
 
     limits = Limits(options.seconds, options.megabytes)
@@ -93,7 +100,8 @@ def _sweep(pending: Sequence[str], options: argparse.Namespace) -> None:
 
 
 def _all(packages: Sequence[str]) -> list[str]:
-    return by_family(name for package in packages for name in names(package))
+    present = [package for package in packages if installed(package)]
+    return by_family(name for package in present for name in names(package))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,11 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("names", nargs="*", metavar="PACKAGE:ARCHITECTURE")
     parser.add_argument("--quick", action="store_true", help="one architecture a family")
-    parser.add_argument("--package", action="append", choices=PACKAGES)
+    parser.add_argument("--package", action="append", choices=tuple(PACKAGES))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=240, help="limit an architecture")
-    parser.add_argument("--megabytes", type=int, default=10_000, help="limit an architecture")
+    parser.add_argument("--seconds", type=float, default=240, help="limit for one architecture")
+    parser.add_argument("--megabytes", type=int, default=10_000, help="limit for one architecture")
     parser.add_argument("--summarize", action="store_true", help="write docs/coverage.md and stop")
     return parser
 

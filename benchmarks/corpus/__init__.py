@@ -12,6 +12,7 @@ eval mode, and `example_inputs` are the smallest of the usual sizes on which it 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -30,11 +31,19 @@ __all__ = [
     "construct",
     "fill",
     "fit_inputs",
+    "installed",
     "make",
     "names",
 ]
 
-PACKAGES = ("timm", "torchvision", "smp", "transformers", "pytorchcv")
+PACKAGES = {
+    "timm": "timm",
+    "torchvision": "torchvision",
+    "smp": "segmentation_models_pytorch",
+    "transformers": "transformers",
+    "pytorchcv": "pytorchcv",
+}
+"""The prefix of a name, and the package that it stands for."""
 
 QUICK = (
     "timm:resnet18",
@@ -150,6 +159,12 @@ def fit_inputs(name: str, model: nn.Module) -> tuple[Any, ...]:
         else:
             return tuple(example_inputs)
     raise UnbuildableError(f"runs on none of the usual inputs: {type(failure).__name__}: {failure}")
+
+
+def installed(name: str) -> bool:
+    """Return whether the package of an architecture can be imported."""
+    package = PACKAGES.get(name.partition(":")[0])
+    return package is None or importlib.util.find_spec(package) is not None
 
 
 def names(package: str) -> Iterator[str]:

@@ -7,8 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from itertools import chain, zip_longest
 
-from benchmarks.corpus.transformers_source import names_batch_norm
-
 _LARGE = re.compile(
     r"large|huge|giant|gigantic|xl|_l\b|_h\b|_so\d|_g\b|so400m|1202|1001|542|272|269|264|200|"
     r"152|128gf|_b[5-8]|_l2|384|448|512|768|1024"
@@ -38,6 +36,8 @@ def by_family(names: Iterable[str]) -> list[str]:
 def _lateness(name: str) -> int:
     package, _, architecture = name.partition(":")
     if package == "transformers":
+        from benchmarks.corpus.transformers_source import names_batch_norm
+
         return int(not names_batch_norm(architecture))
     return 2 if _DATASET.search(name) else int(bool(_LARGE.search(name)))
 

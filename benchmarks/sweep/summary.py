@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import median
@@ -69,7 +70,7 @@ def summary(rows: Sequence[Row]) -> str:
     ran = [row for row in rows if row["status"] == "run"]
     parts = [
         _INTRODUCTION,
-        f"{len(rows)} architectures; {environment('timm', 'torchvision', 'transformers')}.\n",
+        f"{len(rows)} architectures; {environment(*_versions())}.\n",
         "## Norms\n",
         table(_NORMS, [_norms(name, rows) for name in [*packages, "all"]]),
         "\n## Peers\n",
@@ -77,7 +78,7 @@ def summary(rows: Sequence[Row]) -> str:
         "\n## Folding\n",
         table(_FOLDS, [_folds(name, rows) for name in [*packages, "all"]]),
         "\n## Time of capture\n",
-        _times(ran),
+        _times(ran) if ran else "Nothing ran.",
         "\n## What misses the target\n",
         _bullets(line for row in rows for line in failures(row)),
         "\n## What the packages cannot build or run here\n",
@@ -88,6 +89,12 @@ def summary(rows: Sequence[Row]) -> str:
         _opaque(rows),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _versions() -> list[str]:
+    """Return the distributions among those of the corpus that are installed here."""
+    known = ("timm", "torchvision", "segmentation_models_pytorch", "transformers", "pytorchcv")
+    return [name for name in (*known, "opacus") if importlib.util.find_spec(name) is not None]
 
 
 def package(row: Row) -> str:
@@ -164,18 +171,12 @@ def _of(rows: Sequence[Row], key: str) -> str:
 
 
 def _times(ran: Sequence[Row]) -> str:
-    both = [row for row in ran if "trace_seconds" in row]
-    if not both:
-        return "No architecture was traced by both."
-    ratios = sorted(row["capture_seconds"] / max(row["trace_seconds"], 1e-4) for row in both)
+    traced = sum("trace_seconds" in row for row in ran)
     return (
-        f"`torch.fx.symbolic_trace` succeeds on {len(both)} of {len(ran)} architectures that run; "
-        f"there capture takes {median(ratios):.2f} times as long in the median, "
-        f"{ratios[int(0.9 * (len(ratios) - 1))]:.2f} at the 90th percentile, "
-        f"{ratios[-1]:.2f} at most; all together "
-        f"{_sum(both, 'capture_seconds') / _sum(both, 'trace_seconds'):.2f}. The better of two "
-        "runs each, on a machine that did other work; `python -m benchmarks.capture_time` measures "
-        "it with care."
+        f"`torch.fx.symbolic_trace` succeeds on {traced} of the {len(ran)} architectures that "
+        f"run, `capture` on all; it takes {median(r['capture_seconds'] for r in ran):.2f} s in the "
+        f"median and {max(r['capture_seconds'] for r in ran):.1f} s at most, on a machine that did "
+        "other work. `python -m benchmarks.capture_time` compares the two with care."
     )
 
 
