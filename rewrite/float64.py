@@ -50,6 +50,11 @@ def _widen_tensor(value: Any) -> Any:
 class KeepFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every operator reads and returns float64 where it would use a narrower floating type."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Else the first operator imports torch._dynamo, which takes as long as importing torch.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

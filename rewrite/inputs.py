@@ -321,7 +321,7 @@ def _from_text(text: str, default: torch.dtype, generator: torch.Generator) -> t
     shape_text, _, kind = text.strip().partition(":")
     dtype = getattr(torch, kind, None) if kind else default
     try:
-        shape = tuple(int(part) for part in shape_text.lower().split("x") if part)
+        shape = tuple(int(part) for part in shape_text.lower().split("x"))
     except ValueError:
         shape = ()
     if not shape or not isinstance(dtype, torch.dtype) or min(shape) < 0:

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rewrite.float64 import evaluating, in_float64, isolated
+
+
+class HardCoded(nn.Module):
+    """Breaks `model.double()`: types written into the forward, a constant, a list of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(2, 4, 3)
+        self.norm = nn.BatchNorm1d(4)
+        self.rnn = nn.LSTM(4, 3)
+        self.scale = torch.tensor([0.1])
+        self.several = [torch.tensor(0.3)]
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).float() * self.scale + self.several[0]
+        x = x + torch.arange(x.shape[-1], dtype=torch.float32)
+        self.last = x
+        return self.rnn(x.transpose(1, 2))[0]
+
+
+def state(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def test_everything_is_computed_in_float64():
+    model = HardCoded().eval()
+    x = torch.randn(2, 2, 8)
+    narrow = model(x)
+    for streamed in (False, True):
+        with torch.no_grad(), in_float64(model, streamed=streamed):
+            wide = model(x.double())
+        assert wide.dtype == torch.float64
+        assert 0 < float((wide - narrow).detach().abs().max()) < 1e-5
+
+
+def test_streamed_gives_the_same_as_a_whole_copy():
+    model = HardCoded().eval()
+    x = torch.randn(2, 2, 8, dtype=torch.float64)
+    results = []
+    for streamed in (False, True):
+        with torch.no_grad(), in_float64(model, streamed=streamed):
+            results.append(model(x))
+    assert torch.equal(*results)
+
+
+def test_the_model_is_as_before_even_in_train_mode():
+    model = HardCoded()
+    before, attributes = state(model), set(vars(model))
+    parameters = [id(p) for p in model.parameters()]
+    with in_float64(model):
+        model(torch.randn(2, 2, 8, dtype=torch.float64))
+        assert not torch.equal(model.norm.running_mean, before["norm.running_mean"].double())
+    assert [id(p) for p in model.parameters()] == parameters
+    assert all(torch.equal(v, before[k]) for k, v in state(model).items())
+    assert set(vars(model)) == attributes
+    assert model.norm.num_batches_tracked == 0
+    model(torch.randn(2, 2, 8))
+
+
+def test_ties_stay_ties():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    with in_float64(model):
+        assert model[1].weight is model[0].weight
+        assert model[0].weight.dtype == torch.float64
+
+
+def test_isolated_leaves_no_trace_of_a_forward():
+    model = HardCoded()
+    before = state(model)
+    with isolated(model):
+        model(torch.randn(2, 2, 8))
+    assert all(torch.equal(v, before[k]) for k, v in state(model).items())
+    assert not hasattr(model, "last")
+
+
+def test_evaluating_puts_each_module_back_into_its_own_mode():
+    model = nn.Sequential(nn.Dropout(), nn.ReLU())
+    model[1].eval()
+    with evaluating(model):
+        assert not model[0].training
+    assert model.training
+    assert model[0].training
+    assert not model[1].training
