@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from rewrite.errors import CheckpointError
 from rewrite.exported import is_exported, load_exported
 from rewrite.files import atomic_path
+from rewrite.mapped import MappedFile
 from rewrite.pickler import write_model
 from rewrite.safeload import load_pickle
 from rewrite.tree import own_memory_
@@ -73,7 +74,7 @@ def load(
     path = Path(reference)
     if path.exists() or not isinstance(reference, str):
         model = _load_file(path, factory, trust, map_location)
-        own_memory_(model)
+        own_memory_(model, MappedFile(path).read)
         return model
     match = _NAME.fullmatch(reference)
     if match is None or path.suffix in (".pt", ".pth", ".pt2", ".safetensors", ".ckpt"):
@@ -109,9 +110,7 @@ def _load_file(
         return _from_state(path, _read_safetensors(path, map_location), factory, map_location)
     if zipfile.is_zipfile(path) and is_exported(path):
         return load_exported(path, map_location)
-    # A state dict is mapped, so that it and the factory's own tensors are not held side by side.
-    mapped = factory is not None
-    content = load_pickle(path, trust=trust, map_location=map_location, mmap=mapped)
+    content = load_pickle(path, trust=trust, map_location=map_location)
     if isinstance(content, nn.Module):
         if factory is not None:
             raise CheckpointError(f"{path}: is a whole model, not a state dict; drop the factory")

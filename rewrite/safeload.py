@@ -127,16 +127,14 @@ def load_pickle(
     *,
     trust: Sequence[str] = (),
     map_location: str | torch.device = "cpu",
-    mmap: bool = False,
 ) -> Any:
     """Return the object of a `torch.save` file; raise CheckpointError for what may not be opened.
 
     Args:
         path: A file written by `torch.save`.
         trust: Packages, or full names of single classes and functions, allowed beside `TRUSTED`.
-        map_location: Where the tensors go.
-        mmap: Map the file into memory instead of reading it, where its format and the target
-            device allow it. Mapped tensors have no copy-on-write form: `convert` copies them all.
+        map_location: Where the tensors go. For the CPU they stay mapped from the file, where its
+            format allows that.
     """
     zipped = zipfile.is_zipfile(path)
     names = _names(path) if zipped else []
@@ -145,7 +143,7 @@ def load_pickle(
         _try_out(path, grants)
     real = [(entry.value, name) for name, entry in grants.items()]
     real += [(kind, f"<{name}>") for name, kind in _SAVED.items()]
-    mapped = zipped and mmap and torch.device(map_location).type == "cpu"
+    mapped = zipped and torch.device(map_location).type == "cpu"
     return _torch_load(path, real, map_location=map_location, mmap=mapped)
 
 

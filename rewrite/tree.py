@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -248,10 +248,14 @@ def _owns_memory(tensor: torch.Tensor) -> bool:
     return bool(storage.resizable()) and not (tensor.device.type == "cpu" and storage.is_shared())
 
 
-def own_memory_(model: nn.Module) -> None:
-    """Move what was read from a file into memory of its own, one storage after the other.
+def own_memory_(
+    model: nn.Module,
+    read: Callable[[torch.UntypedStorage], torch.UntypedStorage] = torch.UntypedStorage.clone,
+) -> None:
+    """Move what came out of a file into memory of its own, one storage after the other.
 
-    Values, identities of the tensors and ties stay; from then on copies can share storage.
+    Values, identities of the tensors and ties stay; from then on copies can share storage. `read`
+    returns the bytes of a storage in memory of their own.
     """
     moved: dict[int, torch.UntypedStorage] = {}
     for tensor in list(_tensors(model)):
@@ -264,9 +268,7 @@ def own_memory_(model: nn.Module) -> None:
         if storage.resizable():
             continue
         if storage._cdata not in moved:
-            memory = torch.empty(storage.nbytes(), dtype=torch.uint8, device=data.device)
-            moved[storage._cdata] = memory.untyped_storage()
-            moved[storage._cdata].copy_(storage)
+            moved[storage._cdata] = read(storage)
         home = torch.empty(0, dtype=data.dtype, device=data.device)
         source = moved[storage._cdata]
         tensor.data = home.set_(source, data.storage_offset(), data.shape, data.stride())
