@@ -42,7 +42,8 @@ class Comparison:
         agreement: share of equal top-1 classes, None without an axis of classes.
         finite: whether every floating-point value of `b` is finite.
         worst: the place of `max_rel`.
-        structure: what differs in places, shapes and dtypes.
+        structure: what differs in places, shapes and dtypes; not the length of an item of a list,
+            which is a value (the number of detections).
         reasons: `structure`, and what differs in exact values, in NaN or infinity.
     """
 
@@ -152,7 +153,10 @@ class _Total:
             return
         floating = _is_floating(a) and _is_floating(b)
         if a.shape != b.shape:
-            self.structure.append(f"{path}: shape {tuple(a.shape)} became {tuple(b.shape)}")
+            # What a list holds per image (detections) is as long as the values make it.
+            varies = "[" in path and a.ndim == b.ndim and a.shape[1:] == b.shape[1:]
+            kind = self.values if varies else self.structure
+            kind.append(f"{path}: shape {tuple(a.shape)} became {tuple(b.shape)}")
         elif (dtypes or not floating) and a.dtype != b.dtype:
             self.structure.append(f"{path}: {_name(a.dtype)} became {_name(b.dtype)}")
         elif floating:

@@ -109,3 +109,12 @@ def test_cosine_of_opposite_vectors():
 
 def test_zero_against_something_is_infinitely_far():
     assert compare(torch.zeros(2), torch.ones(2)).max_rel == float("inf")
+
+
+def test_the_number_of_detections_is_a_value_and_other_shapes_are_structure() -> None:
+    before = [{"boxes": torch.rand(5, 4), "scores": torch.rand(5)}]
+    after = [{"boxes": torch.rand(2, 4), "scores": torch.rand(2)}]
+    found = compare(before, after)
+    assert not found.structure and len(found.reasons) == 2
+    assert compare([torch.rand(5, 4)], [torch.rand(5, 3)]).structure
+    assert compare(torch.rand(5, 4), torch.rand(2, 4)).structure
