@@ -26,6 +26,7 @@ from rewrite.capture import Captured
 from rewrite.edit import Editor
 from rewrite.errors import OptionError, PassError
 from rewrite.folding import Fold, Folder
+from rewrite.keymap import fold_recipe
 from rewrite.leftovers import InputNorm, Leftover, fold_input, parse_input_norm
 from rewrite.protocol import Change, Contract, Pass, Site, Skip
 from rewrite.sources import Source, sources
@@ -174,7 +175,10 @@ def _merged_change(site: Site, change: Change) -> Change:
     if site.node is not None and site.plan.root is site.node:
         return change
     into = change.after.removeprefix("one convolution, ")
-    return Change(site.target, site.before, f"merged into {into}", touched=change.touched)
+    return Change(
+        site.target, site.before, f"merged into {into}", touched=change.touched,
+        recipe={"do": "with", "target": change.target},
+    )  # fmt: skip
 
 
 def _fold_input(folder: Folder, mean: Tensor, std: Tensor) -> Site | Skip:
@@ -201,7 +205,7 @@ def _remove(captured: Captured, fold: Fold, merged: Set[Node], clones: tuple[str
     what = "its affine part folded" if source.kind == "gain" else "folded"
     return Change(
         source.target, source.before, f"{what} into {into}" if into else "removed: it did nothing",
-        touched=(*fold.layers, *clones), keys=keys,
+        touched=(*fold.layers, *clones), keys=keys, recipe=fold_recipe(captured, fold),
     )  # fmt: skip
 
 
@@ -243,4 +247,8 @@ def _keys(captured: Captured, source: Source) -> dict[str, str | None]:
     module: nn.Module = captured.module(source.target)
     if source.kind == "norm" and "num_batches_tracked" in module._buffers:
         keys[f"{source.target}.num_batches_tracked"] = None
+    for alias in captured.aliases(source.target):
+        for key in list(keys):
+            if key.startswith(f"{source.target}."):
+                keys[alias + key.removeprefix(source.target)] = None
     return keys

@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from rewrite.branches import Branches, Merge, NoMerge, merged_kernel
 from rewrite.capture import Captured
+from rewrite.keymap import merge_recipe
 from rewrite.operators import function_name
 from rewrite.protocol import Change, Contract, Pass, Site, Skip
 
@@ -61,12 +62,15 @@ def merge_site(captured: Captured, target: str, merge: Merge) -> Change:
     """Put one convolution in place of the branches of `merge`."""
     conv = _convolution(captured, merge)
     name = captured.editor.merge(merge.root, _source_of_line, conv, "merged_conv")
+    recipe = merge_recipe(captured, merge, name)
     gone = _gone(captured, merge)
     for child in gone:
         captured.editor.remove(child)
     keys = {f"{child}.{key}": None for child in gone for key in captured.module(child).state_dict()}
     touched = (merge.owner, name, *gone)
-    return Change(target, merge.before, f"one convolution, {name}", "", touched, keys)
+    return Change(
+        target, merge.before, f"one convolution, {name}", touched=touched, keys=keys, recipe=recipe
+    )
 
 
 def _convolution(captured: Captured, merge: Merge) -> nn.Module:

@@ -14,8 +14,9 @@ kernel.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +37,14 @@ _ADDS = frozenset({"add", "iadd", "sub", "isub"})
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One branch: `affine` after the convolution `conv`, or after nothing."""
+    """One branch: `affine` after the convolution `conv`, or after nothing.
+
+    `links` says of which tensors `affine` is made, first to last (`rewrite.keymap`).
+    """
 
     conv: Conv | None
     affine: Affine
+    links: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,9 +214,10 @@ class Branches:
             return (Term(conv, Affine.identity(channels)),)
         if self._passes_on(node):
             return self._terms(self._inputs(node)[0], source)
-        affine, before = self._affine(node)
+        affine, before, link = self._affine(node)
         return tuple(
-            replace(term, affine=affine.after(term.affine)) for term in self._terms(before, source)
+            replace(term, affine=affine.after(term.affine), links=(*term.links, link))
+            for term in self._terms(before, source)
         )
 
     def _sum(self, node: Node, source: Node, subtract: bool) -> tuple[Term, ...]:
@@ -228,14 +234,19 @@ class Branches:
         behind = self._terms(other, source)
         if subtract:
             behind = tuple(
-                replace(t, affine=Affine(-t.affine.scale, -t.affine.shift)) for t in behind
+                replace(
+                    t,
+                    affine=Affine(-t.affine.scale, -t.affine.shift),
+                    links=(*t.links, {"is": "negative"}),
+                )
+                for t in behind
             )
         return (*self._terms(one, source), *behind)
 
-    def _affine(self, node: Node) -> tuple[Affine, Node]:
+    def _affine(self, node: Node) -> tuple[Affine, Node, Mapping[str, Any]]:
         constant = self._constants.channel_constant(node)
         if constant is not None:
-            return constant.affine, constant.operand
+            return constant.affine, constant.operand, constant.recipe
         layer = self._layer(node)
         if layer.mean is None or layer.var is None:
             raise Refused("not linear")
@@ -243,7 +254,11 @@ class Branches:
         weight = None if layer.weight is None else tensor(layer.weight)
         bias = None if layer.bias is None else tensor(layer.bias)
         affine = Affine.batch_norm(tensor(layer.mean), tensor(layer.var), weight, bias, layer.eps)
-        return affine, self._inputs(node)[0]
+        refs = {
+            "mean": layer.mean, "var": layer.var, "weight": layer.weight, "bias": layer.bias,
+        }  # fmt: skip
+        names = {key: None if ref is None else ref.name for key, ref in refs.items()}
+        return affine, self._inputs(node)[0], {"is": "norm", "eps": layer.eps, **names}
 
     def _layer(self, node: Node) -> Layer:
         layer = layer_of(self.captured, node, None)
@@ -343,6 +358,16 @@ def _identity_window(outer: Conv, captured: Captured) -> tuple[int, ...] | None:
     return None if None in places else tuple(place for place in places if place is not None)
 
 
+def place_of(captured: Captured, term: Term, outer: Conv) -> tuple[int, ...]:
+    """Return where the first tap of a branch lies in the kernel of `outer`."""
+    if term.conv is None:
+        at = _identity_window(outer, captured)
+    else:
+        at = window(term.conv, outer, captured)
+    assert at is not None
+    return at
+
+
 def merged_kernel(captured: Captured, merge: Merge) -> tuple[Tensor, Tensor]:
     """Return weight and bias of the one convolution, in float64."""
     outer = merge.outer
@@ -353,18 +378,14 @@ def merged_kernel(captured: Captured, merge: Merge) -> tuple[Tensor, Tensor]:
     column = (-1, *(1,) * (old.dim() - 1))
     for term in merge.terms:
         affine = term.affine.to(old.device)
+        at = place_of(captured, term, outer)
+        conv_bias = torch.zeros_like(bias)
         if term.conv is None:
-            at = _identity_window(outer, captured)
-            assert at is not None
             part = dirac(old.shape[0], outer.groups, taps, at).to(old.device)
-            offset_bias = torch.zeros_like(bias)
         else:
-            at = window(term.conv, outer, captured)
-            assert at is not None
             part = embed(captured.tensor(term.conv.weight).detach().double(), taps, at)
-            offset_bias = torch.zeros_like(bias)
             if term.conv.bias is not None:
-                offset_bias = captured.tensor(term.conv.bias).detach().double()
+                conv_bias = captured.tensor(term.conv.bias).detach().double()
         kernel += affine.scale.view(column) * part
-        bias += affine.scale * offset_bias + affine.shift
+        bias += affine.scale * conv_bias + affine.shift
     return kernel, bias

@@ -101,6 +101,25 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Tr
     return Path(path)
 
 
+def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the tensors of a file by key: a state dict, or that of a whole model, on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, or holds no tensors by name.
+    """
+    place = Path(path)
+    _check_file(place)
+    if place.suffix == ".safetensors":
+        return _read_safetensors(place, "cpu")
+    content = load_pickle(place, map_location="cpu")
+    state = _state_in(content)
+    if isinstance(state, nn.Module):
+        return dict(state.state_dict())
+    if state is None:
+        raise CheckpointError(f"{path}: holds no state dict, but {_describe(content)}")
+    return dict(state)
+
+
 def _load_file(
     path: Path, factory: str | None, trust: Sequence[str], map_location: str | torch.device
 ) -> nn.Module:

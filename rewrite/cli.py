@@ -30,7 +30,7 @@ OK, FAILED, USAGE, NOTHING = 0, 1, 2, 3
 
 # Subcommands that live in modules of their own: each has `add_parsers(subparsers)`, and the parser
 # it adds sets `run`.
-_MORE_COMMANDS = ("rewrite.cli_verify",)
+_MORE_COMMANDS = ("rewrite.cli_verify", "rewrite.cli_keymap")
 
 _REFERENCE = (
     "a checkpoint (.pt, .pth, .pt2, .safetensors), torchvision:NAME, timm:NAME, "

@@ -8,6 +8,7 @@ FrozenBatchNorm2d reshapes four buffers and combines them). It is evaluated in f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,8 @@ _PURE = frozenset(
 class ChannelConstant:
     """A call that multiplies, or adds to, each channel of `operand` a constant of its own.
 
-    `axis` counts the channels from the end; `root` is the parameter it is made of, if one only.
+    `axis` counts the channels from the end; `root` is the parameter it is made of, if one only;
+    `recipe` says how to make it of another checkpoint's tensors (`rewrite.keymap`).
     """
 
     node: Node
@@ -42,6 +44,7 @@ class ChannelConstant:
     axis: int
     affine: Affine
     root: str | None
+    recipe: Mapping[str, Any]
 
 
 class Constants:
@@ -131,7 +134,17 @@ class Constants:
         affine = _affine(name, value.flatten())
         roots = self.roots(constant)
         root = next(iter(roots)) if len(roots) == 1 else None
-        return ChannelConstant(node, operand, axes[0] - value.dim(), affine, root)
+        recipe = _recipe(name, root, roots)
+        return ChannelConstant(node, operand, axes[0] - value.dim(), affine, root, recipe)
+
+
+def _recipe(name: str, root: str | None, roots: set[str]) -> dict[str, Any]:
+    operation = name.removeprefix("i").removeprefix("true")
+    target = root or ", ".join(sorted(roots))
+    if root is None:
+        reason = "is computed from several tensors, which the map of keys does not repeat"
+        return {"is": "other", "target": target, "reason": reason}
+    return {"is": "constant", "target": target, "operation": operation, "key": root}
 
 
 def _affine(name: str, value: Tensor) -> Affine:

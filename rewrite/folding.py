@@ -28,7 +28,7 @@ from rewrite.steps import changes_in_place
 
 Part = Literal["both", "scale", "shift", "shift over scale"]
 
-_SMALLEST_SCALE = 2.0**-20
+SMALLEST_SCALE = 2.0**-20
 """Where an inverse is taken, each |s| lies between this and its reciprocal: nothing overflows, and
 float32 keeps its relative precision (each channel is scaled by one number)."""
 
@@ -206,7 +206,7 @@ def _split(
 def _invertible(affine: Affine, captured: Captured, source: Source) -> bool:
     """Return whether the inverse map can be taken up without losing precision."""
     size = affine.scale.abs()
-    if bool((size < _SMALLEST_SCALE).any() or (size > 1 / _SMALLEST_SCALE).any()):
+    if bool((size < SMALLEST_SCALE).any() or (size > 1 / SMALLEST_SCALE).any()):
         return False
     layer = source.layer
     ref = None if layer is None else layer.weight or layer.mean

@@ -58,7 +58,8 @@ class Change:
 
     `touched` names every module whose parameters, buffers or class changed, `target` included.
     `keys` maps old state-dict keys to new ones (None: the key is gone). `metrics` are numbers a
-    pass measured at this site.
+    pass measured at this site. `recipe` is what it takes to repeat the change on the state dict of
+    another checkpoint (`rewrite.keymap`), as plain data.
     """
 
     target: str
@@ -68,6 +69,7 @@ class Change:
     touched: tuple[str, ...] = ()
     keys: Mapping[str, str | None] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
