@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from rewrite.capture import Captured, TensorRef
-from rewrite.operators import Norm, norm_of
+from rewrite.operators import Norm, conv_of, norm_of
 from rewrite.protocol import Site, Skip
 
 
@@ -80,8 +80,8 @@ def _candidate(captured: Captured, norm: Norm) -> Candidate | Skip:
         return Skip(norm.target, before, reason)
     if norm.num_features is None:
         return Skip(norm.target, before, "has neither parameters nor statistics: channels unknown")
-    if (reason := captured.editor.refusal(norm.node)) is not None:
-        return Skip(norm.target, before, reason)
+    if (refusal := captured.editor.refusal(norm.node)) is not None:
+        return Skip(norm.target, before, refusal)
     shapes = tuple(captured.shape(call.all_input_nodes[0]) for call in captured.twins(norm.node))
     return Candidate(norm, before, norm.num_features, shapes)
 
@@ -188,3 +188,20 @@ def sites(captured: Captured, decide: Callable[[Candidate], object]) -> Iterator
             yield Skip(candidate.target, candidate.before, plan)
         else:
             yield Site(candidate.target, candidate.before, candidate.norm.node, plan)
+
+
+def spatial_axes(captured: Captured, candidate: Candidate) -> int | str:
+    """Return how many spatial axes there are, by shape, by class, or by what feeds the norm."""
+    known = {len(shape) - 2 for shape in candidate.shapes if shape is not None}
+    if len(known) > 1:
+        return "is called with inputs of different dimensions"
+    if known:
+        return known.pop()
+    owner = captured.module(candidate.target)
+    for axes, kind in ((2, nn.BatchNorm2d), (3, nn.BatchNorm3d)):
+        if isinstance(owner, kind):
+            return axes
+    fed_by = conv_of(captured, candidate.norm.input)
+    if fed_by is not None:
+        return fed_by.dims
+    return "may get (N, C) input, which has no positions; pass an example input to show its shape"

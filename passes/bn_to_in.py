@@ -18,7 +18,7 @@ from passes import _keep as keeping
 from passes import _norm_swap as swap
 from rewrite.capture import Captured
 from rewrite.keep import Settings
-from rewrite.operators import Norm, conv_of
+from rewrite.operators import Norm
 from rewrite.protocol import Change, Contract, Pass, Site, Skip
 
 _LAYERS: dict[int, type[nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d]] = {
@@ -71,19 +71,7 @@ def _make(site_plan: Any, norm: Norm) -> nn.Module:
 
 
 def _axes(captured: Captured, candidate: swap.Candidate) -> int | str:
-    known = {len(shape) - 2 for shape in candidate.shapes if shape is not None}
     if candidate.positions is not None and candidate.positions < 2:
         shape = "×".join(str(size) for size in next(s for s in candidate.shapes if s is not None))
         return f"gets one position ({shape}): an instance of one element would output β"
-    if len(known) > 1:
-        return "is called with inputs of different dimensions"
-    if known:
-        return known.pop()
-    owner = captured.module(candidate.target)
-    for axes, kind in ((2, nn.BatchNorm2d), (3, nn.BatchNorm3d)):
-        if isinstance(owner, kind):
-            return axes
-    fed_by = conv_of(captured, candidate.norm.input)
-    if fed_by is not None:
-        return fed_by.dims
-    return "may get (N, C) input, which has no positions; pass an example input to show its shape"
+    return swap.spatial_axes(captured, candidate)

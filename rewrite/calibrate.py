@@ -93,6 +93,7 @@ class Batches:
     """Batches of calibration data, checked, split into what is fitted and what is held out.
 
     Attributes:
+        hold_out: one sample of so many is kept out; 0 for none.
         seen: samples read so far.
         left_out: what was wrong with the batches that were not used.
         held: the samples kept out of the fit, batch by batch.
@@ -100,6 +101,7 @@ class Batches:
 
     model: nn.Module
     source: Iterable[Any]
+    hold_out: int = HOLD_OUT
     seen: int = 0
     left_out: list[str] = field(default_factory=list)
     held: list[Inputs] = field(default_factory=list)
@@ -139,7 +141,9 @@ class Batches:
         size = batch_size(inputs)
         numbers = torch.arange(self.seen, self.seen + size)
         self.seen += size
-        held = numbers % HOLD_OUT == HOLD_OUT - 1
+        if not self.hold_out:
+            return inputs
+        held = numbers % self.hold_out == self.hold_out - 1
         if sum(batch_size(item) for item in self.held) + int(held.sum()) > _MOST_HELD:
             held = torch.zeros_like(held)
         if held.any():

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -249,7 +249,8 @@ def _split(value: Any, batch_size: int) -> Iterable[Any]:
         raise OptionError(f"calibration data: shape {shape}; the first axis has to be the batch")
     if value.dtype in (torch.float64, torch.float16, torch.bfloat16):
         value = value.float()
-    return value.split(batch_size)
+    batches: tuple[Tensor, ...] = value.split(batch_size)
+    return batches
 
 
 def _call(reference: str) -> Iterable[Any]:
@@ -267,5 +268,4 @@ def _call(reference: str) -> Iterable[Any]:
     if not hasattr(made, "__iter__"):
         kind = type(made).__name__
         raise OptionError(f"calibration factory {reference} returned {kind}, no batches")
-    batches: Iterable[Any] = made
-    return batches
+    return cast(Iterable[Any], made)

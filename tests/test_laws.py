@@ -65,7 +65,7 @@ def test_laws(pass_name: str, model_name: str) -> None:
 
     # Each candidate ends as one Change or one Skip; the original stays as it was.
     copied = copy_model(model)
-    applied = apply_pass(rewrite, copied, inputs)
+    applied = apply_pass(rewrite, copied, inputs, [inputs])
     assert len(applied.changes) == len(sites)
     assert [skip.target for skip in applied.skips] == [skip.target for skip in skips]
     assert _same(state, model) and _structure(model) == structure

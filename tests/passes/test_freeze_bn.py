@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import models
+import rewrite
+from passes import FreezeBatchNorm
+from rewrite.modules import ChannelAffine
+from rewrite.protocol import apply_pass
+from rewrite.tree import copy_model
+
+
+@pytest.mark.parametrize(
+    "name", ["functional_norm", "norm_with_activation", "shared_norm", "norm1d", "affine_free"]
+)
+def test_rewrites_to_the_same_function(name: str) -> None:
+    model, inputs = models.build(name)
+    model.eval()
+    applied = apply_pass(FreezeBatchNorm(), copy_model(model))
+    assert applied.changes
+    with torch.no_grad():
+        torch.testing.assert_close(applied.model(*inputs), model(*inputs), rtol=1e-11, atol=1e-11)
+
+
+def test_training_changes_nothing_in_it() -> None:
+    model = models.randomize_norms_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval())
+    x = torch.randn(4, 3, 6, 6)
+    frozen = rewrite.convert(model, [FreezeBatchNorm()], example_inputs=(x,)).model
+    expected = model(x)
+    frozen.train()
+    torch.testing.assert_close(frozen(x), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model.train()(x), expected, atol=1e-2)
+    assert isinstance(frozen[1], ChannelAffine) and not frozen[1].weight.requires_grad
+
+
+def test_options() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    applied = apply_pass(FreezeBatchNorm(trainable=True), model)
+    assert all(p.requires_grad for p in applied.model.parameters())
+
+
+def test_declines_norms_without_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)).eval()
+    applied = apply_pass(FreezeBatchNorm(), model)
+    assert not applied.changes and "no running statistics" in applied.skips[0].reason
+
+
+def test_declines_a_scale_that_is_not_finite() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=0.0)).eval()
+    model[1].running_var[0] = 0.0
+    assert "not finite" in apply_pass(FreezeBatchNorm(), model).skips[0].reason
