@@ -1,0 +1,155 @@
+"""BatchNorm to weight normalization, with the same eval function.
+
+    eval:  bn(W x + b) = W' x + b',   W' = (gamma / sigma) W,   b' = (gamma / sigma)(b - mu) + beta
+    then   W' = g v / ||v||
+
+The norm is folded exactly and the layers that took it up are reparameterized: no batch statistics
+are left, which is what recurrent, generative and reinforcement-learning users want (Salimans &
+Kingma 2016). With `mean_only` the mean stays a statistic of the batch (section 4 of the paper):
+
+    train:  W' x - mean_batch[W' x] + beta          eval:  W' x - (beta - b') + beta = W' x + b'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from passes.fold import FoldNorm
+from passes.weight_norm import weight_refusal
+from rewrite.capture import Captured, TensorRef
+from rewrite.errors import OptionError
+from rewrite.fans import linear_maps
+from rewrite.folding import Fold
+from rewrite.mean_only import MeanOnlyBatchNorm
+from rewrite.operators import norm_of
+from rewrite.parametrizations import add_weight_norm, weight_layouts
+from rewrite.protocol import Change, Contract, Pass, Site, Skip
+
+
+@dataclass(frozen=True)
+class BatchNormToWeightNorm(Pass):
+    """Replace BatchNorm by weight normalization of the layer that takes it up.
+
+    Rewrites:
+      1. Every BatchNorm that `fold` can fold; each layer that takes up its map is weight-normed.
+
+    Declines: what `fold` declines, with its reason; norms that no layer with a weight of its own
+    would take up, or whose layer cannot be weight-normed.
+    """
+
+    name: ClassVar[str] = "bn-to-weight-norm"
+    contract: ClassVar[Contract] = Contract.EXACT_IN_EVAL
+
+    mean_only: bool = field(
+        default=False, metadata={"help": "keep centring each batch, by mean-only batch norm"}
+    )
+    momentum: float = field(
+        default=0.1, metadata={"help": "of the running means of mean_only, 0.1 by default"}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.momentum <= 1:
+            raise OptionError(f"{self.name}: momentum is {self.momentum}; pass a number in (0, 1]")
+
+    def find(self, captured: Captured) -> Iterable[Site | Skip]:
+        """Yield every BatchNorm that can be folded into layers with a weight."""
+        for outcome in FoldNorm(merge=False).find(captured):
+            if isinstance(outcome, Skip):
+                if "BatchNorm" in outcome.before or "batch_norm" in outcome.before:
+                    yield outcome
+                continue
+            norm = norm_of(captured, outcome.node) if outcome.node is not None else None
+            if norm is None or norm.kind != "batch" or not isinstance(outcome.plan, Fold):
+                continue
+            reason = _refusal(captured, outcome.plan)
+            yield outcome if reason is None else Skip(outcome.target, outcome.before, reason)
+
+    def rewrite(self, captured: Captured, site: Site) -> Change:
+        """Rewrite one site."""
+        return self.rewrite_all(captured, [site])[0]
+
+    def rewrite_all(
+        self, captured: Captured, sites: list[Site], calibration: Any = None
+    ) -> list[Change]:
+        """Fold every norm, then reparameterize every layer that took one up, once."""
+        centres = {s.target: _shift(captured, s) for s in sites} if self.mean_only else {}
+        changes = FoldNorm(merge=False).rewrite_all(captured, sites)
+        finished: list[Change] = []
+        normed: set[str] = set()
+        for site, change in zip(sites, changes, strict=True):
+            plan: Fold = site.plan
+            note, touched = "", list(change.touched)
+            if self.mean_only:
+                note = self._centre(captured, site.target, plan.layers, centres[site.target])
+            keys = dict(change.keys)
+            for name in plan.layers:
+                if name not in normed:
+                    normed.add(name)
+                    keys |= _normed(captured, name)
+            after = f"weight norm of {', '.join(plan.layers)}"
+            finished.append(
+                replace(change, after=after, note=note, touched=tuple(touched), keys=keys)
+            )
+        return finished
+
+    def _centre(
+        self, captured: Captured, target: str, layers: tuple[str, ...], beta: torch.Tensor | None
+    ) -> str:
+        """Put a mean-only norm where the norm was, or say why there is none."""
+        layer = captured.module(layers[0])
+        if beta is None or len(layers) > 1 or not isinstance(captured.module(target), nn.Identity):
+            return "no mean-only norm: it was not one module right after one layer"
+        bias: torch.Tensor = layer.bias  # type: ignore[assignment]
+        norm = MeanOnlyBatchNorm(beta.numel(), self.momentum).to(bias)
+        norm.bias = nn.Parameter(beta.to(bias), bias.requires_grad)
+        norm.running_mean = (beta.double() - bias.detach().double()).to(bias)
+        layer._parameters["bias"] = None
+        captured.editor.replace(target, norm)
+        return "mean-only batch norm in its place"
+
+
+def _refusal(captured: Captured, fold: Fold) -> str | None:
+    if not fold.layers:
+        return "no layer takes it up"
+    for name in fold.layers:
+        if name not in captured.tree.names:
+            return f"{name} is applied by code, not by a layer"
+        layer = captured.module(name)
+        if [m.parameter for m in linear_maps(layer)] != ["weight"]:
+            return f"{name} has no weight of its own to normalize"
+        if (reason := weight_refusal(layer, "weight")) is not None:
+            return f"weight of {name} {reason}"
+        others = [r for r in captured.tied(_weight_ref(captured, name)) if r.owner != name]
+        if others:
+            return f"weight of {name} is tied to {others[0].name}"
+    return None
+
+
+def _weight_ref(captured: Captured, name: str) -> TensorRef:
+    return TensorRef(captured.tree.name(captured.module(name)), "weight")
+
+
+def _shift(captured: Captured, site: Site) -> torch.Tensor | None:
+    """Return beta of a norm right after the layer that takes it up, None for any other norm."""
+    assert site.node is not None
+    norm = norm_of(captured, site.node)
+    assert norm is not None
+    before = norm.input
+    if before.op != "call_module" or str(before.target) not in site.plan.layers:
+        return None
+    if norm.bias is not None:
+        return captured.tensor(norm.bias).detach().clone()
+    assert norm.running_mean is not None  # without statistics it would not fold
+    return torch.zeros_like(captured.tensor(norm.running_mean))
+
+
+def _normed(captured: Captured, name: str) -> dict[str, str | None]:
+    layer = captured.module(name)
+    ((key, layout),) = weight_layouts(layer).items()
+    add_weight_norm(layer, key, layout)
+    return {f"{name}.{key}": f"{name}.parametrizations.{key}.original1"}
