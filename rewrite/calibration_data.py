@@ -122,8 +122,10 @@ class ImageFolder:
             )
 
     def _read(self, file: Path) -> Tensor | None:
-        from PIL import Image
-
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise OptionError("a folder of images needs pillow; pip install pillow") from error
         try:
             with Image.open(file) as opened:
                 image = opened.convert("L" if self.format.channels == 1 else "RGB")
