@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from rewrite.inputs import Inputs
-from rewrite.record import Event, Known, Record, Sketch, Sketcher, record
+from rewrite.record import Event, Key, Known, Record, Sketch, Sketcher, record
 from rewrite.rounding import EXPLAINS
 
 AGREES = 1e-11
@@ -77,13 +77,13 @@ class Divergence:
 
 
 def recorded(
-    model: nn.Module, inputs: Inputs, sketch: Sketcher, seed: int = 0
+    model: nn.Module, inputs: Inputs, sketch: Sketcher, seed: int = 0, keep: Key | None = None
 ) -> tuple[Record, Any]:
     """Run a model that computes in float64 already; return its values and its output."""
     own = inputs.clone()
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        return record(model, own.args, own.kwargs, sketch)
+        return record(model, own.args, own.kwargs, sketch, keep)
 
 
 def value_noise(original: Record, nudged: Record) -> list[float]:

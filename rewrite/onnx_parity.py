@@ -19,7 +19,17 @@ from rewrite.inputs import Inputs, call, device_of, one_line
 from rewrite.judge import run_original
 from rewrite.onnx_file import OnnxFile
 from rewrite.onnx_report import Check
-from rewrite.onnx_run import Feed, feed_of, nudged_model, record_graph, run, session
+from rewrite.onnx_repro import write_repro
+from rewrite.onnx_run import (
+    Feed,
+    as_array,
+    feed_of,
+    nudged_model,
+    record_graph,
+    run,
+    session,
+    values_of,
+)
 from rewrite.record import Event, Known, Record, Sketcher
 from rewrite.rounding import EXPLAINS, all_rounding, nudged
 from rewrite.verification import Level
@@ -166,22 +176,29 @@ def _first(
         nudged_record, moved = recorded(model, wide, sketch, seed)
     graph = record_graph(opened, feed, sketch)
     noise = [max(value, _EPS / 4) for value in value_noise(exact_record, nudged_record)]
-    parity.divergence = _diverging(graph, exact_record, noise)
+    parity.divergence, there = _diverging(graph, exact_record, noise)
     if parity.divergence is not None:
         parity.failed.append(f"value on the way: {parity.divergence.note}")
         if repro is not None:
-            from rewrite.onnx_repro import write_repro
-
-            write_repro(repro, opened, feed, parity.divergence)
+            expected = None
+            if there is not None:
+                again, _ = recorded(model, wide, sketch, seed, keep=there.key)
+                expected = as_array(again.kept[0])
+            write_repro(repro, opened, feed, parity.divergence, expected)
     return exact, compare(exact, moved).max_rel
 
 
-def _diverging(graph: Record, reference: Record, noise: Sequence[float]) -> Divergence | None:
-    """Return the first node of `graph` that leaves the values of `reference`."""
+def _diverging(
+    graph: Record, reference: Record, noise: Sequence[float]
+) -> tuple[Divergence | None, Event | None]:
+    """Return the first node of `graph` that leaves the values of `reference`.
+
+    The second is the reference's call whose value is missing in the graph.
+    """
     known = Known(reference.values, noise)
     event = first_guilty(graph, [known.nearest(value) for value in graph.values])
     if event is None:
-        return None
+        return None, None
     seen = Known(graph.values)
     distances = [(seen.nearest(v)[0], n) for v, n in zip(reference.values, noise, strict=True)]
     there = first_guilty(reference, distances)
@@ -189,7 +206,7 @@ def _diverging(graph: Record, reference: Record, noise: Sequence[float]) -> Dive
     near = max((known.nearest(graph.values[i])[0] for i in event.inputs), default=0.0)
     node = event.owner
     target = _target(event, there)
-    return Divergence(
+    divergence = Divergence(
         target=target,
         function=event.function,
         source=there.source if there is not None else None,
@@ -199,6 +216,7 @@ def _diverging(graph: Record, reference: Record, noise: Sequence[float]) -> Dive
         node=node,
         note=f"node {node} ({event.function}) of {target or 'the graph'} is off by {far:.1e}",
     )
+    return divergence, there
 
 
 def _target(event: Event, there: Event | None) -> str:
@@ -230,27 +248,34 @@ def against_graph(
             )
         right = parity.add(f"input {index}", exact, moved, got, 0.0)
         if index == 0 or (not right and parity.divergence is None):
-            parity.divergence = parity.divergence or _compare_graphs(
-                opened, reference, feed, renamed, seed
-            )
-            if parity.divergence is not None and index == 0:
-                parity.failed.append(f"value on the way: {parity.divergence.note}")
-    if parity.divergence is not None and repro is not None and feeds:
-        from rewrite.onnx_repro import write_repro
-
-        write_repro(repro, opened, feeds[0], parity.divergence)
+            parity.divergence, there = _compare_graphs(opened, reference, feed, renamed, seed)
+            if parity.divergence is None:
+                continue
+            parity.failed.append(f"value on the way: {parity.divergence.note}")
+            if repro is not None:
+                name = _output_of(reference, there)
+                values = dict(values_of(reference.model, renamed, [name])) if name else {}
+                write_repro(repro, opened, feed, parity.divergence, values.get(name))
     parity.sum_up(str(reference.path))
     return parity
 
 
 def _compare_graphs(
     opened: OnnxFile, reference: OnnxFile, feed: Feed, renamed: Feed, seed: int
-) -> Divergence | None:
+) -> tuple[Divergence | None, Event | None]:
     sketch = Sketcher(seed)
     base = record_graph(reference, renamed, sketch)
     shaken = replace(reference, model=nudged_model(reference.model, seed))
     noise = [max(n, _EPS / 4) for n in value_noise(base, record_graph(shaken, renamed, sketch))]
     return _diverging(record_graph(opened, feed, sketch), base, noise)
+
+
+def _output_of(reference: OnnxFile, there: Event | None) -> str:
+    """Return the name of the value that a recorded node makes, "" without one."""
+    for node in reference.model.graph.node if there is not None else ():
+        if there is not None and there.owner in (node.name, node.output[0]):
+            return str(node.output[0])
+    return ""
 
 
 def _renamed(reference: OnnxFile, feed: Feed) -> Feed:

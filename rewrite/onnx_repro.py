@@ -31,9 +31,13 @@ def write_repro(
     opened: OnnxFile,
     feed: Feed,
     divergence: Divergence,
-    expected: dict[str, Any] | None = None,
+    expected: np.ndarray[Any, Any] | None = None,
 ) -> Path:
-    """Write node.onnx, inputs.npz, actual.npz, expected.npz and repro.py into `folder`.
+    """Write a folder that shows one node being wrong.
+
+    `expected` is what the node should have made, if the reference has such a value.
+
+    It holds node.onnx, inputs.npz, actual.npz, expected.npz and repro.py.
 
     Raises:
         VerificationError: the folder cannot be written, or the node is gone.
@@ -55,11 +59,18 @@ def write_repro(
         onnx.save(_one_node(opened.model, node, inputs, fetched, weights), str(place / "node.onnx"))
         np.savez(place / "inputs.npz", **inputs)
         np.savez(place / "actual.npz", **{name: fetched[name] for name in outputs})
-        np.savez(place / "expected.npz", **(expected or {}))
+        np.savez(place / "expected.npz", **_expected(expected, outputs[0], fetched[outputs[0]]))
         (place / "repro.py").write_text(_SCRIPT.format(title=divergence.note))
     except OSError as error:
         raise VerificationError(f"{place}: cannot be written: {error.strerror}") from error
     return place
+
+
+def _expected(value: np.ndarray[Any, Any] | None, name: str, actual: Any) -> dict[str, Any]:
+    """Return the expected output in the form of the actual one; nothing where they do not fit."""
+    if value is None or value.size != actual.size:
+        return {}
+    return {name: value.reshape(actual.shape)}
 
 
 def _one_node(

@@ -89,6 +89,10 @@ def _flat(value: torch.Tensor) -> torch.Tensor:
     return torch.nan_to_num(flat, nan=1.0, posinf=2.0, neginf=-2.0)
 
 
+Key = tuple[str, int, str, int]
+"""What identifies a call in another run, or in another model of the same names."""
+
+
 @dataclass(frozen=True)
 class Event:
     """One call: which function, by which module, from which values to which.
@@ -99,7 +103,7 @@ class Event:
         inputs, outputs: indices into `Record.values`; constants are not among them.
     """
 
-    key: tuple[str, int, str, int]
+    key: Key
     source: str | None
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -123,8 +127,9 @@ class Record:
     values: list[Sketch] = field(default_factory=list)
     producer: list[int | None] = field(default_factory=list)
     outputs: tuple[int, ...] = ()
+    kept: list[torch.Tensor] = field(default_factory=list)
 
-    def by_key(self) -> dict[tuple[str, int, str, int], Event]:
+    def by_key(self) -> dict[Key, Event]:
         """Return the events by what identifies them in another model of the same names."""
         return {event.key: event for event in self.events}
 
@@ -163,9 +168,10 @@ class Known:
 class _Recorder(TorchFunctionMode):
     """The function mode that writes a `Record`."""
 
-    def __init__(self, model: nn.Module, sketch: Sketcher) -> None:
+    def __init__(self, model: nn.Module, sketch: Sketcher, keep: Key | None) -> None:
         super().__init__()
         self.record = Record()
+        self._keep = keep
         self._sketch = sketch
         self._names = {module: name for name, module in Tree(model).modules()}
         self._numbers = WeakTensorKeyDictionary()
@@ -222,6 +228,8 @@ class _Recorder(TorchFunctionMode):
         index = len(self.record.events)
         outputs = tuple(self._number(tensor, index) for tensor in made)
         key = (owner, invocation, function, ordinal)
+        if key == self._keep:
+            self.record.kept = [tensor.detach().clone() for tensor in made]
         self.record.events.append(Event(key, _source(), inputs, outputs))
 
     def _number(self, tensor: torch.Tensor, producer: int | None) -> int:
@@ -275,10 +283,17 @@ def _recording(recorder: _Recorder) -> Iterator[None]:
 
 
 def record(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], sketch: Sketcher
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    sketch: Sketcher,
+    keep: Key | None = None,
 ) -> tuple[Record, Any]:
-    """Run `model` once and return what it computed, and what it returned."""
-    recorder = _Recorder(model, sketch)
+    """Run `model` once and return what it computed, and what it returned.
+
+    Of all values only those that the call `keep` made stay alive, in `Record.kept`.
+    """
+    recorder = _Recorder(model, sketch, keep)
     recorder.start([args, dict(kwargs)])
     with _recording(recorder):
         output = model(*args, **kwargs)
