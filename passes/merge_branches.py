@@ -124,10 +124,14 @@ def _gone(captured: Captured, merge: Merge) -> list[str]:
                 name = name.rpartition(".")[0]
     candidates = [
         name for name, only in inside.items()
-        if only and name != merge.owner and captured.unknown_caller(name) is None
+        if only and not _is_within(merge.owner, name) and captured.unknown_caller(name) is None
     ]  # fmt: skip
     whole = set(candidates)
     return [n for n in candidates if not any(p in whole for p in _parents(n))]
+
+
+def _is_within(name: str, ancestor: str) -> bool:
+    return name == ancestor or name.startswith(f"{ancestor}.")
 
 
 def _parents(name: str) -> Iterable[str]:

@@ -149,10 +149,13 @@ def _swap(
     output: Any,
     before: Counts,
 ) -> None:
-    """Apply bn-to-gn to a copy, and count again."""
+    """Apply bn-to-gn to a copy, and count again; with example inputs if it declines without."""
     row["activations"] = before.activations
     try:
         applied = apply_pass(BatchNormToGroupNorm(), copy_model(model))
+        if applied.skips:
+            row["with_inputs"] = True
+            applied = apply_pass(BatchNormToGroupNorm(), copy_model(model), example_inputs)
         row["skips"] = _reasons(applied.skips)
         new_output, after = run(applied.model, example_inputs)
     except Exception as error:  # noqa: BLE001 - a failure of ours is a row, not the end of the sweep

@@ -179,3 +179,32 @@ def test_a_kernel_in_the_wrong_place_would_show() -> None:
             nn.functional.conv2d(torch.tanh(x), wrong, wide.bias + point.bias, padding=1)
         )
     assert (got - want).abs().max() / want.abs().max() > WRONG
+
+
+class Skip(nn.Module):
+    """x + module(x), as the positional encodings of hybrid transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = conv(3, padding=1, groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.module(x)
+
+
+class Wrapper(nn.Module):
+    """Calls nothing but the block whose forward adds: it must outlive the branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip = Skip()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x)
+
+
+def test_a_module_around_the_one_that_adds_stays() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.GELU(), Wrapper(), nn.Conv2d(4, 4, 1))
+    merged, applied = check(model)
+    assert len(applied.changes) == 1
+    assert [type(child).__name__ for child in merged[0]] == ["Conv2d", "GELU", "Wrapper", "Conv2d"]
