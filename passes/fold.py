@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -85,7 +85,12 @@ class FoldNorm(Pass):
 
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
         """Yield every norm and constant in data-flow order; a site's plan says what it does."""
-        return self._decide(captured, None).outcomes
+        decided = self._decide(captured, None)
+        for outcome in decided.outcomes:
+            if isinstance(outcome, Site):
+                yield replace(outcome, plan=_Planned(outcome.plan, decided))
+            else:
+                yield outcome
 
     def _decide(self, captured: Captured, wanted: Set[tuple[str, Node | None]] | None) -> _Decided:
         """Decide about every source, or about those that are wanted (target and node)."""
@@ -114,6 +119,18 @@ class FoldNorm(Pass):
                 decided.outcomes.append(Site(merge.owner, merge.before, merge.root, merge))
         return decided
 
+    def _decided(self, captured: Captured, sites: Sequence[Site]) -> _Decided:
+        """Return what `find` decided, if all its sites are wanted, and decide anew if not."""
+        given = [site.plan.decided for site in sites if isinstance(site.plan, _Planned)]
+        wanted = {(site.target, site.node) for site in sites}
+        if given:
+            found = {(o.target, o.node) for o in given[0].outcomes if isinstance(o, Site)}
+            if found == wanted:
+                return replace(
+                    given[0], outcomes=[o for o in given[0].outcomes if isinstance(o, Site)]
+                )
+        return self._decide(captured, wanted)
+
     def rewrite(self, captured: Captured, site: Site) -> Change:
         """Fold one site."""
         return self.rewrite_all(captured, [site])[0]
@@ -122,7 +139,7 @@ class FoldNorm(Pass):
         self, captured: Captured, sites: Sequence[Site], calibration: Any = None
     ) -> list[Change]:
         """Fold all sites: each layer's new weight is computed once, from all that it takes up."""
-        decided = self._decide(captured, {(site.target, site.node) for site in sites})
+        decided = self._decided(captured, sites)
         plans = [site for site in decided.outcomes if isinstance(site, Site)]
         for outcome in decided.outcomes:
             if isinstance(outcome, Skip):
@@ -156,6 +173,14 @@ class _Decided:
     folder: Folder
     branches: Branches
     outcomes: list[Site | Skip] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class _Planned:
+    """The plan of a site as `find` yields it, and the look at the model that it is part of."""
+
+    what: Fold | Leftover | Merge
+    decided: _Decided
 
 
 def _merge_all(

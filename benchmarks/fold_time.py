@@ -1,0 +1,160 @@
+"""How long a fold takes, and how much memory, beside torch.fx's fuser and torchao's pt2e.
+
+    python -m benchmarks.fold_time            ratios of medians of interleaved runs in one process
+    python -m benchmarks.fold_time --write    and put them into docs/benchmarks.md
+
+`ours in place` is `apply_pass`, `ours, a copy` is `rewrite.convert` without verification: like
+torch.fx's `fuse` it leaves the argument alone. pt2e's time includes the export that it needs. The
+memory is the highest resident size above that of the loaded model, in a process of its own, over the
+size of the model's tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks._table import environment, parser, publish, table
+from benchmarks.folders import pt2e, torch_fx
+
+
+class _Billion(nn.Module):
+    """A billion parameters in convolutions and linear layers, each with a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = 4096
+        self.stem = nn.Sequential(nn.Conv2d(3, 512, 3, bias=False), nn.BatchNorm2d(512), nn.ReLU())
+        layers: list[nn.Module] = []
+        for index in range(28):
+            layers += [nn.Conv2d(512, 1024, 3, bias=False), nn.BatchNorm2d(1024), nn.ReLU()]
+            layers += [nn.Conv2d(1024, 512, 3, bias=False), nn.BatchNorm2d(512), nn.ReLU()]
+            del index
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Sequential(
+            nn.Linear(512, width), nn.BatchNorm1d(width), nn.ReLU(),
+            *(m for _ in range(43) for m in (nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU())),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
+
+
+def build(name: str) -> nn.Module:
+    """Return one of the measured models, in eval mode."""
+    if name == "1 B parameters":
+        return _Billion().eval()
+    import torchvision
+
+    model: nn.Module = torchvision.models.get_model(name)
+    return model.eval()
+
+
+def in_place(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """Fold the model itself."""
+    from passes import FoldNorm
+    from rewrite.protocol import apply_pass
+
+    return apply_pass(FoldNorm(), model).model
+
+
+def a_copy(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """Fold a copy that shares what does not change."""
+    import rewrite
+    from passes import FoldNorm
+
+    return rewrite.convert(model, [FoldNorm()], verify=False).model
+
+
+TOOLS: dict[str, Callable[[nn.Module, tuple[Any, ...]], Any]] = {
+    "torch.fx fuse": torch_fx,
+    "ours, a copy": a_copy,
+    "ours in place": in_place,
+    "torchao pt2e": pt2e,
+}
+
+
+def seconds(name: str, runs: int) -> dict[str, float]:
+    """Return the median time of each tool, runs interleaved; the first round does not count."""
+    model = build(name)
+    inputs = (torch.randn(2, 3, 64, 64),)
+    times: dict[str, list[float]] = {tool: [] for tool in TOOLS}
+    for round_number in range(runs + 1):
+        for tool, function in TOOLS.items():
+            if tool == "torchao pt2e" and (name.startswith("1 B") or round_number > 1):
+                continue
+            given = copy.deepcopy(model) if tool == "ours in place" else model
+            gc.collect()
+            start = time.perf_counter()
+            folded = function(given, inputs)
+            elapsed = time.perf_counter() - start
+            del folded, given
+            if round_number or tool == "torchao pt2e":
+                times[tool].append(elapsed)
+    return {tool: statistics.median(t) for tool, t in times.items() if t}
+
+
+def peak(name: str, tool: str) -> float:
+    """Return the peak above the loaded model over the model's size, in a new process."""
+    command = [sys.executable, "-m", "benchmarks.fold_time", "--peak", name, "--tool", tool]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def _measure_peak(name: str, tool: str) -> float:
+    """Fold once in this process and read the high-water mark of the resident size."""
+    warm, inputs = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), (torch.randn(1),)
+    TOOLS[tool](warm, inputs)
+    model = build(name)
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    gc.collect()
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:  # noqa: PTH123
+        file.write("5")
+    before = _status("VmRSS")
+    TOOLS[tool](model, inputs)
+    return (_status("VmHWM") - before) / size
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as file:  # noqa: PTH123
+        line = next(line for line in file if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    """Print the table, and write it when asked to."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--runs", type=int, default=5, help="rounds that count")
+    arguments.add_argument("--peak", help="measure one model's peak memory and print the ratio")
+    arguments.add_argument("--tool", default="ours in place", choices=TOOLS)
+    options = arguments.parse_args()
+    warnings.simplefilter("ignore")
+    if options.peak:
+        print(_measure_peak(options.peak, options.tool))
+        return
+    rows: list[list[object]] = []
+    for name in ("resnet50", "efficientnet_b0", "1 B parameters"):
+        times = seconds(name, 2 if name.startswith("1 B") else options.runs)
+        base = times["torch.fx fuse"]
+        for tool, value in times.items():
+            memory = "" if tool == "torchao pt2e" else f"{peak(name, tool):.2f}"
+            rows.append([name, tool, f"{value:.3f}", f"{value / base:.2f}", memory])
+    header = ["model", "tool", "seconds", "x torch.fx fuse", "peak / model size"]
+    text = f"{environment('torchao')}, {torch.get_num_threads()} threads\n\n{table(header, rows)}"
+    publish("fold-time", "Time and memory of a fold", text, write=options.write)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    main()
