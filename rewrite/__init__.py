@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rewrite.pipeline import Result, convert
     from rewrite.protocol import Change, Contract, Pass, Site, Skip
     from rewrite.report import Report
+    from rewrite.signals import Signal, signal
     from rewrite.verify import Verification, verify
 
 # Each public name and the module that holds it: importing `rewrite` alone imports no torch.
@@ -48,6 +49,8 @@ _HOMES = {
     "Site": "protocol",
     "Skip": "protocol",
     "Report": "report",
+    "Signal": "signals",
+    "signal": "signals",
     "Verification": "verify",
     "verify": "verify",
 }
@@ -65,6 +68,7 @@ __all__ = [
     "Report",
     "Result",
     "RewriteError",
+    "Signal",
     "Site",
     "Skip",
     "Verification",
@@ -74,6 +78,7 @@ __all__ = [
     "export",
     "load",
     "save",
+    "signal",
     "verify",
     "verify_onnx",
 ]

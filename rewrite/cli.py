@@ -158,8 +158,11 @@ def _add_inspect(commands: Any) -> None:
         "inspect", help="show what is inside a model, and what passes would find"
     )
     parser.add_argument("model", metavar="MODEL", help=_REFERENCE)
-    parser.add_argument("--signal", metavar="OUT.png|OUT.svg|-", nargs="?", const="-",
+    parser.add_argument("--signal", action="store_true",
                         help="measure how activations and gradients propagate")  # fmt: skip
+    parser.add_argument("--plot", metavar="OUT.png|OUT.svg", help="with --signal: draw it")
+    parser.add_argument("--before", metavar="MODEL",
+                        help="with --plot: draw this model in the same picture")  # fmt: skip
     add_model_arguments(parser)
     parser.set_defaults(run=_run_inspect)
 

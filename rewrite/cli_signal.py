@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewrite.cli import OK, _finish, load_model
 from rewrite.errors import OptionError
+from rewrite.signal_plot import check_plot
 from rewrite.signals import signal
 
 if TYPE_CHECKING:
@@ -24,10 +26,13 @@ def run_signal(
     """
     if inputs is None:
         raise OptionError("--signal runs the model; pass --input, such as 8x3x224x224")
+    if options.plot is not None:
+        check_plot(Path(options.plot))
     measured = signal(model, inputs, seed=options.seed)
-    if options.signal != "-":
-        before = getattr(options, "before", None)
-        other = signal(load_model(options, before), inputs, seed=options.seed) if before else None
-        measured.plot(options.signal, before=other)
+    if options.plot is not None:
+        before = None
+        if options.before is not None:
+            before = signal(load_model(options, options.before), inputs, seed=options.seed)
+        measured.plot(options.plot, before=before)
     _finish(options, measured)
     return OK

@@ -21,8 +21,7 @@ def plot_signals(signals: Mapping[str, Signal], path: Path) -> Path:
     Raises:
         OptionError: another suffix, or matplotlib is not installed.
     """
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise OptionError(f"{path}: a plot is a .png or .svg file")
+    check_plot(path)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -50,6 +49,12 @@ def plot_signals(signals: Mapping[str, Signal], path: Path) -> Path:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=path.suffix.lower().lstrip("."), dpi=120)
     return path
+
+
+def check_plot(path: Path) -> None:
+    """Raise OptionError unless a picture can have this name."""
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise OptionError(f"{path}: a plot is a .png or .svg file")
 
 
 def _spectrum(row: Row) -> tuple[float, float] | None:
