@@ -19,7 +19,6 @@ from typing import Any
 import onnx
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from rewrite.compare import leaves, tensors
 from rewrite.errors import ExportError
@@ -28,6 +27,7 @@ from rewrite.float64 import isolated
 from rewrite.inputs import Inputs, call, device_of, infer_example_inputs, one_line
 from rewrite.onnx_report import OnnxVerification
 from rewrite.onnx_verify import verify_onnx
+from rewrite.parametrizations import remove_weight_norm, weight_normed
 from rewrite.tree import Tree, copy_model
 from rewrite.verification import Level
 
@@ -63,7 +63,7 @@ def export(
         dynamic_shapes: axes beside the batch that may vary: {"x": {2: "height", 3: "width"}}.
         dynamic_batch: whether the first axis of the inputs may vary.
         external_data: weights in a file beside the model; by itself only where they are too large.
-        bake_weight_norm: compute parametrized weights once, instead of in the graph.
+        bake_weight_norm: compute weight-normed weights once, instead of in the graph.
         metadata: written into the file beside versions: the source, the passes, the contract.
         verify: whether to verify the file against the model.
         level: how thoroughly.
@@ -124,18 +124,18 @@ def _inputs(model: nn.Module, example_inputs: Any, seed: int) -> Inputs:
 
 
 def _baked(model: nn.Module, notes: list[str]) -> nn.Module:
-    """Return the model with parametrized weights computed, a copy if there are any."""
-    names = [n for n, m in Tree(model).modules() if parametrize.is_parametrized(m)]
+    """Return the model with weight norms computed, a copy if there are any."""
+    names = [name for name, module in Tree(model).modules() if weight_normed(module)]
     if not names:
         return model
     copied = copy_model(model)
     tree = Tree(copied)
     for name in names:
         module = tree.get(name)
-        for tensor in list(module.parametrizations):  # type: ignore[arg-type]
-            parametrize.remove_parametrizations(module, tensor)
+        for key in weight_normed(module):
+            remove_weight_norm(module, key)
     shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-    notes.append(f"baked the parametrized weights of {len(names)} modules: {shown}")
+    notes.append(f"baked the weight norm of {len(names)} modules: {shown}")
     return copied
 
 

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from rewrite.cli import main
+
+MODEL = "torchvision:squeezenet1_1"
+SHAPE = "1x3x32x32"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "net.onnx"
+    torch.manual_seed(0)
+    assert main(["export", MODEL, str(path), "--input", SHAPE, "--quiet"]) == 0
+    return path
+
+
+@pytest.fixture(autouse=True)
+def same_weights(monkeypatch):
+    """torchvision draws weights anew on every load: draw the same ones."""
+    import rewrite.checkpoint as checkpoint
+
+    load = checkpoint.load
+
+    def seeded(*args, **kwargs):
+        torch.manual_seed(0)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "load", seeded)
+
+
+@pytest.fixture
+def spoiled(exported, tmp_path):
+    model = onnx.load(exported)
+    tensor = next(t for t in model.graph.initializer if len(t.dims) == 4)
+    value = numpy_helper.to_array(tensor) + np.float32(1e-3)
+    tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    path = tmp_path / "spoiled.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def test_a_graph_alone(exported, capsys):
+    assert main(["verify", str(exported), "--expect-no", "BatchNormalization"]) == 0
+    assert "optimization levels" in capsys.readouterr().out
+
+
+def test_a_broken_expectation_exits_with_1(exported, capsys):
+    assert main(["verify", str(exported), "--quick", "--expect", "Conv=1"]) == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_a_wrong_graph_exits_with_1_and_reports(exported, spoiled, tmp_path):
+    report = tmp_path / "report.json"
+    assert main(["verify", str(exported), str(spoiled), "--quick", "--report", str(report)]) == 1
+    assert json.loads(report.read_text())["divergence"]["function"] == "Conv"
+
+
+def test_a_file_of_named_inputs(exported, tmp_path):
+    path = tmp_path / "inputs.npz"
+    np.savez(path, x=np.ones((1, 3, 32, 32), np.float32))
+    assert main(["verify", str(exported), "--quick", "--input", str(path)]) == 0
+    np.savez(path, wrong=np.ones((1, 3, 32, 32), np.float32))
+    assert main(["verify", str(exported), "--quick", "--input", str(path)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["verify", "missing.onnx"], "no such file"),
+        (["verify", MODEL], "nothing to be held to"),
+        (["verify", MODEL, MODEL, "--expect", "Conv=1"], "about ONNX files"),
+        (["verify", "x.onnx", "--expect", "Conv"], "write it as GroupNormalization=53"),
+        (["export", MODEL, "/nowhere/x.onnx"], "does not exist"),
+        (["export", MODEL, "x.onnx", "--dynamic-shape", "x"], "write it as x:2=height"),
+        (["export", MODEL, "x.onnx", "--input", "3xx"], "write it as 1x3x224x224"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exits_with_2(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_models(capsys):
+    assert main(["verify", MODEL, MODEL, "--quick", "--input", SHAPE]) == 0
+    assert "exact-in-eval holds" in capsys.readouterr().out
+    other = "torchvision:squeezenet1_0"
+    assert main(["verify", MODEL, other, "--quick", "--input", SHAPE]) == 1
+
+
+def test_a_graph_against_its_model(exported):
+    assert main(["verify", MODEL, str(exported), "--quick", "--input", SHAPE]) == 0

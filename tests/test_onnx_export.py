@@ -1,0 +1,185 @@
+"""Export: names, dynamic axes, metadata, traps met before the exporter, nothing half written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import models
+from rewrite.errors import CheckpointError, ExportError
+from rewrite.onnx import check_exportable, export, verify_onnx
+from rewrite.onnx_file import open_onnx
+from rewrite.onnx_run import dynamic_axes
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, image, scale=None):
+        x = self.drop(torch.relu(self.norm(self.conv(image))))
+        return {"features": x if scale is None else x * scale, "pooled": x.mean((2, 3))}
+
+
+X = torch.linspace(-1, 1, 3 * 64).reshape(1, 3, 8, 8)
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    return models.randomize_norms_(Net()).eval()
+
+
+def test_an_export_is_verified_and_says_where_it_came_from(tmp_path, net):
+    found = export(net, tmp_path / "net.onnx", example_inputs=(X,), metadata={"source": "a test"})
+    assert found.ok, str(found)
+    assert found.divergence is None
+    opened = open_onnx(tmp_path / "net.onnx")
+    assert [value.name for value in opened.inputs] == ["image"]
+    assert [value.name for value in opened.model.graph.output] == ["features", "pooled"]
+    assert dynamic_axes(opened) == {"image": {0: "batch"}}
+    properties = {item.key: item.value for item in opened.model.metadata_props}
+    assert properties["rewrite.source"] == "a test"
+    assert properties["torch.version"] == torch.__version__
+    keys = {item.key for node in opened.model.graph.node for item in node.metadata_props}
+    assert "pkg.torch.onnx.name_scopes" in keys
+    assert "pkg.torch.onnx.stack_trace" not in keys
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["net.onnx"]
+
+
+def test_more_axes_are_dynamic_on_request(tmp_path, net):
+    found = export(
+        net,
+        tmp_path / "net.onnx",
+        example_inputs=(X,),
+        dynamic_shapes={"image": {2: "height", 3: "width"}},
+    )
+    assert found.ok, str(found)
+    bigger = torch.ones(5, 3, 11, 13)
+    assert verify_onnx(tmp_path / "net.onnx", net, (bigger,)).ok
+
+
+def test_a_fixed_batch_and_an_opset_on_request(tmp_path, net):
+    found = export(net, tmp_path / "net.onnx", example_inputs=(X,), dynamic_batch=False, opset=18)
+    assert found.ok
+    assert found.opset == 18
+    assert dynamic_axes(open_onnx(tmp_path / "net.onnx")) == {"image": {}}
+
+
+def test_external_data_lies_beside_the_model(tmp_path, net):
+    found = export(net, tmp_path / "net.onnx", example_inputs=(X,), external_data=True)
+    assert found.ok, str(found)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
+
+
+def test_keyword_inputs_keep_their_names(tmp_path, net):
+    inputs = {"image": torch.cat([X, X]), "scale": torch.ones(2, 1, 1, 1)}
+    found = export(net, tmp_path / "net.onnx", example_inputs=inputs)
+    assert found.ok, str(found)
+    assert {value.name for value in open_onnx(tmp_path / "net.onnx").inputs} == {"image", "scale"}
+
+
+def test_the_verification_is_no_formality(tmp_path, net):
+    path = tmp_path / "net.onnx"
+    export(net, path, example_inputs=(X,))
+    net.conv.weight = nn.Parameter(net.conv.weight.detach() * (1 + 1e-3))
+    assert not verify_onnx(path, net, (X,)).ok
+
+
+@pytest.mark.parametrize("bake", [True, False])
+def test_weight_norm_is_baked_or_kept_by_choice(tmp_path, net, bake):
+    weight_norm(net.conv)
+    found = export(net, tmp_path / "net.onnx", example_inputs=(X,), bake_weight_norm=bake)
+    assert found.ok, str(found)
+    assert any("baked" in note for note in found.notes) == bake
+    assert hasattr(net.conv, "parametrizations")
+
+
+def in_train_mode(model):
+    model.train()
+
+
+def only_the_dropout(model):
+    model.drop.train()
+
+
+def without_statistics(model):
+    model.norm = nn.BatchNorm2d(4, track_running_stats=False).eval()
+
+
+@pytest.mark.parametrize(
+    ("trap", "words"),
+    [
+        (in_train_mode, ("norm", "train mode", "model.eval()")),
+        (only_the_dropout, ("drop", "train mode")),
+        (without_statistics, ("norm", "no running statistics")),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_trap_is_met_before_the_export(tmp_path, net, trap, words):
+    trap(net)
+    with pytest.raises(ExportError) as error:
+        export(net, tmp_path / "net.onnx", example_inputs=(X,))
+    assert all(word in str(error.value) for word in words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_trap_is_let_through():
+    check_exportable(nn.Sequential(nn.InstanceNorm2d(3), nn.Dropout(0.0), nn.GroupNorm(1, 3)))
+
+
+@pytest.mark.parametrize("opset", [18, 20, 21])
+@pytest.mark.parametrize(
+    "norm",
+    [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True), nn.LayerNorm([4, 6, 6])],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_norms_are_right_at_every_opset(tmp_path, net, norm, opset):
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    net.norm = norm.eval()
+    found = export(net, tmp_path / "net.onnx", example_inputs=(X,), opset=opset)
+    assert found.ok, str(found)
+    assert found.opset == opset
+
+
+def test_what_the_exporter_refuses_is_one_line_and_leaves_no_file(tmp_path):
+    class Loop(nn.Module):
+        def forward(self, x):
+            while x.sum() < 100:
+                x = x * 2
+            return x
+
+    with pytest.raises(ExportError, match=r"Loop: torch\.onnx\.export fails") as error:
+        export(Loop(), tmp_path / "loop.onnx", example_inputs=(torch.ones(2, 2),))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written_costs_no_export(tmp_path, net):
+    with pytest.raises(CheckpointError):
+        export(net, tmp_path / "nowhere" / "net.onnx", example_inputs=(X,))
+    taken = tmp_path / "net.onnx"
+    taken.write_bytes(b"mine")
+    with pytest.raises(CheckpointError, match="already exists"):
+        export(net, taken, example_inputs=(X,), overwrite=False)
+    assert taken.read_bytes() == b"mine"
+
+
+def test_without_any_known_input_the_error_says_what_to_pass(tmp_path):
+    with pytest.raises(ExportError, match="--input"):
+        export(nn.Bilinear(2, 3, 4), tmp_path / "net.onnx")
+
+
+def test_the_model_is_untouched(tmp_path, net):
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    export(net, Path(tmp_path) / "net.onnx", example_inputs=(X,))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert onnx.load(tmp_path / "net.onnx").graph.node
