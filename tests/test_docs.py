@@ -1,4 +1,4 @@
-"""The documentation does what it says: its Python runs, its links lead somewhere.
+"""The documentation does what it says: Python runs, commands parse, links lead somewhere.
 
 The Python blocks of one page run from top to bottom in one namespace, in an empty folder that holds
 the trained digits network as `model.pt`. A block that cannot run stands under
@@ -6,12 +6,15 @@ the trained digits network as `model.pt`. A block that cannot run stands under
 """
 
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from rewrite import cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("README.md"), *ROOT.glob("docs/**/*.md")])
@@ -70,6 +73,31 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
             file = getattr(sys.modules[name], "__file__", None)
             if file and Path(file).is_relative_to(tmp_path):
                 del sys.modules[name]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Return the arguments of every `rewrite` command in the shell blocks of a page."""
+    lines = [
+        line
+        for block in blocks(text)
+        if block.language in ("sh", "bash", "console") and not block.skip
+        for line in block.code.replace("\\\n", " ").splitlines()
+    ]
+    found = [re.search(r"(?:^|&& |\$ |/)rewrite (.+)", line) for line in lines]
+    return [shlex.split(match[1], comments=True) for match in found if match]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_have_the_options_that_are_shown(page):
+    for arguments in commands(page.read_text(encoding="utf-8")):
+        options = cli._parser(arguments).parse_args(arguments)
+        if arguments[0] == "convert":
+            assert options.passes.build(seed=0), arguments
+
+
+def test_commands_are_found_in_every_spelling():
+    text = "```console\n$ rewrite passes\n```\n```sh\nx && .venv/bin/rewrite a b # c\n```\n"
+    assert commands(text) == [["passes"], ["a", "b"]]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
