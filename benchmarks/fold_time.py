@@ -5,8 +5,8 @@
 
 `ours in place` is `apply_pass`, `ours, a copy` is `rewrite.convert` without verification: like
 torch.fx's `fuse` it leaves the argument alone. pt2e's time includes the export that it needs. The
-memory is the highest resident size above that of the loaded model, in a process of its own, over the
-size of the model's tensors.
+memory is the highest resident size above that of the loaded model, in a process of its own, over
+the size of the model's tensors.
 """
 
 from __future__ import annotations
@@ -37,15 +37,18 @@ class _Billion(nn.Module):
         width = 4096
         self.stem = nn.Sequential(nn.Conv2d(3, 512, 3, bias=False), nn.BatchNorm2d(512), nn.ReLU())
         layers: list[nn.Module] = []
-        for index in range(28):
+        for _ in range(28):
             layers += [nn.Conv2d(512, 1024, 3, bias=False), nn.BatchNorm2d(1024), nn.ReLU()]
             layers += [nn.Conv2d(1024, 512, 3, bias=False), nn.BatchNorm2d(512), nn.ReLU()]
-            del index
         self.body = nn.Sequential(*layers)
         self.head = nn.Sequential(
             nn.Linear(512, width), nn.BatchNorm1d(width), nn.ReLU(),
-            *(m for _ in range(43) for m in (nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU())),
+            *(m for _ in range(43) for m in self._wide(width)),
         )  # fmt: skip
+
+    @staticmethod
+    def _wide(width: int) -> tuple[nn.Module, ...]:
+        return nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(self.stem(x)).mean((2, 3)))

@@ -63,12 +63,21 @@ class _CountNorms(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def run(model: Any, inputs: tuple[Any, ...]) -> tuple[list[Tensor], int]:
-    """Return the outputs of one run, and how many batch norms (or else products) ran."""
+@dataclass(frozen=True)
+class Run:
+    """The outputs of one run, and how many batch norms and products it computed."""
+
+    outputs: list[Tensor]
+    norms: int
+    products: int
+
+
+def run(model: Any, inputs: tuple[Any, ...]) -> Run:
+    """Run a model once."""
     torch.manual_seed(0)
     with torch.no_grad(), _CountNorms() as norms:
         output = model(*inputs)
-    return list(_tensors(output)), norms.count or norms.products
+    return Run(list(_tensors(output)), norms.count, norms.products)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -97,17 +106,21 @@ def difference(got: list[Tensor], want: list[Tensor]) -> float:
 def judge_fold(tool: Folder, name: str) -> Outcome:
     """Return what folding one trap gives."""
     model, inputs = traps.build(name)
-    want, ran = run(model, inputs)
+    before = run(model, inputs)
+    want = before.outputs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             folded = tool(clone(model), inputs)
-            got, left = run(folded, inputs)
+            after = run(folded, inputs)
         except Exception as error:  # noqa: BLE001 - a tool may fail in any way; that is its row
             return Outcome("crashed", type(error).__name__)
-    error = difference(got, want)
+    error = difference(after.outputs, want)
     if not error <= _TOLERANCE.get(want[0].dtype, 1e-4):
         return Outcome("**wrong**", f"{error:.2g}")
+    ran, left = before.norms, after.norms
+    if not ran:  # constants per channel: no norm runs, but products do
+        ran, left = before.products, after.products
     if left == ran:
         return Outcome("refused")
     return Outcome("right", f"{left} of {ran} left" if left else "")
@@ -123,10 +136,10 @@ def judge_swap(tool: Folder, name: str) -> Outcome:
         warnings.simplefilter("ignore")
         try:
             swapped = tool(clone(model), inputs)
-            got, left = run(swapped, inputs)
+            done = run(swapped, inputs)
         except Exception as error:  # noqa: BLE001 - a tool may fail in any way; that is its row
             return Outcome("crashed", type(error).__name__)
-    faults = list(_faults(before, swapped, got, left))
+    faults = list(_faults(before, swapped, done.outputs, done.norms))
     return Outcome("**wrong**", ", ".join(faults)) if faults else Outcome("right")
 
 

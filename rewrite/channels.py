@@ -5,8 +5,6 @@ A `Lane` says: position i of `axis` carries channel index[i] of the norm (-1: no
     flatten, view      the axis merges with its neighbours: each channel is repeated, or not
     permute, squeeze   the axis has another number
     pixel shuffle      r*r neighbouring channels become one, or the other way round
-    slices, chunk      a part of the index; the rest of the source carries nothing
-    cat                the parts one behind the other
 
 Each is followed both ways. A way that would need two maps for one channel is refused.
 """
@@ -67,7 +65,7 @@ class Lane:
         return replace(self, axis=axis, index=self.index if index is None else index)
 
 
-_UNKNOWN_RANK = "the number of axes of {0} is unknown without example inputs (pass example_inputs)"
+UNKNOWN_RANK = "the number of axes of {0} is unknown without example inputs (pass example_inputs)"
 
 
 class Channels:
@@ -138,17 +136,17 @@ class Channels:
     ) -> Lane:
         rank = self._ranks.rank(source)
         if rank is None:
-            raise Refused(_UNKNOWN_RANK.format(source.name))
+            raise Refused(UNKNOWN_RANK.format(source.name))
         first, last = start % rank, end % rank
         flat_rank = rank - (last - first)
         if backward:
-            axis = _from_front(lane.axis, flat_rank)
+            axis = from_front(lane.axis, flat_rank)
             if axis < first:
                 return lane.moved(axis - rank)
             if axis > first:
                 return lane.moved(axis + (last - first) - rank)
             return self._unmerge(source, lane, first, last, rank)
-        axis = _from_front(lane.axis, rank)
+        axis = from_front(lane.axis, rank)
         if axis < first:
             return lane.moved(axis - flat_rank)
         if axis > last:
@@ -221,7 +219,7 @@ class Channels:
                 "(pass example_inputs)"
             )
         given, wanted = (new, old) if backward else (old, new)
-        axis = _from_front(lane.axis, len(given))
+        axis = from_front(lane.axis, len(given))
         if lane.spread:
             raise Refused(f"the channels of {source.name} are merged twice")
         trailing = len(given) - axis
@@ -243,28 +241,28 @@ class Channels:
             raise Refused(f"the order of the axes of {source.name} is computed")
         rank = len(dims)
         order = [dim % rank for dim in dims]
-        axis = _from_front(lane.axis, rank)
+        axis = from_front(lane.axis, rank)
         return lane.moved((order[axis] if backward else order.index(axis)) - rank)
 
     def _transpose(self, source: Node, lane: Lane, backward: bool, one: int, other: int) -> Lane:
         rank = self._ranks.rank(source)
         if rank is None:
-            raise Refused(_UNKNOWN_RANK.format(source.name))
+            raise Refused(UNKNOWN_RANK.format(source.name))
         swap = {one % rank: other % rank, other % rank: one % rank}
-        axis = _from_front(lane.axis, rank)
+        axis = from_front(lane.axis, rank)
         return lane.moved(swap.get(axis, axis) - rank)
 
     def _unsqueeze(self, source: Node, lane: Lane, backward: bool, dim: int) -> Lane:
         rank = self._ranks.rank(source)
         if rank is None:
-            raise Refused(_UNKNOWN_RANK.format(source.name))
+            raise Refused(UNKNOWN_RANK.format(source.name))
         new = dim % (rank + 1)
         if backward:
-            axis = _from_front(lane.axis, rank + 1)
+            axis = from_front(lane.axis, rank + 1)
             if axis == new:
                 raise Refused(f"the channels are an axis that {source.name} does not have")
             return lane.moved((axis - (axis > new)) - rank)
-        axis = _from_front(lane.axis, rank)
+        axis = from_front(lane.axis, rank)
         return lane.moved((axis + (axis >= new)) - (rank + 1))
 
     def _squeeze(self, source: Node, lane: Lane, backward: bool, dims: tuple[Any, ...]) -> Lane:
@@ -272,124 +270,17 @@ class Channels:
         given = dims[0] if len(dims) == 1 else dims
         given = (given,) if isinstance(given, int) else tuple(given or ())
         if rank is None or not given:
-            raise Refused(_UNKNOWN_RANK.format(source.name))
+            raise Refused(UNKNOWN_RANK.format(source.name))
         gone = {dim % rank for dim in given}
         if any(self._ranks.size(source, dim - rank) != 1 for dim in gone):
             raise Refused(f"whether {source.name} loses an axis is unknown (pass example_inputs)")
         kept = [axis for axis in range(rank) if axis not in gone]
         if backward:
-            return lane.moved(kept[_from_front(lane.axis, len(kept))] - rank)
-        axis = _from_front(lane.axis, rank)
+            return lane.moved(kept[from_front(lane.axis, len(kept))] - rank)
+        axis = from_front(lane.axis, rank)
         if axis in gone:
             raise Refused(f"the channels of {source.name} are squeezed away")
         return lane.moved(kept.index(axis) - len(kept))
-
-    # -- parts --------------------------------------------------------------------------------
-
-    def part(self, node: Node, lane: Lane, backward: bool) -> Lane | None:
-        """Follow an indexing or one result of a chunk or split; None if `node` is neither."""
-        if not is_getitem(node) or not isinstance(node.args[0], Node):
-            return None
-        source, item = node.args[0], node.args[1]
-        called = function_name(source)
-        if called in ("chunk", "split", "tensor_split") and isinstance(item, int):
-            return self._chunk(source, item, lane, backward)
-        items = item if isinstance(item, tuple) else (item,)
-        if any(isinstance(i, Node | list | Tensor) for i in items):
-            raise Refused(f"{node.name} indexes {source.name} by a computed index")
-        return self._slice(source, items, lane, backward)
-
-    def _chunk(self, source: Node, item: int, lane: Lane, backward: bool) -> Lane:
-        whole = source.args[0]
-        assert isinstance(whole, Node)
-        dim = argument(source, 2, "dim", 0)
-        if not isinstance(dim, int):
-            raise Refused(f"{source.name} splits along a computed axis")
-        axis = self._ranks.from_end(whole, dim)
-        if axis != lane.axis:
-            if (axis < 0) != (lane.axis < 0):
-                raise Refused(_UNKNOWN_RANK.format(whole.name))
-            return lane
-        total = self._ranks.size(whole, axis)
-        if total is None:
-            raise Refused(
-                f"the number of channels of {whole.name} is unknown (pass example_inputs)"
-            )
-        start, stop = _bounds(source, total, item)
-        if backward:
-            index = torch.full((total,), -1)
-            index[start:stop] = lane.index
-            return lane.moved(axis, index)
-        return lane.moved(axis, lane.index[start:stop])
-
-    def _slice(self, source: Node, items: tuple[Any, ...], lane: Lane, backward: bool) -> Lane:
-        rank = self._ranks.rank(source)
-        if rank is None:
-            raise Refused(_UNKNOWN_RANK.format(source.name))
-        if Ellipsis in items:
-            at = items.index(Ellipsis)
-            used = sum(i is not None for i in items) - 1
-            items = (*items[:at], *(slice(None),) * (rank - used), *items[at + 1 :])
-        items = (*items, *(slice(None),) * (rank - sum(i is not None for i in items)))
-        in_axis = 0
-        out_axes: list[int | None] = []
-        for item in items:
-            if item is None:
-                out_axes.append(None)
-                continue
-            if not isinstance(item, int):
-                out_axes.append(in_axis)
-            in_axis += 1
-        axis = _from_front(lane.axis, len(out_axes) if backward else rank)
-        in_front = out_axes[axis] if backward else axis
-        if in_front is None or in_front not in out_axes:
-            raise Refused(f"the channels of {source.name} are indexed away")
-        window = [item for item in items if item is not None][in_front]
-        if window == slice(None):
-            length = len(lane.index)
-        else:
-            size = self._ranks.size(source, in_front - rank)
-            if size is None:
-                raise Refused(f"the number of channels of {source.name} is unknown")
-            length = size
-        positions = torch.arange(length)[window]
-        if backward:
-            index = torch.full((length,), -1)
-            index[positions] = lane.index
-            return lane.moved(in_front - rank, index)
-        return lane.moved(out_axes.index(in_front) - len(out_axes), lane.index[positions])
-
-    def join(self, node: Node) -> tuple[list[Node], int] | None:
-        """Return the parts of a concatenation and its axis, or None if `node` is none."""
-        if function_name(node) not in ("cat", "concat", "concatenate"):
-            return None
-        parts = argument(node, 0, "tensors")
-        dim = argument(node, 1, "dim", argument(node, 1, "axis", 0))
-        if not isinstance(parts, list | tuple) or not isinstance(dim, int):
-            raise Refused(f"{node.name} concatenates what is computed")
-        if not all(isinstance(part, Node) for part in parts):
-            raise Refused(f"{node.name} concatenates something that is no value")
-        return list(parts), self._ranks.from_end(node, dim)
-
-
-def _bounds(source: Node, total: int, item: int) -> tuple[int, int]:
-    """Return which positions the result `item` of a chunk or split covers."""
-    given = source.args[1] if len(source.args) > 1 else next(
-        (source.kwargs[k] for k in ("chunks", "split_size_or_sections", "split_size")
-         if k in source.kwargs), None,
-    )  # fmt: skip
-    called = function_name(source)
-    if isinstance(given, int) and called != "tensor_split":
-        step = given if called == "split" else -(-total // given)
-        sizes = [min(step, total - start) for start in range(0, total, step)]
-    elif isinstance(given, list | tuple) and called == "split":
-        if not all(isinstance(size, int) for size in given):
-            raise Refused(f"{source.name} splits at computed positions")
-        sizes = [int(size) for size in given]
-    else:
-        raise Refused(f"{source.name} splits at computed positions")
-    item %= len(sizes)
-    return sum(sizes[:item]), sum(sizes[: item + 1])
 
 
 def _shuffle(lane: Lane, size: int, backward: bool) -> Lane:
@@ -413,7 +304,12 @@ def _source(node: Node) -> Node | None:
     return source if isinstance(source, Node) else None
 
 
-def _from_front(axis: int, rank: int) -> int:
+def from_front(axis: int, rank: int) -> int:
+    """Return an axis counted from the front.
+
+    Raises:
+        Refused: the value has no such axis.
+    """
     if not -rank <= axis < rank:
         raise Refused("the channels are an axis that the value does not have")
     return axis % rank

@@ -23,8 +23,8 @@ from rewrite.absorption import Absorption, Refusal
 from rewrite.affine import Planner
 from rewrite.algebra import Affine
 from rewrite.capture import Captured
+from rewrite.inplace import changes_in_place
 from rewrite.sources import Source
-from rewrite.steps import changes_in_place
 
 Part = Literal["both", "scale", "shift", "shift over scale"]
 

@@ -19,9 +19,10 @@ from rewrite.absorb import Layer, Side, Uses, layer_of
 from rewrite.absorption import Absorption, Edit
 from rewrite.capture import Captured
 from rewrite.channels import Lane, Refused
+from rewrite.inplace import changes_in_place
 from rewrite.operators import norm_of
 from rewrite.ranks import Ranks
-from rewrite.steps import Demand, Steps, changes_in_place
+from rewrite.steps import Demand, Steps
 
 _VALUES = 400
 """Values that one growth may change: a bound on the work."""

@@ -15,8 +15,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch.fx import Node
 from rewrite.capture import Captured
 from rewrite.channels import Channels, Lane, Refused
 from rewrite.operators import function_name, is_getitem
+from rewrite.parts import Parts
 from rewrite.ranks import Ranks, argument
 
 _PASS_ON = frozenset(
@@ -50,10 +50,6 @@ _SHAPE_FUNCTIONS = frozenset(
     {"getattr", "zeros_like", "ones_like", "empty_like", "len", "is_tensor"}
 )
 _LIKE_SECOND = frozenset({"reshape_as", "view_as", "expand_as", "type_as"})
-
-_AUGMENTED: Mapping[Any, str] = {
-    operator.add: "+=", operator.sub: "-=", operator.mul: "*=", operator.truediv: "/=",
-}  # fmt: skip
 
 
 @dataclass
@@ -83,6 +79,7 @@ class Steps:
         self._ranks = ranks
         self._folded = folded
         self.channels = Channels(captured, ranks)
+        self.parts = Parts(ranks)
 
     def reads_only_shape(self, node: Node, value: Node) -> bool:
         """Return whether `node` asks `value` for its shape, dtype or device and nothing else."""
@@ -108,13 +105,13 @@ class Steps:
         backward = value is node
         if node in self._folded:
             return {self._folded[node] if backward else node: lane}
-        joined = self.channels.join(node)
+        joined = self.parts.join(node)
         if joined is not None:
             return self._join(node, value, lane, *joined)
         if function_name(node) in ("chunk", "split", "tensor_split") and not backward:
             return self._parts(node, lane)
         if is_getitem(node):
-            part = self.channels.part(node, lane, backward)
+            part = self.parts.part(node, lane, backward)
             source = node.args[0]
             assert isinstance(source, Node)
             whole = source
@@ -365,7 +362,7 @@ class Steps:
     def _parts(self, node: Node, lane: Lane) -> dict[Node, Lane]:
         demands: dict[Node, Lane] = {}
         for user in node.users:
-            part = self.channels.part(user, lane, False)
+            part = self.parts.part(user, lane, False)
             if part is None:
                 raise Refused(f"{self.called(user)} reads all parts of {node.name}")
             demands[user] = part
@@ -392,36 +389,6 @@ class Steps:
         owner = self._captured.owner(node)
         name = function_name(node) or str(node.target)
         return f"{name} in {owner}" if owner else name
-
-
-def changes_in_place(captured: Captured, node: Node) -> bool:
-    """Return whether `node` writes into its first input."""
-    if node.op == "call_module":
-        return bool(getattr(captured.module(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op != "call_function":
-        return False
-    if node.target in _AUGMENTED:
-        # A proxy records `x += y` as `x + y`: only the line of code tells them apart.
-        return _AUGMENTED[node.target] in captured.source_text(node)
-    if node.target in (
-        operator.iadd,
-        operator.imul,
-        operator.isub,
-        operator.itruediv,
-        operator.setitem,
-    ):
-        return True
-    name = getattr(node.target, "__name__", "")
-    return (
-        bool(node.kwargs.get("inplace"))
-        or (name.endswith("_") and not name.endswith("__"))
-        or (
-            name in ("relu", "relu6", "silu", "hardswish", "leaky_relu", "elu")
-            and True in node.args[1:]
-        )
-    )
 
 
 def _first(node: Node) -> Node:

@@ -1,0 +1,143 @@
+"""How fast models run after folding: eager PyTorch and onnxruntime, one model of each family.
+
+    python -m benchmarks.fold_inference            medians of interleaved runs, as ratios
+    python -m benchmarks.fold_inference --write    and put them into docs/benchmarks.md
+
+For each model and batch size, four runners take turns: the unfolded model, torch.fx's fused one,
+ours, and (onnxruntime) the unfolded model's graph, which onnxruntime fuses by itself. Numbers are
+speed-ups over the unfolded model in the same runtime: above 1 is faster. `left` counts the batch
+norms that still run in the graph after torch.fx and after us.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks._table import environment, parser, publish, table
+from benchmarks.folders import ours, torch_fx
+from benchmarks.scoreboard import run
+
+MODELS = (
+    "resnet18", "resnetv2_50", "efficientnet_b0", "mobilenetv3_small_100", "densenet121",
+    "repvgg_a0", "mobileone_s0", "fastvit_t8", "levit_128s", "regnety_002", "ghostnet_100",
+    "dla34", "res2net50_14w_8s", "convnext_atto", "inception_v4", "hrnet_w18_small",
+    "mobilevit_xxs", "efficientformer_l1", "vgg11_bn", "convmixer_768_32",
+)  # fmt: skip
+
+
+def timings(runners: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Return the median time of each runner; they take turns, and the first turn does not count."""
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for number in range(rounds + 1):
+        for name, runner in runners.items():
+            start = time.perf_counter()
+            runner()
+            if number:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def session(model: nn.Module, x: torch.Tensor) -> Any:
+    """Return an onnxruntime session of a model, all of its optimizations on, two threads."""
+    import onnxruntime
+
+    buffer = io.BytesIO()
+    torch.onnx.export(model, (x,), buffer, dynamo=False, do_constant_folding=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    return onnxruntime.InferenceSession(buffer.getvalue(), options)
+
+
+def measure(name: str, size: int, batch: int, rounds: int) -> list[object]:
+    """Return one row: speed-ups over the unfolded model."""
+    import timm
+
+    import models
+
+    torch.manual_seed(0)
+    model = models.randomize_norms_(timm.create_model(name)).eval()
+    x = torch.randn(batch, 3, size, size)
+    folded = ours(timm_copy(model), (x,))
+    try:
+        fused = torch_fx(model, (x,))
+    except Exception:  # noqa: BLE001 - a tool that fails on a model has an empty cell
+        fused = None
+    candidates = {"unfolded": model, "fx": fused, "ours": folded}
+    found = {key: value for key, value in candidates.items() if value is not None}
+    left = {
+        key: run(value, (x[:1],)).norms if _has_norm(value) else 0 for key, value in found.items()
+    }
+    with torch.inference_mode():
+        eager = timings({k: lambda m=m: m(x) for k, m in found.items()}, rounds)
+    sessions = {key: session(value, x) for key, value in found.items()}
+    feed = {next(iter(sessions.values())).get_inputs()[0].name: x.numpy()}
+    onnx = timings(
+        {
+            k: lambda s=s: s.run(None, {s.get_inputs()[0].name: next(iter(feed.values()))})
+            for k, s in sessions.items()
+        },
+        rounds,
+    )
+
+    def ratio(times: dict[str, float], key: str) -> object:
+        return f"{times['unfolded'] / times[key]:.2f}" if key in times else ""
+
+    return [
+        name, batch, f"{left['unfolded']}", left.get("fx", ""), left["ours"],
+        ratio(eager, "fx"), ratio(eager, "ours"), ratio(onnx, "fx"), ratio(onnx, "ours"),
+    ]  # fmt: skip
+
+
+def timm_copy(model: nn.Module) -> nn.Module:
+    """Return a copy that shares what folding does not change."""
+    from rewrite.tree import copy_model
+
+    return copy_model(model)
+
+
+def _has_norm(model: nn.Module) -> bool:
+    return any("BatchNorm" in type(m).__name__ for m in model.modules())
+
+
+def mean_row(rows: list[list[object]]) -> list[object]:
+    """Return the geometric mean of each column of ratios."""
+    means = []
+    for column in range(5, 9):
+        values = [float(str(row[column])) for row in rows if row[column] != ""]
+        means.append(f"{math.exp(statistics.fmean(map(math.log, values))):.2f}" if values else "")
+    return ["*geometric mean*", "", "", "", "", *means]
+
+
+def main() -> None:
+    """Print the table, and write it when asked to."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=7, help="runs that count")
+    arguments.add_argument("--size", type=int, default=160, help="height and width of the input")
+    arguments.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    arguments.add_argument("--models", nargs="+", default=list(MODELS))
+    options = arguments.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(2)
+    rows = []
+    for name in options.models:
+        size = 224 if name.startswith(("levit", "efficientformer")) else options.size
+        rows += [measure(name, size, batch, options.rounds) for batch in options.batch]
+        print(rows[-1], flush=True)
+    header = ["model", "batch", "norms", "fx left", "ours left", "eager fx", "eager ours",
+              "onnxruntime fx", "onnxruntime ours"]  # fmt: skip
+    text = f"{environment('timm', 'onnxruntime')}, 2 threads, {options.size} x {options.size}\n\n"
+    body = text + table(header, [mean_row(rows), *rows])
+    publish("fold-inference", "Inference after folding", body, write=options.write)
+
+
+if __name__ == "__main__":
+    main()
