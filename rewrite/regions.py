@@ -85,11 +85,14 @@ def _is_boundary(item: Opaque | None) -> bool:
 
 
 def _is_iterated(tree: Tree, module: nn.Module, seen: set[str]) -> bool:
-    """Return whether a Sequential serves as a list: its items are called, itself it is not."""
-    forward = inspect.getattr_static(type(module), "forward")
-    return forward is nn.Sequential.forward and any(
-        tree.name(child) in seen for _, child in slots(module)
-    )
+    """Return whether a Sequential serves as a list: its items are called, itself it is not.
+
+    An empty one that is never called is a list of nothing.
+    """
+    if inspect.getattr_static(type(module), "forward") is not nn.Sequential.forward:
+        return False
+    children = [tree.name(child) for _, child in slots(module)]
+    return not children or any(name in seen for name in children)
 
 
 def _children(module: nn.Module) -> list[nn.Module]:

@@ -455,6 +455,7 @@ class IteratesItsSequential(nn.Module):
         super().__init__()
         self.convs = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1))
         self.unused = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.empty = nn.Sequential()
 
     def forward(self, x: Tensor) -> Tensor:
         return sum(conv(x) for conv in self.convs)
