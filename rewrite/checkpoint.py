@@ -38,6 +38,7 @@ from rewrite.mapped import MappedFile
 from rewrite.pickler import write_model
 from rewrite.safeload import load_pickle
 from rewrite.tree import own_memory_
+from rewrite.weight_norm_keys import fit_weight_norm_keys
 
 _NAME = re.compile(
     r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_][\w.]*)(?P<kwargs>\(.*\))?", re.S
@@ -251,6 +252,8 @@ def _fill(path: Path, factory: str, model: nn.Module, state: Mapping[str, Tensor
     not read. Assigning separates tied parameters, which are tied again afterwards.
     """
     own = model.state_dict()
+    metadata = getattr(state, "_metadata", {})
+    state = fit_weight_norm_keys(state, own.keys())
     shaped = {
         key: f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
         for key in own
@@ -258,7 +261,7 @@ def _fill(path: Path, factory: str, model: nn.Module, state: Mapping[str, Tensor
     }
     ties = _ties(model)
     fitting = OrderedDict((key, value) for key, value in state.items() if key not in shaped)
-    vars(fitting)["_metadata"] = getattr(state, "_metadata", {})
+    vars(fitting)["_metadata"] = metadata
     try:
         # Hooks of the model may rename keys of older versions, so it judges what is missing.
         keys = model.load_state_dict(fitting, strict=False, assign=True)

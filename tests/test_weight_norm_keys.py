@@ -1,6 +1,7 @@
 """State dicts between the three spellings of weight norm."""
 
 import copy
+import sys
 import warnings
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from rewrite.checkpoint import load
 from rewrite.parametrizations import add_weight_norm, weight_layouts
 from rewrite.weight_norm_keys import bake, fit_weight_norm_keys
 
@@ -82,3 +84,19 @@ def test_baking_agrees_with_torch(dim):
     layer = copy.deepcopy(weight_norm(nn.Linear(5, 3), dim=dim))
     g, v = layer.parametrizations.weight.parameters()
     torch.testing.assert_close(bake(g, v), layer.weight)
+
+
+@pytest.mark.parametrize("target", FORMS)
+@pytest.mark.parametrize("source", FORMS)
+def test_a_file_of_any_form_loads_into_any_form(source, target, tmp_path, monkeypatch):
+    written = FORMS[source](model())
+    torch.save(written.state_dict(), tmp_path / "state.pt")
+    (tmp_path / "normed_makers.py").write_text(
+        "import test_weight_norm_keys as forms\n"
+        f"def build():\n    return forms.FORMS[{target!r}](forms.model())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("normed_makers", None)
+    read = load(tmp_path / "state.pt", factory="normed_makers:build")
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(read(x), written(x))
