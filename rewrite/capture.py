@@ -11,9 +11,11 @@ that holds parameters is therefore seen in exactly one place, and two questions 
 
 from __future__ import annotations
 
+import ast
 import inspect
 import linecache
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -308,16 +310,33 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> 
 
 
 def _words(kind: type) -> frozenset[str] | None:
-    """Return every word of a class's code (its bases' too, up to nn.Module); None if unknown."""
+    """Return the names and strings of a class's code (its bases' too); None if unknown."""
     words: set[str] = set()
     for base in kind.__mro__:
         if base is nn.Module or base is object:
             continue
         try:
-            words.update(re.findall(r"\w+", inspect.getsource(base)))
-        except (OSError, TypeError):
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):
             return None
+        words.update(_code_words(tree))
     return frozenset(words)
+
+
+def _code_words(tree: ast.AST) -> Iterator[str]:
+    """Yield attributes, names and the words of strings, but not those of documentation."""
+    prose = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Constant) and id(node) not in prose:
+            yield from re.findall(r"\w+", str(node.value))
 
 
 def _prefixes(name: str) -> Iterator[str]:
