@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sweep, or write its summary; return 1 if an architecture misses the target."""
     options = _parser().parse_args(arguments)
     if options.summarize:
-        PAGE.write_text(summary(list(read(options.results))), encoding="utf-8")
+        everything = len(_all(tuple(PACKAGES)))
+        PAGE.write_text(summary(list(read(options.results)), everything), encoding="utf-8")
         return 0
     wanted = options.names or (QUICK if options.quick else _all(options.package or tuple(PACKAGES)))
     chosen = [name for name in wanted if installed(name)]

@@ -254,9 +254,10 @@ def _nodes_after(last: Node) -> list[Node]:
 
 
 def reason_of(error: BaseException) -> tuple[str, str | None]:
-    """Return the first line of `error`, and the line of the model's code that raised it."""
+    """Return the first sentence of `error`, and the line of the model's code that raised it."""
     text = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    first = text[0].split(". ")[0] if text else ""
+    reason = f"{type(error).__name__}: {first}" if first else type(error).__name__
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

@@ -15,8 +15,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import models
+from passes import BatchNormToGroupNorm, FoldNorm
 from rewrite.capture import Captured, TensorRef, capture
 from rewrite.operators import norm_of
+from rewrite.protocol import apply_pass
+from rewrite.tree import copy_model
 
 
 def norms(captured: Captured) -> list[str]:
@@ -98,7 +101,7 @@ def test_the_nodes_of_a_failed_attempt_are_erased():
 def test_a_proxy_that_is_iterated_is_a_reason_with_a_source_line():
     model = models.build("iterated_proxy")[0]
     captured = capture(model)
-    assert "iterated" in captured.opaque[""].reason
+    assert captured.opaque[""].reason == "TraceError: Proxy object cannot be iterated"
     file, line = captured.opaque[""].source.rsplit(":", 1)
     assert file == inspect.getfile(type(model))
     assert "for frame in video" in linecache.getline(file, int(line))
@@ -467,3 +470,19 @@ def test_a_sequential_that_is_only_iterated_over_is_no_second_call_of_its_items(
     assert len(captured.calls("convs.0")) == 1
     assert captured.callers_known("convs.0")
     assert not captured.callers_known("unused")
+
+
+@pytest.mark.parametrize("name", ["residual", "norm_with_activation", "grouped_transpose"])
+def test_exported_programs_are_rewritten_like_the_eager_model(name: str):
+    model, inputs = models.build(name)
+    program = torch.export.export(model.eval(), inputs).module()
+    for rewrite in (FoldNorm(), BatchNormToGroupNorm()):
+        eager = apply_pass(rewrite, copy_model(model), inputs)
+        exported = apply_pass(rewrite, copy_model(program), inputs)
+        assert len(exported.changes) == len(eager.changes) > 0
+        assert type(exported.model).__name__ == "GraphModule"
+        torch.testing.assert_close(
+            exported.model(*inputs), eager.model(*inputs), rtol=1e-12, atol=1e-12
+        )
+        again = torch.export.export(exported.model, inputs).module()
+        torch.testing.assert_close(again(*inputs), exported.model(*inputs), rtol=0, atol=0)

@@ -196,7 +196,8 @@ def test_the_page_names_failures_and_what_cannot_be_built():
         GOOD | {"name": "timm:y", "left": 2, "skips": {"has a hook": 2}},
         {"name": "timm:z", "status": "unbuildable", "error": "ImportError: no such thing"},
     ]
-    page = summary(rows)
+    page = summary(rows, 9)
+    assert "3 of 9 architectures have a row" in page
     assert "| timm | 3 | 2 | 0 | 0 | 1 | 0 | 10 | 10 | 2 | 1 of 2 | 0 |" in page
     assert "- timm:y: 2 of 5 norms left: has a hook" in page
     assert "ImportError: no such thing (timm:z)" in page

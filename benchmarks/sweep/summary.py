@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import median
@@ -11,6 +12,8 @@ from typing import Any
 from benchmarks._table import environment, table
 
 Row = dict[str, Any]
+
+_QUALIFIED = re.compile(r"\b\w+(\.[\w\[\]']+)+|\b\w+_\d+\b")
 
 _INTRODUCTION = """# Coverage
 
@@ -64,19 +67,23 @@ def _is_off(row: Row) -> bool:
     return bool(row.get("fold_diff", 0) > max(1e-9, 100 * row.get("rounding", 0)))
 
 
-def summary(rows: Sequence[Row]) -> str:
-    """Return the page."""
+def summary(rows: Sequence[Row], corpus_size: int) -> str:
+    """Return the page; `corpus_size` is how many architectures there are to run."""
     packages = sorted({package(row) for row in rows})
     ran = [row for row in rows if row["status"] == "run"]
     parts = [
         _INTRODUCTION,
-        f"{len(rows)} architectures; {environment(*_versions())}.\n",
+        f"{len(rows):,} of {corpus_size:,} architectures have a row so far, in the sweep's order: "
+        "one of every family first, large variants last. "
+        f"{environment(*_versions())}.\n",
         "## Norms\n",
         table(_NORMS, [_norms(name, rows) for name in [*packages, "all"]]),
         "\n## Peers\n",
         table(_PEERS, [_peers(name, rows) for name in [*packages, "all"]]),
         "\n## Folding\n",
         table(_FOLDS, [_folds(name, rows) for name in [*packages, "all"]]),
+        "\nNorms that are left, by reason:\n",
+        _fold_reasons(ran),
         "\n## Time of capture\n",
         _times(ran) if ran else "Nothing ran.",
         "\n## What misses the target\n",
@@ -159,6 +166,15 @@ def _folds(name: str, rows: Sequence[Row]) -> list[object]:
         name, len(folded), _sum(folded, "run"), _sum(folded, "fold_left"), f"{worst:.1e}",
         sum(map(_is_off, folded)), len(errors) - unable, unable,
     ]  # fmt: skip
+
+
+def _fold_reasons(ran: Sequence[Row]) -> str:
+    """Return the most common reasons for a norm that stays, qualified names left out."""
+    reasons: Counter[str] = Counter()
+    for row in ran:
+        for reason, count in row.get("fold_skips", {}).items():
+            reasons[_QUALIFIED.sub("…", reason.partition(";")[0])] += count
+    return _bullets(f"{count}: {reason}" for reason, count in reasons.most_common(15))
 
 
 def _sum(rows: Iterable[Row], key: str) -> int:
