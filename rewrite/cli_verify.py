@@ -55,7 +55,7 @@ def _add_export(subparsers: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("output", metavar="OUT.onnx")
-    parser.add_argument("--opset", type=int, help="version of the operators")
+    parser.add_argument("--opset", type=int, default=20, help="of the operators (default 20)")
     parser.add_argument("--dynamic-shape", metavar="INPUT:AXIS=NAME", action="append", default=[],
                         help="one more axis that may vary, as x:2=height (repeatable)")  # fmt: skip
     parser.add_argument("--static-batch", action="store_true", help="fix the batch size")

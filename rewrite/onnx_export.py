@@ -33,6 +33,8 @@ from rewrite.verification import Level
 
 MAX_BYTES = 1_900_000_000
 """Above this the weights go into a file beside the model: a protobuf ends at 2 GB."""
+OPSET = 20
+"""Where norms are right and fastest in onnxruntime: measured, see docs/verification.md."""
 _TRACES = ("pkg.torch.onnx.stack_trace", "namespace", "pkg.torch.onnx.fx_node")
 _BATCH = "batch"
 
@@ -42,7 +44,7 @@ def export(
     path: str | Path,
     *,
     example_inputs: Any = None,
-    opset: int | None = None,
+    opset: int = OPSET,
     dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
     dynamic_batch: bool = True,
     external_data: bool | None = None,
@@ -59,7 +61,7 @@ def export(
         model: any module whose norms and dropouts are in eval mode.
         path: the file to write, completely or not at all.
         example_inputs: positional inputs, or a dict of keyword inputs; inferred where possible.
-        opset: version of the operators; the exporter's own choice by default.
+        opset: version of the operators.
         dynamic_shapes: axes beside the batch that may vary: {"x": {2: "height", 3: "width"}}.
         dynamic_batch: whether the first axis of the inputs may vary.
         external_data: weights in a file beside the model; by itself only where they are too large.
@@ -142,7 +144,7 @@ def _baked(model: nn.Module, notes: list[str]) -> nn.Module:
 def _export(
     model: nn.Module,
     inputs: Inputs,
-    opset: int | None,
+    opset: int,
     axes: Mapping[str, Mapping[int, str]] | None,
     batch: bool,
     notes: list[str],
