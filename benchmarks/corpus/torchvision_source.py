@@ -44,6 +44,8 @@ def make(architecture: str) -> nn.Module:
         options["init_weights"] = False
     if architecture in _DETECTORS and not architecture.startswith("ssd"):
         options |= {"min_size": 128, "max_size": 128}
+    if "rcnn" in architecture:  # random weights propose boxes everywhere
+        options |= {"rpn_post_nms_top_n_test": 20, "box_detections_per_img": 5}
     return models.get_model(architecture, **options)
 
 
