@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from benchmarks._table import environment, parser, publish, table
 from benchmarks.folders import pt2e, torch_fx
 
+_MODELS = ("resnet50", "efficientnet_b0", "1 B parameters")
+
 
 class _Billion(nn.Module):
     """A billion parameters in convolutions and linear layers, each with a norm."""
@@ -139,6 +141,7 @@ def main() -> None:
     """Print the table, and write it when asked to."""
     arguments = parser(__doc__)
     arguments.add_argument("--runs", type=int, default=5, help="rounds that count")
+    arguments.add_argument("--models", nargs="+", default=list(_MODELS))
     arguments.add_argument("--peak", help="measure one model's peak memory and print the ratio")
     arguments.add_argument("--tool", default="ours in place", choices=TOOLS)
     options = arguments.parse_args()
@@ -147,12 +150,13 @@ def main() -> None:
         print(_measure_peak(options.peak, options.tool))
         return
     rows: list[list[object]] = []
-    for name in ("resnet50", "efficientnet_b0", "1 B parameters"):
+    for name in options.models:
         times = seconds(name, 2 if name.startswith("1 B") else options.runs)
         base = times["torch.fx fuse"]
         for tool, value in times.items():
             memory = "" if tool == "torchao pt2e" else f"{peak(name, tool):.2f}"
             rows.append([name, tool, f"{value:.3f}", f"{value / base:.2f}", memory])
+            print(*rows[-1], file=sys.stderr, flush=True)
     header = ["model", "tool", "seconds", "x torch.fx fuse", "peak / model size"]
     text = f"{environment('torchao')}, {torch.get_num_threads()} threads\n\n{table(header, rows)}"
     publish("fold-time", "Time and memory of a fold", text, write=options.write)
