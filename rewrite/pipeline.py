@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -56,7 +56,8 @@ def convert(
         model: any module, in any mode and dtype, on any device.
         passes: passes, or their text form, applied in this order.
         example_inputs: positional inputs of the forward. They make shapes known to the passes and
-            are what verification runs on; without them an input is inferred where possible.
+            are what verification runs on; without them the first batch of `calibration` is taken,
+            or an input is inferred where possible.
         calibration: batches for passes that fit to data.
         only, skip: shell patterns on qualified names; `skip` wins.
         verify: whether to run both models and check each pass's contract.
@@ -72,7 +73,9 @@ def convert(
         raise OptionError("no pass given; see `rewrite passes`")
     selection = Selection(tuple(only), tuple(skip))
     say = progress or (lambda step: None)
-    inputs, notes = _inputs(model, example_inputs) if verify else (example_inputs, ())
+    inputs, notes = (example_inputs, ())
+    if verify:
+        inputs, notes = _inputs(model, example_inputs, calibration)
     before: nn.Module = model
     expected: nn.Module
     reports: list[PassReport] = []
@@ -114,11 +117,19 @@ def convert(
 
 
 def _inputs(
-    model: nn.Module, given: tuple[Any, ...] | None
+    model: nn.Module, given: tuple[Any, ...] | None, calibration: Iterable[Any] | None
 ) -> tuple[tuple[Any, ...] | None, tuple[str, ...]]:
+    """Return what to verify on: the given input, a batch of the data, or one that is made up."""
     if given is not None:
         return tuple(given), ()
-    from rewrite.inputs import infer_example_inputs
+    from rewrite.inputs import batches_for, infer_example_inputs
+
+    # An iterator can be read once only, and its batches are for the fit.
+    if calibration is not None and not isinstance(calibration, Iterator):
+        batch = next(iter(calibration), None)
+        inputs = None if batch is None else batches_for(model, batch)
+        if inputs is not None and not inputs.kwargs:
+            return tuple(inputs.args), ("verified on the first batch of the calibration data",)
 
     inferred = infer_example_inputs(model, quick=True)
     if inferred is None:

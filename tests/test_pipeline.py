@@ -141,3 +141,12 @@ def test_progress_names_the_steps() -> None:
 def test_a_second_pass_may_find_nothing() -> None:
     report = rewrite.convert(network(), [BatchNormToGroupNorm(2), BatchNormToLayerNorm()]).report
     assert [len(item.changes) for item in report.passes] == [1, 0]
+
+
+def test_calibration_data_is_what_is_verified_on_where_no_input_is_given() -> None:
+    batches = [(INPUT, torch.zeros(2)), (INPUT + 1, torch.zeros(2))]
+    report = rewrite.convert(network(), [BatchNormToGroupNorm(2)], calibration=batches).report
+    assert report.notes[0] == "verified on the first batch of the calibration data"
+    assert report.verification is not None and report.verification.ok
+    once = rewrite.convert(network(), [BatchNormToGroupNorm(2)], calibration=iter(batches)).report
+    assert "random one of shape" in once.notes[0]
