@@ -45,7 +45,7 @@ def environment(*packages: str) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *packages))
     return (
         f"{os.cpu_count()} CPU cores ({platform.machine()}), "
-        f"Python {platform.python_version()}, {versions}"
+        f"Python {platform.python_version()}, {versions}, load average {os.getloadavg()[0]:.0f}"
     )
 
 
