@@ -64,9 +64,10 @@ class BatchNormToWeightNorm(Pass):
                     yield outcome
                 continue
             norm = norm_of(captured, outcome.node) if outcome.node is not None else None
-            if norm is None or norm.kind != "batch" or not isinstance(outcome.plan, Fold):
+            fold = _fold_of(outcome)
+            if norm is None or norm.kind != "batch" or fold is None:
                 continue
-            reason = _refusal(captured, outcome.plan)
+            reason = _refusal(captured, fold)
             yield outcome if reason is None else Skip(outcome.target, outcome.before, reason)
 
     def rewrite(self, captured: Captured, site: Site) -> Change:
@@ -82,7 +83,8 @@ class BatchNormToWeightNorm(Pass):
         finished: list[Change] = []
         normed: set[str] = set()
         for site, change in zip(sites, changes, strict=True):
-            plan: Fold = site.plan
+            plan = _fold_of(site)
+            assert plan is not None  # `find` yields no other
             note, touched = "", list(change.touched)
             if self.mean_only:
                 note = self._centre(captured, site.target, plan.layers, centres[site.target])
@@ -113,6 +115,12 @@ class BatchNormToWeightNorm(Pass):
         return "mean-only batch norm in its place"
 
 
+def _fold_of(site: Site) -> Fold | None:
+    """Return what `fold` planned for a site, if that is a fold."""
+    planned = getattr(site.plan, "what", site.plan)
+    return planned if isinstance(planned, Fold) else None
+
+
 def _refusal(captured: Captured, fold: Fold) -> str | None:
     if not fold.layers:
         return "no layer takes it up"
@@ -140,7 +148,8 @@ def _shift(captured: Captured, site: Site) -> torch.Tensor | None:
     norm = norm_of(captured, site.node)
     assert norm is not None
     before = norm.input
-    if before.op != "call_module" or str(before.target) not in site.plan.layers:
+    fold = _fold_of(site)
+    if fold is None or before.op != "call_module" or str(before.target) not in fold.layers:
         return None
     if norm.bias is not None:
         return captured.tensor(norm.bias).detach().clone()
