@@ -74,7 +74,7 @@ def summary(rows: Sequence[Row], corpus_size: int) -> str:
     parts = [
         _INTRODUCTION,
         f"{len(rows):,} of {corpus_size:,} architectures have a row so far, in the sweep's order: "
-        "one of every family first, large variants last. "
+        "one of every family first, large variants last; `python -m benchmarks.coverage` goes on. "
         f"{environment(*_versions())}.\n",
         "## Norms\n",
         table(_NORMS, [_norms(name, rows) for name in [*packages, "all"]]),
@@ -88,7 +88,7 @@ def summary(rows: Sequence[Row], corpus_size: int) -> str:
         _times(ran) if ran else "Nothing ran.",
         "\n## What misses the target\n",
         _bullets(line for row in rows for line in failures(row)),
-        "\n## What the packages cannot build or run here\n",
+        "\n## What the package cannot build here, or what got no fitting input from the sweep\n",
         _grouped(rows, "unbuildable"),
         "\n## Norms that compute without batch_norm\n",
         _arithmetic(ran),
@@ -110,7 +110,7 @@ def package(row: Row) -> str:
 
 
 _NORMS = (
-    "package", "architectures", "run", "no norm", "structure only", "not buildable", "failed",
+    "package", "architectures", "run", "no norm", "structure only", "not built or run", "failed",
     "norms that run", "seen", "left by bn-to-gn", "complete", "activations lost",
 )  # fmt: skip
 
