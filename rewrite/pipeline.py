@@ -73,7 +73,8 @@ def convert(
         raise OptionError("no pass given; see `rewrite passes`")
     selection = Selection(tuple(only), tuple(skip))
     say = progress or (lambda step: None)
-    inputs, notes = (example_inputs, ())
+    inputs: tuple[Any, ...] | None = example_inputs
+    notes: tuple[str, ...] = ()
     if verify:
         inputs, notes = _inputs(model, example_inputs, calibration)
     before: nn.Module = model
