@@ -90,7 +90,9 @@ def measure(name: str) -> dict[str, Any]:
     size = max(float(t.abs().max()) for t in before)
     drift = max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True))
     removed = convert(result.model, [RemoveWeightNorm()], verify=False).model
-    was, now = model.state_dict(), removed.state_dict()
+    # Some models come with a weight norm of their own, which is removed as well.
+    plain = convert(model, [RemoveWeightNorm()], verify=False).model
+    was, now = plain.state_dict(), removed.state_dict()
     row = {
         "name": name,
         "layers": len(result.report.changes),

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from passes._reinit_layers import (
     Plan,
@@ -153,7 +154,13 @@ class Reinitialize(Pass):
         metrics = write(captured, site.target, plan, self.seed, self.forget_bias)
         shown = dict.fromkeys(weight.describe() for weight in plan.weights)
         after = ", ".join(shown) or "fresh"
-        touched = (site.target, *(ref.owner for w in plan.weights for ref in w.ties))
+        inner = [f"{site.target}." if site.target else "", "parametrizations."]
+        touched = (
+            site.target,
+            *(ref.owner for w in plan.weights for ref in w.ties),
+            *("".join([*inner, key]) for key in (*(w.key for w in plan.weights), *plan.resets)
+              if is_parametrized(plan.module, key)),
+        )  # fmt: skip
         return Change(site.target, site.before, after, plan.note, touched, {}, metrics)
 
     def rewrite_all(
