@@ -158,12 +158,14 @@ def page(rows: list[dict[str, Any]]) -> str:
     exact = sum(row["drift"] <= 1e-10 for row in good)
     back = sum(row["removed"] for row in good)
     finite = sum(row["forward"] and row["backward"] for row in good)
+    missing = [name for name in QUICK if name not in {row["name"] for row in good}]
     lines = [
         "# Weight norm and re-initialization over the quick tier",
         "",
         "Written by `python -m benchmarks.weights`; in float64, with random weights and norms.",
         "",
-        f"- {len(good)} of {len(rows)} architectures ran.",
+        f"- {len(good)} of the {len(QUICK)} architectures of the tier have a result; not measured "
+        f"yet: {', '.join(missing) or 'none'}.",
         f"- WeightNorm within 1e-10 of the largest output: {exact} of {len(good)}.",
         f"- RemoveWeightNorm gives every tensor back bit for bit: {back} of {len(good)}.",
         f"- Re-initialized (`he`, `residual=zero`), finite forward and backward: {finite} of "
