@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from rewrite.compare import tensors
 from rewrite.errors import OptionError
 from rewrite.inputs import Inputs, batches_for, device_of, dtype_of
 from rewrite.tree import Tree
@@ -153,9 +154,7 @@ class Batches:
 
 def batch_size(inputs: Inputs) -> int:
     """Return the number of samples in a batch."""
-    first = next((leaf for leaf in inputs.args if isinstance(leaf, Tensor)), None)
-    if first is None:
-        first = next((v for v in inputs.kwargs.values() if isinstance(v, Tensor)), None)
+    first = next(iter(tensors([inputs.args, dict(inputs.kwargs)])), None)
     return 0 if first is None or first.dim() == 0 else len(first)
 
 
@@ -173,7 +172,7 @@ def rows(inputs: Inputs, mask: Tensor) -> Inputs:
 
 def _unusable(inputs: Inputs) -> str:
     """Return why a batch cannot be fitted to, or ""."""
-    leaves = [x for x in (*inputs.args, *inputs.kwargs.values()) if isinstance(x, Tensor)]
+    leaves = tensors([inputs.args, dict(inputs.kwargs)])
     if not leaves:
         return "holds no tensor"
     if batch_size(inputs) == 0:
