@@ -8,6 +8,7 @@ was *registered* last.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Callable
 from importlib.metadata import version
@@ -49,7 +50,7 @@ def fuse_modules(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     pairs: list[list[str]] = []
     for prefix, parent in model.named_modules():
         children = list(parent.named_children())
-        for (one, first), (other, second) in zip(children, children[1:], strict=False):
+        for (one, first), (other, second) in itertools.pairwise(children):
             layer = isinstance(first, (*_CONVS, nn.Linear))
             if layer and isinstance(second, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
                 join = f"{prefix}." if prefix else ""
