@@ -195,6 +195,7 @@ def _run_convert(options: argparse.Namespace) -> int:
             model, chosen, example_inputs=inputs,
             calibration=_calibration(options, model), only=options.only, skip=options.skip,
             verify=not (options.no_verify or options.dry_run), seed=options.seed, progress=progress,
+            consume=True,
         )  # fmt: skip
         code = _judge(result.report, len(chosen), options)
         del model

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from torch import nn
 
 from rewrite import registry
-from rewrite.errors import OptionError, PassError, RewriteError
+from rewrite.errors import OptionError, PassError, RewriteError, VerificationError
 from rewrite.protocol import Change, Contract, Pass, Selection, apply_pass
 from rewrite.report import PassReport, Report
 from rewrite.tree import copy_model
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_EQUAL = (Contract.EXACT, Contract.EXACT_IN_EVAL)
 _WEAKEST_LAST = (
     Contract.EXACT,
     Contract.EXACT_IN_EVAL,
@@ -47,10 +48,12 @@ def convert(
     verify: bool = True,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    consume: bool = False,
 ) -> Result[Model]:
     """Return a rewritten copy of `model`; the argument is untouched.
 
-    Tensors that no pass touches share storage with the argument, copy-on-write.
+    Tensors that no pass touches share storage with the argument, copy-on-write; those that a pass
+    touches exist twice, unless the argument may be consumed.
 
     Args:
         model: any module, in any mode and dtype, on any device.
@@ -63,6 +66,8 @@ def convert(
         verify: whether to run both models and check each pass's contract.
         seed: of everything random here.
         progress: called with the name of each step as it begins.
+        consume: the argument is given up: where a single pass promises no equality, it is rewritten
+            in place, against the original's outputs noted before, and memory stays near one model.
 
     Raises:
         OptionError: an empty list of passes, an unknown pass, or options that do not fit.
@@ -83,7 +88,10 @@ def convert(
     for item in chosen:
         say(item.name)
         start = time.perf_counter()
-        after = copy_model(before)
+        original = None
+        if consume and len(chosen) == 1 and item.contract not in _EQUAL:
+            original = _noted(before, inputs if verify else None, seed)
+        after = before if original is not None else copy_model(before)
         try:
             applied = apply_pass(item, after, inputs, calibration, selection)
         except RewriteError as error:
@@ -97,12 +105,13 @@ def convert(
         checked = None
         if verify and inputs is not None and applied.changes:
             say(f"verifying {item.name}")
-            expected = item.reference(before)
+            expected = item.reference(before) if original is None else original
             checked = _check(expected, after, inputs, item.contract, applied.changes, seed)
         reports.append(
             PassReport(
                 registry.spec(item), str(item.contract), applied.changes, applied.skips, seconds,
-                _violations(before, after, applied.changes) if verify else (), checked,
+                _violations(original or before, after, applied.changes) if verify else (),
+                checked,
             )
         )  # fmt: skip
         before = after
@@ -155,6 +164,55 @@ def _check(
     )  # fmt: skip
 
 
+def _noted(model: nn.Module, inputs: tuple[Any, ...] | None, seed: int) -> Noted:
+    """Return what has to be remembered of a model that is rewritten in place."""
+    from rewrite.float64 import evaluating
+    from rewrite.inputs import Inputs, call
+
+    tensors = _identities(model)
+    if inputs is None:
+        return Noted(None, tensors)
+    try:
+        with evaluating(model):
+            return Noted(call(model, Inputs(inputs).clone(), seed), tensors)
+    except Exception as error:
+        from rewrite.inputs import one_line
+
+        raise VerificationError(f"the original does not run: {one_line(error)}") from error
+
+
+class Noted(nn.Module):
+    """What is remembered of a consumed model: what it answered, and which tensors it held."""
+
+    def __init__(self, outputs: Any, tensors: dict[str, tuple[int, int]]) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.tensors = tensors
+
+    def forward(self, *inputs: Any) -> Any:
+        """Return what the model answered."""
+        return self.outputs
+
+    def violations(self, after: nn.Module, touched: set[str]) -> tuple[str, ...]:
+        """Return the tensors outside of `touched` that are not the very ones from before."""
+        now = _identities(after)
+        return tuple(
+            name
+            for name, identity in self.tensors.items()
+            if now.get(name) != identity
+            and not any(name == part or name.startswith(f"{part}.") for part in touched)
+        )
+
+
+def _identities(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return which object each tensor is, and how often it has been written."""
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    return {name: (id(tensor), tensor._version) for name, tensor in tensors}
+
+
 def _touched(changes: tuple[Change, ...]) -> set[str]:
     return {name for change in changes for name in change.touched}
 
@@ -163,6 +221,8 @@ def _violations(
     before: nn.Module, after: nn.Module, changes: tuple[Change, ...]
 ) -> tuple[str, ...]:
     """Return the tensors that changed although no change names their module."""
+    if isinstance(before, Noted):
+        return before.violations(after, _touched(changes))
     from rewrite.verify import check_untouched
 
     return tuple(check_untouched(before, after, _touched(changes)))

@@ -150,3 +150,28 @@ def test_calibration_data_is_what_is_verified_on_where_no_input_is_given() -> No
     assert report.verification is not None and report.verification.ok
     once = rewrite.convert(network(), [BatchNormToGroupNorm(2)], calibration=iter(batches)).report
     assert "random one of shape" in once.notes[0]
+
+
+def test_a_consumed_model_gives_the_same_result_and_the_same_report() -> None:
+    def converted(**options: bool) -> rewrite.Result[nn.Module]:
+        torch.manual_seed(0)
+        passes = [BatchNormToGroupNorm(2)]
+        return rewrite.convert(network(), passes, example_inputs=(INPUT,), **options)
+
+    kept, consumed = converted(), converted(consume=True)
+    assert torch.equal(kept.model(INPUT), consumed.model(INPUT))
+    assert kept.report.changes == consumed.report.changes and consumed.report.ok
+    pair = (kept.report.verification, consumed.report.verification)
+    assert pair[0].cosine == pair[1].cosine and pair[0].max_abs == pair[1].max_abs
+
+
+def test_consuming_is_no_licence_to_change_what_is_not_named(monkeypatch) -> None:
+    monkeypatch.setattr(Careless, "contract", Contract.APPROXIMATE)
+    report = rewrite.convert(network(), [Careless()], example_inputs=(INPUT,), consume=True).report
+    assert report.passes[0].violations == ("1.weight",) and not report.ok
+
+
+def test_an_exact_pass_consumes_nothing() -> None:
+    model = network()
+    rewrite.convert(model, [Careless()], example_inputs=(INPUT,), consume=True)
+    assert torch.equal(model[1].weight, network()[1].weight)
