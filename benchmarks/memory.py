@@ -7,7 +7,8 @@ of its weights in linear layers that a norm swap leaves alone; in `wide_resnet10
 weight belongs to a convolution in front of a norm. The floor holds the loaded model and does
 nothing; `copy.deepcopy` is what a conversion costs that copies first. `keep="affine"` replaces the
 norms alone; the default also moves their statistics into the convolutions before them, whose
-weights then exist twice: the original's, which stays as it was, and the result's.
+weights then exist twice: the original's, which stays as it was, and the result's. The command has
+no use for the original and consumes it.
 """
 
 import subprocess
@@ -101,7 +102,7 @@ def main() -> None:
         f"{_table.table(header, rows)}\n\n"
         f"Target for a conversion: {TARGET}. By default the statistics of each norm move into the"
         " layer before it, whose weight then exists twice: the original's, which stays as it was,"
-        " and the result's."
+        " and the result's. The command consumes the original, and so does `consume=True`."
     )
     _table.publish("memory", "Memory of one conversion", body, write=args.write)
 
