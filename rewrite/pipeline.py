@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from torch import nn
 
 from rewrite import registry
-from rewrite.errors import OptionError, PassError, RewriteError, VerificationError
+from rewrite.errors import OptionError, PassError, RewriteError
 from rewrite.protocol import Change, Contract, Pass, Selection, apply_pass
 from rewrite.report import PassReport, Report
 from rewrite.tree import copy_model
@@ -166,19 +166,15 @@ def _check(
 
 def _noted(model: nn.Module, inputs: tuple[Any, ...] | None, seed: int) -> Noted:
     """Return what has to be remembered of a model that is rewritten in place."""
-    from rewrite.float64 import evaluating
-    from rewrite.inputs import Inputs, call
-
     tensors = _identities(model)
     if inputs is None:
         return Noted(None, tensors)
-    try:
-        with evaluating(model):
-            return Noted(call(model, Inputs(inputs).clone(), seed), tensors)
-    except Exception as error:
-        from rewrite.inputs import one_line
+    from rewrite.float64 import evaluating
+    from rewrite.inputs import Inputs
+    from rewrite.judge import run_original
 
-        raise VerificationError(f"the original does not run: {one_line(error)}") from error
+    with evaluating(model):
+        return Noted(run_original(model, "given", Inputs(inputs), seed), tensors)
 
 
 class Noted(nn.Module):
