@@ -11,6 +11,7 @@ re-initialized model (he, zeros in residual branches) is finite forward and back
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -21,10 +22,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.corpus import QUICK, UnbuildableError, build
 from passes import Reinitialize, RemoveWeightNorm, WeightNorm
+from rewrite.float64 import KeepFloat64, widen
 from rewrite.pipeline import convert
 from rewrite.residual import residual_branches
 
@@ -83,8 +85,9 @@ def measure(name: str) -> dict[str, Any]:
         model, inputs = build(name)
     except UnbuildableError as error:
         return {"name": name, "error": str(error)[:200]}
-    model = model.double()
-    inputs = tree_map(_double, inputs)
+    dtype = "float32" if _is_quantized(model) else "float64"
+    if dtype == "float64":  # quantized kernels take float32 alone
+        model, inputs = model.double(), widen(inputs)
     result = convert(model, [WeightNorm()], verify=False)
     before, after = _outputs(model, inputs), _outputs(result.model, inputs)
     size = max(float(t.abs().max()) for t in before)
@@ -100,6 +103,7 @@ def measure(name: str) -> dict[str, Any]:
         "drift": drift / size if size else drift,
         "removed": was.keys() == now.keys() and all(_equal(was[k], now[k]) for k in was),
         "reasons": sorted({skip.reason for skip in result.report.skips})[:3],
+        "dtype": dtype,
     }
     del result, removed
     fresh = convert(model, [Reinitialize(residual="zero")], verify=False)
@@ -111,9 +115,15 @@ def measure(name: str) -> dict[str, Any]:
     return row
 
 
-def _double(value: Any) -> Any:
-    floats = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.double() if floats else value
+def _is_quantized(model: nn.Module) -> bool:
+    return any(type(module).__module__.startswith("torch.ao.nn.") for module in model.modules())
+
+
+def _run(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """Run in the model's own dtype, also where its code creates float32 tensors."""
+    torch.manual_seed(0)
+    with contextlib.nullcontext() if _is_quantized(model) else KeepFloat64():
+        return model(*inputs)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -122,26 +132,29 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
-    torch.manual_seed(0)
     with torch.no_grad():
-        return [t for t in _tensors(model(*inputs)) if t.numel()]
+        return [t for t in _tensors(_run(model, inputs)) if t.numel()]
 
 
 def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple):  # the packed weight and bias of a quantized linear layer
+        return all(map(_equal, one, other))
     if not isinstance(one, torch.Tensor):
         return bool(one == other)
+    if one.is_quantized:
+        return torch.equal(one, other)
     return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
 
 
 def _finite(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, bool]:
-    torch.manual_seed(0)
-    outputs = _tensors(model(*inputs))
+    outputs = _tensors(_run(model, inputs))
     forward = all(bool(torch.isfinite(t).all()) for t in outputs)
     wanted = [t.mean() for t in outputs if t.requires_grad and t.numel()]
     if wanted:
         torch.stack(wanted).sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    backward = bool(gradients) and all(bool(torch.isfinite(g).all()) for g in gradients)
+    trained = any(p.requires_grad for p in model.parameters())
+    backward = bool(gradients) == trained and all(bool(torch.isfinite(g).all()) for g in gradients)
     return {"forward": forward, "backward": backward}
 
 
@@ -162,7 +175,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Weight norm and re-initialization over the quick tier",
         "",
-        "Written by `python -m benchmarks.weights`; in float64, with random weights and norms.",
+        "Written by `python -m benchmarks.weights`; in float64 (int8 models: float32), with random "
+        "weights and norms.",
         "",
         f"- {len(good)} of the {len(QUICK)} architectures of the tier have a result; not measured "
         f"yet: {', '.join(missing) or 'none'}.",

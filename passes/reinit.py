@@ -33,7 +33,7 @@ from passes._reinit_residual import scale_residuals
 from passes._reinit_variance import fit_unit_variance
 from rewrite.capture import Captured
 from rewrite.errors import OptionError
-from rewrite.fans import layer_kind, linear_maps
+from rewrite.fans import is_quantized_layer, layer_kind, linear_maps
 from rewrite.init_rules import Rule, check_used, first_match, parse_rules
 from rewrite.lockstep import in_data_flow_order
 from rewrite.protocol import Change, Contract, Pass, Site, Skip
@@ -116,6 +116,8 @@ class Reinitialize(Pass):
         for name, module in self._tied_last(captured):
             if "parametrizations" in name.split("."):
                 continue  # written through the layer whose weight they make
+            if is_quantized_layer(module):
+                yield Skip(name, type(module).__name__, "weight is quantized")
             kind = layer_kind(module) if linear_maps(module) else ""
 
             def rule_for(key: str, name: str = name, kind: str = kind) -> Rule | None:

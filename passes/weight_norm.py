@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 
 from rewrite.capture import Captured, TensorRef
 from rewrite.errors import OptionError
-from rewrite.fans import LAYER_KINDS, Layout, layer_kind
+from rewrite.fans import LAYER_KINDS, Layout, is_quantized_layer, layer_kind
 from rewrite.lockstep import fit_in_lockstep, in_data_flow_order, unit_axis
 from rewrite.mean_only import MeanOnlyBatchNorm
 from rewrite.operators import conv_of, linear_of, norm_of
@@ -120,6 +120,9 @@ class WeightNorm(Pass):
                 yield Site(name, before, plan=Plan(module, old=old))
             elif weight_layouts(module):
                 yield from self._layer(captured, name, module, shared)
+            elif is_quantized_layer(module):
+                reason = "weight is quantized; weight norm needs a plain tensor"
+                yield Skip(name, type(module).__name__, reason)
         yield from _read_by_code(captured)
 
     def _layer(

@@ -200,6 +200,13 @@ def _attention(module: nn.MultiheadAttention) -> tuple[LinearMap, ...]:
     )
 
 
+def is_quantized_layer(module: nn.Module) -> bool:
+    """Return whether `module` is a layer of torch.ao, whose packed weight is no parameter."""
+    return type(module).__module__.startswith("torch.ao.nn.") and callable(
+        getattr(module, "weight", None)
+    )
+
+
 LAYER_KINDS = (
     "linear",
     "conv",

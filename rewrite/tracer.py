@@ -139,6 +139,7 @@ class RegionTracer(Tracer):
         self._frames: list[Frame] = []
         self._invocations: dict[str, int] = {}
         self._dead: list[Node] = []
+        self._before: dict[str, dict[str, Any]] = {}
         self._trace: Trace
 
     def run(self, root: nn.Module, arguments: dict[str, Any]) -> Trace:
@@ -151,8 +152,14 @@ class RegionTracer(Tracer):
         self._frames = [Frame(name, 0)]
         self._invocations = {name: 1}
         self._dead = []
+        self._before = {name: dict(vars(root))}
         self._trace = Trace(Graph(), entered=[name])
-        self.trace(root, concrete_args=arguments or None)
+        try:
+            self.trace(root, concrete_args=arguments or None)
+        finally:
+            # A value that a forward caches on its module belongs to this graph, not to the next.
+            for entered, before in self._before.items():
+                _put_back(vars(self.tree.get(entered)), before)
         self._trace.graph = self.graph
         self._erase_dead()
         return self._trace
@@ -189,6 +196,7 @@ class RegionTracer(Tracer):
         self._invocations[name] = invocation + 1
         self._frames.append(Frame(name, invocation))
         self._trace.entered.append(name)
+        self._before.setdefault(name, dict(vars(m)))
         try:
             return forward(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - a forward under proxies may raise anything
@@ -329,9 +337,13 @@ def _without_side_effects(tree: Tree) -> Iterator[None]:
                 value.clear()
                 value.extend(copied) if isinstance(value, list) else value.update(copied)
         for held, copied in before:
-            if len(held) != len(copied) or _differs(held, copied):
-                held.clear()
-                held.update(copied)
+            _put_back(held, copied)
+
+
+def _put_back(held: dict[str, Any], copied: dict[str, Any]) -> None:
+    if len(held) != len(copied) or _differs(held, copied):
+        held.clear()
+        held.update(copied)
 
 
 def _differs(value: Any, copied: Any) -> bool:

@@ -54,7 +54,36 @@ def conv_norm() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
 
 
+class Caches(nn.Module):
+    """Keeps a value of its input on itself, as torchvision's MultiScaleRoIAlign does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.kept = nn.Conv2d(4, 4, 1), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = x.mean()
+        return self.conv(x) * self.kept
+
+
 # -- what cannot be traced --------------------------------------------------------------------
+
+
+class FailsLate(Opaque):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return y if y.sum() > 0 else x
+
+
+def test_a_value_that_a_failed_trace_cached_is_in_no_other_graph():
+    model = FailsLate(inner=Caches())
+    captured = capture(model)
+    region = next(r for r in captured.regions if r.name == "inner")
+    nodes = set(region.graph.nodes)
+    assert all(source in nodes for node in nodes for source in node.all_input_nodes)
+    region.graph.lint()
+    assert model.inner.kept is None
 
 
 def test_a_model_that_can_be_traced_is_one_region_like_symbolic_trace():

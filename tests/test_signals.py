@@ -66,6 +66,24 @@ def test_jacobian_of_a_large_layer_by_lanczos(shape):
     assert row.jacobian.rms == pytest.approx(values.square().mean().sqrt().item(), rel=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_jacobians_whose_spectrum_is_one_value_or_mostly_zero(dtype):
+    """Lanczos ends after one step, or goes on with rounding noise: zeros stay zeros."""
+    x = torch.ones(1, 1024, dtype=dtype, requires_grad=True)
+    first = x * 2
+    twice, some = first * 2, first * (torch.arange(1024) < 64).to(dtype)
+    found = layer_jacobians([("a", first), ("b", twice)], [], 0)[1]
+    tolerance = 4 * torch.finfo(dtype).eps
+    for value in (found.largest, found.rms, found.mean):
+        assert value == pytest.approx(2.0, rel=tolerance)
+    found = layer_jacobians([("a", first), ("b", some)], [], 0)[1]
+    assert found.largest == pytest.approx(1.0, rel=tolerance)
+    # One random vector of 1,024 lies in the 64 axes by 1/16, give or take 1/6 of that.
+    assert found.mean == pytest.approx(1 / 16, rel=0.5)
+    assert found.rms == pytest.approx(1 / 4, rel=0.25)
+    assert found.rms**2 == pytest.approx(found.mean, rel=0.02)  # values are 0 or 1
+
+
 def test_a_dead_branch_has_jacobian_zero():
     x = torch.ones(1, 300, dtype=torch.float64, requires_grad=True)
     first = x * 2

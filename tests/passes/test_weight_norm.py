@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import models
-from passes import RemoveWeightNorm, WeightNorm
+from passes import Reinitialize, RemoveWeightNorm, WeightNorm
 from rewrite.checkpoint import load, save
 from rewrite.errors import OptionError
 from rewrite.mean_only import MeanOnlyBatchNorm
@@ -187,6 +187,20 @@ def test_declines_a_quantized_weight():
     model[0].weight = nn.Parameter(torch.ones(4, 4).as_subclass(Packed))
     report = convert(model, [WeightNorm()], verify=False).report
     assert "tensor class" in report.skips[0].reason
+
+
+def test_declines_an_integer_weight_and_a_packed_int8_layer():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates what builds int8 layers
+        packed = torch.ao.nn.quantized.dynamic.Linear(4, 4)
+    model = nn.Sequential(nn.Linear(4, 4), packed, nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    for options in (WeightNorm(), Reinitialize(frozen=True)):
+        report = convert(model, [options], verify=False).report
+        reasons = {skip.target: skip.reason for skip in report.skips if "bias" not in skip.reason}
+        assert [c.target for c in report.changes if c.target != "0"] == ["2"]
+        assert "int8" in reasons["0"] or "not floating point" in reasons["0"]
+        assert "quantized" in reasons["1"]
 
 
 def test_declines_ties_to_something_else():
