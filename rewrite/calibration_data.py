@@ -6,21 +6,22 @@
     package.module:factory      a callable that returns an iterable of batches
 
 Everything is read batch by batch; a broken image is left out and named. Under `torch.distributed`
-each rank reads its share.
+rank r of w reads the batches r, r + w, r + 2 w …: together they read what one process would.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from rewrite.calibrate import rank_and_world
 from rewrite.errors import OptionError
 
 BATCH_SIZE = 16
@@ -88,13 +89,23 @@ def _fitted(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 class ImageFolder:
     """The images of a folder and its subfolders, in the order of their names, as batches.
 
-    `left_out` names the files that could not be read, once they were tried.
+    Of each `batch_size` files those that are readable make a batch; every `world`-th batch from
+    number `rank` on is read. `left_out` names the files that could not be, once they were tried.
     """
 
     files: tuple[Path, ...]
     format: ImageFormat
     batch_size: int = BATCH_SIZE
+    rank: int = 0
+    world: int = 1
     left_out: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(range(self.rank * self.batch_size, len(self.files), self._step))
+
+    @property
+    def _step(self) -> int:
+        return self.world * self.batch_size
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield batches of normalized images.
@@ -102,20 +113,15 @@ class ImageFolder:
         Raises:
             OptionError: no file is a readable image.
         """
-        images: list[Tensor] = []
+        self.left_out.clear()
         read = 0
-        for file in self.files:
-            image = self._read(file)
-            if image is None:
-                continue
-            read += 1
-            images.append(image)
-            if len(images) == self.batch_size:
+        for start in range(self.rank * self.batch_size, len(self.files), self._step):
+            files = self.files[start : start + self.batch_size]
+            images = [image for file in files if (image := self._read(file)) is not None]
+            read += len(images)
+            if images:
                 yield torch.stack(images)
-                images = []
-        if images:
-            yield torch.stack(images)
-        if not read:
+        if not read and self.world == 1:
             first = self.left_out[0] if self.left_out else "no file"
             raise OptionError(
                 f"calibration images: none of {len(self.files)} is readable ({first})"
@@ -162,11 +168,6 @@ class Share:
         """Yield this rank's batches."""
         return islice(iter(self.source), self.rank, None, self.world)
 
-    @property
-    def left_out(self) -> list[str]:
-        """What the source left out."""
-        return list(getattr(self.source, "left_out", ()))
-
 
 def open_calibration(
     reference: str,
@@ -183,9 +184,12 @@ def open_calibration(
         OptionError: nothing usable is there.
     """
     source = _open(reference, model, size, mean, std, batch_size)
-    if distributed.is_available() and distributed.is_initialized():
-        return Share(source, distributed.get_rank(), distributed.get_world_size())
-    return source
+    rank, world = rank_and_world()
+    if world == 1:
+        return source
+    if isinstance(source, ImageFolder):
+        return replace(source, rank=rank, world=world)
+    return source[rank::world] if isinstance(source, list) else Share(source, rank, world)
 
 
 def _open(
@@ -251,8 +255,7 @@ def _split(value: Any, batch_size: int) -> Iterable[Any]:
         raise OptionError(f"calibration data: shape {shape}; the first axis has to be the batch")
     if value.dtype in (torch.float64, torch.float16, torch.bfloat16):
         value = value.float()
-    batches: tuple[Tensor, ...] = value.split(batch_size)
-    return batches
+    return list(value.split(batch_size))
 
 
 def _call(reference: str) -> Iterable[Any]:

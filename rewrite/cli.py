@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from rewrite.onnx_report import OnnxVerification
     from rewrite.pipeline import Result
+    from rewrite.protocol import Pass
 
 OK, FAILED, USAGE, NOTHING = 0, 1, 2, 3
 
@@ -176,10 +177,21 @@ def _run_convert(options: argparse.Namespace) -> int:
     if not chosen:
         names = ", ".join(f"--{name}" for name in registry.entries())
         raise OptionError(f"no pass given; choose from {names}")
+    from rewrite.launch import process_group
+
+    with process_group() as rank:
+        options.quiet = options.quiet or rank > 0
+        return _convert(options, chosen, first=rank == 0)
+
+
+def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool) -> int:
+    """Convert, and, in the first of several processes, write."""
     output = _output(options)
     from rewrite.files import check_writable
 
-    writes = not options.dry_run
+    writes = first and not options.dry_run
+    if not first:
+        options.report = None
     for path in (output, options.report, options.onnx) if writes else (options.report,):
         if path is not None:
             check_writable(path, overwrite=options.force or path == options.report)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rewrite.calibrate import Batches, all_reduce, batch_size, hooked, rows, run
+from rewrite.calibrate import Batches, all_gather, all_reduce, batch_size, hooked, rows, run
 from rewrite.compare import tensors
 from rewrite.inputs import Inputs
 
@@ -142,7 +142,7 @@ def measure(model: nn.Module, probes: Sequence[Probe], batches: Batches) -> Agre
         all_reduce(item.values)
     all_reduce(same)
     all_reduce(samples)
-    left_out = tuple(batches.left_out)
+    left_out = all_gather(batches.left_out)
     if int(samples) == 0:
         return Agreement(0, left_out=left_out)
     top1 = float(same[0] / same[1]) if same[1] > 0 else None

@@ -11,6 +11,7 @@ from torch import nn
 
 from rewrite import registry
 from rewrite.errors import OptionError, PassError, RewriteError
+from rewrite.progress import Announced
 from rewrite.protocol import Change, Contract, Pass, Selection, apply_pass
 from rewrite.report import PassReport, Report
 from rewrite.tree import copy_model
@@ -93,7 +94,8 @@ def convert(
             original = _noted(before, inputs if verify else None, seed)
         after = before if original is not None else copy_model(before)
         try:
-            applied = apply_pass(item, after, inputs, calibration, selection)
+            batches = None if calibration is None else Announced(calibration, say, item.name)
+            applied = apply_pass(item, after, inputs, batches, selection)
         except RewriteError as error:
             if reports and isinstance(error, PassError):
                 done = ", ".join(report.spec for report in reports)
@@ -132,12 +134,12 @@ def _inputs(
     """Return what to verify on: the given input, a batch of the data, or one that is made up."""
     if given is not None:
         return tuple(given), ()
-    from rewrite.inputs import batches_for, infer_example_inputs
+    from rewrite.calibrate import first_usable
+    from rewrite.inputs import infer_example_inputs
 
     # An iterator can be read once only, and its batches are for the fit.
     if calibration is not None and not isinstance(calibration, Iterator):
-        batch = next(iter(calibration), None)
-        inputs = None if batch is None else batches_for(model, batch)
+        inputs = first_usable(model, calibration)
         if inputs is not None and not inputs.kwargs:
             return tuple(inputs.args), ("verified on the first batch of the calibration data",)
 

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.status import Status
 
 _PATIENCE = 1.0
+
+
+@dataclass(frozen=True)
+class Announced:
+    """Batches; the number of each is said before it is worked on."""
+
+    source: Iterable[Any]
+    say: Callable[[str], None]
+    name: str
+
+    def __iter__(self) -> Iterator[Any]:
+        total = operator.length_hint(self.source)
+        of = f" of {total}" if total else ""
+        for number, batch in enumerate(self.source, 1):
+            self.say(f"{self.name}: calibration batch {number}{of}")
+            yield batch
+        self.say(self.name)
+
+    @property
+    def left_out(self) -> list[str]:
+        """What the source left out."""
+        return list(getattr(self.source, "left_out", ()))
 
 
 class Steps:

@@ -57,7 +57,7 @@ def test_samples_that_are_not_finite_do_not_count() -> None:
 
 
 def test_every_fifth_sample_is_held_out() -> None:
-    data = Batches(network(), [torch.arange(7.0).reshape(7, 1), torch.arange(7.0, 12).view(5, 1)])
+    data = Batches(network(), list(torch.arange(12.0).view(12, 1).split(6)))
     fitted = torch.cat([batch.args[0] for batch in data]).flatten().tolist()
     held = torch.cat([batch.args[0] for batch in data.held]).flatten().tolist()
     assert held == [4.0, 9.0] and fitted == [n for n in range(12) if n not in held]

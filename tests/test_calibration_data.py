@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from rewrite.calibration_data import ImageFormat, Share, open_calibration
+from rewrite.calibration_data import ImageFolder, ImageFormat, Share, open_calibration
 from rewrite.errors import OptionError
 
 
@@ -120,3 +121,20 @@ def test_complains_about_bad_files(tmp_path: Path) -> None:
 
 def test_ranks_share_the_batches() -> None:
     assert list(Share(range(5), 0, 2)) == [0, 2, 4] and list(Share(range(5), 1, 2)) == [1, 3]
+
+
+def test_ranks_read_the_batches_of_a_folder_that_one_process_would(tmp_path: Path) -> None:
+    for number in range(7):
+        write_image(tmp_path / f"{number}.png", (20 + number, 14))
+    (tmp_path / "2.png").write_bytes(b"no image")
+    whole = open_calibration(str(tmp_path), model(), size=8, batch_size=2)
+    assert isinstance(whole, ImageFolder)
+    ranks = [replace(whole, rank=rank, world=2, left_out=[]) for rank in range(2)]
+    batches = [list(rank) for rank in ranks]
+    assert [len(rank) for rank in ranks] == [2, 2] and len(whole) == 4
+    assert [rank.left_out != [] for rank in ranks] == [False, True]
+    merged = [batches[0][0], batches[1][0], batches[0][1], batches[1][1]]
+    for one, shared in zip(whole, merged, strict=True):
+        assert torch.equal(one, shared)
+    list(whole)
+    assert len(whole.left_out) == 1  # named once, however often it is read
