@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -181,6 +181,57 @@ def test_one_sample_and_constant_images_give_a_finite_model(data: torch.Tensor) 
 def test_data_of_another_dtype_is_cast() -> None:
     data = [batch.double() for batch in batches()]
     assert convert(network(), BatchNormToGroupNorm(keep="function"), data).report.ok
+    whole = [torch.randint(0, 255, (8, 3, 10, 10), dtype=torch.uint8)]
+    with pytest.raises(OptionError, match="the model rejects it"):
+        convert(network(), BatchNormToGroupNorm(keep="function"), whole)
+
+
+def test_one_call_verifies_in_the_models_dtype_on_a_batch_that_can_be_used() -> None:
+    data = [torch.full((2, 3, 10, 10), float("nan")), *batches()]
+    item = BatchNormToGroupNorm(keep="function", num_groups=2)
+    result = rewrite.convert(network().double(), [item], calibration=data)
+    check = result.report.verification
+    assert check is not None and check.ok and result.report.ok
+    assert any("batch 0: holds NaN" in note for note in result.report.notes)
+
+
+# -- norms as they occur in real checkpoints --------------------------------------------------
+
+
+def _set(index: int, **values: float) -> Callable[[nn.Sequential], object]:
+    def edit(model: nn.Sequential) -> None:
+        for name, value in values.items():
+            getattr(model[index], name).data[::3] = value
+
+    return edit
+
+
+EXTREME: dict[str, Callable[[nn.Sequential], object]] = {
+    "zero variance": _set(1, running_var=0.0),
+    "denormal variance": _set(1, running_var=5.6e-45),
+    "no gamma": _set(1, weight=0.0),
+    "negative gamma": _set(1, weight=-1.5),
+    "large eps": lambda model: setattr(model[1], "eps", 50.0),
+    "half precision": lambda model: model.half(),
+}
+
+
+@pytest.mark.parametrize("keep", ["statistics", "function"])
+@pytest.mark.parametrize("case", EXTREME)
+def test_extreme_norms_are_kept_better_than_by_copying(case: str, keep: str) -> None:
+    model = network()
+    EXTREME[case](model)
+    dtype = model[0].weight.dtype
+    data = torch.cat(batches(8)).to(dtype)
+    errors = {}
+    for kept in ("affine", keep):
+        item = BatchNormToGroupNorm(keep=kept, num_groups=2, anchor=1e6 if kept == keep else None)
+        calibration = batches() if kept == "function" else None
+        changed = convert(model, item, calibration).model
+        assert all(torch.isfinite(p).all() and p.dtype == dtype for p in changed.parameters())
+        with torch.no_grad():
+            errors[kept] = float((changed(data) - model(data)).float().norm())
+    assert errors[keep] < 0.7 * errors["affine"]
 
 
 def test_an_interrupted_run_says_what_it_had() -> None:
