@@ -12,7 +12,7 @@ reason.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from passes.merge_branches import merge_site
+from rewrite.absorb import Ledger
 from rewrite.absorption import Refusal, write_ledger
+from rewrite.baking import Baked, bake
 from rewrite.branches import Branches, Merge
 from rewrite.capture import Captured
 from rewrite.edit import Editor
@@ -44,10 +46,13 @@ class FoldNorm(Pass):
       4. The weight and bias of LayerNorm, GroupNorm and RMSNorm: into all layers that read it; the
          norm stays, without them.
       5. Parallel linear branches, as `merge-branches` does; norms of the identity go with them.
+      6. Layers whose weight is computed (weight norm, spectral norm, another parametrization)
+         become plain layers where they take up a map.
 
     Declines: norms in training mode or without running statistics; values that something else
     reads; a shift in front of zero padding; operations that do not commute with a map per channel;
-    shared layers where the map is not at every call; hooks and parametrizations.
+    shared layers where the map is not at every call; hooks; a weight that is not the same at every
+    call.
     """
 
     name: ClassVar[str] = "fold"
@@ -66,6 +71,10 @@ class FoldNorm(Pass):
         default="norm",
         metadata={"help": "what a norm that cannot be folded becomes: norm (it stays), affine"},
     )
+    parametrized: str = field(
+        default="bake",
+        metadata={"help": "layers whose weight is computed: bake (make them plain), refuse"},
+    )
     input_norm: str | None = field(
         default=None,
         metadata={"help": "fold the preprocessing (x - mean) / std, given as MEAN/STD by commas"},
@@ -74,6 +83,10 @@ class FoldNorm(Pass):
     def __post_init__(self) -> None:
         if self.leftover not in ("norm", "affine"):
             raise OptionError(f"{self.name}: leftover is {self.leftover!r}; pass norm or affine")
+        if self.parametrized not in ("bake", "refuse"):
+            raise OptionError(
+                f"{self.name}: parametrized is {self.parametrized!r}; pass bake or refuse"
+            )
         if self.input_norm is not None:
             parse_input_norm(self.input_norm)
 
@@ -94,7 +107,8 @@ class FoldNorm(Pass):
 
     def _decide(self, captured: Captured, wanted: Set[tuple[str, Node | None]] | None) -> _Decided:
         """Decide about every source, or about those that are wanted (target and node)."""
-        folder = Folder(captured, self.compensate, self.unshare)
+        bake = self.parametrized == "bake"
+        folder = Folder(captured, self.compensate, self.unshare, bake)
         decided = _Decided(folder, Branches(captured, folder.planner))
         if self.input_norm is not None:
             decided.outcomes.append(_fold_input(folder, *parse_input_norm(self.input_norm)))
@@ -152,13 +166,15 @@ class FoldNorm(Pass):
             for site in plans
             if isinstance(site.plan, Leftover)
         }
+        baked = _bake_all(captured, decided.folder.ledger, plans)
         clones = write_ledger(captured.editor, decided.folder.ledger)
         merged = _merge_all(captured, decided.branches, plans)
         inside = {node for merge in merged for node in merge.inside}
         changes = []
         for site in plans:
             if isinstance(site.plan, Fold):
-                changes.append(_remove(captured, site.plan, inside, clones))
+                change = _remove(captured, site.plan, inside, clones)
+                changes.append(_with_baked(change, site.plan, baked))
             elif isinstance(site.plan, Leftover):
                 changes.append(site.plan.write(captured.editor, leftovers[site.target]))
             elif isinstance(site.plan, Merge):
@@ -181,6 +197,31 @@ class _Planned:
 
     what: Fold | Leftover | Merge
     decided: _Decided
+
+
+def _bake_all(captured: Captured, ledger: Ledger, plans: Sequence[Site]) -> dict[str, Baked]:
+    """Make plain what takes up a map, or loses its own, and computes its weight."""
+    folds = [site.plan.source.layer for site in plans if isinstance(site.plan, Fold | Leftover)]
+    modules = [layer.module for layer in (*ledger.layers(), *folds) if layer is not None]
+    found = {name: bake(captured, name) for name in dict.fromkeys(modules) if name is not None}
+    return {name: baked for name, baked in found.items() if baked is not None}
+
+
+def _with_baked(change: Change, fold: Fold, baked: Mapping[str, Baked]) -> Change:
+    """Return `change` with what was baked for it."""
+    names = dict.fromkeys((*fold.layers, fold.source.target))
+    made = [baked[name] for name in names if name in baked]
+    if not made:
+        return change
+    plain = {name for one in made for name in one.tensors}
+    keys = {old: new for old, new in change.keys.items() if old not in plain}
+    for one in made:
+        keys |= one.keys
+    normed = sorted({name for one in made for name in one.normed})
+    return replace(
+        change, note="; ".join(one.words for one in made), keys=keys,
+        recipe={**change.recipe, "weight_normed": normed},
+    )  # fmt: skip
 
 
 def _merge_all(

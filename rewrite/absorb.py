@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from rewrite.algebra import Affine, Layout, absorb
+from rewrite.baking import bake_refusal, originals
 from rewrite.capture import Captured, TensorRef
 from rewrite.operators import Conv, Norm, conv_of, linear_of, norm_of
 
@@ -234,10 +235,14 @@ class Ledger:
 
 
 class Uses:
-    """Which nodes read each tensor of a captured model: a layer's own calls, or other code."""
+    """Which nodes read each tensor of a captured model: a layer's own calls, or other code.
 
-    def __init__(self, captured: Captured) -> None:
+    `bake` lets a layer whose weight is computed take up a map: it will be a plain one.
+    """
+
+    def __init__(self, captured: Captured, bake: bool = False) -> None:
         self._captured = captured
+        self._bake = bake
         self._readers: dict[str, list[Node]] = {}
         for node in captured.nodes():
             if node.op == "get_attr":
@@ -256,7 +261,7 @@ class Uses:
         """Return why the tensors of `layer` must not change, or None, whoever calls it."""
         captured = self._captured
         if layer.module is not None:
-            for reason in captured.hooks(layer.module):
+            if reason := self.more_than_a_layer(layer.module):
                 return f"{layer.name} {reason}"
             if (caller := captured.unknown_caller(layer.module)) is not None:
                 return f"{layer.name} may have callers that were not traced: {caller}"
@@ -271,4 +276,15 @@ class Uses:
                 return f"{ref.name} is of dtype {captured.tensor(ref).dtype}"
         if layer.module is None and layer.weight is not None and layer.bias is None:
             return captured.editor.refusal(layer.node)
+        return None
+
+    def more_than_a_layer(self, name: str) -> str | None:
+        """Return why a call of a module is more than that of a plain layer, or None."""
+        if not self._bake:
+            return next(iter(self._captured.hooks(name)), None)
+        if (reason := bake_refusal(self._captured, name)) is not None:
+            return reason
+        for ref in originals(self._captured, name):
+            if others := self._readers.get(ref.name):
+                return f"is made of {ref.name}, which is also read by {others[0].name} directly"
         return None

@@ -40,18 +40,24 @@ class Planner:
     Attributes:
         folded: nodes whose map has moved elsewhere, and the input that they pass on.
         unshare: a layer with several calls may take up a map at some of them.
+        bake: a layer whose weight is computed may take up a map; it becomes a plain one.
     """
 
     captured: Captured
     folded: dict[Node, Node] = field(default_factory=dict)
     unshare: bool = False
+    bake: bool = False
 
     def __post_init__(self) -> None:
-        self.surroundings = Surroundings(self.captured, self.folded, self.unshare)
+        self.surroundings = Surroundings(self.captured, self.folded, self.unshare, self.bake)
 
     def layer(self, node: Node) -> Layer | None:
         """Return the layer that `node` calls, or None."""
         return self.surroundings.layer(node)
+
+    def more_than_a_layer(self, name: str) -> str | None:
+        """Return why a call of a module is more than that of a plain layer, or None."""
+        return self.surroundings.uses.more_than_a_layer(name)
 
     def called(self, node: Node) -> str:
         """Return a call in words."""

@@ -86,12 +86,19 @@ class Folder:
         compensate: let other layers take up the inverse map, where a value has other readers or
             meets another in a sum.
         unshare: let a layer with several calls take up a map at some of them, as a clone.
+        bake: let a layer whose weight is computed take up a map, as a plain layer.
     """
 
-    def __init__(self, captured: Captured, compensate: bool = False, unshare: bool = False) -> None:
+    def __init__(
+        self,
+        captured: Captured,
+        compensate: bool = False,
+        unshare: bool = False,
+        bake: bool = False,
+    ) -> None:
         self.captured = captured
         self.compensate = compensate
-        self.planner = Planner(captured, unshare=unshare)
+        self.planner = Planner(captured, unshare=unshare, bake=bake)
         self.ledger = Ledger(captured.tensor)
 
     def fold_at(self, source: Source, affine: Affine) -> Fold | Refusal:

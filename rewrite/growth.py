@@ -35,10 +35,11 @@ class Surroundings:
     captured: Captured
     folded: dict[Node, Node]
     unshare: bool = False
+    bake: bool = False
 
     def __post_init__(self) -> None:
         self.ranks = Ranks(self.captured)
-        self.uses = Uses(self.captured)
+        self.uses = Uses(self.captured, self.bake)
         self.steps = Steps(self.captured, self.ranks, self.folded)
         self._layers: dict[Node, Layer | None] = {}
 
@@ -57,7 +58,7 @@ class Surroundings:
 
     def _separable(self, layer: Layer) -> bool:
         """Return whether each call of a shared layer stands on a line of its own."""
-        if layer.module is None or layer.kind != "kernel":
+        if layer.module is None or layer.kind != "kernel" or self.captured.hooks(layer.module):
             return False
         calls = self.captured.calls(layer.module)
         frames = {self.captured.frame(call) for call in calls}

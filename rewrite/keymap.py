@@ -24,6 +24,7 @@ from rewrite.branches import Merge, place_of
 from rewrite.capture import Captured, TensorRef
 from rewrite.errors import CheckpointError
 from rewrite.folding import SMALLEST_SCALE, Fold, Move
+from rewrite.weight_norm_keys import fit_weight_norm_keys
 
 Recipe = Mapping[str, Any]
 
@@ -123,10 +124,16 @@ def apply_recipes(
         CheckpointError: a key is missing, or the checkpoint breaks what the fold relied on.
     """
     recipes = list(recipes)
-    new = dict(state)
+    normed = {name for recipe in recipes for name in recipe.get("weight_normed", ())}
+    new = fit_weight_norm_keys(state, normed)
 
     def read(ref: TensorRef) -> Tensor:
         if ref.name not in new:
+            if any(key.startswith(_originals_of(ref)) for key in new):
+                raise CheckpointError(
+                    f"{ref.name} is computed from other tensors in this checkpoint, by more than a "
+                    "weight norm; convert the model instead"
+                )
             raise CheckpointError(f"the checkpoint has no {ref.name}: it is of another model")
         return new[ref.name]
 
@@ -153,6 +160,11 @@ def apply_recipes(
     for tensors in merged:
         kept.update(tensors)
     return kept
+
+
+def _originals_of(ref: TensorRef) -> tuple[str, ...]:
+    """Return how the keys begin that stand for a tensor which a parametrization computes."""
+    return (f"{TensorRef(ref.owner, 'parametrizations').name}.{ref.attr}.", f"{ref.name}_orig")
 
 
 def _aliases(recipes: Sequence[Recipe]) -> dict[str, list[str]]:

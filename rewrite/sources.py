@@ -17,6 +17,7 @@ from torch.fx import Node
 from rewrite.absorb import Layer, Ledger
 from rewrite.affine import Planner
 from rewrite.algebra import Affine
+from rewrite.baking import has_old_hooks
 from rewrite.constants import ChannelConstant, Constants
 from rewrite.operators import Norm, norm_of
 
@@ -111,7 +112,9 @@ def _norm_source(planner: Planner, norm: Norm, calls: tuple[Node, ...]) -> Sourc
 def _norm_refusal(planner: Planner, norm: Norm, layer: Layer | None) -> str:
     captured = planner.captured
     if norm.module is not None:
-        for reason in captured.hooks(norm.module):
+        hooks = captured.hooks(norm.module)
+        old = has_old_hooks(captured.module(norm.module))
+        if reason := hooks[0] if hooks and old else planner.more_than_a_layer(norm.module):
             return f"{reason}: its call is more than a normalization"
         if (caller := captured.unknown_caller(norm.module)) is not None:
             return caller
@@ -169,7 +172,7 @@ def describe(planner: Planner, norm: Norm) -> str:
     """Return a norm in a few words: "BatchNorm2d(64)"."""
     if norm.module is not None:
         module: nn.Module = planner.captured.module(norm.module)
-        name = type(module).__name__
+        name = type(module).__name__.removeprefix("Parametrized")
     else:
         name = getattr(norm.node.target, "__name__", "batch_norm")
     return f"{name}({norm.num_features})"

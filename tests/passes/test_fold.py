@@ -94,7 +94,7 @@ FOLDED_AND_LEFT = {
     "residual": (2, 0), "pre_activation": (1, 2), "dense_connections": (0, 2),
     "transformer": (3, 0), "batch_norm_transformer": (2, 0), "hook_on_conv": (0, 1),
     "hook_on_norm": (0, 1), "pre_hook_on_norm": (0, 1), "hook_on_parent": (1, 0),
-    "parametrized_conv": (0, 1), "old_weight_norm": (0, 1), "parametrized_norm": (0, 1),
+    "parametrized_conv": (1, 0), "old_weight_norm": (1, 0), "parametrized_norm": (1, 0),
     "channels_last": (1, 0), "train_mode": (0, 1),
 }  # fmt: skip
 
@@ -123,7 +123,6 @@ def test_reference_model(name: str) -> None:
         ("without_statistics", "has no running statistics"),
         ("hook_on_conv", "conv has a forward hook"),
         ("pre_hook_on_norm", "has a forward pre-hook"),
-        ("parametrized_conv", "has a parametrization of weight"),
         ("branching_root", "the model is opaque"),
     ],
 )
