@@ -1,12 +1,13 @@
 """How fast models run after folding: eager PyTorch and onnxruntime, one model of each family.
 
-    python -m benchmarks.fold_inference            medians of interleaved runs, as ratios
+    python -m benchmarks.fold_inference            medians of paired ratios of interleaved runs
     python -m benchmarks.fold_inference --write    and put them into docs/benchmarks.md
 
 For each model and batch size, four runners take turns: the unfolded model, torch.fx's fused one,
 ours, and (onnxruntime) the unfolded model's graph, which onnxruntime fuses by itself. Numbers are
 speed-ups over the unfolded model in the same runtime: above 1 is faster. `left` counts the batch
-norms that still run in the graph after torch.fx and after us.
+norms that still run in the graph after torch.fx and after us. The ratios are taken turn by turn, so
+that other work on the machine slows both sides of each; the table is written after each model.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ MODELS = (
 )  # fmt: skip
 
 
-def timings(runners: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Return the median time of each runner; they take turns, and the first turn does not count."""
+def speedups(runners: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Return how much faster than "unfolded" each runner is: the median over turns of the ratio.
+
+    The runners take turns, and the first turn does not count.
+    """
     times: dict[str, list[float]] = {name: [] for name in runners}
     for number in range(rounds + 1):
         for name, runner in runners.items():
@@ -43,7 +47,10 @@ def timings(runners: dict[str, Callable[[], Any]], rounds: int) -> dict[str, flo
             runner()
             if number:
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {
+        name: statistics.median(a / b for a, b in zip(times["unfolded"], values, strict=True))
+        for name, values in times.items()
+    }
 
 
 def session(model: nn.Module, x: torch.Tensor) -> Any:
@@ -77,10 +84,10 @@ def measure(name: str, size: int, batch: int, rounds: int) -> list[object]:
         key: run(value, (x[:1],)).norms if _has_norm(value) else 0 for key, value in found.items()
     }
     with torch.inference_mode():
-        eager = timings({k: lambda m=m: m(x) for k, m in found.items()}, rounds)
+        eager = speedups({k: lambda m=m: m(x) for k, m in found.items()}, rounds)
     sessions = {key: session(value, x) for key, value in found.items()}
     feed = {next(iter(sessions.values())).get_inputs()[0].name: x.numpy()}
-    onnx = timings(
+    onnx = speedups(
         {
             k: lambda s=s: s.run(None, {s.get_inputs()[0].name: next(iter(feed.values()))})
             for k, s in sessions.items()
@@ -88,8 +95,8 @@ def measure(name: str, size: int, batch: int, rounds: int) -> list[object]:
         rounds,
     )
 
-    def ratio(times: dict[str, float], key: str) -> object:
-        return f"{times['unfolded'] / times[key]:.2f}" if key in times else ""
+    def ratio(found: dict[str, float], key: str) -> object:
+        return f"{found[key]:.2f}" if key in found else ""
 
     return [
         name, batch, f"{left['unfolded']}", left.get("fx", ""), left["ours"],
@@ -127,16 +134,21 @@ def main() -> None:
     options = arguments.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
-    rows = []
+    rows: list[list[object]] = []
     for name in options.models:
         size = 224 if name.startswith(("levit", "efficientformer")) else options.size
         rows += [measure(name, size, batch, options.rounds) for batch in options.batch]
-        print(rows[-1], flush=True)
+        text = body(rows, options.size, options.rounds)
+        publish("fold-inference", "Inference after folding", text, write=options.write)
+
+
+def body(rows: list[list[object]], size: int, rounds: int) -> str:
+    """Return the table of the rows so far, with what it was measured on."""
     header = ["model", "batch", "norms", "fx left", "ours left", "eager fx", "eager ours",
               "onnxruntime fx", "onnxruntime ours"]  # fmt: skip
-    text = f"{environment('timm', 'onnxruntime')}, 2 threads, {options.size} x {options.size}\n\n"
-    body = text + table(header, [mean_row(rows), *rows])
-    publish("fold-inference", "Inference after folding", body, write=options.write)
+    words = f"2 threads, {size} x {size}, medians of {rounds} paired ratios; above 1 is faster"
+    text = f"{environment('timm', 'onnxruntime')}, {words}\n\n"
+    return text + table(header, [mean_row(rows), *rows])
 
 
 if __name__ == "__main__":

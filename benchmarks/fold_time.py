@@ -1,6 +1,6 @@
 """How long a fold takes, and how much memory, beside torch.fx's fuser and torchao's pt2e.
 
-    python -m benchmarks.fold_time            ratios of medians of interleaved runs in one process
+    python -m benchmarks.fold_time            ratios of the least of interleaved runs in one process
     python -m benchmarks.fold_time --write    and put them into docs/benchmarks.md
 
 `ours in place` is `apply_pass`, `ours, a copy` is `rewrite.convert` without verification: like
@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import gc
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -91,7 +90,7 @@ TOOLS: dict[str, Callable[[nn.Module, tuple[Any, ...]], Any]] = {
 
 
 def seconds(name: str, runs: int) -> dict[str, float]:
-    """Return the median time of each tool, runs interleaved; the first round does not count."""
+    """Return the least time of each tool over interleaved runs; the first round does not count."""
     model = build(name)
     inputs = (torch.randn(2, 3, 64, 64),)
     times: dict[str, list[float]] = {tool: [] for tool in TOOLS}
@@ -107,7 +106,7 @@ def seconds(name: str, runs: int) -> dict[str, float]:
             del folded, given
             if round_number or tool == "torchao pt2e":
                 times[tool].append(elapsed)
-    return {tool: statistics.median(t) for tool, t in times.items() if t}
+    return {tool: min(t) for tool, t in times.items() if t}
 
 
 def peak(name: str, tool: str) -> float:

@@ -39,8 +39,7 @@ class Edit:
 
     def affine(self, affine: Affine) -> Affine:
         """Return what the layer takes up if the whole map is `affine`."""
-        one, zero = torch.ones_like(affine.scale), torch.zeros_like(affine.shift)
-        part = Affine(affine.scale if self.scale else one, affine.shift if self.shift else zero)
+        part = affine.part(self.scale, self.shift)
         return (part.inverse() if self.inverse else part).at(self.index)
 
 

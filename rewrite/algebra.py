@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 14
-"""Elements converted to float64 at a time: few enough to stay in the cache, and to be computed by
-the calling thread alone (waiting for others costs more than it saves)."""
+_BLOCK = 1 << 17
+"""Elements converted to float64 at a time: few enough to stay in the cache, enough for several
+threads and to make the cost of a call of no account."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,13 @@ class Affine:
         """Return the map x -> self(first(x))."""
         return Affine(self.scale * first.scale, self.scale * first.shift + self.shift)
 
+    def part(self, scale: bool, shift: bool) -> Affine:
+        """Return the map with its scale, its shift, or both."""
+        return Affine(
+            self.scale if scale else torch.ones_like(self.scale),
+            self.shift if shift else torch.zeros_like(self.shift),
+        )
+
     def inverse(self) -> Affine:
         """Return the map that undoes this one; every scale has to differ from zero."""
         scale = self.scale.reciprocal()
@@ -66,6 +73,9 @@ class Affine:
 
     def at(self, index: Tensor) -> Affine:
         """Return the map of the channels in `index`; an index of -1 stands for the identity."""
+        channels = torch.arange(len(self.scale), device=index.device)
+        if torch.equal(index, channels):
+            return self
         index = index.to(self.scale.device)
         inside = index >= 0
         safe = index.clamp(min=0)
@@ -101,38 +111,24 @@ def scale_weight(
     rows, columns = (in_front, behind) if layout.transposed else (behind, in_front)
     source = weight.detach()
     result = torch.empty_like(source)
-    row_size = max(1, source[0].numel()) if source.shape[0] else 1
-    step = max(1, _BLOCK // row_size)
+    if not source.numel():
+        return result
+    step = max(1, _BLOCK // (source.numel() // source.shape[0]))
+    taps = (1,) * (source.dim() - 2)
+    by_row = None if rows is None else torch.split(rows.view(-1, 1, *taps), step)
+    by_group = None if columns is None else columns.view(layout.groups, -1, *taps)
+    group = torch.arange(source.shape[0], device=source.device) // (len(source) // layout.groups)
     # One buffer that stays in the cache: fresh temporaries cost more than the arithmetic.
-    buffer = torch.empty((step, *source.shape[1:]), dtype=torch.float64, device=source.device)
-    for start in range(0, source.shape[0], step):
-        block = source[start : start + step]
-        factor = _factor(block, start, source.shape[0] // layout.groups, layout, rows, columns)
-        exact = buffer[: block.shape[0]]
-        exact.copy_(block)
-        exact.mul_(factor)
-        result[start : start + step].copy_(exact)
+    buffer = torch.empty_like(source[:step], dtype=torch.float64)
+    for number, block in enumerate(torch.split(source, step)):
+        exact = buffer[: block.shape[0]].copy_(block)
+        if by_row is not None:
+            exact.mul_(by_row[number])
+        part = slice(number * step, number * step + step)
+        if by_group is not None:
+            exact.mul_(by_group if layout.groups == 1 else by_group[group[part]])
+        result[part].copy_(exact)
     return result
-
-
-def _factor(
-    block: Tensor,
-    start: int,
-    rows_per_group: int,
-    layout: Layout,
-    rows: Tensor | None,
-    columns: Tensor | None,
-) -> Tensor:
-    """Return what `block` (rows `start` and on of a weight) is multiplied by."""
-    taps = (1,) * (block.dim() - 2)
-    factor = torch.ones((), dtype=torch.float64, device=block.device)
-    if rows is not None:
-        factor = rows[start : start + block.shape[0]].view(-1, 1, *taps)
-    if columns is not None:
-        row_indices = torch.arange(start, start + block.shape[0], device=columns.device)
-        chosen = columns.view(layout.groups, -1)[row_indices // rows_per_group]
-        factor = factor * chosen.view(*chosen.shape, *taps)
-    return factor
 
 
 def shift_through(weight: Tensor, layout: Layout, shift: Tensor) -> Tensor:

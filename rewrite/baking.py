@@ -74,12 +74,9 @@ def _old_hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def bake_refusal(captured: Captured, name: str) -> str | None:
     """Return why a call of the module is more than that of a plain layer, baked if need be."""
     module = captured.module(name)
-    for reason in hook_reasons(module):
-        return reason
     computed = computed_tensors(module)
-    for reason in captured.hooks(name):
-        if not computed:
-            return reason
+    for reason in hook_reasons(module) if computed else captured.hooks(name):
+        return reason
     kept = set(weight_normed(module))
     for key in computed:
         if key not in kept and any(part.training for part in module.modules()):
@@ -100,6 +97,8 @@ def _repeats(module: nn.Module, key: str) -> bool:
 def originals(captured: Captured, name: str) -> list[TensorRef]:
     """Return the parameters and buffers of which a module computes its weight or bias."""
     module = captured.module(name)
+    if not computed_tensors(module):
+        return []
     old = tuple(f"{key}_" for key, _ in _old_hooks(module))
     refs = []
     for key, _ in (*module.named_parameters(), *module.named_buffers()):

@@ -12,6 +12,7 @@ its neighbours. Decisions are made in data-flow order on vectors; no weight is t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -42,30 +43,25 @@ class Move:
 
     def enter(self, ledger: Ledger, affine: Affine) -> None:
         """Note in `ledger` what each layer takes up of `affine`."""
-        one, zero = torch.ones_like(affine.scale), torch.zeros_like(affine.shift)
-        parts = {
-            "both": affine,
-            "scale": Affine(affine.scale, zero),
-            "shift": Affine(one, affine.shift),
-        }
-        over = self.part == "shift over scale"
+        if self.part == "shift over scale":
+            affine = Affine(affine.scale, affine.shift / affine.scale)
         self.absorption.enter(
-            ledger, Affine(one, affine.shift / affine.scale) if over else parts[self.part]
+            ledger, affine.part(self.part in ("both", "scale"), self.part != "scale")
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """A source that is folded: its map, and where it goes.
-
-    Attributes:
-        adds: whether the map has a shift. Without one more layers can take it up.
-    """
+    """A source that is folded: its map, and where it goes."""
 
     source: Source
     affine: Affine
     moves: tuple[Move, ...]
-    adds: bool
+
+    @property
+    def adds(self) -> bool:
+        """Whether the map has a shift. Without one more layers can take it up."""
+        return bool(self.affine.shift.any())
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -108,7 +104,7 @@ class Folder:
             return found
         for move in found:
             move.enter(self.ledger, affine)
-        return Fold(source, affine, found, bool(affine.shift.any()))
+        return Fold(source, affine, found)
 
     def decide(self, source: Source) -> Fold | Refusal:
         """Fold `source` in the ledger, or say why it cannot be."""
@@ -119,7 +115,7 @@ class Folder:
         if reason := self._aliasing(source):
             return Refusal(reason)
         affine = source.affine(self.ledger)
-        if not bool(torch.isfinite(affine.scale).all() and torch.isfinite(affine.shift).all()):
+        if not math.isfinite((affine.scale + affine.shift).sum()):
             return Refusal("its scale or shift is not finite")
         found = self._moves(source, affine)
         if isinstance(found, Refusal):
@@ -130,7 +126,7 @@ class Folder:
             move.enter(self.ledger, affine)
         if source.kind != "gain":
             self.planner.folded.update(source.passes_on)
-        return Fold(source, affine, found, bool(affine.shift.any()))
+        return Fold(source, affine, found)
 
     def _uneditable(self, source: Source) -> str | None:
         return self.captured.editor.refusal(source.first[0])
@@ -159,17 +155,20 @@ class Folder:
         if not scales and not adds:
             return ()
         positive = bool((affine.scale > 0).all())
-        safe = _invertible(affine, self.captured, source)
         reasons: list[str] = []
-        for compensate in (False, True)[: 1 + (self.compensate and safe)]:
+        for compensate in (False, True)[: 1 + self.compensate]:
+            if compensate and not _invertible(affine, self.captured, source):
+                break
             plan = self._planner(source, len(affine.scale), positive, compensate)
             for way in ("backward", "forward"):
                 absorption = plan(way, scales, adds)
                 if isinstance(absorption, Absorption):
                     return (Move(absorption, "both"),)
                 reasons.append(absorption.reason)
-            if scales and adds and (split := _split(plan, safe)):
-                return split
+            if scales and adds:
+                safe = _invertible(affine, self.captured, source)
+                if split := _split(plan, safe):
+                    return split
         reasons = [r for r in reasons[:2] if r]
         return Refusal("; ".join(dict.fromkeys(reasons)))
 

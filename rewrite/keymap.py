@@ -96,11 +96,11 @@ def _layer(captured: Captured, layer: Layer) -> dict[str, Any]:
 
 
 def _edit(captured: Captured, edit: Edit) -> dict[str, Any]:
-    index = edit.index.tolist()
+    plain = torch.equal(edit.index, torch.arange(len(edit.index)))
     return {
         "layer": _layer(captured, edit.layer),
         "side": edit.side,
-        "index": len(index) if index == list(range(len(index))) else index,
+        "index": len(edit.index) if plain else edit.index.tolist(),
         "scale": edit.scale,
         "shift": edit.shift,
         "inverse": edit.inverse,

@@ -180,6 +180,8 @@ _ACTIVATION_MODULES: Mapping[type[nn.Module], str] = {
 }  # fmt: skip
 ACTIVATION_NAMES: frozenset[str] = frozenset(_ACTIVATION_MODULES.values())
 
+_NORM_MODULES = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
 
 def is_plain(module: nn.Module) -> bool:
     """Return whether `module` computes what its torch.nn base class computes.
@@ -244,7 +246,7 @@ def norm_of(captured: Captured, node: Node) -> Norm | None:
 def _norm_module(captured: Captured, node: Node) -> Norm | None:
     name = str(node.target)
     module = captured.module(name)
-    if not is_plain(module):
+    if not isinstance(module, _NORM_MODULES) or not is_plain(module):
         return None
     described = norm_module(captured, name, module)
     inputs = node.all_input_nodes
@@ -255,6 +257,8 @@ def _norm_module(captured: Captured, node: Node) -> Norm | None:
 
 def norm_module(captured: Captured, name: str, module: nn.Module) -> dict[str, Any] | None:
     """Return the fields of the `Norm` that a standard layer is, or None."""
+    if not isinstance(module, _NORM_MODULES):
+        return None
     keys = ("weight", "bias", "running_mean", "running_var")
     refs = {
         key: TensorRef(name, key) if getattr(module, key, None) is not None else None

@@ -15,6 +15,7 @@ Differences from `torch.fx.Tracer`, each for a reason:
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import sys
 import traceback
@@ -347,6 +348,8 @@ def _put_back(held: dict[str, Any], copied: dict[str, Any]) -> None:
 
 
 def _differs(value: Any, copied: Any) -> bool:
+    """Return whether two containers of one length hold other objects, or in another order."""
     if isinstance(value, dict):
-        return any(value.get(key, copied) is not item for key, item in copied.items())
-    return any(item is not old for item, old in zip(value, copied, strict=True))
+        same = all(map(operator.is_, value.values(), copied.values()))
+        return not (same and all(map(operator.is_, value, copied)))
+    return not all(map(operator.is_, value, copied))
