@@ -7,7 +7,8 @@ import math
 from rewrite.assign import assign
 from rewrite.capture import Captured, TensorRef
 from rewrite.protocol import Change
-from rewrite.residual import Residual, Tail, residual_branches
+from rewrite.residual import Residual, residual_branches
+from rewrite.residual_tails import Tail
 
 _ZEROING = ("zero", "fixup")
 

@@ -12,7 +12,7 @@ from torch.fx import Node
 from rewrite.capture import Captured
 from rewrite.initialization import activation_names, gain
 from rewrite.operators import Activation, activation_of, function_name, norm_of
-from rewrite.residual import HANDED_ON, TRANSPARENT
+from rewrite.residual_tails import HANDED_ON, TRANSPARENT
 
 _SUMS = ("add", "iadd", "cat", "concat", "stack", "__add__", "__iadd__", "__radd__")
 

@@ -3,84 +3,33 @@
     y = s(x) + f(x)        f: layers;  s: the identity, or fewer layers (a projection)
 
 An addition is residual if both sides come from one value x, and one side passes more layers than
-the other. The names of blocks play no part. The *tail* of a branch is what makes it vanish:
-
-    f(x) = t(norm(h))        gamma = beta = 0    ->  f(x) = 0        t: anything with t(0) = 0
-    f(x) = t(W h + b)        W = b = 0           ->  f(x) = 0
+the other. The names of blocks play no part; depthwise layers do not count, so that a separable
+projection is one layer. What makes a branch vanish is its *tail* (rewrite.residual_tails).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from torch import nn
 from torch.fx import Node
 
 from rewrite.capture import Captured, TensorRef
 from rewrite.fans import linear_maps
-from rewrite.operators import activation_of, conv_of, function_name, linear_of, norm_of
+from rewrite.operators import conv_of, function_name, linear_of, norm_of
 from rewrite.regions import Region
-
-TailKind = Literal["norm", "weight", "scale"]
-
-_ADDITIONS = ("add", "iadd", "__add__", "__iadd__", "__radd__")
-_PRODUCTS = ("mul", "imul", "multiply", "__mul__", "__imul__", "__rmul__")
-_SPLITS = ("chunk", "split", "unbind", "tensor_split", "split_with_sizes")
-_LARGEST_BRANCH = 600  # nodes; what is longer is a skip across the network
-_NOT_DATA = ("size", "getattr", "arange", "zeros", "ones", "full", "tril", "triu", "dim")
-
-# Functions with f(0) = 0 that hand on the value of their first argument.
-HANDED_ON = frozenset(
-    {
-        "reshape", "view", "permute", "transpose", "swapaxes", "movedim", "moveaxis", "flatten",
-        "unflatten", "squeeze", "unsqueeze", "contiguous", "clone", "to", "float", "half",
-        "type_as", "expand", "expand_as", "repeat", "roll", "flip", "getitem", "narrow",
-        "select", "pad", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
-        "feature_alpha_dropout", "stochastic_depth", "drop_path", "mean", "sum", "amax",
-        "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d",
-        "interpolate", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "fold", "unfold",
-        "t", "neg", "div", "truediv", "__truediv__", "true_divide", "rot90", "permute_copy",
-        "view_copy", "index_select", "gather", "reshape_as", "view_as",
-    }
-)  # fmt: skip
-_ZERO_AT_ZERO = frozenset(
-    {
-        "relu", "relu6", "leaky_relu", "prelu", "elu", "celu", "selu", "gelu", "silu", "mish",
-        "hardswish", "hardtanh", "tanh", "softsign", "tanhshrink", "hardshrink", "softshrink",
-        "rrelu",
-    }
-)  # fmt: skip
-TRANSPARENT = (
-    nn.Identity,
-    nn.modules.dropout._DropoutNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.Flatten,
-    nn.Unflatten,
-    nn.Upsample,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-    nn.ZeroPad2d,
-    nn.Fold,
-    nn.Unfold,
+from rewrite.residual_tails import (
+    ADDITIONS,
+    PRODUCTS,
+    Tail,
+    TailFinder,
+    layer_tail,
 )
 
-
-@dataclass(frozen=True)
-class Tail:
-    """The last thing of a branch that can make it vanish: its scale and its shift.
-
-    A norm's gamma and beta, a layer's weight and bias, or a learned scale alone.
-    """
-
-    kind: TailKind
-    weight: TensorRef
-    bias: TensorRef | None = None
+_SPLITS = ("chunk", "split", "unbind", "tensor_split", "split_with_sizes")
+_LARGEST_BRANCH = 600  # nodes; what is longer is a skip across the network
+_ATTENTION = ("matmul", "__matmul__", "bmm", "einsum", "scaled_dot_product_attention")
 
 
 @dataclass(frozen=True)
@@ -123,6 +72,10 @@ class _Finder:
     nodes: list[Node] = field(default_factory=list)
     index: dict[Node, int] = field(default_factory=dict)
     above: list[int] = field(default_factory=list)
+    constant: set[Node] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.ends = TailFinder(self.captured, self.constant, self._leads)
 
     def run(self) -> list[Residual]:
         found: list[Residual] = []
@@ -133,20 +86,36 @@ class _Finder:
             self.nodes.append(node)
             self.index[node] = position
             self.above.append(mask)
-            if node.op == "call_module":
+            if self._is_constant(node):
+                self.constant.add(node)
+            elif node.op == "call_module":
                 found += _inside_transformer_layer(self.captured, str(node.target))
-            elif function_name(node) in _ADDITIONS and (one := self._addition(node, found)):
+            elif function_name(node) in ADDITIONS and (one := self._addition(node, found)):
                 found.append(one)
         return found
 
+    def _is_constant(self, node: Node) -> bool:
+        """Return whether the value depends on no input, or on the shape of one alone."""
+        if node.op in ("placeholder", "output"):
+            return False
+        shape = function_name(node) in ("size", "dim") or (
+            function_name(node) == "getattr"
+            and node.args[1] in ("shape", "ndim", "dtype", "device")
+        )
+        return shape or all(source in self.constant for source in node.all_input_nodes)
+
+    def _leads(self, source: Node, node: Node) -> bool:
+        return bool(self.above[self.index[node]] >> self.index[source] & 1)
+
     def _addition(self, node: Node, before: list[Residual]) -> Residual | None:
         sides = node.all_input_nodes
-        if len(sides) != 2 or any(side.op == "get_attr" for side in sides):
+        if len(sides) != 2 or any(side in self.constant for side in sides):
             return None
         own = [self._only(sides[0], sides[1]), self._only(sides[1], sides[0])]
         layers = [self._layers(nodes) for nodes in own]
-        norms = [sum(norm_of(self.captured, n) is not None for n in nodes) for nodes in own]
-        costs = [(len(layers[i]), norms[i]) for i in (0, 1)]
+        costs: list[tuple[int, ...]] = [(len(weights),) for weights in layers]
+        if costs[0] == costs[1]:
+            costs = [self._norms_and_scales(nodes) for nodes in own]
         for residual in before:
             if residual.node in sides and len(residual.node.users) == 1:
                 short = sides.index(residual.node)
@@ -156,7 +125,7 @@ class _Finder:
                     before.remove(residual)
                     return _continued(residual, found)
         short = 1 if costs[0] > costs[1] else 0
-        if costs[0] == costs[1] or len(layers[short]) > 1:
+        if costs[0] == costs[1] or len(self._dense(layers[short])) > 1:
             return None
         shared = self._one_source(own[1 - short], own[short], sides[short])
         return self._residual(node, sides, short, own, layers, shared) if shared else None
@@ -170,7 +139,7 @@ class _Finder:
         layers: list[list[TensorRef]],
         sources: frozenset[Node],
     ) -> Residual:
-        tails = self._tails(sides[1 - short], set(own[1 - short]))
+        tails = self.ends.tails(sides[1 - short], set(own[1 - short]))
         return Residual(
             self.captured.owner(node),
             () if isinstance(tails, str) else tuple(dict.fromkeys(tails)),
@@ -191,7 +160,7 @@ class _Finder:
         while bits:
             low = bits & -bits
             item = self.nodes[low.bit_length() - 1]
-            if item.op != "get_attr":
+            if item not in self.constant:
                 found.append(item)
             bits ^= low
         return found
@@ -204,96 +173,48 @@ class _Finder:
                 found += _weights_inside(self.captured, name)
             elif applied := conv_of(self.captured, node) or linear_of(self.captured, node):
                 found.append(applied.weight)
+            elif (weight := self.ends.computed_weight(node)) is not None:
+                found.append(weight)
         return found
+
+    def _norms_and_scales(self, nodes: Iterable[Node]) -> tuple[int, int]:
+        norms = scales = 0
+        for node in nodes:
+            norms += norm_of(self.captured, node) is not None
+            factors = node.all_input_nodes if function_name(node) in PRODUCTS else []
+            scales += any(self.ends.switch(factor) is not None for factor in factors)
+        return norms, scales
+
+    def _dense(self, weights: Iterable[TensorRef]) -> list[TensorRef]:
+        """Return the weights that mix channels: a separable projection has one of them."""
+        return [
+            ref
+            for ref in weights
+            if not 1
+            < getattr(self.captured.module(ref.owner), "groups", 1)
+            == getattr(self.captured.module(ref.owner), "in_channels", None)
+        ]
 
     def _one_source(self, branch: list[Node], shortcut: list[Node], side: Node) -> frozenset[Node]:
         """Return the values at which both sides begin, if the shortcut carries them."""
-        if any(function_name(node) in _NOT_DATA for node in shortcut):
-            return frozenset()
+        if any(function_name(node) in _ATTENTION for node in shortcut):
+            return frozenset()  # a sum inside of an attention
         if any(function_name(node) in ("interpolate", "upsample") for node in branch):
             # A pyramid's way down: coarse features are added, not a correction.
             return frozenset()
-        starts = _sources(shortcut) if shortcut else {side}
+        starts = self._sources(shortcut) if shortcut else {side}
         return frozenset(
-            node
-            for node in starts & _sources(branch)
-            if function_name(node) not in _SPLITS and function_name(node) not in _NOT_DATA
+            node for node in starts & self._sources(branch) if function_name(node) not in _SPLITS
         )
 
-    # -- the end of a branch ----------------------------------------------------------------------
-
-    def _tails(self, node: Node, inside: set[Node]) -> list[Tail] | str:
-        """Walk back from the end of a branch to what makes it zero; or say what is in the way."""
-        scale: Tail | None = None
-        while node in inside:
-            if (end := self._end(node)) is not None:
-                return [end]
-            name = function_name(node)
-            if name in _ADDITIONS or name == "cat":
-                return self._all_tails(node, inside)
-            if name in _PRODUCTS:
-                node, factor = self._product(node)
-                scale = scale or factor
-                continue
-            if not self._hands_on(node):
-                break
-            node = node.all_input_nodes[0]
-        if scale is not None:
-            return [scale]
-        last = function_name(node) or node.target
-        return f"the branch ends in {last}, which no weight switches off"
-
-    def _all_tails(self, node: Node, inside: set[Node]) -> list[Tail] | str:
-        tails: list[Tail] = []
-        for side in node.all_input_nodes:
-            found = self._tails(side, inside)
-            if isinstance(found, str):
-                return found
-            tails += found
-        return tails
-
-    def _end(self, node: Node) -> Tail | None:
-        if (norm := norm_of(self.captured, node)) is not None:
-            return Tail("norm", norm.weight, norm.bias) if norm.weight is not None else None
-        applied = conv_of(self.captured, node) or linear_of(self.captured, node)
-        if applied is not None:
-            return Tail("weight", applied.weight, applied.bias)
-        if node.op != "call_module":
-            return None
-        name = str(node.target)
-        module = self.captured.module(name)
-        if isinstance(module, nn.MultiheadAttention):
-            name, module = f"{name}.out_proj", module.out_proj
-        return _layer_tail(name, module)
-
-    def _product(self, node: Node) -> tuple[Node, Tail | None]:
-        """Return the factor that carries the branch, and the learned scale on it, if any."""
-        factors = node.all_input_nodes
-        constants = [f for f in factors if f.op == "get_attr"]
-        others = [f for f in factors if f.op != "get_attr"]
-        if not others:
-            return factors[0], None
-        ref = self.captured.ref(constants[0]) if constants else None
-        learned = ref is not None and ref.attr in self.captured.module(ref.owner)._parameters
-        scale = Tail("scale", ref) if ref is not None and learned else None
-        if len(others) == 2 and self.above[self.index[others[0]]] >> self.index[others[1]] & 1:
-            return others[1], scale  # the first factor is a gate made from the second
-        return others[0], scale
-
-    def _hands_on(self, node: Node) -> bool:
-        if not node.all_input_nodes:
-            return False
-        activation = activation_of(self.captured, node)
-        if activation is not None:
-            return activation.name in _ZERO_AT_ZERO
-        if (norm := norm_of(self.captured, node)) is not None:
-            return norm.bias is None
-        if node.op == "call_module":
-            module = self.captured.module(str(node.target))
-            # A module without parameters that could not be traced: DropPath and its like.
-            named = type(module).__name__ in ("DropPath", "StochasticDepth")
-            return isinstance(module, TRANSPARENT) or named
-        return function_name(node) in HANDED_ON
+    def _sources(self, nodes: list[Node]) -> set[Node]:
+        inside = set(nodes)
+        return {
+            source
+            for node in nodes
+            for source in node.all_input_nodes
+            if source not in inside and source not in self.constant
+        }
 
 
 def _continued(inner: Residual, outer: Residual) -> Residual:
@@ -308,24 +229,6 @@ def _continued(inner: Residual, outer: Residual) -> Residual:
         reason=inner.reason or outer.reason,
         shortcut=inner.shortcut,
     )
-
-
-def _sources(nodes: list[Node]) -> set[Node]:
-    inside = set(nodes)
-    return {
-        source
-        for node in nodes
-        for source in node.all_input_nodes
-        if source not in inside and source.op != "get_attr"
-    }
-
-
-def _layer_tail(name: str, module: nn.Module) -> Tail | None:
-    """Return the tail that a single layer of one dense map is."""
-    if len(linear_maps(module)) != 1 or linear_maps(module)[0].parameter != "weight":
-        return None
-    bias = TensorRef(name, "bias") if getattr(module, "bias", None) is not None else None
-    return Tail("weight", TensorRef(name, "weight"), bias)
 
 
 def _weights_inside(captured: Captured, name: str) -> Iterator[TensorRef]:
@@ -349,7 +252,7 @@ def _inside_transformer_layer(captured: Captured, name: str) -> Iterator[Residua
             branches.insert(1, ("multihead_attn", "multihead_attn.out_proj"))
         for first, last in branches:
             layer = module.get_submodule(last)
-            tail = _layer_tail(f"{below}.{last}", layer)
+            tail = layer_tail(f"{below}.{last}", layer)
             assert tail is not None
             layers = dict.fromkeys([*_weights_inside(captured, f"{below}.{first}"), tail.weight])
             yield Residual(below, (tail,), tuple(layers))

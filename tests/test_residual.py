@@ -25,7 +25,8 @@ class Block(nn.Module):
         self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
         self.norm = nn.BatchNorm2d(4)
         self.gate = nn.Conv2d(4, 4, 1)
-        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+        self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.scale, self.shift = nn.Parameter(torch.ones(4, 1, 1)), nn.Parameter(torch.ones(1))
 
     def forward(self, x):
         forms = {
@@ -38,7 +39,19 @@ class Block(nn.Module):
             "summed": lambda: x + self.norm(self.one(x)) + self.two(x),
             "activated": lambda: x + self.norm(self.one(x)).relu(),
             "learned scale alone": lambda: x + self.scale * (self.norm(x).sigmoid()),
+            "separable": lambda: self.down(self.depthwise(x)) + self.norm(self.two(self.one(x))),
+            "difference": lambda: x + self._difference(self.norm(x)),
+            "scaled difference": lambda: x + self.scale.view(4, 1, 1) * self._difference(x),
+            "scaled in place": lambda: self._scaled_in_place(self.one(x).sigmoid()) + x,
+            "computed weight": lambda: self._computed(x, self.scale.view(4, 1, 1, 1)) + x,
+            "standardized weight": lambda: self._computed(x, None) + x,
+            "shifted": lambda: x + (self.norm(self.one(x)).relu() * self.scale + self.shift),
+            "attention": lambda: x + self._attention(self.one(x), self.two(x)),
+            "python sum": lambda: x + sum([self.norm(self.one(x))]),
+            "windowed": lambda: x.view(x.shape[0], 4, 6, 6) + self.norm(self.one(x)),
+            "interpolated": lambda: x + self.scale.sigmoid() * (self.norm(self.one(x)) - x),
             # No residuals:
+            "attention terms": lambda: x @ x.mT + self.two(self.one(x)),
             "sum of equals": lambda: self.one(x) + self.two(x),
             "constant": lambda: self.one(x) + self.scale,
             "split": lambda: self._split(x),
@@ -49,6 +62,23 @@ class Block(nn.Module):
 
     def _gated(self, y):
         return y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid()
+
+    def _difference(self, y):
+        return nn.functional.avg_pool2d(y, 3, 1, 1) - y
+
+    def _scaled_in_place(self, y):
+        y.mul_(self.scale)
+        return y
+
+    def _computed(self, x, gain):
+        flat = self.one.weight.reshape(1, 4, -1)
+        weight = nn.functional.batch_norm(flat, None, None, training=True).view(4, 4, 3, 3)
+        weight = weight if gain is None else weight * gain
+        return nn.functional.conv2d(x, weight, None, padding=1)
+
+    def _attention(self, q, v):
+        q, v = q.flatten(2), v.flatten(2)
+        return ((q @ q.mT).softmax(-1) @ v).reshape(2, 4, 6, 6)
 
     def _split(self, x):
         left, right = x.chunk(2, 1)
@@ -70,6 +100,16 @@ class Block(nn.Module):
         ("summed", ["norm.weight", "two.weight"]),
         ("activated", ["norm.weight"]),
         ("learned scale alone", ["scale"]),
+        ("separable", ["norm.weight"]),
+        ("difference", ["norm.weight"]),
+        ("scaled difference", ["scale"]),
+        ("scaled in place", ["scale"]),
+        ("computed weight", ["scale"]),
+        ("standardized weight", ["one.weight"]),
+        ("shifted", ["norm.weight", "shift"]),
+        ("attention", ["two.weight"]),
+        ("python sum", ["norm.weight"]),
+        ("windowed", ["norm.weight"]),
     ],
 )
 def test_zero_tails_leave_the_shortcut(form, tails):
@@ -78,18 +118,25 @@ def test_zero_tails_leave_the_shortcut(form, tails):
     assert [tail.weight.name for tail in found.tails] == tails
     assert found.target == ""
     x = torch.randn(2, 4, 6, 6)
-    shortcut = model.down(x) if form == "projection" else x
+    shortcut = shortcut_of(model, x)
     assert not torch.allclose(model(x), shortcut, rtol=1e-3)
     options = Reinitialize(scheme="normal:0.3", residual="zero")
     zeroed = convert(model, [options], verify=False).model
-    expected = zeroed.down(x) if form == "projection" else x
+    expected = shortcut_of(zeroed, x)
     assert torch.equal(zeroed(x), expected)
     # Without the option the branch is alive.
     alive = convert(model, [Reinitialize(scheme="normal:0.3")], verify=False).model
     assert not torch.allclose(alive(x), expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("form", ["sum of equals", "constant", "split", "pyramid"])
+def shortcut_of(model, x):
+    shortcuts = {"projection": model.down, "separable": lambda x: model.down(model.depthwise(x))}
+    return shortcuts.get(model.form, lambda x: x)(x)
+
+
+@pytest.mark.parametrize(
+    "form", ["sum of equals", "constant", "split", "pyramid", "attention terms"]
+)
 def test_sums_that_are_no_residuals(form):
     assert branches(Block(form)) == []
 
@@ -98,6 +145,9 @@ def test_a_branch_that_nothing_switches_off_says_why():
     (found,) = branches(Block("sigmoid"))
     assert found.tails == ()
     assert "sigmoid" in found.reason
+    (found,) = branches(Block("interpolated"))
+    assert found.tails == ()
+    assert "holds its own input" in found.reason
 
 
 def test_chain_of_blocks():
@@ -146,6 +196,10 @@ def test_layers_of_torch_that_add_by_themselves():
         ("vit_tiny_patch16_224", 24),
         ("mixer_s32_224", 16),
         ("densenet121", 0),
+        ("nf_resnet26", 8),
+        ("ghostnet_050", 16),
+        ("hiera_tiny_224", 24),
+        ("poolformerv2_s12", 24),
     ],
 )
 def test_families_of_timm(name, count):
