@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -155,13 +156,35 @@ def _is_norm(module: nn.Module) -> bool:
 def _constant(module: nn.Module, key: str, *, norm: bool, has_maps: bool) -> float | None:
     """Return the value of a parameter that is not drawn, or None."""
     if norm and key in ("weight", "gamma", "scale", "g"):
-        return 1.0
+        return _identity_scale(module, key)
     if norm and key in ("bias", "beta"):
         return 0.0
     if isinstance(module, nn.PReLU):
         return 0.25
     named = "bias" in key.split("_")
     return 0.0 if named and has_maps else None
+
+
+def _identity_scale(module: nn.Module, key: str) -> float:
+    """Return the scale of a norm that only normalizes: 1, or 0 where its code adds 1 or its input.
+
+    With all parameters zero the first kind says nothing about its input, the second does.
+    """
+    scale = module._parameters[key]
+    if type(module).__module__.startswith("torch.nn.") or scale is None:
+        return 1.0
+    trial, size = copy.deepcopy(module), scale.numel()
+    for parameter in trial.parameters():
+        parameter.data.zero_()
+    random = torch.Generator().manual_seed(0)
+    for shape in ((2, size), (2, 3, 3, size), (2, size, 3, 3)):
+        one, other = (torch.randn(shape, generator=random).to(scale) for _ in range(2))
+        try:
+            with torch.no_grad():
+                return 1.0 if torch.equal(trial(one), trial(other)) else 0.0
+        except Exception:  # noqa: BLE001 - a forward may raise anything; try a layout more
+            continue
+    return 1.0
 
 
 def _statistics(module: nn.Module) -> dict[str, float]:

@@ -89,6 +89,50 @@ class Followed(nn.Module):
         return self.layers[5](y)
 
 
+class ZeroCentredNorm(nn.Module):
+    """Scales by 1 + weight, as Gemma's RMSNorm does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((4,), 0.3))
+
+    def forward(self, x):
+        return nn.functional.rms_norm(x, (4,)) * (1 + self.weight)
+
+
+class ResponseNorm(nn.Module):
+    """Adds to its input, as the global response norm of ConvNeXt V2 does; channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        size = x.norm(dim=(1, 2), keepdim=True)
+        return x + self.weight * (x * size / size.mean(-1, keepdim=True)) + self.bias
+
+
+class NormAct(nn.BatchNorm2d):
+    """A norm and an activation that is not zero at zero."""
+
+    def forward(self, x):
+        return super().forward(x).sigmoid()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [(ZeroCentredNorm, 0.0), (ResponseNorm, 0.0), (lambda: NormAct(4), 1.0)]
+)
+def test_norms_of_other_packages_become_their_identity(kind, value):
+    model = nn.Sequential(kind())
+    state = torch.get_rng_state()
+    out = reinit(model).model[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(out.weight, torch.full((4,), value))
+    if isinstance(out, ResponseNorm):
+        x = torch.randn(2, 3, 3, 4)
+        assert torch.equal(out(x), x)
+
+
 def test_gain_is_that_of_the_activation_that_follows():
     result = reinit(Followed())
     gains = ["relu", None, "gelu", "tanh", "tanh", "linear"]
