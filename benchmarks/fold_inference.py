@@ -12,12 +12,13 @@ that other work on the machine slows both sides of each; the table is written af
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ from benchmarks.folders import ours, torch_fx
 from benchmarks.scoreboard import run
 
 MODELS = (
-    "resnet18", "resnetv2_50", "efficientnet_b0", "mobilenetv3_small_100", "densenet121",
-    "repvgg_a0", "mobileone_s0", "fastvit_t8", "levit_128s", "regnety_002", "ghostnet_100",
-    "dla34", "res2net50_14w_8s", "convnext_atto", "inception_v4", "hrnet_w18_small",
-    "mobilevit_xxs", "efficientformer_l1", "vgg11_bn", "convmixer_768_32",
+    "resnet18", "mobilenetv3_small_050", "regnety_002", "ghostnet_050", "mobileone_s0", "repvgg_a0",
+    "efficientnet_lite0", "levit_128s", "mobilevit_xxs", "dla46_c", "fastvit_t8", "densenet121",
+    "resnetv2_18", "convnext_atto", "repghostnet_050", "hrnet_w18_small", "efficientformer_l1",
+    "res2net50_14w_8s", "convmixer_768_32", "vgg11_bn",
 )  # fmt: skip
 
 
@@ -58,50 +59,54 @@ def session(model: nn.Module, x: torch.Tensor) -> Any:
     import onnxruntime
 
     buffer = io.BytesIO()
-    torch.onnx.export(model, (x,), buffer, dynamo=False, do_constant_folding=False)
+    torch.onnx.export(
+        model, (x,), buffer, dynamo=False, do_constant_folding=False, input_names=["x"],
+        output_names=["y"], dynamic_axes={"x": {0: "batch"}},
+    )  # fmt: skip
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2
     return onnxruntime.InferenceSession(buffer.getvalue(), options)
 
 
-def measure(name: str, size: int, batch: int, rounds: int) -> list[object]:
-    """Return one row: speed-ups over the unfolded model."""
+def measure(name: str, size: int, batches: Sequence[int], rounds: int) -> list[list[object]]:
+    """Return one row a batch size: speed-ups over the unfolded model."""
     import timm
 
     import models
 
     torch.manual_seed(0)
     model = models.randomize_norms_(timm.create_model(name)).eval()
-    x = torch.randn(batch, 3, size, size)
-    folded = ours(timm_copy(model), (x,))
-    try:
-        fused = torch_fx(model, (x,))
-    except Exception:  # noqa: BLE001 - a tool that fails on a model has an empty cell
-        fused = None
-    candidates = {"unfolded": model, "fx": fused, "ours": folded}
-    found = {key: value for key, value in candidates.items() if value is not None}
+    example = torch.randn(2, 3, size, size)
+    found = {"unfolded": model}
+    # A tool that fails on a model has empty cells.
+    with contextlib.suppress(Exception):
+        found["fx"] = torch_fx(model, (example,))
+    found["ours"] = ours(timm_copy(model), (example,))
     left = {
-        key: run(value, (x[:1],)).norms if _has_norm(value) else 0 for key, value in found.items()
+        key: run(value, (example[:1],)).norms if _has_norm(value) else 0
+        for key, value in found.items()
     }
-    with torch.inference_mode():
-        eager = speedups({k: lambda m=m: m(x) for k, m in found.items()}, rounds)
-    sessions = {key: session(value, x) for key, value in found.items()}
-    feed = {next(iter(sessions.values())).get_inputs()[0].name: x.numpy()}
-    onnx = speedups(
-        {
-            k: lambda s=s: s.run(None, {s.get_inputs()[0].name: next(iter(feed.values()))})
-            for k, s in sessions.items()
-        },
-        rounds,
-    )
+    sessions = {key: session(value, example) for key, value in found.items()}
+    rows = []
+    for batch in batches:
+        x = torch.randn(batch, 3, size, size)
+        feed = {"x": x.numpy()}
+        with torch.inference_mode():
+            eager = speedups({k: lambda m=m, x=x: m(x) for k, m in found.items()}, rounds)
+        onnx = speedups(
+            {k: lambda s=s, feed=feed: s.run(None, feed) for k, s in sessions.items()}, rounds
+        )
+        rows.append(
+            [
+                name, batch, left["unfolded"], left.get("fx", ""), left["ours"],
+                _cell(eager, "fx"), _cell(eager, "ours"), _cell(onnx, "fx"), _cell(onnx, "ours"),
+            ]
+        )  # fmt: skip
+    return rows
 
-    def ratio(found: dict[str, float], key: str) -> object:
-        return f"{found[key]:.2f}" if key in found else ""
 
-    return [
-        name, batch, f"{left['unfolded']}", left.get("fx", ""), left["ours"],
-        ratio(eager, "fx"), ratio(eager, "ours"), ratio(onnx, "fx"), ratio(onnx, "ours"),
-    ]  # fmt: skip
+def _cell(found: dict[str, float], key: str) -> object:
+    return f"{found[key]:.2f}" if key in found else ""
 
 
 def timm_copy(model: nn.Module) -> nn.Module:
@@ -137,7 +142,7 @@ def main() -> None:
     rows: list[list[object]] = []
     for name in options.models:
         size = 224 if name.startswith(("levit", "efficientformer")) else options.size
-        rows += [measure(name, size, batch, options.rounds) for batch in options.batch]
+        rows += measure(name, size, options.batch, options.rounds)
         text = body(rows, options.size, options.rounds)
         publish("fold-inference", "Inference after folding", text, write=options.write)
 

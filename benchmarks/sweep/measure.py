@@ -173,7 +173,10 @@ def _counts_boxes(output: Any) -> bool:
 
 
 def _fold(row: dict[str, Any], model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
-    """Fold a copy in float64 and compare; `fold_left` norms still run afterwards."""
+    """Fold a copy in float64 and compare; `fold_left` norms still run afterwards.
+
+    Where a reason is that shapes are unknown, it is folded with example inputs, as `convert` does.
+    """
     try:
         from passes import FoldNorm
     except ImportError:
@@ -189,6 +192,9 @@ def _fold(row: dict[str, Any], model: nn.Module, example_inputs: tuple[Any, ...]
         return
     try:
         applied = apply_pass(FoldNorm(), copy_model(wide))
+        if any("example_inputs" in skip.reason for skip in applied.skips):
+            row["fold_with_inputs"] = True
+            applied = apply_pass(FoldNorm(), copy_model(wide), inputs)
         row["fold_skips"] = _reasons(applied.skips)
         new_output, after = run(applied.model, inputs)
     except Exception as error:  # noqa: BLE001 - a failure of ours is a row, not the end of the sweep
