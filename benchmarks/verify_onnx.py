@@ -1,66 +1,90 @@
 """Export and verification to ONNX over many architectures: verdicts, and time against the export.
 
-    python -m benchmarks.verify_onnx
+    python -m benchmarks.verify_onnx                            the quick tier; resumable
+    python -m benchmarks.verify_onnx timm:resnet50 --rows /tmp/rows.jsonl
 
 Each architecture is exported with `rewrite.export` and the file is verified as an export does by
-default: checker, batch sizes, outputs and every value on the way. The ratio is the verification's
-time to the export's own. What fails is named with its cause.
+default: checker, batch sizes, outputs and every value on the way. Times are of the CPU, after an
+export and a verification of a small model that load what both need; the ratio is the verification's
+to the export's own. Each runs in a process of its own with a limit of time and of memory, and what
+fails is named with its cause. Rows are appended as JSON lines; a row that is there is not measured
+again.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
-import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks._table import environment, parser, publish, table
-from benchmarks.corpus import QUICK, UnbuildableError, build
+from benchmarks.corpus import PACKAGES, QUICK, UnbuildableError, build, installed
+from benchmarks.sweep.workers import Limits, run_all
 from rewrite.errors import RewriteError
 from rewrite.onnx import export, verify_onnx
 from rewrite.verification import Level
 
+ROWS = Path(__file__).parent / "verify_onnx.jsonl"
 HEADER = ["architecture", "nodes", "export, s", "verify, s", "ratio", "error", "noise", "verdict"]
-
-
-class OverTimeError(Exception):
-    """An architecture took longer than it may."""
+CAUSES: dict[str, str] = {}
+"""Why an architecture cannot be exported or is not equal, found out by hand."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and publish the table."""
     options = parser(__doc__)
-    options.add_argument("--limit", type=int, default=300, help="seconds an architecture may take")
-    options.add_argument("--rows", type=Path, help="keep finished rows here, and go on from them")
+    options.add_argument("--seconds", type=float, default=600, help="limit for one architecture")
+    options.add_argument("--megabytes", type=int, default=8_000, help="limit for one architecture")
+    options.add_argument("--rows", type=Path, default=ROWS, help="where the rows are kept")
     options.add_argument("names", nargs="*", default=QUICK, metavar="PACKAGE:ARCHITECTURE")
     chosen = options.parse_args(arguments)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    rows = list(measured(chosen.names, chosen.limit, chosen.rows))
-    publish("verify-onnx", "Export to ONNX, verified", body(rows), write=chosen.write)
+    names = [name for name in chosen.names if installed(name)]
+    limits = Limits(chosen.seconds, chosen.megabytes)
+    pending = [name for name in names if name not in _read(chosen.rows)]
+    _warm_up(names if pending else [])
+    for row in run_all(pending, measure, limits, workers=1):
+        with chosen.rows.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+    rows = _read(chosen.rows)
+    publish(
+        "verify-onnx",
+        "Export to ONNX, verified",
+        body([rows[n] for n in names]),
+        write=chosen.write,
+    )
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows of a file, the last one of each architecture."""
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {row["name"]: row for row in map(json.loads, lines)}
 
 
 def body(rows: list[dict[str, Any]]) -> str:
     """Return the text of the section."""
-    done = [row for row in rows if row["ratio"] is not None]
-    verified = [row for row in done if row["verdict"] == "verified"]
-    refused = [row for row in rows if row["ratio"] is None]
+    done = [row for row in rows if "verify" in row]
+    verified = [row for row in done if row["status"] == "verified"]
     export_time, verify_time = (sum(row[key] for row in done) for key in ("export", "verify"))
-    ratios = sorted(row["ratio"] for row in done)
+    ratios = sorted(row["verify"] / row["export"] for row in done)
     summary = (
         f"{environment('onnx', 'onnxruntime', 'timm', 'torchvision')}. "
         f"{len(rows)} architectures: {len(verified)} verified, "
-        f"{len(done) - len(verified)} found wrong, {len(refused)} not exported. Verification took "
-        f"{verify_time / export_time:.2f} of the time of the exports together, "
-        f"{ratios[len(ratios) // 2]:.2f} in the median (target: at most 0.5)."
+        f"{len(done) - len(verified)} found wrong, {len(rows) - len(done)} not exported. "
+        f"Verification took {verify_time / export_time:.2f} of the CPU time of the exports "
+        f"together, {ratios[len(ratios) // 2]:.2f} in the median (target: at most 0.5)."
     )
     return f"{summary}\n\n{table(HEADER, [_cells(row) for row in rows])}"
 
@@ -69,71 +93,57 @@ def _cells(row: dict[str, Any]) -> list[str]:
     def shown(key: str, form: str) -> str:
         return "" if row.get(key) is None else format(row[key], form)
 
+    ratio = f"{row['verify'] / row['export']:.2f}" if "verify" in row else ""
+    verdict = " · ".join(filter(None, [row["status"], row.get("error"), CAUSES.get(row["name"])]))
     return [
-        row["name"], shown("nodes", "d"), shown("export", ".1f"), shown("verify", ".1f"),
-        shown("ratio", ".2f"), shown("error", ".0e"), shown("noise", ".0e"), row["verdict"],
+        row["name"], shown("nodes", "d"), shown("export", ".1f"), shown("verify", ".1f"), ratio,
+        shown("max_rel", ".0e"), shown("noise", ".0e"), verdict,
     ]  # fmt: skip
 
 
-def measured(names: Sequence[str], limit: int, kept: Path | None) -> Iterator[dict[str, Any]]:
-    """Yield a row for each architecture, those from `kept` first read."""
-    known = {}
-    if kept is not None and kept.exists():
-        known = {row["name"]: row for row in map(json.loads, kept.read_text().splitlines())}
-    for name in names:
-        row = known.get(name) or measure(name, limit)
-        if kept is not None and name not in known:
-            with kept.open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
-        yield row
+def _warm_up(names: Sequence[str]) -> None:
+    """Load, before any process is forked, what all of them need."""
+    torch.set_num_threads(1)
+    for name in dict.fromkeys(PACKAGES[name.partition(":")[0]] for name in names):
+        importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as folder:
+        _export_and_verify(nn.Linear(2, 2).eval(), (torch.ones(2, 2),), Path(folder))
 
 
-def measure(name: str, limit: int) -> dict[str, Any]:
+def measure(name: str) -> dict[str, Any]:
     """Export and verify one architecture."""
-    row: dict[str, Any] = {"name": name, "ratio": None}
+    torch.set_num_threads(1)
+    row: dict[str, Any] = {"name": name}
     try:
-        with _at_most(limit), tempfile.TemporaryDirectory() as folder:
-            model, inputs = build(name)
-            path = Path(folder) / "model.onnx"
-            begin = time.perf_counter()
-            notes = export(model, path, example_inputs=inputs, verify=False).notes
-            exported = time.perf_counter()
-            found = verify_onnx(path, model, inputs, level=Level.QUICK)
-            done = time.perf_counter()
+        model, inputs = build(name)
+        with tempfile.TemporaryDirectory() as folder:
+            return row | _export_and_verify(model, inputs, Path(folder))
     except (RewriteError, UnbuildableError) as error:
-        return {**row, "verdict": _line(str(error))}
-    except OverTimeError:
-        return {**row, "verdict": f"over {limit} s"}
+        return {**row, "status": "not exported", "error": _line(str(error))}
+
+
+def _export_and_verify(model: nn.Module, inputs: Any, folder: Path) -> dict[str, Any]:
+    path = folder / "model.onnx"
+    begin = time.process_time()
+    notes = export(model, path, example_inputs=inputs, verify=False).notes
+    exported = time.process_time()
+    found = verify_onnx(path, model, inputs, level=Level.QUICK)
+    done = time.process_time()
     return {
-        **row,
+        "status": "verified" if found.ok else "wrong",
         "nodes": sum(found.census.values()),
         "export": exported - begin,
         "verify": done - exported,
-        "ratio": (done - exported) / (exported - begin),
-        "error": found.max_rel,
+        "max_rel": found.max_rel,
         "noise": found.noise,
         "notes": notes,
-        "verdict": "verified" if found.ok else _line("; ".join(found.reasons)),
+        "error": _line("; ".join(found.reasons)),
     }
 
 
 def _line(text: str) -> str:
     flat = " ".join(text.split()).replace("|", "/")
     return flat if len(flat) < 160 else flat[:157] + "…"
-
-
-@contextmanager
-def _at_most(seconds: int) -> Iterator[None]:
-    def stop(signum: int, frame: Any) -> None:
-        raise OverTimeError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 if __name__ == "__main__":

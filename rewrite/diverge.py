@@ -10,11 +10,15 @@ itself: it is excused when everything computed from it agrees again. Hence
 found by walking back from the outputs over disagreeing values only. Branches need no care: another
 branch that agrees is not on such a path. Both models are walked, because an activation that got
 lost is only visible in the one that still has it, and one that was added only in the other.
+
+Where both models compute an equal value by a clamp, from values that neither shares with the other,
+the clamp hides the difference (a channel below zero under a ReLU) and excuses nothing: such a
+difference counts as one that never ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +26,7 @@ import torch
 from torch import nn
 
 from rewrite.inputs import Inputs
-from rewrite.record import Event, Key, Known, Record, Sketch, Sketcher, record
+from rewrite.record import Event, Key, Known, Near, Record, Sketch, Sketcher, record
 from rewrite.rounding import EXPLAINS
 
 AGREES = 1e-11
@@ -30,6 +34,11 @@ HEALED = 4.0
 """A value agrees again within this many times its noise; it is wrong beyond `EXPLAINS` times."""
 SHARPLY = 8.0
 """By what factor the distance falls from one call to the next where values agree again."""
+CLAMPS = frozenset({
+    "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "threshold", "clamp", "clamp_min",
+    "clamp_max", "maximum", "minimum", "clip",
+})  # fmt: skip
+"""Functions that return one value for a whole range: they can hide what parts two models."""
 
 
 @dataclass(frozen=True)
@@ -112,22 +121,28 @@ def compare_records(
     `noise` is how far each value of `a` may be off, if the models' parameters were rounded.
     """
     known_a, known_b = Known(a.values, noise), Known(b.values)
-    ends = [noise[i] if noise else 0.0 for i in range(len(a.values))]
-    first_a = first_guilty(a, [(known_b.nearest(v)[0], ends[i]) for i, v in enumerate(a.values)])
-    first_b = first_guilty(b, [known_a.nearest(v) for v in b.values])
+    found_a = [known_b.nearest(value) for value in a.values]
+    if noise:
+        found_a = [near._replace(noise=own) for near, own in zip(found_a, noise, strict=True)]
+    found_b = [known_a.nearest(value) for value in b.values]
+    first_a = first_guilty(a, found_a, hidden(a, found_a, b, found_b))
+    first_b = first_guilty(b, found_b, hidden(b, found_b, a, found_a))
     chosen = _earlier(a, b, first_a, first_b)
     if chosen is None:
         return None
     return _describe(a, b, chosen, known_b if chosen is first_a else known_a, touched)
 
 
-def first_guilty(subject: Record, distances: Sequence[tuple[float, float]]) -> Event | None:
+def first_guilty(
+    subject: Record, nearest: Sequence[Near], hidden: Set[int] = frozenset()
+) -> Event | None:
     """Return the first guilty call of `subject`, None if there is none.
 
-    `distances` holds for each value how far the other model's nearest is, and its noise.
+    `nearest` holds the other model's nearest value for each, `hidden` those that disagree although
+    a clamp makes the same of them.
     """
-    ratio = [_ratio(far, noise) for far, noise in distances]
-    lasting = _lasting(subject, ratio)
+    ratio = [_ratio(near) for near in nearest]
+    lasting = _lasting(subject, ratio, hidden)
     for event in subject.events:
         if any(ratio[number] > EXPLAINS for number in event.inputs):
             continue
@@ -136,14 +151,36 @@ def first_guilty(subject: Record, distances: Sequence[tuple[float, float]]) -> E
     return None
 
 
-def _ratio(far: float, noise: float) -> float:
+def hidden(
+    subject: Record, nearest: Sequence[Near], other: Record, theirs: Sequence[Near]
+) -> set[int]:
+    """Return the values of `subject` that disagree and that a clamp makes equal to the other's."""
+    numbers: set[int] = set()
+    for event in subject.events:
+        for made in event.outputs if is_clamp(event) else ():
+            producer = other.producer[nearest[made].number or 0]
+            if _ratio(nearest[made]) > HEALED or producer is None:
+                continue
+            there = other.events[producer]
+            apart = [number for number in event.inputs if _ratio(nearest[number]) > EXPLAINS]
+            if is_clamp(there) and any(_ratio(theirs[n]) > EXPLAINS for n in there.inputs):
+                numbers.update(apart)
+    return numbers
+
+
+def is_clamp(event: Event) -> bool:
+    """Return whether a call can hide a difference of its inputs."""
+    return event.function.lower().strip("_") in CLAMPS
+
+
+def _ratio(near: Near) -> float:
     """Return a distance in units of its noise; 0 for an exact value, inf for one without noise."""
-    if far <= AGREES:
+    if near.distance <= AGREES:
         return 0.0
-    return far / noise if noise else float("inf")
+    return near.distance / near.noise if near.noise else float("inf")
 
 
-def _lasting(subject: Record, ratio: Sequence[float]) -> list[bool]:
+def _lasting(subject: Record, ratio: Sequence[float], hidden: Set[int]) -> list[bool]:
     """Return for each value whether it disagrees, and never again agrees on some way onward.
 
     It agrees again where the distance falls sharply, as at the end of a rewrite; one that only
@@ -158,10 +195,14 @@ def _lasting(subject: Record, ratio: Sequence[float]) -> list[bool]:
     for number in reversed(range(len(ratio))):
         if ratio[number] <= HEALED:
             continue
-        lasting[number] = number in outputs or any(
-            lasting[made] or ratio[number] / SHARPLY < ratio[made] <= HEALED
-            for event in readers.get(number, ())
-            for made in event.outputs
+        lasting[number] = (
+            number in outputs
+            or number in hidden
+            or any(
+                lasting[made] or ratio[number] / SHARPLY < ratio[made] <= HEALED
+                for event in readers.get(number, ())
+                for made in event.outputs
+            )
         )
     return lasting
 
@@ -174,7 +215,9 @@ def _earlier(a: Record, b: Record, in_a: Event | None, in_b: Event | None) -> Ev
         return in_b
     keys_a, keys_b = a.by_key(), b.by_key()
     if in_b.owner not in {event.owner for event in a.events}:
-        return in_b
+        # A new module stands for what is gone beside it; what is gone elsewhere got lost.
+        beside = in_a.owner.startswith(in_b.owner.rpartition(".")[0])
+        return in_b if beside or in_a.key in keys_b else in_a
     if in_a.key not in keys_b:
         return in_a
     if in_b.key not in keys_a:
@@ -202,7 +245,9 @@ def _describe(
         function=event.function,
         source=before.source if before else None,
         source_after=after.source if after else None,
-        error_in=max((other.nearest(subject.values[i])[0] for i in event.inputs), default=0.0),
+        error_in=max(
+            (other.nearest(subject.values[i]).distance for i in event.inputs), default=0.0
+        ),
         error_out=error_out,
         rewrite=_rewritten_by(event.owner, touched),
         note=note,
@@ -210,7 +255,8 @@ def _describe(
 
 
 def _rewritten_by(name: str, touched: Collection[str]) -> str:
-    for candidate in touched:
-        if candidate and (name == candidate or name.startswith(f"{candidate}.")):
+    """Return the pass that touched a module, or the innermost module around it that was."""
+    for candidate in sorted(touched, key=len, reverse=True):
+        if name == candidate or (candidate and name.startswith(f"{candidate}.")):
             return touched[candidate] if isinstance(touched, Mapping) else "a pass"
     return ""

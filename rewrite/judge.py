@@ -137,7 +137,7 @@ class _Judge:
             return
         wide = inputs.map(widen)
         try:
-            exact, compared = self._values(name, wide) if self.stored else self._outputs(wide)
+            exact, compared = self._values(name, wide)
         except Exception as error:
             raise VerificationError(
                 f"{name}: cannot be judged in float64: {one_line(error)}"
@@ -159,7 +159,7 @@ class _Judge:
             self.found.cases.append(Case(name, str(inputs), skipped=why))
             return
         try:
-            if self.stored and name in _VALUES_TOO:
+            if name in _VALUES_TOO:
                 self._settle(name, inputs, wide, *self._values(name, wide))
                 return
             after = call(self.b, wide.clone(), self.seed)
@@ -171,20 +171,21 @@ class _Judge:
             self._measure_rounding(wide, before)
         self._settle(name, inputs, wide, before, compared)
 
-    def _outputs(self, wide: Inputs) -> tuple[Any, Comparison]:
-        before = call(self.a, wide.clone(), self.seed)
-        return before, compare(before, call(self.b, wide.clone(), self.seed))
-
     def _values(self, name: str, wide: Inputs) -> tuple[Any, Comparison]:
         """Compare every value of both models, given what rounding does to the original's."""
         sketch = Sketcher(self.seed)
         record_a, before = recorded(self.a, wide, sketch, self.seed)
         record_b, after = recorded(self.b, wide, sketch, self.seed)
-        with nudged(self.a, self.stored, self.seed):
-            record_n, moved = recorded(self.a, wide, sketch, self.seed)
-        own = compare(before, moved).max_rel
-        self.found.rounding = max(self.found.rounding or 0.0, own)
-        noise = value_noise(record_a, record_n)
+        if self.stored:
+            with nudged(self.a, self.stored, self.seed):
+                record_n, moved = recorded(self.a, wide, sketch, self.seed)
+            own = compare(before, moved).max_rel
+            self.found.rounding = max(self.found.rounding or 0.0, own)
+            noise = value_noise(record_a, record_n)
+        else:
+            with nudged(self.a, None, self.seed):
+                record_n, _ = recorded(self.a, self._moved(wide), sketch, self.seed)
+            noise = [_PROVES_NOTHING * own for own in value_noise(record_a, record_n)]
         parted = compare_records(record_a, record_b, noise, self.touched)
         if parted is not None and self.found.divergence is None:
             self.found.divergence = parted
@@ -231,6 +232,11 @@ class _Judge:
 
     def _sensitivity(self, wide: Inputs, before: Any) -> float:
         """Return how far the original moves when all its tensors move by a float64 rounding."""
+        with nudged(self.a, None, self.seed):
+            return compare(before, call(self.a, self._moved(wide), self.seed)).max_rel
+
+    def _moved(self, wide: Inputs) -> Inputs:
+        """Return inputs that are a float64 rounding away."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def moved(leaf: Any) -> Any:
@@ -238,8 +244,7 @@ class _Judge:
                 return leaf
             return nudge(leaf, 2 * _WIDEST_ROUNDING, generator)
 
-        with nudged(self.a, None, self.seed):
-            return compare(before, call(self.a, wide.map(moved), self.seed)).max_rel
+        return wide.map(moved)
 
     def sum_up(self) -> None:
         """Say in one line how far the outputs are apart, and on how many inputs."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rewrite.compare import compare, leaves
-from rewrite.diverge import Divergence, first_guilty, recorded, value_noise
+from rewrite.diverge import Divergence, first_guilty, hidden, recorded, value_noise
 from rewrite.errors import VerificationError
 from rewrite.float64 import in_float64, isolated, short_of_memory, widen
 from rewrite.inputs import Inputs, call, device_of, one_line
@@ -210,16 +210,20 @@ def _diverging(
     """
     known = Known(reference.values, noise)
     found = [known.nearest(value) for value in graph.values]
-    event = first_guilty(
-        graph, [(far, max(n, mine)) for (far, n), mine in zip(found, own, strict=True)]
-    )
+    found = [
+        near._replace(noise=max(near.noise, mine)) for near, mine in zip(found, own, strict=True)
+    ]
+    seen = Known(graph.values)
+    theirs = [
+        seen.nearest(value)._replace(noise=mine)
+        for value, mine in zip(reference.values, noise, strict=True)
+    ]
+    event = first_guilty(graph, found, hidden(graph, found, reference, theirs))
     if event is None:
         return None, None
-    seen = Known(graph.values)
-    distances = [(seen.nearest(v)[0], n) for v, n in zip(reference.values, noise, strict=True)]
-    there = first_guilty(reference, distances)
-    far = max((known.nearest(graph.values[i])[0] for i in event.outputs), default=math.inf)
-    near = max((known.nearest(graph.values[i])[0] for i in event.inputs), default=0.0)
+    there = first_guilty(reference, theirs, hidden(reference, theirs, graph, found))
+    far = max((found[number].distance for number in event.outputs), default=math.inf)
+    near = max((found[number].distance for number in event.inputs), default=0.0)
     node = event.owner
     target = _target(event, there)
     divergence = Divergence(

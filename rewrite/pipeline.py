@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -108,7 +108,8 @@ def convert(
         if verify and inputs is not None and applied.changes:
             say(f"verifying {item.name}")
             expected = item.reference(before) if original is None else original
-            checked = _check(expected, after, inputs, item.contract, applied.changes, seed)
+            touched = dict.fromkeys(_touched(applied.changes), item.name)
+            checked = _check(expected, after, inputs, item.contract, touched, seed)
         reports.append(
             PassReport(
                 registry.spec(item), str(item.contract), applied.changes, applied.skips, seconds,
@@ -120,11 +121,10 @@ def convert(
     whole = reports[-1].verification if len(reports) == 1 else None
     if len(reports) > 1 and verify and inputs is not None:
         contract = max((item.contract for item in chosen), key=_WEAKEST_LAST.index)
-        changes = tuple(change for report in reports for change in report.changes)
         expected = model
         for item in chosen:
             expected = item.reference(expected)
-        whole = _check(expected, before, inputs, contract, changes, seed)
+        whole = _check(expected, before, inputs, contract, _passes_of(chosen, reports), seed)
     return Result(before, Report(tuple(reports), notes, whole))  # type: ignore[arg-type]
 
 
@@ -155,14 +155,13 @@ def _check(
     after: nn.Module,
     inputs: tuple[Any, ...],
     contract: Contract,
-    changes: tuple[Change, ...],
+    touched: Mapping[str, str],
     seed: int,
 ) -> Verification:
     from rewrite.verify import Level, verify
 
     return verify(
-        before, after, inputs, contract=contract, level=Level.QUICK, touched=_touched(changes),
-        seed=seed,
+        before, after, inputs, contract=contract, level=Level.QUICK, touched=touched, seed=seed,
     )  # fmt: skip
 
 
@@ -213,6 +212,15 @@ def _identities(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 def _touched(changes: tuple[Change, ...]) -> set[str]:
     return {name for change in changes for name in change.touched}
+
+
+def _passes_of(chosen: Sequence[Pass], reports: Sequence[PassReport]) -> dict[str, str]:
+    """Return by which passes each module was touched, in their order."""
+    passes: dict[str, list[str]] = {}
+    for item, report in zip(chosen, reports, strict=True):
+        for name in _touched(report.changes):
+            passes.setdefault(name, []).append(item.name)
+    return {name: ", ".join(names) for name, names in passes.items()}
 
 
 def _violations(

@@ -18,7 +18,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -134,6 +135,17 @@ class Record:
         return {event.key: event for event in self.events}
 
 
+class Near(NamedTuple):
+    """The known value that is nearest to another one."""
+
+    distance: float
+    """How far it is, relative to the other one; infinite where no value has as many elements."""
+    noise: float = 0.0
+    """How far it may be off itself."""
+    number: int | None = None
+    """Which one it is."""
+
+
 class Known:
     """Looks up whether a value is among those of a record.
 
@@ -153,16 +165,17 @@ class Known:
             for count, group in grouped.items()
         }
 
-    def nearest(self, sketch: Sketch) -> tuple[float, float]:
-        """Return the smallest relative distance to any known value, and that value's noise."""
+    def nearest(self, sketch: Sketch) -> Near:
+        """Return the known value at the smallest distance."""
         matrix = self._matrices.get(sketch.count)
         if matrix is None:
-            return float("inf"), 0.0
+            return Near(float("inf"))
         apart = np.sqrt(np.mean((matrix - sketch.numbers) ** 2, axis=1))
         best = int(apart.argmin())
         found = float(apart[best])
         relative = found / sketch.norm if sketch.norm else (float("inf") if found else 0.0)
-        return relative, self._noise[self._groups[sketch.count][best]] if self._noise else 0.0
+        number = self._groups[sketch.count][best]
+        return Near(relative, self._noise[number] if self._noise else 0.0, number)
 
 
 class _Recorder(TorchFunctionMode):
@@ -256,14 +269,12 @@ _MACHINERY = ("/torch/", "/rewrite/record.py", "/rewrite/inputs.py", "/rewrite/f
 
 
 def _source() -> str | None:
-    """Return the innermost line of code that is neither PyTorch's nor ours."""
-    frame = sys._getframe(2)
-    while frame is not None:
+    """Return the innermost line of the model's code that is not PyTorch's, None without one."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code is not record.__code__:
         filename = frame.f_code.co_filename
         if not any(part in filename for part in _MACHINERY):
             return f"{filename}:{frame.f_lineno}"
-        if frame.f_back is None:
-            return None
         frame = frame.f_back
     return None
 

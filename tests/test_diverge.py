@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._pytree import tree_map
 
 import models
 import rewrite
-from passes import FoldNorm, RemoveWeightNorm, WeightNorm
+from passes import FoldNorm, MergeBranches, RemoveWeightNorm, WeightNorm
 from rewrite.protocol import Contract
 from rewrite.record import Known, Sketcher, record
 from rewrite.tree import Tree, copy_model
@@ -21,9 +22,7 @@ from rewrite.verify import Level, verify
 
 
 def gamma_off(norm):
-    gamma = norm.weight.detach().clone()
-    gamma[-1] *= 1 + 1e-4
-    norm.weight = nn.Parameter(gamma)
+    gamma_off_in(norm, -1)
 
 
 def channels_swapped(norm):
@@ -113,6 +112,131 @@ def test_a_wrong_fold_is_caught_and_located(name, error):
     right = {target}.union(*(site for site in sites if target in site))
     assert found.divergence.target in right
     assert (found.divergence.rewrite == "fold") == (found.divergence.target in touched)
+
+
+def one_channel_off(name: str, channel: int) -> None:
+    """Hold a float32 fold with 1e-4 wrong in one channel, as `convert` does, and a right one."""
+    model, given = models.build(name)
+    model.eval().float()
+    right = rewrite.convert(model, [FoldNorm()], verify=False)
+    target = batch_norms(model)[-1]
+    wrong = copy_model(model)
+    gamma_off_in(Tree(wrong).get(target), channel)
+    spoiled = rewrite.convert(wrong, [FoldNorm()], verify=False).model
+    inputs = tree_map(narrow, given)
+    assert verify(model, right.model, inputs, level=Level.QUICK).ok
+    found = verify(model, spoiled, inputs, level=Level.QUICK)
+    site = next((change.touched for change in right.report.changes if target in change.touched), ())
+    assert not found.ok
+    assert found.divergence.target in {target, *site}
+
+
+def narrow(leaf):
+    return leaf.float() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+
+@pytest.mark.parametrize("channel", [0, 1, 2, -1])
+@pytest.mark.parametrize("name", norm_models(6))
+def test_one_channel_of_one_fold_is_caught_on_a_single_input(name, channel):
+    one_channel_off(name, channel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channel", [0, 1, 2, -1])
+@pytest.mark.parametrize("name", norm_models(1))
+def test_one_channel_of_any_fold_is_caught_on_a_single_input(name, channel):
+    one_channel_off(name, channel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("clamp", [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.Hardswish()])
+def test_a_channel_that_a_clamp_hides_is_looked_at(clamp, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), clamp, nn.Conv2d(4, 2, 1)).eval()
+    model = models.randomize_norms_(model).to(dtype)
+    with torch.no_grad():
+        model[1].bias[2] = -50
+    wrong = copy_model(model)
+    gamma_off_in(wrong[1], 2)
+    x = (torch.randn(1, 3, 6, 6, dtype=dtype),)
+    assert torch.equal(model(*x), wrong(*x))
+    folded = rewrite.convert(wrong, [FoldNorm()], verify=False).model
+    found = verify(model, folded, x, level=Level.QUICK)
+    assert found.divergence.target in ("0", "1")
+    right = rewrite.convert(model, [FoldNorm()], verify=False).model
+    assert verify(model, right, x, level=Level.QUICK).ok
+
+
+def gamma_off_in(norm: nn.Module, channel: int) -> None:
+    gamma = norm.weight.detach().clone()
+    gamma[channel] *= 1 + 1e-4
+    norm.weight = nn.Parameter(gamma)
+
+
+def test_a_scale_that_goes_through_a_clamp_is_no_difference():
+    """What a fold does on purpose: values on both sides of a ReLU differ, and none is wrong."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).double()
+    moved = copy_model(model)
+    scale = torch.tensor([2.0, 0.5, 3.0, 1.5]).double()
+    moved[0].weight = nn.Parameter(model[0].weight.detach() * scale.view(-1, 1, 1, 1))
+    moved[0].bias = nn.Parameter(model[0].bias.detach() * scale)
+    moved[2].weight = nn.Parameter(model[2].weight.detach() / scale.view(1, -1, 1, 1))
+    assert verify(model, moved, X).ok
+
+
+class Branches(nn.Module):
+    """Two blocks of parallel branches, RepVGG's, with a ReLU behind each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(), Block()
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.point = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.wide_norm, self.point_norm = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.skip_norm, self.act = nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x):
+        branches = self.wide_norm(self.wide(x)) + self.point_norm(self.point(x))
+        return self.act(branches + self.skip_norm(x))
+
+
+def branch_lost(norm):
+    norm.weight, norm.bias = (nn.Parameter(torch.zeros_like(p)) for p in (norm.weight, norm.bias))
+
+
+@pytest.mark.parametrize("block", ["first", "second"])
+@pytest.mark.parametrize("norm", ["wide_norm", "point_norm", "skip_norm"])
+@pytest.mark.parametrize("error", [*ERRORS, branch_lost], ids=lambda error: error.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_wrong_merge_of_branches_is_caught_and_located(error, norm, block, dtype):
+    torch.manual_seed(0)
+    model = models.randomize_norms_(Branches()).to(dtype).eval()
+    wrong = copy_model(model)
+    error(wrong.get_submodule(f"{block}.{norm}"))
+    x = (torch.randn(2, 4, 6, 6, dtype=dtype),)
+    assert rewrite.convert(model, [MergeBranches()], example_inputs=x).report.ok
+    result = rewrite.convert(wrong, [MergeBranches()], verify=False)
+    touched = {name: "merge-branches" for c in result.report.changes for name in c.touched}
+    found = verify(model, result.model, x, touched=touched, level=Level.QUICK)
+    assert not found.ok
+    assert found.divergence.target in (block, f"{block}.merged_conv", f"{block}.{norm}")
+    assert found.divergence.rewrite == "merge-branches"
+
+
+def test_an_activation_lost_behind_merged_branches_is_located():
+    model = models.randomize_norms_(Branches()).double().eval()
+    merged = rewrite.convert(model, [MergeBranches()], verify=False).model
+    merged.first.act = nn.Identity()
+    x = (torch.randn(2, 4, 6, 6).double(),)
+    found = verify(model, merged, x, level=Level.QUICK)
+    assert (found.divergence.target, found.divergence.function) == ("first.act", "relu")
 
 
 class Chain(nn.Module):

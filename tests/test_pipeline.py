@@ -46,12 +46,33 @@ class Crashing(Careless):
         raise KeyError("lost")
 
 
+@dataclass(frozen=True)
+class Wrong(Careless):
+    """Names what it spoils."""
+
+    name: ClassVar[str] = "wrong"
+
+    def rewrite(self, captured, site):
+        super().rewrite(captured, site)
+        return Change(site.target, "norm", "norm")
+
+
 INPUT = torch.linspace(-2, 2, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
 
 
 def network() -> nn.Sequential:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
     return models.randomize_norms_(model.eval(), 0)
+
+
+def test_a_divergence_names_the_pass_that_touched_the_module() -> None:
+    for passes, names in (([Wrong()], "wrong"), ([Wrong(), "freeze-bn"], "wrong, freeze-bn")):
+        report = rewrite.convert(network(), passes, example_inputs=(INPUT,)).report
+        assert report.passes[0].verification.divergence.rewrite == "wrong"
+        assert report.verification.divergence.target == "1"
+        assert report.verification.divergence.rewrite == names
+        assert report.verification.divergence.source is None
+        assert "rewritten by wrong" in str(report)
 
 
 def test_the_argument_is_untouched() -> None:
