@@ -58,6 +58,9 @@ class BatchNormToGroupNorm(Pass):
     channels_per_group: int | None = field(
         default=None, metadata={"help": "channels a group, instead of num_groups"}
     )
+    min_channels: int | None = field(
+        default=None, metadata={"help": "channels a group at least: narrow layers get fewer groups"}
+    )
     strict: bool = field(
         default=False, metadata={"help": "an error where the count does not divide the channels"}
     )
@@ -67,12 +70,14 @@ class BatchNormToGroupNorm(Pass):
 
     def __post_init__(self) -> None:
         keeping.check(self.name, self.keep, self.anchor)
-        for option in ("num_groups", "channels_per_group"):
+        for option in ("num_groups", "channels_per_group", "min_channels"):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise OptionError(f"{self.name}: {option} is {value}; pass 1 or more")
         if self.num_groups is not None and self.channels_per_group is not None:
             raise OptionError(f"{self.name}: pass num_groups or channels_per_group, not both")
+        if self.channels_per_group is not None and self.min_channels is not None:
+            raise OptionError(f"{self.name}: min_channels goes with num_groups")
 
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
         """Yield every BatchNorm with its number of groups."""
@@ -102,9 +107,11 @@ class BatchNormToGroupNorm(Pass):
         if channels == 1 and (positions or 1) < 2:
             where = "one position" if positions == 1 else "an unknown number of positions"
             return f"has 1 channel and {where}: a group of one element would output β"
-        fewest = 2 if positions is None or positions < 2 else 1
+        fewest = max(2 if positions is None or positions < 2 else 1, self.min_channels or 1)
         count = _largest_divisor(channels, min(wanted, max(1, channels // fewest)))
         note = "" if count == wanted else f"{asked} asked, {count} fit {channels} channels"
+        if note and self.min_channels is not None:
+            note += f" with at least {self.min_channels} a group"
         return Groups(count, channels, note)
 
     def _wanted(self, channels: int) -> tuple[int, str]:

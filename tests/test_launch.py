@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +110,40 @@ def test_the_command_says_which_batch_it_is_at(
     assert [step for step in said if "batch" in step] == [
         f"bn-to-gn: calibration batch {number} of 3" for number in (1, 2, 3)
     ]
+
+
+def interrupted() -> Iterator[torch.Tensor]:
+    """Batches, of which the reading of the third is interrupted."""
+    for _ in range(2):
+        yield torch.rand(8, 3, 12, 12)
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_command_says_what_it_had_and_writes_nothing(
+    checkpoint: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = command(checkpoint, photos, "one")
+    parts[parts.index(str(photos))] = "tests.test_launch:interrupted"
+    assert main([*parts, "--input", "2x3x12x12"]) == 2
+    assert "interrupted after 16 samples; nothing was fitted" in capsys.readouterr().err
+    assert not checkpoint.with_name("one.pt").exists()
+
+
+def test_poor_agreement_is_said_with_the_layers_that_lose_most(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 50),
+    ).eval()  # fmt: skip
+    for norm in (model[1], model[6]):
+        nn.init.normal_(norm.running_mean)
+    torch.save(model, tmp_path / "wide.pt")
+    options = ["--keep", "function", "--calibration", str(photos), "--size", "12", "--force"]
+    for groups, poor in (("8", True), ("1", False)):
+        arguments = ["convert", "--bn-to-gn", "--num-groups", groups, *options]
+        assert main([*arguments, str(tmp_path / "wide.pt")]) == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        assert ("does not agree well with the original; most is lost at 1, 6;" in printed) == poor
+        assert "held-out calibration samples: same top-1 on" in printed

@@ -89,6 +89,20 @@ def test_strict_makes_a_count_that_does_not_divide_an_error() -> None:
     assert convert(conv_norm(64), strict=True).model[1].num_groups == 32
 
 
+def test_narrow_layers_get_fewer_groups_where_a_group_has_a_least_size() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Conv2d(64, 8, 3),
+                          nn.BatchNorm2d(8)).eval()  # fmt: skip
+    result = rewrite.convert(
+        model, [BatchNormToGroupNorm(min_channels=16)], example_inputs=(torch.randn(2, 3, 9, 9),)
+    )
+    assert [result.model[1].num_groups, result.model[3].num_groups] == [4, 1]
+    assert "32 groups asked, 4 fit 64 channels with at least 16 a group" in str(result.report)
+    plain = rewrite.convert(model, [BatchNormToGroupNorm()], verify=False).model
+    assert [plain[1].num_groups, plain[3].num_groups] == [32, 4]
+    with pytest.raises(OptionError, match="goes with num_groups"):
+        BatchNormToGroupNorm(channels_per_group=4, min_channels=2)
+
+
 def test_on_flat_input_no_group_has_one_channel() -> None:
     """GroupNorm with one channel a group on (N, C) puts out its bias, whatever comes in."""
     model = models.randomize_norms_(nn.Sequential(nn.Linear(4, 32), nn.BatchNorm1d(32)).eval(), 0)
