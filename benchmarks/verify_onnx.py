@@ -35,8 +35,6 @@ from rewrite.verification import Level
 
 ROWS = Path(__file__).parent / "verify_onnx.jsonl"
 HEADER = ["architecture", "nodes", "export, s", "verify, s", "ratio", "error", "noise", "verdict"]
-CAUSES: dict[str, str] = {}
-"""Why an architecture cannot be exported or is not equal, found out by hand."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -94,7 +92,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         return "" if row.get(key) is None else format(row[key], form)
 
     ratio = f"{row['verify'] / row['export']:.2f}" if "verify" in row else ""
-    verdict = " · ".join(filter(None, [row["status"], row.get("error"), CAUSES.get(row["name"])]))
+    verdict = " · ".join(filter(None, [row["status"], row.get("error")]))
     return [
         row["name"], shown("nodes", "d"), shown("export", ".1f"), shown("verify", ".1f"), ratio,
         shown("max_rel", ".0e"), shown("noise", ".0e"), verdict,
