@@ -82,10 +82,7 @@ def measure(name: str, size: int, batches: Sequence[int], rounds: int) -> list[l
     with contextlib.suppress(Exception):
         found["fx"] = torch_fx(model, (example,))
     found["ours"] = ours(timm_copy(model), (example,))
-    left = {
-        key: run(value, (example[:1],)).norms if _has_norm(value) else 0
-        for key, value in found.items()
-    }
+    left = {key: run(value, (example[:1],)).norms for key, value in found.items()}
     sessions = {key: session(value, example) for key, value in found.items()}
     rows = []
     for batch in batches:
@@ -114,10 +111,6 @@ def timm_copy(model: nn.Module) -> nn.Module:
     from rewrite.tree import copy_model
 
     return copy_model(model)
-
-
-def _has_norm(model: nn.Module) -> bool:
-    return any("BatchNorm" in type(m).__name__ for m in model.modules())
 
 
 def mean_row(rows: list[list[object]]) -> list[object]:
