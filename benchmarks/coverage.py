@@ -34,16 +34,18 @@ __all__ = ["QUICK", "UnbuildableError", "build"]
 
 RESULTS = Path(__file__).parent / "coverage.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
-_PRELOADED = (
-    "torch.fx.experimental.optimization",
-    "timm",
-    "torchvision",
-    "transformers",
-    "segmentation_models_pytorch",
-    "pytorchcv.model_provider",
-    "opacus.validators",
-    "benchmarks.sweep.measure",
-)
+_PRELOADED = {
+    "timm": "timm",
+    "torchvision": "torchvision",
+    "smp": "segmentation_models_pytorch",
+    "transformers": "transformers",
+    "pytorchcv": "pytorchcv.model_provider",
+}
+"""What a package's architectures need, imported once before the forks.
+
+Only packages of the architectures at hand: tracing patches `nn.Module`, which costs time in
+proportion to the number of its subclasses.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,9 +79,10 @@ def _sweep(pending: Sequence[str], options: argparse.Namespace) -> None:
     """Measure what has no row yet, and append each row as it comes."""
     if not pending:
         return
-    for module in _PRELOADED:
-        if importlib.util.find_spec(module.partition(".")[0]) is not None:
-            importlib.import_module(module)
+    for package in sorted({name.partition(":")[0] for name in pending}):
+        importlib.import_module(_PRELOADED[package])
+    if importlib.util.find_spec("opacus") is not None:
+        importlib.import_module("opacus.validators")
     from benchmarks.sweep.measure import measure
 
     limits = Limits(options.seconds, options.megabytes)

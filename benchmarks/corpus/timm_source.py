@@ -28,4 +28,4 @@ def candidates(architecture: str, model: nn.Module) -> Iterator[tuple[Any, ...]]
     if not config.get("fixed_input_size"):
         sizes = [(side, side) for side in (64, 128) if side < height] + sizes
     for size in sizes:
-        yield (torch.rand(2, channels, *size, generator=torch.Generator().manual_seed(0)),)
+        yield (torch.rand(1, channels, *size, generator=torch.Generator().manual_seed(0)),)

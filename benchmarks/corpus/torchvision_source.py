@@ -68,7 +68,7 @@ def candidates(architecture: str, model: nn.Module) -> Iterator[tuple[Any, ...]]
         yield (_image(1, 3, 16, 224, 224),)
     else:
         for side in (64, 128, 224, 299):
-            yield (_image(2, 3, side, side),)
+            yield (_image(1, 3, side, side),)
 
 
 def _image(*shape: int) -> Tensor:

@@ -1,12 +1,12 @@
 """transformers: every configuration whose model has a convolution or a BatchNorm, made small.
 
 A configuration keeps its widths, so that its consistency checks hold, and loses depth and
-vocabulary: two layers a stack, 1,000 tokens. Inputs are made from the names of the arguments that
-the forward requires.
+vocabulary: two layers a stack, 1,000 tokens.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import re
@@ -15,12 +15,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+from benchmarks.corpus import transformers_inputs
 
 _LAYER = re.compile(r"BatchNorm|\bConv[123]d\b|ConvTranspose[123]d")
 _DEPTH = re.compile(
@@ -29,6 +30,29 @@ _DEPTH = re.compile(
 )
 _DEPTHS = frozenset({"depths", "stage_num_blocks", "num_blocks", "layer_depths"})
 _VOCABULARY = 1000
+_GIVEN: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 8, "context_length": 16},
+    "edgetam_vision_model": {
+        "backbone_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "repvit_m1",
+            "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
+        }
+    },
+    "informer": {"prediction_length": 8, "context_length": 16},
+    "pp_ocrv6_small_det": {
+        "backbone_config": {"model_type": "pp_lcnet_v4", "out_indices": [1, 2, 3, 4]},
+        "layer_list_out_channels": [96, 96, 192, 384],
+    },
+    "timm_backbone": {"backbone": "resnet18", "use_pretrained_backbone": False},
+    "uvdoc": {
+        "backbone_config": {"model_type": "uvdoc_backbone", "out_indices": [1, 2, 3, 4, 5, 6]}
+    },
+    "vitmatte": {"convstream_hidden_sizes": (48, 96, 192)},
+}
+"""What a configuration has no default for, or where its defaults do not fit each other."""
+_WHOLE = frozenset({"edgetam_vision_model", "pp_ocrv6_small_det", "uvdoc"})
+"""Configurations that list the widths of all their layers elsewhere: none can be left out."""
 
 
 def architectures() -> Iterator[str]:
@@ -43,12 +67,24 @@ def names_batch_norm(architecture: str) -> bool:
     return "BatchNorm" in _code(architecture)
 
 
+def candidates(architecture: str, model: nn.Module) -> Iterator[tuple[Any, ...]]:
+    """Yield positional inputs with every required or main argument bound by its name."""
+    yield from transformers_inputs.candidates(model)
+
+
 def make(architecture: str) -> nn.Module:
-    """Build one small model with random weights."""
+    """Build one small model with random weights; whole, if its checks do not allow it small."""
     transformers.logging.set_verbosity_error()
-    config = CONFIG_MAPPING[architecture]()
+    config = CONFIG_MAPPING[architecture](**_GIVEN.get(architecture, {}))
+    whole = copy.deepcopy(config)
+    model_class = _model_class(architecture, type(config))
+    if architecture in _WHOLE:
+        return model_class(whole)
     shrink(config)
-    return _model_class(architecture, type(config))(config)
+    try:
+        return model_class(config)
+    except (AttributeError, TypeError, ValueError, KeyError, IndexError):
+        return model_class(whole)
 
 
 def shrink(config: PretrainedConfig) -> None:
@@ -63,72 +99,14 @@ def shrink(config: PretrainedConfig) -> None:
         elif _DEPTH.match(key) and isinstance(value, int) and value > 2:
             setattr(config, key, 2)
         elif key in _DEPTHS and isinstance(value, (list, tuple)):
-            setattr(config, key, [min(depth, 2) for depth in value])
+            setattr(config, key, type(value)(min(depth, 2) for depth in value))
         elif key == "vocab_size" and isinstance(value, int) and value > _VOCABULARY:
             config.vocab_size = _VOCABULARY
         elif key.endswith("_token_id") and isinstance(value, int) and value >= _VOCABULARY:
             setattr(config, key, 1)
-    types = getattr(config, "layer_types", None)
+    types = vars(config).get("layer_types")
     if isinstance(types, list) and isinstance(getattr(config, "num_hidden_layers", None), int):
         config.layer_types = types[: config.num_hidden_layers]
-
-
-def candidates(architecture: str, model: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """Yield positional inputs with every required or main argument bound by its name."""
-    config = model.config
-    size = getattr(config, "image_size", None) or getattr(
-        getattr(config, "vision_config", None), "image_size", None
-    )
-    side = size[0] if isinstance(size, (list, tuple)) else size
-    for candidate in dict.fromkeys((side or 64, 64, 224, 384)):
-        yield _bind(model, int(candidate))
-
-
-def _bind(model: nn.Module, side: int) -> tuple[Any, ...]:
-    """Return positional arguments up to the last one that has to be given; None between them."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    main = getattr(model, "main_input_name", "")
-    values: list[Any] = []
-    needed = 0
-    for position, parameter in enumerate(parameters, start=1):
-        if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            break
-        required = parameter.default is parameter.empty
-        joint = parameter.name in ("pixel_values", "input_ids", "decoder_input_ids")
-        value = _value(parameter.name, model, side) if required or joint else None
-        if parameter.name == main and value is None:
-            value = _value(parameter.name, model, side)
-        values.append(value)
-        if value is not None:
-            needed = position
-    return tuple(values[:needed])
-
-
-def _value(name: str, model: nn.Module, side: int) -> Tensor | None:
-    config = model.config
-    generator = torch.Generator().manual_seed(0)
-    vision = getattr(config, "vision_config", None) or config
-    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
-    frames = getattr(config, "num_frames", None)
-    tokens = torch.randint(2, 99, (1, 12), generator=generator)
-    bins = _first(config, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
-    length = getattr(config, "context_length", None) or 32
-    variables = getattr(config, "num_input_channels", 1)
-    values = {
-        "pixel_values": (1, *((frames,) if frames else ()), channels, side, side),
-        "pixel_values_videos": (1, frames or 4, channels, side, side),
-        "input_values": (1, 4000),
-        "input_features": (1, 3000 if "whisper" in config.model_type else 64, bins or 80),
-        "past_values": (1, length, variables),
-        "spectrogram": (1, 64, bins or 80),
-    }
-    if name in values:
-        return torch.rand(*values[name], generator=generator)
-    return tokens if name in ("input_ids", "decoder_input_ids") else None
-
-
-def _first(config: PretrainedConfig, *names: str) -> int | None:
-    return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
 @lru_cache(maxsize=1024)
@@ -145,20 +123,35 @@ def _module_name(model_type: str) -> str:
 
 
 def _model_class(model_type: str, config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
-    """Return the base model of a configuration, or the first model of its file that takes it."""
+    """Return the base model of a configuration, or a model of its package that takes it."""
     module = importlib.import_module(_module_name(model_type))
     registered = MODEL_MAPPING_NAMES.get(model_type)
     for name in [registered] if isinstance(registered, str) else registered or ():
         if hasattr(module, name):
             model_class: type[PreTrainedModel] = getattr(module, name)
             return model_class
-    for found in vars(module).values():
+    folder = Path(str(module.__file__)).parent
+    package = module.__name__.rpartition(".")[0]
+    for path in [Path(str(module.__file__)), *sorted(folder.glob("modeling_*.py"))]:
+        found = list(_models_in(f"{package}.{path.stem}", config_class))
+        if found:
+            return min(found, key=lambda item: not item.__name__.endswith("Model"))
+    raise LookupError(
+        f"{config_class.__name__} describes a part of another model: no model class takes it"
+    )
+
+
+def _models_in(
+    module_name: str, config_class: type[PretrainedConfig]
+) -> Iterator[type[PreTrainedModel]]:
+    """Yield the models of a file that take `config_class`, in the file's order."""
+    for found in vars(importlib.import_module(module_name)).values():
         if (
             inspect.isclass(found)
             and issubclass(found, PreTrainedModel)
-            and found.__module__ == module.__name__
+            and found.__module__ == module_name
             and not found.__name__.endswith("PreTrainedModel")
             and getattr(found, "config_class", None) is config_class
+            and found.forward is not nn.Module.forward
         ):
-            return found
-    raise LookupError(f"{model_type}: no model class takes {config_class.__name__}")
+            yield found

@@ -15,7 +15,7 @@ from benchmarks import corpus
 from benchmarks.sweep import peers
 from benchmarks.sweep.counts import Counts, holds_statistics, identity, run
 from benchmarks.sweep.outputs import all_finite, relative_difference, same_shapes
-from passes import BatchNormToGroupNorm
+from passes import BatchNormToGroupNorm, FoldNorm
 from rewrite.capture import Captured, capture
 from rewrite.operators import norm_of
 from rewrite.protocol import Skip, apply_pass
@@ -177,10 +177,6 @@ def _fold(row: dict[str, Any], model: nn.Module, example_inputs: tuple[Any, ...]
 
     Where a reason is that shapes are unknown, it is folded with example inputs, as `convert` does.
     """
-    try:
-        from passes import FoldNorm
-    except ImportError:
-        return
     wide = copy_model(model).double()
     inputs = torch.utils._pytree.tree_map_only(
         torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, example_inputs
@@ -203,7 +199,7 @@ def _fold(row: dict[str, Any], model: nn.Module, example_inputs: tuple[Any, ...]
     row["fold_left"] = len(after.norms)
     row["fold_diff"] = relative_difference(output, new_output)
     if row["fold_diff"] > 1e-10:
-        row["rounding"] = _rounding(wide, inputs, output)
+        row["rounding"] = _rounding(copy_model(model).double(), inputs, output)
     row["fold_activations_kept"] = before.activations == after.activations
 
 

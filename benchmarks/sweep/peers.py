@@ -11,22 +11,26 @@ from torch import nn
 
 from benchmarks.sweep.counts import run
 from benchmarks.sweep.outputs import relative_difference
-from rewrite.tree import copy_model
 
 
 def torch_fx_fuse(model: nn.Module) -> nn.Module:
     """Fold by torch.fx's own fuser."""
     from torch.fx.experimental.optimization import fuse
 
-    return fuse(copy_model(model))
+    return fuse(model)  # copies it
 
 
 def opacus_fix(model: nn.Module) -> nn.Module:
-    """Replace BatchNorm by Opacus' validator, which wants the model in train mode."""
+    """Replace BatchNorm by Opacus' validator, which copies the model and wants it in train mode."""
     from opacus.validators import ModuleValidator
 
     logging.getLogger("opacus").setLevel(logging.ERROR)
-    fixed: nn.Module = ModuleValidator.fix(copy_model(model).train())
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        fixed: nn.Module = ModuleValidator.fix(model.train())
+    finally:
+        for module, training in modes:
+            module.training = training
     return fixed.eval()
 
 
