@@ -3,12 +3,14 @@
     python -m benchmarks.coverage --quick                     one a family, a few minutes
     python -m benchmarks.coverage                             all of them, for hours; resumable
     python -m benchmarks.coverage --package timm --package smp
+    python -m benchmarks.coverage --brief                     capture and bn-to-gn alone: a third
     python -m benchmarks.coverage --summarize                 docs/coverage.md from the results
 
 A row says how many batch norms run, how many capture sees, how many `bn-to-gn` leaves, whether an
 activation got lost, what folding leaves and how far it is off in float64, and the same counts for
 torch.fx's fuser and Opacus. Each architecture runs in a process of its own with a limit of time
-and of memory. Rows are appended as JSON lines; architectures that have one are not run again.
+and of memory. Rows are appended as JSON lines; architectures that have one are not run again,
+those with a brief row only for a full one.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing := [name for name in wanted if name not in chosen]:
         print(f"not installed: {', '.join(missing)}", file=sys.stderr)
     rows = {row["name"]: row for row in read(options.results)}
-    _sweep([name for name in chosen if name not in rows], options)
+    _sweep([name for name in chosen if _is_pending(rows.get(name), options)], options)
     rows = {row["name"]: row for row in read(options.results)}
     missed = [line for name in chosen if name in rows for line in failures(rows[name])]
     print("\n".join(missed) or f"all {len(chosen)} architectures reach the target")
@@ -73,6 +76,10 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         return
     lines = path.read_text(encoding="utf-8").splitlines()
     yield from {row["name"]: row for row in map(json.loads, lines)}.values()
+
+
+def _is_pending(row: dict[str, Any] | None, options: argparse.Namespace) -> bool:
+    return row is None or (not options.brief and row.get("brief", False))
 
 
 def _sweep(pending: Sequence[str], options: argparse.Namespace) -> None:
@@ -97,7 +104,7 @@ def _sweep(pending: Sequence[str], options: argparse.Namespace) -> None:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     with progress, options.results.open("a", encoding="utf-8") as results:
         task = progress.add_task("", total=len(pending))
-        for row in run_all(pending, measure, limits, options.workers):
+        for row in run_all(pending, partial(measure, brief=options.brief), limits, options.workers):
             results.write(json.dumps(row, ensure_ascii=False) + "\n")
             results.flush()
             progress.update(task, advance=1, description=row["name"], refresh=True)
@@ -119,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=240, help="limit for one architecture")
     parser.add_argument("--megabytes", type=int, default=10_000, help="limit for one architecture")
+    parser.add_argument("--brief", action="store_true", help="neither the fold nor the peers")
     parser.add_argument("--summarize", action="store_true", help="write docs/coverage.md and stop")
     return parser
 

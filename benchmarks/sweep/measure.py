@@ -21,14 +21,21 @@ from rewrite.operators import norm_of
 from rewrite.protocol import Skip, apply_pass
 from rewrite.tree import copy_model
 
-STRUCTURAL_ABOVE = 300_000_000
+STRUCTURAL_ABOVE = 1_000_000_000
 """Models of more parameters are rewritten, but not run."""
+BRIEF_ABOVE = 300_000_000
+"""Models of more parameters are not folded in float64, nor given to the peers."""
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Return the row of one architecture; an architecture that cannot be built says so."""
+def measure(name: str, *, brief: bool = False) -> dict[str, Any]:
+    """Return the row of one architecture; an architecture that cannot be built says so.
+
+    A brief row is about capture and `bn-to-gn` alone; another one adds the fold and the peers.
+    """
     torch.set_num_threads(1)
     row: dict[str, Any] = {"name": name}
+    if brief:
+        row["brief"] = True
     start = time.perf_counter()
     try:
         model = _construct(name)
@@ -84,17 +91,19 @@ def _full(row: dict[str, Any], name: str, model: nn.Module) -> None:
     captured = _times(row, model)
     _compare_seen(row, captured, before)
     _swap(row, model, example_inputs, output, before)
-    _fold(row, model, example_inputs)
-    row |= peers.measure(model, example_inputs, output)
+    if "brief" not in row and row["parameters"] <= BRIEF_ABOVE:
+        _fold(row, model, example_inputs)
+        row |= peers.measure(model, example_inputs, output)
 
 
 def _times(row: dict[str, Any], model: nn.Module) -> Captured:
     """Time capture and symbolic tracing, the better of two runs each; return the capture."""
-    copied = copy_model(model)  # symbolic_trace stores constants on the model
-    try:
-        row["trace_seconds"] = _best_of_two(lambda: torch.fx.symbolic_trace(copied))[0]
-    except Exception as error:  # noqa: BLE001 - a model may break the tracer in any way
-        row["trace_error"] = peers.short(error)
+    if "brief" not in row:
+        copied = copy_model(model)  # symbolic_trace stores constants on the model
+        try:
+            row["trace_seconds"] = _best_of_two(lambda: torch.fx.symbolic_trace(copied))[0]
+        except Exception as error:  # noqa: BLE001 - a model may break the tracer in any way
+            row["trace_error"] = peers.short(error)
     row["capture_seconds"], captured = _best_of_two(lambda: capture(model))
     _describe(row, captured)
     return captured
@@ -114,7 +123,7 @@ def _best_of_two(function: Callable[[], Any]) -> tuple[float, Any]:
             warnings.simplefilter("ignore")
             result = function()
         times.append(time.perf_counter() - start)
-        if times[0] > 0.5:
+        if times[0] > 0.2:
             break
     return round(min(times), 4), result
 

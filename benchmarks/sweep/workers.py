@@ -5,6 +5,7 @@ The packages are imported once, here; each process is a fork of this one and sta
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -64,6 +65,7 @@ def run_all(
 
 def _work(function: Callable[[str], Row], name: str, sender: Connection, limits: Limits) -> None:
     os.setsid()
+    gc.disable()  # the process ends with its model; walks over all imported packages are slow
     used = int(_status_kilobytes("VmSize")) * 1024
     limit = used + limits.megabytes * 1_000_000
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
