@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from rewrite.capture import Captured, TensorRef
 from rewrite.operators import Norm, conv_of, norm_of
 from rewrite.protocol import Site, Skip
+from rewrite.tree import join
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,12 @@ def _unseen(captured: Captured, owners: set[str]) -> Iterator[Skip]:
         else:
             reason = "its forward calls no batch_norm: a constant map, no batch statistics"
         yield Skip(name, before, reason)
+    for name, scripted in captured.tree.scripted():
+        for path, module in scripted.named_modules():
+            kind = str(getattr(module, "original_name", ""))
+            if "BatchNorm" in kind:
+                reason = "is TorchScript, whose code is compiled: convert the eager model instead"
+                yield Skip(join(name, path) if path else name, kind, reason)
 
 
 def describe(captured: Captured, norm: Norm) -> str:

@@ -63,6 +63,8 @@ def _plan(captured: Captured, candidate: swap.Candidate) -> Affine | str:
     weight, bias = (None if r is None else captured.tensor(r) for r in (norm.weight, norm.bias))
     mean, var = captured.tensor(norm.running_mean), captured.tensor(norm.running_var)
     affine = Affine.batch_norm(mean, var, weight, bias, norm.eps)
+    if affine.scale.is_meta:
+        return affine
     if not bool(torch.isfinite(affine.scale).all() and torch.isfinite(affine.shift).all()):
         return "its scale or shift is not finite"
     return affine

@@ -40,7 +40,7 @@ def gain(anchor: float) -> float:
 def largest_anchor(weight: torch.Tensor, anchor: float) -> float:
     """Return `anchor`, or the largest one below it whose weight and eps fit the weight's dtype."""
     room = min(torch.finfo(weight.dtype).max / _ROOM, _LARGEST)
-    largest = float(weight.detach().abs().max()) if weight.numel() else 0.0
+    largest = float(weight.detach().abs().max()) if weight.numel() and not weight.is_meta else 0.0
     limit = math.sqrt(room)
     if largest > 0:
         limit = min(limit, math.sqrt(max((room / largest) ** 2 - 1, 0.0)))

@@ -9,6 +9,9 @@ Two mechanisms together:
    Streamed, a module's tensors are exchanged only while that module runs.
 2. A dispatch mode keeps what a forward creates in float64: a hard-coded `dtype=torch.float32`, a
    `.float()`, a constant of a closure. Such code breaks `model.double()`.
+
+Quantized operators and TorchScript submodules know no float64: they are given what they take, and
+their results are widened.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from rewrite.tree import Tree
@@ -32,6 +35,9 @@ _WIDE = {
     torch.complex32: torch.complex128,
     torch.complex64: torch.complex128,
 }
+
+_IN_FLOAT32 = ("torch.ao.nn.", "torch.ao.quantization.")
+_QUANTIZING = ("aten::quantize_per", "aten::fake_quantize", "aten::_fused_moving_avg_obs_fq")
 
 
 def widen(value: Any) -> Any:
@@ -45,6 +51,24 @@ def _widen_tensor(value: Any) -> Any:
     # MPS has no float64: judge on the CPU what only the CPU can represent.
     device = torch.device("cpu") if value.device.type == "mps" else value.device
     return value.to(device=device, dtype=_WIDE[value.dtype])
+
+
+def narrow(value: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Return `value` with every float64 tensor in it as `dtype`."""
+    return tree_map(
+        lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x,
+        value,
+    )
+
+
+def narrowest_eps(model: nn.Module) -> float:
+    """Return the rounding of those parts of `model` that know no float64; 0 where all do.
+
+    They are given float32: values that agree to 1e-16 before them may be one rounding apart.
+    """
+    tree = Tree(model)
+    quantized = any(type(module).__module__.startswith(_IN_FLOAT32) for _, module in tree.modules())
+    return torch.finfo(torch.float32).eps if quantized or any(tree.scripted()) else 0.0
 
 
 class KeepFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -62,6 +86,8 @@ class KeepFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args = tuple(_WIDE.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
         if kwargs.get("dtype") in _WIDE:
             kwargs["dtype"] = _WIDE[kwargs["dtype"]]
+        if func.namespace == "quantized" or func._schema.name.startswith(_QUANTIZING):
+            return widen(func(*narrow(args), **narrow(kwargs)))
         keeps_storage = func.is_view or func._schema.is_mutable
         if not keeps_storage:
             args, kwargs = widen(args), widen(kwargs)
@@ -79,6 +105,7 @@ def in_float64(*models: nn.Module, streamed: bool = False) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for model in models:
+            stack.enter_context(_scripted_as_they_are(model))
             exchange = _Exchange(model)
             stack.callback(exchange.restore)
             exchange.own_buffers()
@@ -136,15 +163,40 @@ def _free_bytes(device: torch.device) -> int:
         return 1 << 62
 
 
+class _Compiled(nn.Module):
+    """A TorchScript module that is called in its own dtype, outside of every dispatch mode."""
+
+    def __init__(self, module: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self._call = (module,)  # in a tuple: no submodule of this one
+        floating = (p.dtype for p in module.parameters() if p.is_floating_point())
+        self._dtype = next(floating, torch.float32)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module answers, widened."""
+        with _disable_current_modes():
+            out = self._call[0](*narrow(args, self._dtype), **narrow(kwargs, self._dtype))
+        return widen(out)
+
+
+@contextlib.contextmanager
+def _scripted_as_they_are(model: nn.Module) -> Iterator[None]:
+    tree = Tree(model)
+    places = [(slot, module) for _, module in tree.scripted() for slot in tree.slots_of(module)]
+    for slot, module in places:
+        slot.set(_Compiled(module))
+    try:
+        yield
+    finally:
+        for slot, module in places:
+            slot.set(module)
+
+
 class _Exchange:
     """The tensors of a model, replaced by float64 ones, and everything back afterwards."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = {
-            name: module
-            for name, module in Tree(model).modules()
-            if not isinstance(module, torch.jit.ScriptModule)
-        }
+        self.modules = dict(Tree(model).modules())
         self._state = {
             name: (dict(vars(module)), dict(module._parameters), dict(module._buffers))
             for name, module in self.modules.items()

@@ -15,7 +15,7 @@ from torch import nn
 from rewrite.compare import Comparison, compare
 from rewrite.diverge import Divergence, compare_records, recorded, value_noise
 from rewrite.errors import VerificationError
-from rewrite.float64 import in_float64, isolated, short_of_memory, widen
+from rewrite.float64 import in_float64, isolated, narrowest_eps, short_of_memory, widen
 from rewrite.gradients import judge_training
 from rewrite.inputs import Inputs, adversarial, call, one_line
 from rewrite.protocol import Contract
@@ -117,7 +117,8 @@ class _Judge:
     @property
     def allowance(self) -> float:
         """How far two outputs may be apart, relative."""
-        return TOLERANCE + EXPLAINS * (self.found.rounding or 0.0)
+        narrow = EXPLAINS * narrowest_eps(self.a)
+        return max(TOLERANCE, narrow) + EXPLAINS * (self.found.rounding or 0.0)
 
     def run_native(self, name: str, inputs: Inputs) -> None:
         """Run both models in their own dtype."""

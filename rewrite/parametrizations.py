@@ -63,7 +63,7 @@ class WeightNorm(nn.Module):
         grouped = self._grouped(weight.detach())
         norm = self._norm(grouped)
         broken = (norm == 0) | ~torch.isfinite(norm)
-        if not bool(broken.any()):
+        if weight.is_meta or not bool(broken.any()):
             return self._ungrouped_g(norm.to(weight.dtype), weight), weight
         v, norm = self._repaired(grouped, norm, broken)
         return self._ungrouped_g(norm.to(weight.dtype), weight), v.reshape(weight.shape)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from torch import nn
 
 from rewrite import registry
+from rewrite.convertible import check_convertible, without_values
 from rewrite.errors import OptionError, PassError, RewriteError
 from rewrite.progress import Announced
 from rewrite.protocol import Change, Contract, Pass, Selection, apply_pass
@@ -71,12 +72,14 @@ def convert(
             in place, against the original's outputs noted before, and memory stays near one model.
 
     Raises:
+        CaptureError: the model is TorchScript, or lazy and not initialized.
         OptionError: an empty list of passes, an unknown pass, or options that do not fit.
         PassError: a pass failed; the message names the passes that had run.
     """
     chosen = [registry.parse(item) if isinstance(item, str) else item for item in passes]
     if not chosen:
         raise OptionError("no pass given; see `rewrite passes`")
+    check_convertible(model)
     selection = Selection(tuple(only), tuple(skip))
     say = progress or (lambda step: None)
     inputs: tuple[Any, ...] | None = example_inputs
@@ -132,6 +135,9 @@ def _inputs(
     model: nn.Module, given: tuple[Any, ...] | None, calibration: Iterable[Any] | None
 ) -> tuple[tuple[Any, ...] | None, tuple[str, ...]]:
     """Return what to verify on: the given input, a batch of the data, or one that is made up."""
+    if absent := without_values(model):
+        note = f"{absent[0]} has no values (meta device, {len(absent)} tensors): nothing was run"
+        return None, (note,)
     if given is not None:
         return tuple(given), ()
     from rewrite.calibrate import first_usable

@@ -58,6 +58,8 @@ def identical(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
         return a is b
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    if a.is_meta or b.is_meta:
+        return a.is_meta and b.is_meta  # neither has values
     if torch.equal(a, b):
         return True
     # NaN is not equal to itself; bits are.

@@ -78,12 +78,16 @@ def _bounded(affine: Affine) -> Affine:
 
 def _overflow(captured: Captured, plan: Absorption, affine: Affine) -> str:
     """Return why a half-precision weight could not hold the scaled values, or ""."""
+    if affine.scale.is_meta:
+        return ""
     largest = float(affine.scale.abs().max()) if affine.scale.numel() else 0.0
     shift = float(affine.shift.abs().max()) if affine.shift.numel() else 0.0
     for edit in plan.edits:
         if edit.layer.weight is None:
             continue
         weight = captured.tensor(edit.layer.weight)
+        if weight.is_meta:
+            continue
         limit = torch.finfo(weight.dtype).max
         if float(weight.detach().abs().max()) * largest > limit or shift > limit:
             return f"the scaled weight of {edit.layer.name} would overflow {weight.dtype}"

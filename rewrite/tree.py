@@ -60,7 +60,12 @@ def _with_item(container: Any, path: tuple[Any, ...], module: nn.Module) -> Any:
 
 
 def slots(module: nn.Module) -> Iterator[tuple[Slot, nn.Module]]:
-    """Yield each direct child of `module` with the place that holds it, hidden ones last."""
+    """Yield each direct child of `module` with the place that holds it, hidden ones last.
+
+    A TorchScript module has none: what is inside of it is compiled, and cannot be exchanged.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return
     for key, child in module._modules.items():
         if child is not None:
             yield Slot(module, key), child
@@ -141,9 +146,16 @@ class Tree:
         return self._canonical[module]
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield each module once, under its first name."""
+        """Yield each module once, under its first name; TorchScript is left out."""
         for module, name in self._canonical.items():
-            yield name, module
+            if not isinstance(module, torch.jit.ScriptModule):
+                yield name, module
+
+    def scripted(self) -> Iterator[tuple[str, torch.jit.ScriptModule]]:
+        """Yield each outermost TorchScript module, whose code and tensors no rewrite can change."""
+        for module, name in self._canonical.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                yield name, module
 
     def get(self, name: str) -> nn.Module:
         """Return the module called `name`, also when only a parent is listed under an alias."""
@@ -151,10 +163,10 @@ class Tree:
             return self.names[name]
         module = self.model
         for part in name.split("."):
-            child = module._modules.get(part)
-            if child is None:
+            held = module._modules
+            if part not in held or held[part] is None:  # TorchScript's mapping has no get
                 raise KeyError(name)
-            module = child
+            module = cast(nn.Module, held[part])
         return module
 
     def aliases(self, name: str) -> tuple[str, ...]:

@@ -141,7 +141,7 @@ class Verification:
         parts = []
         if self.contract in JUDGED:
             parts.append(f"float64 error {self.max_rel:.1e}")
-            if self.rounding is not None and self.max_rel:
+            if self.rounding and self.max_rel:
                 parts.append(f"{self.max_rel / self.rounding:.1f} x the rounding of the parameters")
         if self.drift is not None and self.noise is not None and self.contract in JUDGED:
             ratio = self.drift / self.noise if self.noise else math.inf if self.drift else 0.0
