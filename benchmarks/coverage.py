@@ -4,6 +4,7 @@
     python -m benchmarks.coverage                             all of them, for hours; resumable
     python -m benchmarks.coverage --package timm --package smp
     python -m benchmarks.coverage --brief                     capture and bn-to-gn alone: a third
+    python -m benchmarks.coverage --peers                     the peers' columns of brief rows
     python -m benchmarks.coverage --summarize                 docs/coverage.md from the results
 
 A row says how many batch norms run, how many capture sees, how many `bn-to-gn` leaves, whether an
@@ -20,7 +21,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.corpus import PACKAGES, QUICK, UnbuildableError, build, installed, names
+from benchmarks.sweep.measure import BRIEF_ABOVE, measure, with_peers
 from benchmarks.sweep.order import by_family
 from benchmarks.sweep.summary import failures, summary
 from benchmarks.sweep.workers import Limits, run_all
@@ -63,7 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing := [name for name in wanted if name not in chosen]:
         print(f"not installed: {', '.join(missing)}", file=sys.stderr)
     rows = {row["name"]: row for row in read(options.results)}
-    _sweep([name for name in chosen if _is_pending(rows.get(name), options)], options)
+    if options.peers:
+        brief = {name: rows[name] for name in chosen if lacks_peers(rows.get(name))}
+        _sweep(list(brief), options, lambda name: with_peers(brief[name]))
+    else:
+        pending = [name for name in chosen if _is_pending(rows.get(name), options)]
+        _sweep(pending, options, partial(measure, brief=options.brief))
     rows = {row["name"]: row for row in read(options.results)}
     missed = [line for name in chosen if name in rows for line in failures(rows[name])]
     print("\n".join(missed) or f"all {len(chosen)} architectures reach the target")
@@ -82,7 +89,18 @@ def _is_pending(row: dict[str, Any] | None, options: argparse.Namespace) -> bool
     return row is None or (not options.brief and row.get("brief", False))
 
 
-def _sweep(pending: Sequence[str], options: argparse.Namespace) -> None:
+def lacks_peers(row: dict[str, Any] | None) -> bool:
+    """Return whether a row is brief, of a model that was run, and without the peers' columns."""
+    if row is None or row["status"] != "run" or row["parameters"] > BRIEF_ABOVE:
+        return False
+    return "fuse_left" not in row and "fuse_error" not in row
+
+
+def _sweep(
+    pending: Sequence[str],
+    options: argparse.Namespace,
+    function: Callable[[str], dict[str, Any]],
+) -> None:
     """Measure what has no row yet, and append each row as it comes."""
     if not pending:
         return
@@ -90,8 +108,6 @@ def _sweep(pending: Sequence[str], options: argparse.Namespace) -> None:
         importlib.import_module(_PRELOADED[package])
     if importlib.util.find_spec("opacus") is not None:
         importlib.import_module("opacus.validators")
-    from benchmarks.sweep.measure import measure
-
     limits = Limits(options.seconds, options.megabytes)
     columns = (
         BarColumn(),
@@ -104,7 +120,7 @@ def _sweep(pending: Sequence[str], options: argparse.Namespace) -> None:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     with progress, options.results.open("a", encoding="utf-8") as results:
         task = progress.add_task("", total=len(pending))
-        for row in run_all(pending, partial(measure, brief=options.brief), limits, options.workers):
+        for row in run_all(pending, function, limits, options.workers):
             results.write(json.dumps(row, ensure_ascii=False) + "\n")
             results.flush()
             progress.update(task, advance=1, description=row["name"], refresh=True)
@@ -127,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=240, help="limit for one architecture")
     parser.add_argument("--megabytes", type=int, default=10_000, help="limit for one architecture")
     parser.add_argument("--brief", action="store_true", help="neither the fold nor the peers")
+    parser.add_argument("--peers", action="store_true", help="complete brief rows by the peers")
     parser.add_argument("--summarize", action="store_true", help="write docs/coverage.md and stop")
     return parser
 

@@ -54,6 +54,14 @@ def measure(name: str, *, brief: bool = False) -> dict[str, Any]:
     return row
 
 
+def with_peers(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a brief row with the columns of the peers."""
+    torch.set_num_threads(1)
+    model = corpus.make(row["name"])
+    example_inputs = corpus.fit_inputs(row["name"], model)
+    return row | peers.measure(model, example_inputs, run(model, example_inputs)[0])
+
+
 def _construct(name: str) -> nn.Module:
     """Build in memory that nothing has touched yet; what is too large for that, on meta."""
     try:
