@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = {row["name"]: row for row in read(options.results)}
     if options.peers:
         brief = {name: rows[name] for name in chosen if lacks_peers(rows.get(name))}
-        _sweep(list(brief), options, lambda name: with_peers(brief[name]))
+        columns = partial(_with_columns, brief)
+        _sweep(list(brief), options, lambda name: with_peers(brief[name]), columns)
     else:
         pending = [name for name in chosen if _is_pending(rows.get(name), options)]
         _sweep(pending, options, partial(measure, brief=options.brief))
@@ -96,10 +97,19 @@ def lacks_peers(row: dict[str, Any] | None) -> bool:
     return "fuse_left" not in row and "fuse_error" not in row
 
 
+def _with_columns(brief: dict[str, dict[str, Any]], row: dict[str, Any]) -> dict[str, Any]:
+    """Return a completed row; a peer that ran out of time or memory takes nothing from it."""
+    if row["status"] == "run":
+        return row
+    reason = f"{row['status']}: {row['error']}"
+    return brief[row["name"]] | {"fuse_error": reason, "opacus_error": reason}
+
+
 def _sweep(
     pending: Sequence[str],
     options: argparse.Namespace,
     function: Callable[[str], dict[str, Any]],
+    finish: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: row,
 ) -> None:
     """Measure what has no row yet, and append each row as it comes."""
     if not pending:
@@ -121,7 +131,7 @@ def _sweep(
     with progress, options.results.open("a", encoding="utf-8") as results:
         task = progress.add_task("", total=len(pending))
         for row in run_all(pending, function, limits, options.workers):
-            results.write(json.dumps(row, ensure_ascii=False) + "\n")
+            results.write(json.dumps(finish(row), ensure_ascii=False) + "\n")
             results.flush()
             progress.update(task, advance=1, description=row["name"], refresh=True)
 

@@ -244,6 +244,32 @@ def test_a_sweep_is_resumed_where_it_stopped(tmp_path, capsys):
     assert "1 of 5 norms left" in capsys.readouterr().out
 
 
+def test_brief_rows_are_completed_by_the_peers_alone_and_then_in_full(tmp_path, capsys):
+    results = tmp_path / "rows.jsonl"
+    arguments = [SMALL, "--results", str(results)]
+    rows = []
+    for level in (["--brief"], ["--brief"], ["--peers"], ["--peers"], []):
+        assert coverage.main([*arguments, *level]) == 0
+        rows.append(list(coverage.read(results))[-1])
+    assert len(results.read_text().splitlines()) == 3
+    assert "fuse_left" not in rows[1] and "fold_left" not in rows[1]
+    assert rows[3] == rows[1] | {
+        key: rows[3][key] for key in ("fuse_left", "fuse_diff", "opacus_left")
+    }
+    assert rows[4]["fold_left"] == 0 and "brief" not in rows[4]
+
+
+def test_a_peer_that_crashes_takes_nothing_from_a_row(tmp_path, monkeypatch):
+    results = tmp_path / "rows.jsonl"
+    brief = GOOD | {"name": SMALL, "brief": True, "parameters": 1}
+    del brief["fuse_left"], brief["opacus_left"]
+    results.write_text(json.dumps(brief) + "\n", encoding="utf-8")
+    monkeypatch.setattr(coverage, "with_peers", lambda row: os._exit(7))
+    assert coverage.main([SMALL, "--peers", "--results", str(results)]) == 0
+    (row,) = coverage.read(results)
+    assert row["status"] == "run" and row["fuse_error"] == "crashed: exit code 7"
+
+
 # -- time -------------------------------------------------------------------------------------
 
 
