@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from rewrite.assign import assign, assign_refusal, is_frozen
 from rewrite.capture import Captured, TensorRef
@@ -271,6 +272,8 @@ def _drawn(name: str, module: nn.Module, weight: Weight, seed: int) -> torch.Ten
 
 def _reset(module: nn.Module, key: str, constant: float, forget_bias: float) -> None:
     if (buffer := module._buffers.get(key)) is not None:
+        if is_lazy(buffer):
+            return
         module._buffers[key] = torch.full_like(buffer, constant)
         return
     value = torch.full(getattr(module, key).shape, constant, dtype=torch.float64)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -13,11 +11,10 @@ from rewrite.tree import Tree, tensor_names
 
 
 def check_convertible(model: nn.Module) -> None:
-    """Raise if no pass can do anything right with `model`.
+    """Raise if no pass can do anything with `model`.
 
     Raises:
-        CaptureError: the model is TorchScript, whose code is compiled, or one of its layers is lazy
-            and has seen no input yet.
+        CaptureError: the model is TorchScript, whose code is compiled.
     """
     if isinstance(model, torch.jit.ScriptModule):
         kind = getattr(model, "original_name", type(model).__name__)
@@ -25,29 +22,23 @@ def check_convertible(model: nn.Module) -> None:
             f"{kind} is a TorchScript module, whose code is compiled: "
             "rewrite the eager model that it was made from"
         )
-    lazy = next(_uninitialized(model), None)
-    if lazy is not None:
-        name, module = lazy
-        raise CaptureError(
-            f"{name or 'the model'}: {type(module).__name__} is lazy and has seen no input: "
-            "run one batch through the model first"
-        )
 
 
-def without_values(model: nn.Module) -> list[str]:
-    """Return the names of the tensors of `model` that are on the meta device."""
+def why_not_run(model: nn.Module) -> str:
+    """Return why `model` cannot be run without becoming another one, or "".
+
+    A tensor on the meta device has no values; a lazy layer would take its shape from the input.
+    """
     tree = Tree(model)
     names = tensor_names(tree)
-    return [
-        names[id(tensor)]
-        for _, module in tree.modules()
-        for tensor in (*module._parameters.values(), *module._buffers.values())
-        if tensor is not None and tensor.is_meta
-    ]
-
-
-def _uninitialized(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in Tree(model).modules():
-        held = (*module._parameters.values(), *module._buffers.values())
-        if any(tensor is not None and is_lazy(tensor) for tensor in held):
-            yield name, module
+    absent: list[str] = []
+    lazy: list[str] = []
+    for _, module in tree.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and (is_lazy(tensor) or tensor.is_meta):
+                (lazy if is_lazy(tensor) else absent).append(names[id(tensor)])
+    if lazy:
+        return f"{lazy[0]} is lazy and has seen no input"
+    if absent:
+        return f"{absent[0]} has no values (meta device, {len(absent)} tensors)"
+    return ""

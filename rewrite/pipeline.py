@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from torch import nn
 
 from rewrite import registry
-from rewrite.convertible import check_convertible, without_values
+from rewrite.convertible import check_convertible, why_not_run
 from rewrite.errors import OptionError, PassError, RewriteError
 from rewrite.progress import Announced
 from rewrite.protocol import Change, Contract, Pass, Selection, apply_pass
@@ -72,7 +72,7 @@ def convert(
             in place, against the original's outputs noted before, and memory stays near one model.
 
     Raises:
-        CaptureError: the model is TorchScript, or lazy and not initialized.
+        CaptureError: the model is TorchScript.
         OptionError: an empty list of passes, an unknown pass, or options that do not fit.
         PassError: a pass failed; the message names the passes that had run.
     """
@@ -84,7 +84,10 @@ def convert(
     say = progress or (lambda step: None)
     inputs: tuple[Any, ...] | None = example_inputs
     notes: tuple[str, ...] = ()
-    if verify:
+    runs = verify
+    if verify and (reason := why_not_run(model)):
+        runs, notes = False, (f"{reason}: nothing was run",)
+    elif verify:
         inputs, notes = _inputs(model, example_inputs, calibration)
     before: nn.Module = model
     expected: nn.Module
@@ -94,7 +97,7 @@ def convert(
         start = time.perf_counter()
         original = None
         if consume and len(chosen) == 1 and item.contract not in _EQUAL:
-            original = _noted(before, inputs if verify else None, seed)
+            original = _noted(before, inputs if runs else None, seed)
         after = before if original is not None else copy_model(before)
         try:
             batches = None if calibration is None else Announced(calibration, say, item.name)
@@ -108,7 +111,7 @@ def convert(
         after = applied.model
         notes = (*notes, *applied.notes)
         checked = None
-        if verify and inputs is not None and applied.changes:
+        if runs and inputs is not None and applied.changes:
             say(f"verifying {item.name}")
             expected = item.reference(before) if original is None else original
             touched = dict.fromkeys(_touched(applied.changes), item.name)
@@ -122,7 +125,7 @@ def convert(
         )  # fmt: skip
         before = after
     whole = reports[-1].verification if len(reports) == 1 else None
-    if len(reports) > 1 and verify and inputs is not None:
+    if len(reports) > 1 and runs and inputs is not None:
         contract = max((item.contract for item in chosen), key=_WEAKEST_LAST.index)
         expected = model
         for item in chosen:
@@ -135,9 +138,6 @@ def _inputs(
     model: nn.Module, given: tuple[Any, ...] | None, calibration: Iterable[Any] | None
 ) -> tuple[tuple[Any, ...] | None, tuple[str, ...]]:
     """Return what to verify on: the given input, a batch of the data, or one that is made up."""
-    if absent := without_values(model):
-        note = f"{absent[0]} has no values (meta device, {len(absent)} tensors): nothing was run"
-        return None, (note,)
     if given is not None:
         return tuple(given), ()
     from rewrite.calibrate import first_usable

@@ -7,12 +7,14 @@ cannot be run on fake tensors (control flow on values) leaves its nodes without 
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from rewrite.capture import Captured
@@ -23,7 +25,13 @@ _NORMS = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatch
 
 
 def propagate_shapes(captured: Captured, example_inputs: tuple[Any, ...]) -> None:
-    """Attach `meta["val"]`, a fake tensor (or what else the value is), to the nodes."""
+    """Attach `meta["val"]`, a fake tensor (or what else the value is), to the nodes.
+
+    A lazy layer would take its shape from the fake tensors for good: then nothing is attached.
+    """
+    held = chain(captured.model.parameters(), captured.model.buffers())
+    if any(is_lazy(tensor) for tensor in held):
+        return
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
