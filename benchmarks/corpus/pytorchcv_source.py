@@ -9,6 +9,14 @@ import torch
 from pytorchcv import model_provider
 from torch import nn
 
+_SHAPES: dict[str, tuple[Any, ...]] = {
+    "pfpcnet": ((1, 1, 320, 240),),
+    "raft_things": ((1, 3, 128, 128), torch.zeros(1, 3, 128, 128)),
+    "visemenet20": ((1, 8, 195), torch.full((1, 76), 3)),
+    "voca8flame": ((1, 1, 16, 29), torch.full((1,), 3)),
+}
+"""What models take that look at more than one image of three channels."""
+
 
 def architectures() -> Iterator[str]:
     """Yield every model name of the provider."""
@@ -28,6 +36,10 @@ def make(architecture: str) -> nn.Module:
 def candidates(architecture: str, model: nn.Module) -> Iterator[tuple[Any, ...]]:
     """Yield inputs from small to the size that the model was made for; speech models take mels."""
     generator = torch.Generator().manual_seed(0)
+    if architecture in _SHAPES:
+        image, *others = _SHAPES[architecture]
+        yield (torch.rand(image, generator=generator), *(other.clone() for other in others))
+        return
     channels, made_for = getattr(model, "in_channels", 3), getattr(model, "in_size", (224, 224))
     if isinstance(made_for, int):
         yield torch.rand(1, made_for, 64, generator=generator), torch.tensor([64])

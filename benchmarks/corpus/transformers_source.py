@@ -32,26 +32,14 @@ _DEPTHS = frozenset({"depths", "stage_num_blocks", "num_blocks", "layer_depths"}
 _VOCABULARY = 1000
 _GIVEN: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 8, "context_length": 16},
-    "edgetam_vision_model": {
-        "backbone_config": {
-            "model_type": "timm_wrapper",
-            "architecture": "repvit_m1",
-            "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
-        }
-    },
     "informer": {"prediction_length": 8, "context_length": 16},
-    "pp_ocrv6_small_det": {
-        "backbone_config": {"model_type": "pp_lcnet_v4", "out_indices": [1, 2, 3, 4]},
-        "layer_list_out_channels": [96, 96, 192, 384],
-    },
     "timm_backbone": {"backbone": "resnet18", "use_pretrained_backbone": False},
     "uvdoc": {
         "backbone_config": {"model_type": "uvdoc_backbone", "out_indices": [1, 2, 3, 4, 5, 6]}
     },
-    "vitmatte": {"convstream_hidden_sizes": (48, 96, 192)},
 }
 """What a configuration has no default for, or where its defaults do not fit each other."""
-_WHOLE = frozenset({"edgetam_vision_model", "pp_ocrv6_small_det", "uvdoc"})
+_WHOLE = frozenset({"uvdoc"})
 """Configurations that list the widths of all their layers elsewhere: none can be left out."""
 
 
