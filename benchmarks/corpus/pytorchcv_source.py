@@ -12,7 +12,7 @@ from torch import nn
 _SHAPES: dict[str, tuple[Any, ...]] = {
     "pfpcnet": ((1, 1, 320, 240),),
     "raft_things": ((1, 3, 128, 128), torch.zeros(1, 3, 128, 128)),
-    "visemenet20": ((1, 8, 195), torch.full((1, 76), 3)),
+    "visemenet20": ((100, 8, 195), torch.full((100, 76), 3)),
     "voca8flame": ((1, 1, 16, 29), torch.full((1,), 3)),
 }
 """What models take that look at more than one image of three channels."""
