@@ -28,6 +28,11 @@ PRODUCTS = frozenset({"mul", "imul", "multiply", "__mul__", "__imul__", "__rmul_
 _PARTS = ADDITIONS | {"sub", "isub", "subtract", "__sub__", "cat", "concat", "stack"}
 # Applied with a weight that code computes, such as a standardized one.
 _APPLIED = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
+# Attention in one call, by its output projection's weight and bias: place and name.
+_PROJECTED = {
+    "shifted_window_attention": ((2, "proj_weight"), (10, "proj_bias")),
+    "multi_head_attention_forward": ((11, "out_proj_weight"), (12, "out_proj_bias")),
+}
 # Attention, by the place of its values among the inputs.
 _WEIGHTED_SUMS = {"matmul": 1, "__matmul__": 1, "bmm": 1, "scaled_dot_product_attention": 2}
 _SPLITS = frozenset({"chunk", "split", "unbind", "tensor_split", "split_with_sizes"})
@@ -165,6 +170,9 @@ class TailFinder:
 
     def _computed_end(self, node: Node) -> Tail | None:
         weight, bias = self.computed_weight(node), operand(node, 2, "bias")
+        if places := _PROJECTED.get(function_name(node) or ""):
+            given, bias = (operand(node, *place) for place in places)
+            weight = self.switch(given) if isinstance(given, Node) else None
         shift = self.switch(bias) if isinstance(bias, Node) else None
         if weight is None or (bias is not None and shift is None):
             return None

@@ -209,3 +209,13 @@ def test_families_of_timm(name, count):
     found = branches(model)
     assert len([b for b in found if b.tails]) == count
     assert all(b.tails for b in found)
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet18", 8), ("swin_t", 24), ("vit_b_16", 24)])
+def test_families_of_torchvision(name, count):
+    torchvision = pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, weights=None)
+    found = branches(model)
+    assert len(found) == count
+    assert all(b.tails for b in found)
