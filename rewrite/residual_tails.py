@@ -31,6 +31,7 @@ _APPLIED = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
 # Attention in one call, by its output projection's weight and bias: place and name.
 _PROJECTED = {
     "shifted_window_attention": ((2, "proj_weight"), (10, "proj_bias")),
+    "shifted_window_attention_3d": ((2, "proj_weight"), (10, "proj_bias")),
     "multi_head_attention_forward": ((11, "out_proj_weight"), (12, "out_proj_bias")),
 }
 # Attention, by the place of its values among the inputs.

@@ -211,7 +211,9 @@ def test_families_of_timm(name, count):
     assert all(b.tails for b in found)
 
 
-@pytest.mark.parametrize(("name", "count"), [("resnet18", 8), ("swin_t", 24), ("vit_b_16", 24)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("resnet18", 8), ("swin_t", 24), ("swin3d_t", 24), ("vit_b_16", 24)]
+)
 def test_families_of_torchvision(name, count):
     torchvision = pytest.importorskip("torchvision")
     with torch.device("meta"):
