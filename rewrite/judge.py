@@ -83,7 +83,9 @@ def judge(
     seed: int = 0,
 ) -> Findings:
     """Return what was found when `b` was held to equality with `a`; both are in eval mode."""
-    work = _Judge(a, b, stored_rounding(a, b), touched, seed)
+    # Asked before the models are opened for float64, which hides what cannot follow.
+    floor = max(TOLERANCE, EXPLAINS * narrowest_eps(a))
+    work = _Judge(a, b, stored_rounding(a, b), touched, seed, floor)
     for name, inputs in given:
         work.run_native(name, inputs)
     with in_float64(a, b, streamed=short_of_memory(a, b)):
@@ -110,6 +112,7 @@ class _Judge:
     stored: Mapping[tuple[str, str], float]
     touched: Collection[str]
     seed: int
+    floor: float
     found: Findings = field(default_factory=Findings)
     native: list[tuple[Any, Any]] = field(default_factory=list)
     apart: list[tuple[float, str]] = field(default_factory=list)
@@ -117,8 +120,7 @@ class _Judge:
     @property
     def allowance(self) -> float:
         """How far two outputs may be apart, relative."""
-        narrow = EXPLAINS * narrowest_eps(self.a)
-        return max(TOLERANCE, narrow) + EXPLAINS * (self.found.rounding or 0.0)
+        return self.floor + EXPLAINS * (self.found.rounding or 0.0)
 
     def run_native(self, name: str, inputs: Inputs) -> None:
         """Run both models in their own dtype."""
