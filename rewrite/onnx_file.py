@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model
 
@@ -25,14 +25,17 @@ from rewrite.inputs import one_line
 
 STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "ai.onnx.preview.training")
 LARGE = 64 * 1024
+# A message ends at 2 GiB; what is left is for names and nodes.
+_IN_ONE_MESSAGE = 1.9e9
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """An ONNX model in memory, and where it came from."""
+    """An ONNX model in memory, and where it came from: a file with or without external data."""
 
     path: Path
     model: onnx.ModelProto
+    external: bool = False
 
     @property
     def opset(self) -> int:
@@ -82,7 +85,8 @@ def open_onnx(path: str | Path) -> OnnxFile:
         ) from error
     if not model.ir_version or not (model.graph.node or model.graph.output):
         raise VerificationError(f"{place}: not an ONNX file: it holds no graph")
-    for tensor in _tensors(model):
+    external = [t for t in _tensors(model) if t.data_location == onnx.TensorProto.EXTERNAL]
+    for tensor in external:
         _check_external(place, tensor)
     try:
         load_external_data_for_model(model, str(place.parent))
@@ -90,7 +94,7 @@ def open_onnx(path: str | Path) -> OnnxFile:
         raise VerificationError(
             f"{place}: its external data cannot be read: {one_line(error)}"
         ) from error
-    opened = OnnxFile(place, model)
+    opened = OnnxFile(place, model, bool(external))
     _check_values(opened)
     return opened
 
@@ -104,8 +108,6 @@ def _tensors(model: onnx.ModelProto) -> Iterator[Any]:
 
 
 def _check_external(place: Path, tensor: Any) -> None:
-    if tensor.data_location != onnx.TensorProto.EXTERNAL:
-        return
     info = ExternalDataInfo(tensor)
     where = f"{place}: {tensor.name or 'a constant'}: external data {info.location!r}"
     folder = place.parent.resolve()
@@ -149,6 +151,11 @@ def _check_values(opened: OnnxFile) -> None:
             )
 
 
+def too_large(model: onnx.ModelProto) -> bool:
+    """Return whether a model's tensors leave no room in one protobuf message."""
+    return sum(map(_nbytes, _tensors(model))) > _IN_ONE_MESSAGE
+
+
 def structure_problems(opened: OnnxFile) -> list[str]:
     """Return what the checker and a look at the graph find wrong."""
     problems = [*_checker(opened)]
@@ -172,14 +179,10 @@ def structure_problems(opened: OnnxFile) -> list[str]:
 
 def _checker(opened: OnnxFile) -> Iterator[str]:
     try:
-        if opened.model.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF:
-            onnx.checker.check_model(opened.model, full_check=True)
-        else:
-            onnx.checker.check_model(str(opened.path), full_check=True)
+        whole = opened.external and not too_large(opened.model)
+        onnx.checker.check_model(opened.model if whole else str(opened.path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         yield f"onnx.checker: {one_line(error)}"
-    except EncodeError:
-        onnx.checker.check_model(str(opened.path), full_check=True)
 
 
 def _constant(model: onnx.ModelProto, name: str) -> np.ndarray[Any, Any] | None:

@@ -256,7 +256,7 @@ def against_graph(
 ) -> Parity:
     """Compare a graph with another one: outputs on every input, values on the first."""
     parity = Parity()
-    theirs = session(reference.model, "disabled", reference.path)
+    theirs = session(reference, "disabled")
     moved_live = session(nudged_model(reference.model, seed), "disabled")
     for index, feed in enumerate(feeds):
         renamed = _renamed(reference, feed)

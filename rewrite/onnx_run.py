@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from rewrite.compare import tensors
 from rewrite.errors import VerificationError
 from rewrite.inputs import Inputs, one_line
-from rewrite.onnx_file import OnnxFile
+from rewrite.onnx_file import OnnxFile, too_large
 from rewrite.record import Event, Record, Sketcher
 
 Feed = dict[str, np.ndarray[Any, Any]]
@@ -34,7 +34,7 @@ _FATAL_ONLY = 4
 _PORTION = 512 * 1024 * 1024
 
 
-def session(model: onnx.ModelProto, level: str = "all", path: Path | None = None) -> Any:
+def session(source: onnx.ModelProto | OnnxFile, level: str = "all") -> Any:
     """Return a session on the CPU at an optimization level.
 
     Raises:
@@ -46,7 +46,10 @@ def session(model: onnx.ModelProto, level: str = "all", path: Path | None = None
     options.intra_op_num_threads = torch.get_num_threads()
     providers = ["CPUExecutionProvider"]
     try:
-        if model.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF:
+        if isinstance(source, OnnxFile) and not source.external:
+            return onnxruntime.InferenceSession(str(source.path), options, providers=providers)
+        model = source.model if isinstance(source, OnnxFile) else source
+        if not too_large(model):
             return onnxruntime.InferenceSession(
                 model.SerializeToString(), options, providers=providers
             )
@@ -55,7 +58,7 @@ def session(model: onnx.ModelProto, level: str = "all", path: Path | None = None
             onnx.save(model, place, save_as_external_data=True)
             return onnxruntime.InferenceSession(place, options, providers=providers)
     except Exception as error:
-        name = path or "the graph"
+        name = source.path if isinstance(source, OnnxFile) else "the graph"
         raise VerificationError(
             f"{name}: onnxruntime {onnxruntime.__version__} refuses it: {_reason(error)}"
         ) from error
@@ -188,12 +191,12 @@ def nudged_model(model: onnx.ModelProto, seed: int = 0) -> onnx.ModelProto:
     random = np.random.default_rng(seed)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    half = np.finfo(np.float32).eps / 2
+    half = float(np.finfo(np.float32).eps) / 2
     for tensor in copy.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT:
             value = numpy_helper.to_array(tensor)
-            sign = random.integers(0, 2, value.shape) * 2.0 - 1.0
-            moved = (value * (1 + sign * half)).astype(np.float32)
+            step = random.integers(0, 2, value.shape, dtype=np.int8) * (2 * half) + (1 - half)
+            moved = (value * step).astype(np.float32)
             tensor.CopyFrom(numpy_helper.from_array(moved, tensor.name))
     return copy
 

@@ -78,7 +78,7 @@ def verify_onnx(
     begin = time.perf_counter()
     opened = open_onnx(path)
     checks = [*_structure(opened), *_census(opened, expect or {}, expect_no)]
-    live = session(opened.model, path=opened.path)
+    live = session(opened)
     feed = _given(opened, example_inputs, seed)
     checks += _behaviour(opened, live, feed, level, seed)
     parity = None
@@ -167,7 +167,7 @@ def _behaviour(opened: OnnxFile, live: Any, feed: Feed, level: Level, seed: int)
 
 def _levels(opened: OnnxFile, optimized: Mapping[str, Any], feed: Feed, seed: int) -> Check:
     """Compare the outputs at every optimization level with those of the graph as it is."""
-    plain = run(session(opened.model, "disabled"), feed)
+    plain = run(session(opened, "disabled"), feed)
     moved = run(session(nudged_model(opened.model, seed), "disabled"), feed)
     rounding = compare(plain, moved).max_rel
     allowed = EXPLAINS * (rounding + float(np.finfo(np.float32).eps))
@@ -176,9 +176,7 @@ def _levels(opened: OnnxFile, optimized: Mapping[str, Any], feed: Feed, seed: in
     for name in LEVELS:
         if name == "disabled":
             continue
-        outputs = (
-            list(optimized.values()) if name == "all" else run(session(opened.model, name), feed)
-        )
+        outputs = list(optimized.values()) if name == "all" else run(session(opened, name), feed)
         compared = compare(plain, outputs)
         reasons += [f"{name}: {reason}" for reason in compared.reasons]
         if compared.max_rel > worst:

@@ -97,6 +97,6 @@ def nudged(
 
 def nudge(tensor: torch.Tensor, eps: float, generator: torch.Generator) -> torch.Tensor:
     """Return `tensor` with each element half an `eps` larger or smaller, relative."""
-    sign = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
-    moved = tensor.detach() * (1 + sign * eps / 2)
+    step = torch.empty(tensor.shape, dtype=tensor.dtype).bernoulli_(0.5, generator=generator)
+    moved = step.mul_(eps).add_(1 - eps / 2).to(tensor.device).mul_(tensor.detach())
     return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
