@@ -20,7 +20,7 @@ from rewrite.absorption import Absorption, Edit
 from rewrite.capture import Captured
 from rewrite.channels import Lane, Refused
 from rewrite.inplace import changes_in_place
-from rewrite.operators import norm_of
+from rewrite.operators import function_name, norm_of
 from rewrite.ranks import Ranks
 from rewrite.steps import Demand, Steps
 
@@ -41,6 +41,7 @@ class Surroundings:
         self.ranks = Ranks(self.captured)
         self.uses = Uses(self.captured, self.bake)
         self.steps = Steps(self.captured, self.ranks, self.folded)
+        self.order = {node: place for place, node in enumerate(self.captured.nodes())}
         self._layers: dict[Node, Layer | None] = {}
 
     def layer(self, node: Node) -> Layer | None:
@@ -137,6 +138,7 @@ class Growth:
         if len(self._lanes) > _VALUES:
             raise Refused(f"more than {_VALUES} values would have to change")
         self._check_readers(value)
+        self._check_far(value)
         backward, forward = self._near, self._far
         if self.sign > 0:
             backward, forward = forward, backward
@@ -158,6 +160,39 @@ class Growth:
                         f"the output of {called} is changed in place by "
                         f"{self.around.steps.called(reader)} and read elsewhere"
                     )
+
+    def _check_far(self, value: Node) -> None:
+        """Refuse at once what a far neighbour of `value` will refuse, whatever else changes.
+
+        Else each norm of a residual stream would walk all of it before it is told.
+        """
+        if self.sign > 0:
+            far = [(value, "behind")]
+        else:
+            far = [(reader, "in front") for reader in value.users]
+        for node, side in far:
+            if node in self.around.folded or (node, side) in self._done:
+                continue
+            if self._sums_later(node):
+                raise Refused(self._far_reason(node, value))
+            layer = self.around.layer(node)
+            if layer is None or (side == "in front" and node.all_input_nodes[:1] != [value]):
+                continue
+            if not self.compensate:
+                raise Refused(self._far_reason(node, value))
+            if side == "in front" and layer.kind == "gain":
+                raise Refused(layer.why_not)
+
+    def _sums_later(self, node: Node) -> bool:
+        """Return whether `node` is a sum that no backward growth reaches: it comes after the seeds.
+
+        A sum changes with each of its operands, so it would have to be one of the changed values.
+        """
+        if self.sign > 0 or self.compensate:
+            return False
+        order = self.around.order
+        later = all(s.graph is node.graph and order[s] < order[node] for s in self._seeds)
+        return later and function_name(node) in ("add", "iadd", "sub", "isub")
 
     def _visit(self, node: Node, value: Node, side: str, near: bool) -> None:
         lane = self._lanes[value]
