@@ -20,7 +20,7 @@ from rewrite.gradients import judge_training
 from rewrite.inputs import Inputs, adversarial, call, one_line
 from rewrite.protocol import Contract
 from rewrite.record import Sketcher
-from rewrite.rounding import EXPLAINS, nudge, nudged, stored_rounding
+from rewrite.rounding import EXPLAINS, Nudge, nudged, stored_rounding
 from rewrite.verification import Case, Level
 
 TOLERANCE = 1e-9
@@ -240,12 +240,12 @@ class _Judge:
 
     def _moved(self, wide: Inputs) -> Inputs:
         """Return inputs that are a float64 rounding away."""
-        generator = torch.Generator().manual_seed(self.seed)
+        nudge = Nudge(self.seed)
 
         def moved(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor) or leaf.dtype != torch.float64:
                 return leaf
-            return nudge(leaf, 2 * _WIDEST_ROUNDING, generator)
+            return nudge(leaf, 2 * _WIDEST_ROUNDING)
 
         return wide.map(moved)
 

@@ -2,15 +2,17 @@
 
 Nothing in a file is believed: external data has to lie inside the model's folder and have the size
 that its tensor needs, before a byte of it is read.
+
+Large weights are held beside the graph, which declares them as external: a graph without them is
+copied, changed and handed to onnxruntime at no cost, and no message ends at 2 GiB.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +20,28 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import numpy_helper
-from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model
+from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor
 
 from rewrite.errors import VerificationError
 from rewrite.inputs import one_line
 
-STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "ai.onnx.preview.training")
 LARGE = 64 * 1024
-# A message ends at 2 GiB; what is left is for names and nodes.
-_IN_ONE_MESSAGE = 1.9e9
+"""From this many bytes on a weight is held beside the graph."""
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """An ONNX model in memory, and where it came from: a file with or without external data."""
+    """An ONNX model in memory, and the file that it came from.
+
+    `weights` holds the data of the large initializers, which `model` only declares.
+    """
 
     path: Path
     model: onnx.ModelProto
-    external: bool = False
+    weights: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def opset(self) -> int:
@@ -85,18 +91,66 @@ def open_onnx(path: str | Path) -> OnnxFile:
         ) from error
     if not model.ir_version or not (model.graph.node or model.graph.output):
         raise VerificationError(f"{place}: not an ONNX file: it holds no graph")
-    external = [t for t in _tensors(model) if t.data_location == onnx.TensorProto.EXTERNAL]
-    for tensor in external:
-        _check_external(place, tensor)
+    for tensor in _tensors(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _check_external(place, tensor)
+    graph, weights = _parted(place, model)
+    opened = OnnxFile(place, graph, weights)
+    _check_values(opened)
+    return opened
+
+
+def _parted(place: Path, model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    """Return the graph, its large weights declared only, and their data; `model` is used up."""
+    weights = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_type in _FLOATS and _nbytes(tensor) >= LARGE:
+            weights[tensor.name] = _data(place, tensor)
+            declare(tensor)
+    for tensor in _tensors(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and tensor.name not in weights:
+            _read_external(place, tensor)
+    # A message gives the memory of what was cleared back when it dies.
+    graph = onnx.ModelProto()
+    graph.CopyFrom(model)
+    return graph, weights
+
+
+def _data(place: Path, tensor: Any) -> Array:
+    """Return the values of a tensor, read from where they are."""
     try:
-        load_external_data_for_model(model, str(place.parent))
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            return np.array(numpy_helper.to_array(tensor))  # theirs cannot be written to
+        info = ExternalDataInfo(tensor)
+        kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        target = place.parent / info.location
+        flat = np.fromfile(target, kind, math.prod(tensor.dims), offset=info.offset or 0)
+        return flat.reshape(tensor.dims)
+    except (ValueError, TypeError, OSError) as error:
+        raise VerificationError(
+            f"{place}: {tensor.name}: its data does not fit its shape "
+            f"{tuple(tensor.dims)}: {one_line(error)}"
+        ) from error
+
+
+def _read_external(place: Path, tensor: Any) -> None:
+    try:
+        load_external_data_for_tensor(tensor, str(place.parent))
     except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
         raise VerificationError(
             f"{place}: its external data cannot be read: {one_line(error)}"
         ) from error
-    opened = OnnxFile(place, model, bool(external))
-    _check_values(opened)
-    return opened
+    tensor.data_location = onnx.TensorProto.DEFAULT
+    del tensor.external_data[:]
+
+
+def declare(tensor: Any) -> None:
+    """Leave of an initializer its name, type and shape."""
+    for name in ("raw_data", "float_data", "double_data", "int32_data"):
+        tensor.ClearField(name)
+    del tensor.external_data[:]
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="weights")
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[Any]:
@@ -136,75 +190,23 @@ def _nbytes(tensor: Any) -> int:
 
 def _check_values(opened: OnnxFile) -> None:
     for tensor in opened.model.graph.initializer:
-        if tensor.data_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE):
+        if tensor.data_type not in _FLOATS:
             continue
-        try:
-            value = numpy_helper.to_array(tensor)
-        except (ValueError, TypeError) as error:
-            raise VerificationError(
-                f"{opened.path}: {tensor.name}: its data does not fit its shape "
-                f"{tuple(tensor.dims)}: {one_line(error)}"
-            ) from error
-        if wrong := int(np.isnan(value).sum()):
+        held = opened.weights.get(tensor.name)
+        value = _data(opened.path, tensor) if held is None else held
+        if _may_hold_nan(value) and (wrong := int(np.isnan(value).sum())):
             raise VerificationError(
                 f"{opened.path}: initializer {tensor.name}: {wrong} of {value.size} values are NaN"
             )
 
 
-def too_large(model: onnx.ModelProto) -> bool:
-    """Return whether a model's tensors leave no room in one protobuf message."""
-    return sum(map(_nbytes, _tensors(model))) > _IN_ONE_MESSAGE
+def _may_hold_nan(value: Array) -> bool:
+    """Return False where a sum shows that there is no NaN: a tenth of the cost of looking."""
+    with np.errstate(all="ignore"):
+        return not np.isfinite(value.sum())
 
 
-def structure_problems(opened: OnnxFile) -> list[str]:
-    """Return what the checker and a look at the graph find wrong."""
-    problems = [*_checker(opened)]
-    for node in all_nodes(opened.model.graph):
-        label = node.name or f"{node.op_type} -> {', '.join(node.output)}"
-        problems += [
-            f"{label}: {node.op_type} is in training mode"
-            for attribute in node.attribute
-            if attribute.name == "training_mode" and attribute.i
-        ]
-        if node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]:
-            flag = _constant(opened.model, node.input[2])
-            if flag is None or bool(flag.any()):
-                problems.append(f"{label}: Dropout is in training mode")
-    problems += [
-        f"initializers {first} and {second} hold the same {size} bytes"
-        for first, second, size in duplicates(opened.model)
-    ]
-    return problems
-
-
-def _checker(opened: OnnxFile) -> Iterator[str]:
-    try:
-        whole = opened.external and not too_large(opened.model)
-        onnx.checker.check_model(opened.model if whole else str(opened.path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        yield f"onnx.checker: {one_line(error)}"
-
-
-def _constant(model: onnx.ModelProto, name: str) -> np.ndarray[Any, Any] | None:
-    for tensor in model.graph.initializer:
-        if tensor.name == name:
-            return numpy_helper.to_array(tensor)
-    for node in all_nodes(model.graph):
-        if node.op_type == "Constant" and name in node.output:
-            return numpy_helper.to_array(node.attribute[0].t)
-    return None
-
-
-def duplicates(model: onnx.ModelProto) -> list[tuple[str, str, int]]:
-    """Return pairs of large initializers with the same content; constant ones are not worth it."""
-    seen: dict[tuple[int, tuple[int, ...], bytes], str] = {}
-    found = []
-    for tensor in model.graph.initializer:
-        raw = tensor.raw_data
-        if len(raw) < LARGE or raw == raw[:8] * (len(raw) // 8):
-            continue
-        key = (tensor.data_type, tuple(tensor.dims), hashlib.blake2b(raw).digest())
-        if key in seen:
-            found.append((seen[key], tensor.name, len(raw)))
-        seen.setdefault(key, tensor.name)
-    return found
+def initializer(opened: OnnxFile, tensor: Any) -> Array:
+    """Return the values of one of the graph's initializers."""
+    value = opened.weights.get(tensor.name)
+    return numpy_helper.to_array(tensor) if value is None else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rewrite.onnx_run import (
     Feed,
     as_array,
     feed_of,
-    nudged_model,
+    nudged_graph,
     record_graph,
     run,
     session,
@@ -133,12 +133,14 @@ def against_model(
             parity.failed.append(f"{name}: {one_line(error)}")
             continue
         own_list, got = _paired(opened, own, got)
+        shaken = None if index else nudged_graph(opened, seed)
         with in_float64(model, streamed=short_of_memory(model)):
-            if index:
+            if shaken is None:
                 exact = call(model, inputs.map(widen), seed)
                 moved = 0.0
             else:
-                exact, moved = _first(opened, model, inputs, feed, rounding, parity, repro, seed)
+                graphs = (opened, shaken)
+                exact, moved = _first(graphs, model, inputs, feed, rounding, parity, repro, seed)
         parity.add(name, [leaf for _, leaf in _kept(exact)], own_list, got, moved)
     parity.sum_up("the PyTorch model")
     return parity
@@ -159,7 +161,7 @@ def _paired(opened: OnnxFile, own: Any, got: list[Any]) -> tuple[list[Any], list
 
 
 def _first(
-    opened: OnnxFile,
+    graphs: tuple[OnnxFile, OnnxFile],
     model: nn.Module,
     inputs: Inputs,
     feed: Feed,
@@ -168,14 +170,18 @@ def _first(
     repro: str | Path | None,
     seed: int,
 ) -> tuple[Any, float]:
-    """Compare every value on the way; return the exact output and what rounding does to it."""
+    """Compare every value on the way; return the exact output and what rounding does to it.
+
+    `graphs` are the graph and itself with every weight rounded once.
+    """
+    opened, shaken = graphs
     sketch = Sketcher(seed)
     wide = inputs.map(widen)
     exact_record, exact = recorded(model, wide, sketch, seed)
     with nudged(model, rounding, seed):
         nudged_record, moved = recorded(model, wide, sketch, seed)
     graph = record_graph(opened, feed, sketch)
-    own = _own_noise(opened, graph, feed, sketch, seed)
+    own = _own_noise(shaken, graph, feed, sketch)
     noise = [max(value, _EPS / 4) for value in value_noise(exact_record, nudged_record)]
     parity.divergence, there = _diverging(graph, exact_record, noise, own)
     if parity.divergence is not None:
@@ -190,14 +196,11 @@ def _first(
     return exact, max(compare(exact, moved).max_rel, *ends, 0.0)
 
 
-def _own_noise(
-    opened: OnnxFile, graph: Record, feed: Feed, sketch: Sketcher, seed: int
-) -> list[float]:
+def _own_noise(shaken: OnnxFile, graph: Record, feed: Feed, sketch: Sketcher) -> list[float]:
     """Return how far rounding each weight moves the graph's own values in onnxruntime.
 
     Its kernels round in their own way: an instance norm may lose ten times what PyTorch's does.
     """
-    shaken = replace(opened, model=nudged_model(opened.model, seed))
     return value_noise(graph, record_graph(shaken, feed, sketch))
 
 
@@ -257,7 +260,7 @@ def against_graph(
     """Compare a graph with another one: outputs on every input, values on the first."""
     parity = Parity()
     theirs = session(reference, "disabled")
-    moved_live = session(nudged_model(reference.model, seed), "disabled")
+    moved_live = session(nudged_graph(reference, seed), "disabled")
     for index, feed in enumerate(feeds):
         renamed = _renamed(reference, feed)
         exact, moved = run(theirs, renamed), run(moved_live, renamed)
@@ -274,7 +277,7 @@ def against_graph(
             parity.failed.append(f"value on the way: {parity.divergence.note}")
             if repro is not None:
                 name = _output_of(reference, there)
-                values = dict(values_of(reference.model, renamed, [name])) if name else {}
+                values = dict(values_of(reference, renamed, [name])) if name else {}
                 write_repro(repro, opened, feed, parity.divergence, values.get(name))
     parity.sum_up(str(reference.path))
     return parity
@@ -286,8 +289,10 @@ def _compare_graphs(
     sketch = Sketcher(seed)
     base = record_graph(reference, renamed, sketch)
     graph = record_graph(opened, feed, sketch)
-    noise = [max(n, _EPS / 4) for n in _own_noise(reference, base, renamed, sketch, seed)]
-    return _diverging(graph, base, noise, _own_noise(opened, graph, feed, sketch, seed))
+    theirs = _own_noise(nudged_graph(reference, seed), base, renamed, sketch)
+    noise = [max(value, _EPS / 4) for value in theirs]
+    own = _own_noise(nudged_graph(opened, seed), graph, feed, sketch)
+    return _diverging(graph, base, noise, own)
 
 
 def _output_of(reference: OnnxFile, there: Event | None) -> str:

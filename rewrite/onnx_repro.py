@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from rewrite.diverge import Divergence
 from rewrite.errors import VerificationError
-from rewrite.onnx_file import OnnxFile
+from rewrite.onnx_file import OnnxFile, initializer
 from rewrite.onnx_run import Feed, values_of
 
 _SCRIPT = '''"""{title}"""
@@ -49,14 +50,14 @@ def write_repro(
     weights = {tensor.name: tensor for tensor in graph.initializer}
     given = [name for name in node.input if name and name not in weights]
     outputs = [name for name in node.output if name]
-    fetched = dict(values_of(opened.model, feed, [n for n in given if n not in feed] + outputs))
+    fetched = dict(values_of(opened, feed, [n for n in given if n not in feed] + outputs))
     inputs: dict[str, Any] = {
         name: feed.get(name, fetched.get(name)) for name in dict.fromkeys(given)
     }
     place = Path(folder)
     try:
         place.mkdir(parents=True, exist_ok=True)
-        onnx.save(_one_node(opened.model, node, inputs, fetched, weights), str(place / "node.onnx"))
+        onnx.save(_one_node(opened, node, inputs, fetched, weights), str(place / "node.onnx"))
         np.savez(place / "inputs.npz", **inputs)
         np.savez(place / "actual.npz", **{name: fetched[name] for name in outputs})
         np.savez(place / "expected.npz", **_expected(expected, outputs[0], fetched[outputs[0]]))
@@ -74,7 +75,7 @@ def _expected(value: np.ndarray[Any, Any] | None, name: str, actual: Any) -> dic
 
 
 def _one_node(
-    model: onnx.ModelProto,
+    opened: OnnxFile,
     node: Any,
     inputs: dict[str, Any],
     fetched: dict[str, Any],
@@ -89,9 +90,13 @@ def _one_node(
         "repro",
         [value(name, array) for name, array in inputs.items()],
         [value(name, fetched[name]) for name in node.output if name],
-        [weights[name] for name in dict.fromkeys(node.input) if name in weights],
+        [
+            numpy_helper.from_array(initializer(opened, weights[name]), name)
+            for name in dict.fromkeys(node.input)
+            if name in weights
+        ],
     )
-    made = onnx.helper.make_model(graph, opset_imports=model.opset_import)
-    made.ir_version = model.ir_version
-    made.functions.extend(model.functions)
+    made = onnx.helper.make_model(graph, opset_imports=opened.model.opset_import)
+    made.ir_version = opened.model.ir_version
+    made.functions.extend(opened.model.functions)
     return made

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from onnx import numpy_helper
 from rewrite.compare import tensors
 from rewrite.errors import VerificationError
 from rewrite.inputs import Inputs, one_line
-from rewrite.onnx_file import OnnxFile, too_large
+from rewrite.onnx_file import Array, OnnxFile
 from rewrite.record import Event, Record, Sketcher
+from rewrite.rounding import Nudge
 
 Feed = dict[str, np.ndarray[Any, Any]]
 _Level = onnxruntime.GraphOptimizationLevel
@@ -30,12 +31,21 @@ LEVELS = {
 _DEFAULT_SIDE = 64
 _DEFAULT_LENGTH = 16
 _FATAL_ONLY = 4
+_EPS = torch.finfo(torch.float32).eps
 # Values on the way are fetched in portions of about this many bytes.
 _PORTION = 512 * 1024 * 1024
 
 
-def session(source: onnx.ModelProto | OnnxFile, level: str = "all") -> Any:
-    """Return a session on the CPU at an optimization level.
+@dataclass(frozen=True)
+class Session:
+    """A session of onnxruntime, and the weights that it reads while it lives."""
+
+    live: Any
+    weights: Mapping[str, Any] = field(default_factory=dict)
+
+
+def session(source: OnnxFile | Path, level: str = "all") -> Session:
+    """Return a session on the CPU at an optimization level: of a graph in memory, or of a file.
 
     Raises:
         VerificationError: onnxruntime refuses the graph.
@@ -44,21 +54,22 @@ def session(source: onnx.ModelProto | OnnxFile, level: str = "all") -> Any:
     options.graph_optimization_level = LEVELS[level]
     options.log_severity_level = _FATAL_ONLY
     options.intra_op_num_threads = torch.get_num_threads()
+    if level == "disabled":  # runs once or twice: a copy of the weights would not pay
+        options.add_session_config_entry("session.disable_prepacking", "1")
     providers = ["CPUExecutionProvider"]
     try:
-        if isinstance(source, OnnxFile) and not source.external:
-            return onnxruntime.InferenceSession(str(source.path), options, providers=providers)
-        model = source.model if isinstance(source, OnnxFile) else source
-        if not too_large(model):
-            return onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=providers
-            )
-        with tempfile.TemporaryDirectory() as folder:
-            place = str(Path(folder) / "model.onnx")
-            onnx.save(model, place, save_as_external_data=True)
-            return onnxruntime.InferenceSession(place, options, providers=providers)
+        if isinstance(source, Path):
+            return Session(onnxruntime.InferenceSession(str(source), options, providers=providers))
+        weights = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(value)
+            for name, value in source.weights.items()
+        }
+        options.add_external_initializers(list(weights), list(weights.values()))
+        graph = source.model.SerializeToString()
+        live = onnxruntime.InferenceSession(graph, options, providers=providers)
+        return Session(live, weights)
     except Exception as error:
-        name = source.path if isinstance(source, OnnxFile) else "the graph"
+        name = source if isinstance(source, Path) else source.path
         raise VerificationError(
             f"{name}: onnxruntime {onnxruntime.__version__} refuses it: {_reason(error)}"
         ) from error
@@ -73,14 +84,14 @@ def _reason(error: BaseException) -> str:
     return " : ".join(parts[2:]) if len(parts) > 2 and parts[0].strip().isdigit() else text
 
 
-def run(live: Any, feed: Feed, names: Sequence[str] | None = None) -> list[Any]:
+def run(session: Session, feed: Feed, names: Sequence[str] | None = None) -> list[Any]:
     """Run a session.
 
     Raises:
         VerificationError: the graph refuses the inputs.
     """
     try:
-        return list(live.run(names, feed))
+        return list(session.live.run(names, feed))
     except Exception as error:
         shapes = ", ".join(f"{name} {value.dtype}{value.shape}" for name, value in feed.items())
         raise VerificationError(f"the graph refuses ({shapes}): {_reason(error)}") from error
@@ -186,19 +197,24 @@ def made_up(opened: OnnxFile, batch: int = 1, seed: int = 0) -> Feed:
     return feed
 
 
-def nudged_model(model: onnx.ModelProto, seed: int = 0) -> onnx.ModelProto:
+def nudged_graph(opened: OnnxFile, seed: int = 0) -> OnnxFile:
     """Return a copy whose float32 initializers are half an eps off, at random."""
-    random = np.random.default_rng(seed)
+    nudge = Nudge(seed)
     copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    half = float(np.finfo(np.float32).eps) / 2
+    copy.CopyFrom(opened.model)
+    weights = {}
+
+    def moved(value: Array) -> Array:
+        return nudge(torch.from_numpy(value), _EPS).numpy()
+
     for tensor in copy.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.FLOAT:
-            value = numpy_helper.to_array(tensor)
-            step = random.integers(0, 2, value.shape, dtype=np.int8) * (2 * half) + (1 - half)
-            moved = (value * step).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(moved, tensor.name))
-    return copy
+        if tensor.name in opened.weights:
+            value = opened.weights[tensor.name]
+            weights[tensor.name] = moved(value) if value.dtype == np.float32 else value
+        elif tensor.data_type == onnx.TensorProto.FLOAT:
+            value = np.array(numpy_helper.to_array(tensor))
+            tensor.CopyFrom(numpy_helper.from_array(moved(value), tensor.name))
+    return replace(opened, model=copy, weights=weights)
 
 
 def record_graph(opened: OnnxFile, feed: Feed, sketch: Sketcher) -> Record:
@@ -214,7 +230,7 @@ def record_graph(opened: OnnxFile, feed: Feed, sketch: Sketcher) -> Record:
         numbers[name] = _add(record, sketch, value, None)
     sketches = {}
     for portion in _portions(names, opened):
-        for name, value in values_of(opened.model, feed, portion):
+        for name, value in values_of(opened, feed, portion):
             if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
                 sketches[name] = sketch(torch.from_numpy(np.array(value)))
     for node in graph.node:
@@ -241,16 +257,14 @@ def _add(record: Record, sketch: Sketcher, value: Any, producer: int | None) -> 
     return len(record.values) - 1
 
 
-def values_of(
-    model: onnx.ModelProto, feed: Feed, names: Iterable[str]
-) -> Iterator[tuple[str, Any]]:
+def values_of(opened: OnnxFile, feed: Feed, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
     """Yield values on the way, by making them outputs of the graph."""
     wanted = list(names)
     open_model = onnx.ModelProto()
-    open_model.CopyFrom(model)
+    open_model.CopyFrom(opened.model)
     del open_model.graph.output[:]
     open_model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
-    live = session(open_model, "disabled")
+    live = session(replace(opened, model=open_model), "disabled")
     yield from zip(wanted, run(live, feed, wanted), strict=True)
 
 

@@ -26,7 +26,7 @@ from rewrite.compare import compare
 from rewrite.errors import VerificationError
 from rewrite.float64 import evaluating
 from rewrite.inputs import Inputs, adversarial, one_line
-from rewrite.onnx_file import OnnxFile, open_onnx, structure_problems
+from rewrite.onnx_file import OnnxFile, open_onnx
 from rewrite.onnx_parity import against_graph, against_model
 from rewrite.onnx_report import Check, OnnxVerification
 from rewrite.onnx_run import (
@@ -36,10 +36,11 @@ from rewrite.onnx_run import (
     dynamic_axes,
     feed_of,
     made_up,
-    nudged_model,
+    nudged_graph,
     run,
     session,
 )
+from rewrite.onnx_structure import structure_problems
 from rewrite.rounding import EXPLAINS
 from rewrite.verification import Level
 
@@ -78,7 +79,7 @@ def verify_onnx(
     begin = time.perf_counter()
     opened = open_onnx(path)
     checks = [*_structure(opened), *_census(opened, expect or {}, expect_no)]
-    live = session(opened)
+    live = session(opened.path)
     feed = _given(opened, example_inputs, seed)
     checks += _behaviour(opened, live, feed, level, seed)
     parity = None
@@ -168,7 +169,7 @@ def _behaviour(opened: OnnxFile, live: Any, feed: Feed, level: Level, seed: int)
 def _levels(opened: OnnxFile, optimized: Mapping[str, Any], feed: Feed, seed: int) -> Check:
     """Compare the outputs at every optimization level with those of the graph as it is."""
     plain = run(session(opened, "disabled"), feed)
-    moved = run(session(nudged_model(opened.model, seed), "disabled"), feed)
+    moved = run(session(nudged_graph(opened, seed), "disabled"), feed)
     rounding = compare(plain, moved).max_rel
     allowed = EXPLAINS * (rounding + float(np.finfo(np.float32).eps))
     worst, where = 0.0, "disabled"

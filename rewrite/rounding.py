@@ -23,6 +23,7 @@ from rewrite.tree import Tree
 
 EXPLAINS = 8.0
 """How many times its own measure the rounding of parameters explains: draws of one distribution."""
+_SIGNS = 1_048_583
 
 
 def stored_rounding(a: nn.Module, b: nn.Module) -> dict[tuple[str, str], float]:
@@ -77,7 +78,7 @@ def nudged(
 
     `eps` is by module and tensor; None moves every parameter by the rounding of float64.
     """
-    generator = torch.Generator().manual_seed(seed)
+    nudge = Nudge(seed)
     tree = Tree(model)
     saved = [(m, dict(m._parameters), dict(m._buffers)) for _, m in tree.modules()]
     double = torch.finfo(torch.float64).eps
@@ -87,7 +88,7 @@ def nudged(
                 for key, tensor in held.items():
                     size = 2 * double if eps is None else eps.get((name, key))
                     if size is not None and tensor is not None and tensor.is_floating_point():
-                        held[key] = nudge(tensor, size, generator)
+                        held[key] = nudge(tensor, size)
         yield
     finally:
         for module, parameters, buffers in saved:
@@ -95,8 +96,33 @@ def nudged(
             module._buffers.update(buffers)
 
 
-def nudge(tensor: torch.Tensor, eps: float, generator: torch.Generator) -> torch.Tensor:
-    """Return `tensor` with each element half an `eps` larger or smaller, relative."""
-    step = torch.empty(tensor.shape, dtype=tensor.dtype).bernoulli_(0.5, generator=generator)
-    moved = step.mul_(eps).add_(1 - eps / 2).to(tensor.device).mul_(tensor.detach())
-    return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+class Nudge:
+    """Move tensors by half an eps up or down, at random.
+
+    The signs are drawn once and gone through again and again, from tensor to tensor: their number
+    is a prime, so that rows of a weight, and weights of one shape, meet different ones.
+    """
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._signs = torch.empty(_SIGNS, dtype=torch.float64).bernoulli_(0.5, generator=generator)
+        self._at = 0
+
+    def __call__(self, tensor: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return `tensor` with each element half an `eps` larger or smaller, relative."""
+        source = tensor.detach()
+        moved = torch.empty_like(source)  # has no gaps
+        if moved.stride() != source.stride():
+            source = source.contiguous()
+            moved = torch.empty_like(source)
+        flat, given = (t.as_strided((t.numel(),), (1,)) for t in (moved, source))
+        begin = 0
+        while begin < flat.numel():
+            size = min(flat.numel() - begin, _SIGNS - self._at)
+            step = self._signs[self._at : self._at + size] * eps + (1 - eps / 2)
+            part = given[begin : begin + size]
+            flat[begin : begin + size] = step.to(part.device).mul_(part)
+            begin += size
+            self._at = (self._at + size) % _SIGNS
+        parameter = isinstance(tensor, nn.Parameter)
+        return nn.Parameter(moved, tensor.requires_grad) if parameter else moved
