@@ -11,13 +11,16 @@ import contextlib
 import logging
 import tempfile
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from onnx_ir.convenience import replace_all_uses_with
 from torch import nn
 
 from rewrite.compare import leaves, tensors
@@ -25,6 +28,7 @@ from rewrite.errors import ExportError
 from rewrite.files import check_writable
 from rewrite.float64 import isolated
 from rewrite.inputs import Inputs, call, device_of, infer_example_inputs, one_line
+from rewrite.onnx_file import LARGE
 from rewrite.onnx_report import OnnxVerification
 from rewrite.onnx_verify import verify_onnx
 from rewrite.parametrizations import remove_weight_norm, weight_normed
@@ -82,6 +86,8 @@ def export(
     ready = _baked(model, notes) if bake_weight_norm else model
     program = _export(ready, inputs, opset, dynamic_shapes, dynamic_batch, notes, seed)
     _describe(program.model, metadata or {})
+    if shared := _share(program.model, {name for name, _ in ready.named_parameters()}):
+        notes.append(f"stored {shared} tensors once that are equal to others")
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     beside = size > MAX_BYTES if external_data is None else external_data
     _save(program, target, beside)
@@ -286,6 +292,29 @@ def _describe(model: Any, metadata: Mapping[str, str]) -> None:
     for node in model.graph.all_nodes():
         for key in _TRACES:
             node.metadata_props.pop(key, None)
+
+
+def _share(model: Any, learned: set[str]) -> int:
+    """Store large equal tensors once, such as the index tables of attention layers; return how many
+    went. What they share keeps the name of a parameter where one of them is one."""
+    initializers = model.graph.initializers
+    seen: dict[Any, list[Any]] = defaultdict(list)
+    dropped = 0
+    for name in sorted(initializers, key=lambda name: name not in learned):
+        value = initializers[name]
+        held = value.const_value
+        if held is None or held.nbytes < LARGE or value.is_graph_output():
+            continue
+        alike = seen[held.dtype, tuple(held.shape)]
+        array = held.numpy()
+        first = next((v for v in alike if np.array_equal(v.const_value.numpy(), array)), None)
+        if first is None:
+            alike.append(value)
+        else:
+            replace_all_uses_with(value, first)
+            del initializers[name]
+            dropped += 1
+    return dropped
 
 
 def _save(program: Any, target: Path, beside: bool) -> None:

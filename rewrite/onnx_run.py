@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from rewrite.compare import tensors
 from rewrite.errors import VerificationError
 from rewrite.inputs import Inputs, one_line
-from rewrite.onnx_file import Array, OnnxFile
+from rewrite.onnx_file import Array, OnnxFile, all_nodes
 from rewrite.record import Event, Record, Sketcher
 from rewrite.rounding import Nudge
 
@@ -198,11 +198,15 @@ def made_up(opened: OnnxFile, batch: int = 1, seed: int = 0) -> Feed:
 
 
 def nudged_graph(opened: OnnxFile, seed: int = 0) -> OnnxFile:
-    """Return a copy whose float32 initializers are half an eps off, at random."""
+    """Return a copy whose float32 initializers are half an eps off, at random.
+
+    Those that say how large a value is are left: 15 rows instead of 16 are no rounding.
+    """
     nudge = Nudge(seed)
     copy = onnx.ModelProto()
     copy.CopyFrom(opened.model)
     weights = {}
+    sizes = {name for node in all_nodes(copy.graph) for name in _size_inputs(node)}
 
     def moved(value: Array) -> Array:
         return nudge(torch.from_numpy(value), _EPS).numpy()
@@ -211,10 +215,17 @@ def nudged_graph(opened: OnnxFile, seed: int = 0) -> OnnxFile:
         if tensor.name in opened.weights:
             value = opened.weights[tensor.name]
             weights[tensor.name] = moved(value) if value.dtype == np.float32 else value
-        elif tensor.data_type == onnx.TensorProto.FLOAT:
+        elif tensor.data_type == onnx.TensorProto.FLOAT and tensor.name not in sizes:
             value = np.array(numpy_helper.to_array(tensor))
             tensor.CopyFrom(numpy_helper.from_array(moved(value), tensor.name))
     return replace(opened, model=copy, weights=weights)
+
+
+def _size_inputs(node: Any) -> list[str]:
+    """Return the inputs of a node that are floats and decide on a shape."""
+    if node.op_type == "Range":
+        return list(node.input)
+    return list(node.input[1:]) if node.op_type in ("Resize", "Upsample") else []
 
 
 def record_graph(opened: OnnxFile, feed: Feed, sketch: Sketcher) -> Record:

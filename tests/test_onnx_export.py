@@ -15,6 +15,7 @@ from rewrite.errors import CheckpointError, ExportError
 from rewrite.onnx import check_exportable, export, verify_onnx
 from rewrite.onnx_file import open_onnx
 from rewrite.onnx_run import dynamic_axes
+from rewrite.verification import Level
 
 
 class Net(nn.Module):
@@ -148,6 +149,45 @@ def test_norms_are_right_at_every_opset(tmp_path, net, norm, opset):
     found = export(net, tmp_path / "net.onnx", example_inputs=(X,), opset=opset)
     assert found.ok, str(found)
     assert found.opset == opset
+
+
+class Upsampled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.up = nn.Upsample(scale_factor=4)
+
+    def forward(self, x):
+        return self.up(nn.functional.avg_pool2d(self.conv(x), 4)) + self.conv(x)
+
+
+def test_rounding_a_weight_once_leaves_sizes_alone(tmp_path):
+    """A scale of 4 that becomes 3.9999998 makes 15 rows of 4."""
+    x = torch.randn(2, 3, 16, 16)
+    found = export(Upsampled(), tmp_path / "up.onnx", example_inputs=(x,), level=Level.THOROUGH)
+    assert found.ok, str(found)
+
+
+class Tables(nn.Module):
+    def __init__(self, other):
+        super().__init__()
+        table = torch.randn(128, 200)
+        self.register_buffer("first", table)
+        self.register_buffer("second", table.clone() + other)
+        self.weight = nn.Parameter(table.clone())
+
+    def forward(self, x):
+        return (x @ self.first).relu() + (x @ self.second).tanh() + x @ self.weight
+
+
+@pytest.mark.parametrize(("other", "kept"), [(0, ["weight"]), (1, ["second", "weight"])])
+def test_equal_tensors_are_stored_once_under_the_name_of_the_parameter(tmp_path, other, kept):
+    path = tmp_path / "tables.onnx"
+    model, x = Tables(other).eval(), torch.randn(2, 128)
+    found = export(model, path, example_inputs=(x,))
+    assert found.ok, str(found)
+    assert found.notes == (f"stored {3 - len(kept)} tensors once that are equal to others",)
+    assert sorted(tensor.name for tensor in onnx.load(path).graph.initializer) == kept
 
 
 def test_what_the_exporter_refuses_is_one_line_and_leaves_no_file(tmp_path):
