@@ -7,7 +7,8 @@ Each architecture is exported with `rewrite.export` and the file is verified as 
 default: checker, batch sizes, outputs and every value on the way. Times are of the CPU, after an
 export and a verification of a small model that load what both need; the ratio is the verification's
 to the export's own. Each runs in a process of its own with a limit of time and of memory, and what
-fails is named with its cause. Rows are appended as JSON lines; a row that is there is not measured
+fails is named with its cause. What torch.export refuses is traced (`--exporter torchscript`), and
+the verdict says so. Rows are appended as JSON lines; a row that is there is not measured
 again.
 """
 
@@ -29,7 +30,7 @@ from torch import nn
 from benchmarks._table import environment, parser, publish, table
 from benchmarks.corpus import PACKAGES, QUICK, UnbuildableError, build, installed
 from benchmarks.sweep.workers import Limits, run_all
-from rewrite.errors import RewriteError
+from rewrite.errors import ExportError, RewriteError
 from rewrite.onnx import export, verify_onnx
 from rewrite.verification import Level
 
@@ -92,7 +93,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         return "" if row.get(key) is None else format(row[key], form)
 
     ratio = f"{row['verify'] / row['export']:.2f}" if "verify" in row else ""
-    verdict = " · ".join(filter(None, [row["status"], row.get("error")]))
+    verdict = " · ".join(filter(None, [row["status"], row.get("error"), *row.get("notes", ())]))
     return [
         row["name"], shown("nodes", "d"), shown("export", ".1f"), shown("verify", ".1f"), ratio,
         shown("max_rel", ".0e"), shown("noise", ".0e"), verdict,
@@ -123,7 +124,13 @@ def measure(name: str) -> dict[str, Any]:
 def _export_and_verify(model: nn.Module, inputs: Any, folder: Path) -> dict[str, Any]:
     path = folder / "model.onnx"
     begin = time.process_time()
-    notes = export(model, path, example_inputs=inputs, verify=False).notes
+    notes: tuple[str, ...]
+    try:
+        notes = export(model, path, example_inputs=inputs, verify=False).notes
+    except ExportError as error:
+        begin = time.process_time()
+        traced = export(model, path, example_inputs=inputs, verify=False, exporter="torchscript")
+        notes = (_line(str(error)), *traced.notes)
     exported = time.process_time()
     found = verify_onnx(path, model, inputs, level=Level.QUICK)
     done = time.process_time()

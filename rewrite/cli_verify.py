@@ -63,6 +63,8 @@ def _add_export(subparsers: Any) -> None:
                         help="weights beside the model (by itself above 2 GB)")  # fmt: skip
     parser.add_argument("--keep-weight-norm", action="store_true",
                         help="keep parametrized weights as computation")  # fmt: skip
+    parser.add_argument("--exporter", choices=("dynamo", "torchscript"), default="dynamo",
+                        help="torchscript traces what torch.export refuses")  # fmt: skip
     parser.add_argument("--no-verify", action="store_true", help="do not run the exported file")
     parser.add_argument("--thorough", action="store_true", help="verify on more inputs")
     parser.add_argument("--force", action="store_true", help="overwrite an existing output")
@@ -201,6 +203,7 @@ def run_export(options: argparse.Namespace) -> int:
         external_data=options.external_data,
         bake_weight_norm=not options.keep_weight_norm,
         metadata={"source": options.model},
+        exporter=options.exporter,
         verify=not options.no_verify,
         level=Level.THOROUGH if options.thorough else Level.QUICK,
         overwrite=options.force,

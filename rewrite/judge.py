@@ -5,7 +5,8 @@ See `rewrite.verify` for the equations; here they are carried out, case by case.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,8 +64,15 @@ def run_original(model: nn.Module, name: str, inputs: Inputs, seed: int) -> Any:
     Raises:
         VerificationError: it does not.
     """
-    try:
+    with original_takes(name, inputs):
         return call(model, inputs.clone(), seed)
+
+
+@contextlib.contextmanager
+def original_takes(name: str, inputs: Inputs) -> Iterator[None]:
+    """Say of whatever the original raises that it does not run on these inputs."""
+    try:
+        yield
     except Exception as error:
         raise VerificationError(
             f"{name}: the original does not run on ({inputs}): {one_line(error)}; "

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -30,11 +30,13 @@ from rewrite.float64 import isolated
 from rewrite.inputs import Inputs, call, device_of, infer_example_inputs, one_line
 from rewrite.onnx_file import LARGE
 from rewrite.onnx_report import OnnxVerification
+from rewrite.onnx_torchscript import NEWEST_OPSET, trace_to_onnx
 from rewrite.onnx_verify import verify_onnx
 from rewrite.parametrizations import remove_weight_norm, weight_normed
 from rewrite.tree import Tree, copy_model
 from rewrite.verification import Level
 
+Exporter = Literal["dynamo", "torchscript"]
 MAX_BYTES = 1_900_000_000
 """Above this the weights go into a file beside the model: a protobuf ends at 2 GB."""
 OPSET = 20
@@ -54,6 +56,7 @@ def export(
     external_data: bool | None = None,
     bake_weight_norm: bool = True,
     metadata: Mapping[str, str] | None = None,
+    exporter: Exporter = "dynamo",
     verify: bool = True,
     level: Level = Level.QUICK,
     overwrite: bool = True,
@@ -71,6 +74,7 @@ def export(
         external_data: weights in a file beside the model; by itself only where they are too large.
         bake_weight_norm: compute weight-normed weights once, instead of in the graph.
         metadata: written into the file beside versions: the source, the passes, the contract.
+        exporter: "dynamo", on torch.export, or "torchscript", which traces what that refuses.
         verify: whether to verify the file against the model.
         level: how thoroughly.
         overwrite: whether an existing file may be replaced.
@@ -84,7 +88,10 @@ def export(
     inputs = _inputs(model, example_inputs, seed)
     notes: list[str] = []
     ready = _baked(model, notes) if bake_weight_norm else model
-    program = _export(ready, inputs, opset, dynamic_shapes, dynamic_batch, notes, seed)
+    if exporter == "torchscript":
+        program = _trace(ready, inputs, opset, dynamic_shapes, dynamic_batch, notes, seed)
+    else:
+        program = _export(ready, inputs, opset, dynamic_shapes, dynamic_batch, notes, seed)
     _describe(program.model, metadata or {})
     if shared := _share(program.model, {name for name, _ in ready.named_parameters()}):
         notes.append(f"stored {shared} tensors once that are equal to others")
@@ -182,16 +189,47 @@ def _export(
 
 
 def _call_exporter(model: nn.Module, inputs: Inputs, arguments: dict[str, Any]) -> Any:
-    with _quiet():
-        try:
-            return torch.onnx.export(model, inputs.args, kwargs=dict(inputs.kwargs), **arguments)
-        except Exception as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            raise ExportError(
-                f"{type(model).__name__}: torch.onnx.export fails: {one_line(cause)}"
-            ) from error
+    with _quiet(), _failing(model, "; --exporter torchscript may trace it"):
+        return torch.onnx.export(model, inputs.args, kwargs=dict(inputs.kwargs), **arguments)
+
+
+def _trace(
+    model: nn.Module,
+    inputs: Inputs,
+    opset: int,
+    axes: Mapping[str, Mapping[int, str]] | None,
+    batch: bool,
+    notes: list[str],
+    seed: int,
+) -> Any:
+    """Run the older exporter; the batch varies where every input is one tensor."""
+    if opset > NEWEST_OPSET:
+        raise ExportError(f"--opset {opset}: the exporter torchscript ends at {NEWEST_OPSET}")
+    with isolated(model):
+        output = call(model, inputs, seed)
+    names = _input_names(model, inputs)
+    dynamic = _dynamic(model, inputs, axes or {}, batch) or ()
+    shapes = dynamic.values() if isinstance(dynamic, dict) else dynamic
+    varying = {
+        name: shape for name, shape in zip(names, shapes, strict=False) if isinstance(shape, dict)
+    }
+    notes.append("traced by the exporter torchscript: branches are those of the given input")
+    with _quiet(), _failing(model, ""):
+        return trace_to_onnx(model, inputs, names, _output_names(output), varying, opset)
+
+
+@contextlib.contextmanager
+def _failing(model: nn.Module, fix: str) -> Iterator[None]:
+    """Turn whatever the exporter raises into one line, and what may help."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ExportError(
+            f"{type(model).__name__}: torch.onnx.export fails: {one_line(cause)}{fix}"
+        ) from error
 
 
 @contextlib.contextmanager

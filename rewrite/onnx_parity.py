@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rewrite.diverge import Divergence, first_guilty, hidden, recorded, value_no
 from rewrite.errors import VerificationError
 from rewrite.float64 import in_float64, isolated, short_of_memory, widen
 from rewrite.inputs import Inputs, call, device_of, one_line
-from rewrite.judge import run_original
+from rewrite.judge import original_takes, run_original
 from rewrite.onnx_file import OnnxFile
 from rewrite.onnx_report import Check
 from rewrite.onnx_repro import write_repro
@@ -30,7 +31,7 @@ from rewrite.onnx_run import (
     session,
     values_of,
 )
-from rewrite.record import Event, Known, Record, Sketcher
+from rewrite.record import Event, Known, Record, Sketch, Sketcher
 from rewrite.rounding import EXPLAINS, all_rounding, nudged
 from rewrite.verification import Level
 
@@ -121,7 +122,7 @@ def against_model(
         inputs = inputs.to(device)
         try:
             with isolated(model):
-                own = run_original(model, name, inputs, seed)
+                native, own = _native(model, name, inputs, index, seed)
         except VerificationError:
             if not index:
                 raise
@@ -133,14 +134,13 @@ def against_model(
             parity.failed.append(f"{name}: {one_line(error)}")
             continue
         own_list, got = _paired(opened, own, got)
-        shaken = None if index else nudged_graph(opened, seed)
+        first = None if native is None else _First(opened, nudged_graph(opened, seed), native, feed)
         with in_float64(model, streamed=short_of_memory(model)):
-            if shaken is None:
+            if first is None:
                 exact = call(model, inputs.map(widen), seed)
                 moved = 0.0
             else:
-                graphs = (opened, shaken)
-                exact, moved = _first(graphs, model, inputs, feed, rounding, parity, repro, seed)
+                exact, moved = _compare_values(first, model, inputs, rounding, parity, repro, seed)
         parity.add(name, [leaf for _, leaf in _kept(exact)], own_list, got, moved)
     parity.sum_up("the PyTorch model")
     return parity
@@ -160,29 +160,45 @@ def _paired(opened: OnnxFile, own: Any, got: list[Any]) -> tuple[list[Any], list
     return mine, got
 
 
-def _first(
-    graphs: tuple[OnnxFile, OnnxFile],
+@dataclass(frozen=True)
+class _First:
+    """What is known of the first input: the graph, itself with every weight rounded once, and the
+    values of the model in its own dtype."""
+
+    opened: OnnxFile
+    shaken: OnnxFile
+    native: Record
+    feed: Feed
+
+
+def _native(
+    model: nn.Module, name: str, inputs: Inputs, index: int, seed: int
+) -> tuple[Record | None, Any]:
+    """Run the model in its own dtype; of the first input return the values on the way too."""
+    if index:
+        return None, run_original(model, name, inputs, seed)
+    with original_takes(name, inputs):
+        return recorded(model, inputs, Sketcher(seed), seed)
+
+
+def _compare_values(
+    first: _First,
     model: nn.Module,
     inputs: Inputs,
-    feed: Feed,
     rounding: Any,
     parity: Parity,
     repro: str | Path | None,
     seed: int,
 ) -> tuple[Any, float]:
-    """Compare every value on the way; return the exact output and what rounding does to it.
-
-    `graphs` are the graph and itself with every weight rounded once.
-    """
-    opened, shaken = graphs
-    sketch = Sketcher(seed)
+    """Compare every value on the way; return the exact output and what rounding does to it."""
+    opened, feed, sketch = first.opened, first.feed, Sketcher(seed)
     wide = inputs.map(widen)
     exact_record, exact = recorded(model, wide, sketch, seed)
     with nudged(model, rounding, seed):
         nudged_record, moved = recorded(model, wide, sketch, seed)
     graph = record_graph(opened, feed, sketch)
-    own = _own_noise(shaken, graph, feed, sketch)
-    noise = [max(value, _EPS / 4) for value in value_noise(exact_record, nudged_record)]
+    own = _own_noise(first.shaken, graph, feed, sketch)
+    noise = _with_native(value_noise(exact_record, nudged_record), exact_record, first.native)
     parity.divergence, there = _diverging(graph, exact_record, noise, own)
     if parity.divergence is not None:
         parity.failed.append(f"value on the way: {parity.divergence.note}")
@@ -194,6 +210,15 @@ def _first(
             write_repro(repro, opened, feed, parity.divergence, expected)
     ends = [own[number] for number in graph.outputs]
     return exact, max(compare(exact, moved).max_rel, *ends, 0.0)
+
+
+def _with_native(noise: list[float], exact: Record, native: Record) -> list[float]:
+    """Return the noise, at least that of the model's own dtype where it makes the same values."""
+    own = [0.0] * len(noise)
+    if len(native.values) == len(noise):
+        own = list(map(Sketch.distance, exact.values, native.values))
+    own = [value if math.isfinite(value) else 0.0 for value in own]
+    return [max(values) for values in zip(noise, own, repeat(_EPS / 4), strict=False)]
 
 
 def _own_noise(shaken: OnnxFile, graph: Record, feed: Feed, sketch: Sketcher) -> list[float]:

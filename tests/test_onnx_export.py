@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torchvision.models import resnet18
 
 import models
 from rewrite.errors import CheckpointError, ExportError
 from rewrite.onnx import check_exportable, export, verify_onnx
 from rewrite.onnx_file import open_onnx
-from rewrite.onnx_run import dynamic_axes
+from rewrite.onnx_run import dynamic_axes, scope_of
 from rewrite.verification import Level
 
 
@@ -190,17 +191,50 @@ def test_equal_tensors_are_stored_once_under_the_name_of_the_parameter(tmp_path,
     assert sorted(tensor.name for tensor in onnx.load(path).graph.initializer) == kept
 
 
-def test_what_the_exporter_refuses_is_one_line_and_leaves_no_file(tmp_path):
-    class Loop(nn.Module):
-        def forward(self, x):
-            while x.sum() < 100:
+class Loop(nn.Module):
+    def forward(self, x):
+        for _ in range(8):
+            if x.abs().sum() < 100:
                 x = x * 2
-            return x
+        return x
 
+
+def test_what_the_exporter_refuses_is_one_line_and_leaves_no_file(tmp_path):
     with pytest.raises(ExportError, match=r"Loop: torch\.onnx\.export fails") as error:
         export(Loop(), tmp_path / "loop.onnx", example_inputs=(torch.ones(2, 2),))
     assert "\n" not in str(error.value)
+    assert str(error.value).endswith("--exporter torchscript may trace it")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_trace_holds_for_its_own_input_and_other_inputs_tell(tmp_path):
+    path, x = tmp_path / "loop.onnx", torch.rand(2, 2)
+    found = export(Loop(), path, example_inputs=(x,), exporter="torchscript")
+    assert found.ok, str(found)
+    assert "branches are those of the given input" in found.notes[0]
+    more = verify_onnx(path, Loop(), (x,))
+    assert not more.ok
+    assert any("normal x 10: output[0] is off by" in reason for reason in more.reasons), str(more)
+
+
+def test_a_trace_keeps_names_and_dynamic_axes(tmp_path):
+    path, model = tmp_path / "net.onnx", resnet18(num_classes=5).eval()
+    axes = {"x": {2: "height", 3: "width"}}
+    x = torch.randn(2, 3, 32, 32)
+    found = export(
+        model, path, example_inputs=(x,), dynamic_shapes=axes, exporter="torchscript", opset=18
+    )
+    assert found.ok, str(found)
+    opened = open_onnx(path)
+    assert opened.opset == 18
+    assert dynamic_axes(opened) == {"x": {0: "batch", 2: "height", 3: "width"}}
+    owners = {scope_of(node) for node in opened.model.graph.node if node.op_type == "Conv"}
+    assert owners == {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+
+
+def test_a_trace_of_an_opset_that_its_exporter_does_not_write_is_refused(tmp_path, net):
+    with pytest.raises(ExportError, match="--opset 21: the exporter torchscript ends at 20"):
+        export(net, tmp_path / "x.onnx", example_inputs=(X,), exporter="torchscript", opset=21)
 
 
 def test_an_output_that_cannot_be_written_costs_no_export(tmp_path, net):
