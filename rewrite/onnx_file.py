@@ -10,6 +10,7 @@ copied, changed and handed to onnxruntime at no cost, and no message ends at 2 G
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ from rewrite.inputs import one_line
 
 LARGE = 64 * 1024
 """From this many bytes on a weight is held beside the graph."""
-_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)
+_HELD = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)
+_FLOATS = (*_HELD, onnx.TensorProto.BFLOAT16)
 
 Array = np.ndarray[Any, Any]
 
@@ -81,21 +83,34 @@ def open_onnx(path: str | Path) -> OnnxFile:
             size, or outside of its folder; or a weight is NaN.
     """
     place = Path(path)
+    if place.is_dir():
+        raise VerificationError(f"{place}: is a folder; give the .onnx file inside it")
     if not place.is_file():
         raise VerificationError(f"{place}: no such file")
     try:
         model = onnx.load(str(place), load_external_data=False)
     except (DecodeError, ValueError, OSError, RuntimeError) as error:
         raise VerificationError(
-            f"{place}: not an ONNX file, or a truncated one ({one_line(error)})"
+            f"{place}: not an ONNX file, or a truncated one; export or download it again "
+            f"({one_line(error)})"
         ) from error
     if not model.ir_version or not (model.graph.node or model.graph.output):
         raise VerificationError(f"{place}: not an ONNX file: it holds no graph")
     for tensor in _tensors(model):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            _check_external(place, tensor)
-    graph, weights = _parted(place, model)
+        _check_form(place, tensor)
+    # An unknown key of external data is a warning to onnx, and nothing to a user.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for tensor in _tensors(model):
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                _check_external(place, tensor)
+        graph, weights = _parted(place, model)
     opened = OnnxFile(place, graph, weights)
+    for value in opened.inputs:
+        if not value.type.tensor_type.elem_type:
+            raise VerificationError(
+                f"{place}: input {value.name} is no tensor; only graphs of tensors can be run"
+            )
     _check_values(opened)
     return opened
 
@@ -103,12 +118,12 @@ def open_onnx(path: str | Path) -> OnnxFile:
 def _parted(place: Path, model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Array]]:
     """Return the graph, its large weights declared only, and their data; `model` is used up."""
     weights = {}
-    for tensor in model.graph.initializer:
-        if tensor.data_type in _FLOATS and _nbytes(tensor) >= LARGE:
+    given = len(model.graph.initializer)
+    for index, tensor in enumerate(_tensors(model)):
+        if index < given and tensor.data_type in _HELD and _nbytes(tensor) >= LARGE:
             weights[tensor.name] = _data(place, tensor)
-            declare(tensor)
-    for tensor in _tensors(model):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL and tensor.name not in weights:
+            _declare(tensor)
+        elif tensor.data_location == onnx.TensorProto.EXTERNAL:
             _read_external(place, tensor)
     # A message gives the memory of what was cleared back when it dies.
     graph = onnx.ModelProto()
@@ -144,7 +159,7 @@ def _read_external(place: Path, tensor: Any) -> None:
     del tensor.external_data[:]
 
 
-def declare(tensor: Any) -> None:
+def _declare(tensor: Any) -> None:
     """Leave of an initializer its name, type and shape."""
     for name in ("raw_data", "float_data", "double_data", "int32_data"):
         tensor.ClearField(name)
@@ -159,15 +174,33 @@ def _tensors(model: onnx.ModelProto) -> Iterator[Any]:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.TENSOR:
                 yield attribute.t
+            yield from attribute.g.initializer
+            for graph in attribute.graphs:
+                yield from graph.initializer
+
+
+def _check_form(place: Path, tensor: Any) -> None:
+    where = f"{place}: {tensor.name or 'a constant'}"
+    if tensor.data_type not in onnx.TensorProto.DataType.values() or not tensor.data_type:
+        raise VerificationError(f"{where} is of no type that ONNX knows ({tensor.data_type})")
+    if any(size < 0 for size in tensor.dims):
+        raise VerificationError(f"{where} has a negative size: {tuple(tensor.dims)}")
 
 
 def _check_external(place: Path, tensor: Any) -> None:
-    info = ExternalDataInfo(tensor)
-    where = f"{place}: {tensor.name or 'a constant'}: external data {info.location!r}"
-    folder = place.parent.resolve()
-    target = (folder / info.location).resolve()
-    if not info.location or not target.is_relative_to(folder):
-        raise VerificationError(f"{where} lies outside of the model's folder; refused")
+    where = f"{place}: {tensor.name or 'a constant'}: external data"
+    try:
+        info = ExternalDataInfo(tensor)
+        folder = place.parent.resolve()
+        target = (folder / info.location).resolve()
+    except ValueError as error:
+        raise VerificationError(f"{where} has no readable place: {one_line(error)}") from error
+    where += f" {info.location!r}"
+    inside = info.location and not Path(info.location).is_absolute()
+    if not inside or not target.is_relative_to(folder):
+        raise VerificationError(
+            f"{where} lies outside of the model's folder; keep it beside the model"
+        )
     if not target.is_file():
         raise VerificationError(f"{where} is missing; keep it beside the model")
     offset = info.offset or 0
@@ -177,7 +210,8 @@ def _check_external(place: Path, tensor: Any) -> None:
         raise VerificationError(f"{where} has {length} bytes, its shape needs {needed}")
     if offset + length > target.stat().st_size:
         raise VerificationError(
-            f"{where} is too short: bytes {offset} to {offset + length} of {target.stat().st_size}"
+            f"{where} is too short: bytes {offset} to {offset + length} of "
+            f"{target.stat().st_size}; copy it again"
         )
 
 
@@ -189,14 +223,18 @@ def _nbytes(tensor: Any) -> int:
 
 
 def _check_values(opened: OnnxFile) -> None:
-    for tensor in opened.model.graph.initializer:
-        if tensor.data_type not in _FLOATS:
+    given = len(opened.model.graph.initializer)
+    for index, tensor in enumerate(_tensors(opened.model)):
+        # A constant of one element may be NaN on purpose, as the filling of a mask.
+        if tensor.data_type not in _FLOATS or (index >= given and math.prod(tensor.dims) < 2):
             continue
-        held = opened.weights.get(tensor.name)
+        kind = "initializer" if index < given else "constant"
+        held = opened.weights.get(tensor.name) if index < given else None
         value = _data(opened.path, tensor) if held is None else held
         if _may_hold_nan(value) and (wrong := int(np.isnan(value).sum())):
             raise VerificationError(
-                f"{opened.path}: initializer {tensor.name}: {wrong} of {value.size} values are NaN"
+                f"{opened.path}: {kind} {tensor.name or '(no name)'}: "
+                f"{wrong} of {value.size} values are NaN; export it again from finite weights"
             )
 
 

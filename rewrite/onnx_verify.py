@@ -126,7 +126,12 @@ def _census(opened: OnnxFile, expect: Mapping[str, int], expect_no: Iterable[str
 
 def _given(opened: OnnxFile, example_inputs: Any, seed: int) -> Feed:
     if example_inputs is None:
-        return made_up(opened, seed=seed)
+        try:
+            return made_up(opened, seed=seed)
+        except (MemoryError, ValueError) as error:
+            raise VerificationError(
+                f"{opened.path}: no inputs of its declared shapes can be made: {one_line(error)}"
+            ) from error
     return feed_of(opened, Inputs.of(example_inputs))
 
 
@@ -152,7 +157,7 @@ def _cases(
 def _behaviour(opened: OnnxFile, live: Any, feed: Feed, level: Level, seed: int) -> list[Check]:
     """Run the graph: batch sizes that it declares, optimization levels, twice the same."""
     names = [value.name for value in opened.model.graph.output]
-    first = run(live, feed)
+    first = run(live, feed, graph=opened.path)
     again = compare(first, run(live, feed))
     same = not again.max_abs and not again.reasons
     checks = [
