@@ -288,7 +288,8 @@ def against_graph(
     moved_live = session(nudged_graph(reference, seed), "disabled")
     for index, feed in enumerate(feeds):
         renamed = _renamed(reference, feed)
-        exact, moved = run(theirs, renamed), run(moved_live, renamed)
+        exact = run(theirs, renamed, graph=reference.path)
+        moved = run(moved_live, renamed, graph=reference.path)
         got = run(live, feed)
         if len(exact) != len(got):
             raise VerificationError(
@@ -332,9 +333,9 @@ def _renamed(reference: OnnxFile, feed: Feed) -> Feed:
     """Return a feed under the reference's input names: the same ones, or by position."""
     names = [value.name for value in reference.inputs]
     if set(names) == set(feed):
-        return feed
+        return feed_of(reference, Inputs((), feed))
     if len(names) != len(feed):
         raise VerificationError(
             f"{reference.path}: its inputs are {', '.join(names)}, not {', '.join(feed)}"
         )
-    return dict(zip(names, feed.values(), strict=True))
+    return feed_of(reference, Inputs((), dict(zip(names, feed.values(), strict=True))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,11 @@ LEVELS = {
     "extended": _Level.ORT_ENABLE_EXTENDED,
     "all": _Level.ORT_ENABLE_ALL,
 }
+# What onnxruntime puts before its reasons: the file once more, lines and functions of its source.
+_NOISE = (
+    re.compile(r"Load model from .*? failed:\s*"),
+    re.compile(r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)? "),
+)
 _DEFAULT_SIDE = 64
 _DEFAULT_LENGTH = 16
 _FATAL_ONLY = 4
@@ -78,14 +84,22 @@ def session(source: OnnxFile | Path, level: str = "all") -> Session:
 def _reason(error: BaseException) -> str:
     """Return what onnxruntime says, without its codes and source paths."""
     text = one_line(error)
-    for noise in ("[ONNXRuntimeError] : ", "Load model from "):
-        text = text.replace(noise, "")
-    parts = text.split(" : ")
-    return " : ".join(parts[2:]) if len(parts) > 2 and parts[0].strip().isdigit() else text
+    parts = text.replace("[ONNXRuntimeError] : ", "").split(" : ")
+    if len(parts) > 2 and parts[0].strip().isdigit():
+        text = " : ".join(parts[2:])
+    for noise in _NOISE:
+        text = noise.sub("", text)
+    unknown = "No Op registered" in text or "not a registered function/op" in text
+    return text + ("; replace it by operators of the opset" if unknown else "")
 
 
-def run(session: Session, feed: Feed, names: Sequence[str] | None = None) -> list[Any]:
-    """Run a session.
+def run(
+    session: Session,
+    feed: Feed,
+    names: Sequence[str] | None = None,
+    graph: str | Path = "the graph",
+) -> list[Any]:
+    """Run a session; `graph` is what an error calls it.
 
     Raises:
         VerificationError: the graph refuses the inputs.
@@ -94,7 +108,7 @@ def run(session: Session, feed: Feed, names: Sequence[str] | None = None) -> lis
         return list(session.live.run(names, feed))
     except Exception as error:
         shapes = ", ".join(f"{name} {value.dtype}{value.shape}" for name, value in feed.items())
-        raise VerificationError(f"the graph refuses ({shapes}): {_reason(error)}") from error
+        raise VerificationError(f"{graph} refuses ({shapes}): {_reason(error)}") from error
 
 
 def feed_of(opened: OnnxFile, inputs: Inputs) -> Feed:
