@@ -8,6 +8,7 @@ keeps as computation (a weight norm) is baked or kept by choice.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import tempfile
 import warnings
@@ -24,7 +25,7 @@ from onnx_ir.convenience import replace_all_uses_with
 from torch import nn
 
 from rewrite.compare import leaves, tensors
-from rewrite.errors import ExportError
+from rewrite.errors import ExportError, VerificationError
 from rewrite.files import check_writable
 from rewrite.float64 import isolated
 from rewrite.inputs import Inputs, call, device_of, infer_example_inputs, one_line
@@ -85,6 +86,10 @@ def export(
     """
     target = check_writable(path, overwrite=overwrite)
     check_exportable(model)
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    beside = size > MAX_BYTES if external_data is None else external_data
+    if beside:
+        check_writable(f"{target}.data", overwrite=overwrite)
     inputs = _inputs(model, example_inputs, seed)
     notes: list[str] = []
     ready = _baked(model, notes) if bake_weight_norm else model
@@ -95,12 +100,13 @@ def export(
     _describe(program.model, metadata or {})
     if shared := _share(program.model, {name for name, _ in ready.named_parameters()}):
         notes.append(f"stored {shared} tensors once that are equal to others")
-    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    beside = size > MAX_BYTES if external_data is None else external_data
-    _save(program, target, beside)
-    if not verify:
-        return OnnxVerification(str(target), (), notes=tuple(notes))
-    found = verify_onnx(target, model, inputs, level=level, seed=seed)
+    with _written(program, target, beside) as place:
+        found = OnnxVerification(str(place), ())
+        if verify:
+            try:
+                found = verify_onnx(place, model, inputs, level=level, seed=seed)
+            except VerificationError as error:
+                raise ExportError(str(error).replace(str(place), str(target))) from error
     return replace(found, path=str(target), notes=tuple(notes))
 
 
@@ -164,8 +170,14 @@ def _export(
     seed: int,
 ) -> Any:
     """Run the exporter; where it cannot keep the batch dynamic, say so and fix it."""
-    with isolated(model):
-        output = call(model, inputs, seed)
+    try:
+        with isolated(model):
+            output = call(model, inputs, seed)
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__}: does not run on ({inputs}): {one_line(error)}; "
+            "pass another --input"
+        ) from error
     arguments: dict[str, Any] = {
         "opset_version": opset,
         "output_names": _output_names(output),
@@ -235,17 +247,15 @@ def _failing(model: nn.Module, fix: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's warnings and log lines to itself: what matters is verified afterwards."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    before = [(logger, logger.level) for logger in loggers]
-    with warnings.catch_warnings():
+    # The tracer's loggers are many and set their own levels: all are off meanwhile. It prints too.
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
+            logging.disable(logging.CRITICAL)
             yield
         finally:
-            for logger, level in before:
-                logger.setLevel(level)
+            logging.disable(before)
 
 
 def _dynamic(
@@ -258,6 +268,12 @@ def _dynamic(
         raise ExportError(
             f"--dynamic-shape {unknown[0]}: no such input; the inputs are {', '.join(names)}"
         )
+    for name, value in zip(names, (*inputs.args, *inputs.kwargs.values()), strict=True):
+        for axis in axes.get(name, ()):
+            if isinstance(value, torch.Tensor) and axis >= value.ndim:
+                raise ExportError(
+                    f"--dynamic-shape {name}:{axis}: {name} has {value.ndim} axes, counted from 0"
+                )
     firsts = {t.shape[0] for t in tensors([inputs.args, dict(inputs.kwargs)]) if t.ndim}
     shared = batch and len(firsts) == 1
     if not shared and not axes:
@@ -355,14 +371,19 @@ def _share(model: Any, learned: set[str]) -> int:
     return dropped
 
 
-def _save(program: Any, target: Path, beside: bool) -> None:
-    """Write the model, and the weights beside it, completely or not at all."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        place = Path(folder) / target.name
-        try:
+@contextlib.contextmanager
+def _written(program: Any, target: Path, beside: bool) -> Iterator[Path]:
+    """Write the model, and the weights beside it, to where it is verified: at the end they move.
+
+    When the block raises, nothing is left and what was at `target` stays.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export.") as folder:
+            place = Path(folder) / target.name
             program.save(str(place), external_data=beside)
+            yield place
             written = sorted(Path(folder).iterdir(), key=lambda file: file == place)
             for file in written:
                 file.replace(target.parent / file.name)
-        except OSError as error:
-            raise ExportError(f"{target}: {(error.strerror or str(error)).lower()}") from error
+    except OSError as error:
+        raise ExportError(f"{target}: {(error.strerror or str(error)).lower()}") from error
