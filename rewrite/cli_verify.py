@@ -80,10 +80,11 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
 
 def run_verify(options: argparse.Namespace) -> int:
     """Run `rewrite verify`; return 0 if everything holds, else 1."""
-    if options.report:
-        from rewrite.files import check_writable
+    _check_report(options, options.model, options.other)
+    if options.repro:
+        from rewrite.onnx_repro import check_folder
 
-        check_writable(options.report)
+        check_folder(options.repro)
     onnx_files = [_is_onnx(name) for name in (options.model, options.other) if name is not None]
     if options.other is None and not onnx_files[0]:
         raise OptionError(
@@ -93,6 +94,18 @@ def run_verify(options: argparse.Namespace) -> int:
         raise OptionError("--expect, --expect-no and --repro are about ONNX files")
     found = _verify_onnx(options) if any(onnx_files) else _verify_models(options)
     return _finish(options, found)
+
+
+def _check_report(options: argparse.Namespace, *others: str | None) -> None:
+    """Raise when the report cannot be written, or would take the place of another file."""
+    if not options.report:
+        return
+    from rewrite.files import check_writable
+
+    report = check_writable(options.report).resolve()
+    for other in (*others, options.input):
+        if other is not None and Path(other).resolve() == report:
+            raise OptionError(f"--report {options.report}: is {other}; give the report a place")
 
 
 def _is_onnx(name: str) -> bool:
@@ -186,8 +199,7 @@ def run_export(options: argparse.Namespace) -> int:
     from rewrite.files import check_writable
 
     check_writable(options.output, overwrite=options.force)
-    if options.report:
-        check_writable(options.report)
+    _check_report(options, options.model, options.output)
     axes = _axes(options.dynamic_shape)
     model = load_model(options, options.model).eval()
     from rewrite.onnx import export

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +57,46 @@ def write_repro(
     inputs: dict[str, Any] = {
         name: feed.get(name, fetched.get(name)) for name in dict.fromkeys(given)
     }
-    place = Path(folder)
-    try:
-        place.mkdir(parents=True, exist_ok=True)
+    with _complete(Path(folder)) as place:
         onnx.save(_one_node(opened, node, inputs, fetched, weights), str(place / "node.onnx"))
         np.savez(place / "inputs.npz", **inputs)
         np.savez(place / "actual.npz", **{name: fetched[name] for name in outputs})
         np.savez(place / "expected.npz", **_expected(expected, outputs[0], fetched[outputs[0]]))
         (place / "repro.py").write_text(_SCRIPT.format(title=divergence.note))
+    return Path(folder)
+
+
+def check_folder(folder: str | Path) -> Path:
+    """Raise VerificationError when `folder` cannot become a folder of files; touch nothing."""
+    place = Path(folder)
+    try:
+        if place.exists() and not place.is_dir():
+            raise VerificationError(f"{place}: is a file; give a folder for the repro")
+        if not place.absolute().parent.is_dir():
+            raise VerificationError(
+                f"{place}: the folder {place.parent} does not exist; create it first"
+            )
     except OSError as error:
-        raise VerificationError(f"{place}: cannot be written: {error.strerror}") from error
+        raise VerificationError(f"{place}: {(error.strerror or str(error)).lower()}") from error
     return place
+
+
+@contextlib.contextmanager
+def _complete(place: Path) -> Iterator[Path]:
+    """Yield a temporary folder whose files end up in `place`, all of them or none."""
+    check_folder(place)
+    try:
+        with tempfile.TemporaryDirectory(dir=place.absolute().parent, prefix=".repro.") as folder:
+            yield Path(folder)
+            place.mkdir(exist_ok=True)
+            blocked = [file.name for file in Path(folder).iterdir() if (place / file.name).is_dir()]
+            if blocked:
+                raise VerificationError(f"{place / blocked[0]}: is a folder; give another place")
+            for file in Path(folder).iterdir():
+                file.replace(place / file.name)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise VerificationError(f"{place}: cannot be written: {reason}") from error
 
 
 def _expected(value: np.ndarray[Any, Any] | None, name: str, actual: Any) -> dict[str, Any]:
