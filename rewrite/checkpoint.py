@@ -164,7 +164,7 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{path}: is truncated or damaged ({error})") from error
     if any(name.endswith("/constants.pkl") for name in names):
         raise CheckpointError(

@@ -25,11 +25,15 @@ def check_writable(path: str | os.PathLike[str], *, overwrite: bool = True) -> P
     """
     target = Path(path)
     folder = target.parent
+    try:
+        taken = target.exists()
+    except OSError as error:
+        raise CheckpointError(f"{target}: {_reason(error)}") from error
     if target.is_dir():
         raise CheckpointError(f"{target}: is a folder; give a file name inside it")
     if not folder.is_dir():
         raise CheckpointError(f"{target}: the folder {folder} does not exist; create it first")
-    if target.exists() and not overwrite:
+    if taken and not overwrite:
         raise CheckpointError(f"{target}: already exists; choose another place or pass --force")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CheckpointError(f"{target}: no permission to write into the folder {folder}")

@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -324,15 +325,20 @@ def _from_text(text: str, default: torch.dtype, generator: torch.Generator) -> t
         shape = tuple(int(part) for part in shape_text.lower().split("x"))
     except ValueError:
         shape = ()
-    if not shape or not isinstance(dtype, torch.dtype) or min(shape) < 0:
+    if not shape or not isinstance(dtype, torch.dtype) or min(shape) < 1:
         raise VerificationError(
             f"--input {text}: not a shape; write it as 1x3x224x224, or 1x16:int64 for integers"
         )
-    if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(shape, generator=generator).to(dtype)
-    if dtype is torch.bool:
-        return torch.randint(0, 2, shape, generator=generator).bool()
-    return torch.randint(0, 10, shape, generator=generator).to(dtype)
+    try:
+        if dtype.is_floating_point or dtype.is_complex:
+            return torch.randn(shape, generator=generator).to(dtype)
+        if dtype is torch.bool:
+            return torch.randint(0, 2, shape, generator=generator).bool()
+        return torch.randint(0, 10, shape, generator=generator).to(dtype)
+    except (RuntimeError, MemoryError, ValueError) as error:
+        raise VerificationError(
+            f"--input {text}: cannot be made, give a smaller shape: {one_line(error)}"
+        ) from error
 
 
 def load_inputs(path: str) -> tuple[Any, ...]:
@@ -347,11 +353,14 @@ def load_inputs(path: str) -> tuple[Any, ...]:
         if path.endswith(".npy"):
             return (torch.from_numpy(np.load(path, allow_pickle=False)),)
         if path.endswith(".npz"):
-            with np.load(path, allow_pickle=False) as archive:
+            # numpy leaves a file open that it opened and cannot read.
+            with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
                 return tuple(torch.from_numpy(archive[name]) for name in archive.files)
         loaded = torch.load(path, weights_only=True, map_location="cpu")
     except RewriteError:
         raise
+    except OSError as error:
+        raise VerificationError(f"{path}: {(error.strerror or str(error)).lower()}") from error
     except Exception as error:
         raise VerificationError(f"{path}: cannot be read as inputs: {one_line(error)}") from error
     if isinstance(loaded, torch.Tensor):
@@ -362,5 +371,8 @@ def load_inputs(path: str) -> tuple[Any, ...]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of an error, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error, with the next where it announces one, or its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

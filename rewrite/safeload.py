@@ -322,5 +322,7 @@ def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for line in lines:
         if "WeightsUnpickler error:" in line:
-            return line.partition("WeightsUnpickler error:")[2].strip()
+            said = line.partition("WeightsUnpickler error:")[2].strip()
+            # An empty stack has nothing to say: bytes that are no pickle.
+            return said or "is no checkpoint, or a damaged one"
     return lines[0] if lines else type(error).__name__
