@@ -8,15 +8,12 @@ keeps as computation (a weight norm) is baked or kept by choice.
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import tempfile
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,26 +21,22 @@ import torch
 from onnx_ir.convenience import replace_all_uses_with
 from torch import nn
 
-from rewrite.compare import leaves, tensors
 from rewrite.errors import ExportError, VerificationError
 from rewrite.files import check_writable
-from rewrite.float64 import isolated
-from rewrite.inputs import Inputs, call, device_of, infer_example_inputs, one_line
+from rewrite.inputs import Inputs, device_of, infer_example_inputs
 from rewrite.onnx_file import LARGE
+from rewrite.onnx_program import Asked, Exporter, export_program
 from rewrite.onnx_report import OnnxVerification
-from rewrite.onnx_torchscript import NEWEST_OPSET, trace_to_onnx
 from rewrite.onnx_verify import verify_onnx
 from rewrite.parametrizations import remove_weight_norm, weight_normed
 from rewrite.tree import Tree, copy_model
 from rewrite.verification import Level
 
-Exporter = Literal["dynamo", "torchscript"]
 MAX_BYTES = 1_900_000_000
 """Above this the weights go into a file beside the model: a protobuf ends at 2 GB."""
 OPSET = 20
 """Where norms are right and fastest in onnxruntime: measured, see docs/verification.md."""
 _TRACES = ("pkg.torch.onnx.stack_trace", "namespace", "pkg.torch.onnx.fx_node")
-_BATCH = "batch"
 
 
 def export(
@@ -93,10 +86,8 @@ def export(
     inputs = _inputs(model, example_inputs, seed)
     notes: list[str] = []
     ready = _baked(model, notes) if bake_weight_norm else model
-    if exporter == "torchscript":
-        program = _trace(ready, inputs, opset, dynamic_shapes, dynamic_batch, notes, seed)
-    else:
-        program = _export(ready, inputs, opset, dynamic_shapes, dynamic_batch, notes, seed)
+    asked = Asked(opset, dynamic_shapes or {}, dynamic_batch, seed)
+    program = export_program(ready, inputs, asked, exporter, notes)
     _describe(program.model, metadata or {})
     if shared := _share(program.model, {name for name, _ in ready.named_parameters()}):
         notes.append(f"stored {shared} tensors once that are equal to others")
@@ -158,177 +149,6 @@ def _baked(model: nn.Module, notes: list[str]) -> nn.Module:
     shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
     notes.append(f"baked the weight norm of {len(names)} modules: {shown}")
     return copied
-
-
-def _export(
-    model: nn.Module,
-    inputs: Inputs,
-    opset: int,
-    axes: Mapping[str, Mapping[int, str]] | None,
-    batch: bool,
-    notes: list[str],
-    seed: int,
-) -> Any:
-    """Run the exporter; where it cannot keep the batch dynamic, say so and fix it."""
-    try:
-        with isolated(model):
-            output = call(model, inputs, seed)
-    except Exception as error:
-        raise ExportError(
-            f"{type(model).__name__}: does not run on ({inputs}): {one_line(error)}; "
-            "pass another --input"
-        ) from error
-    arguments: dict[str, Any] = {
-        "opset_version": opset,
-        "output_names": _output_names(output),
-        "dynamo": True,
-        "verbose": False,
-    }
-    shapes = _dynamic(model, inputs, axes or {}, batch)
-    if shapes is None:
-        return _call_exporter(model, inputs, arguments)
-    try:
-        wider = _wider(inputs) if batch else inputs
-        return _call_exporter(model, wider, {**arguments, "dynamic_shapes": shapes})
-    except ExportError as error:
-        if axes or not batch:
-            raise
-        program = _call_exporter(model, inputs, arguments)
-        notes.append(
-            f"the batch is fixed: with a dynamic one the exporter fails: {one_line(error)}"
-        )
-        return program
-
-
-def _call_exporter(model: nn.Module, inputs: Inputs, arguments: dict[str, Any]) -> Any:
-    with _quiet(), _failing(model, "; --exporter torchscript may trace it"):
-        return torch.onnx.export(model, inputs.args, kwargs=dict(inputs.kwargs), **arguments)
-
-
-def _trace(
-    model: nn.Module,
-    inputs: Inputs,
-    opset: int,
-    axes: Mapping[str, Mapping[int, str]] | None,
-    batch: bool,
-    notes: list[str],
-    seed: int,
-) -> Any:
-    """Run the older exporter; the batch varies where every input is one tensor."""
-    if opset > NEWEST_OPSET:
-        raise ExportError(f"--opset {opset}: the exporter torchscript ends at {NEWEST_OPSET}")
-    with isolated(model):
-        output = call(model, inputs, seed)
-    names = _input_names(model, inputs)
-    dynamic = _dynamic(model, inputs, axes or {}, batch) or ()
-    shapes = dynamic.values() if isinstance(dynamic, dict) else dynamic
-    varying = {
-        name: shape for name, shape in zip(names, shapes, strict=False) if isinstance(shape, dict)
-    }
-    notes.append("traced by the exporter torchscript: branches are those of the given input")
-    with _quiet(), _failing(model, ""):
-        return trace_to_onnx(model, inputs, names, _output_names(output), varying, opset)
-
-
-@contextlib.contextmanager
-def _failing(model: nn.Module, fix: str) -> Iterator[None]:
-    """Turn whatever the exporter raises into one line, and what may help."""
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ExportError(
-            f"{type(model).__name__}: torch.onnx.export fails: {one_line(cause)}{fix}"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings and log lines to itself: what matters is verified afterwards."""
-    # The tracer's loggers are many and set their own levels: all are off meanwhile. It prints too.
-    before = logging.root.manager.disable
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            logging.disable(logging.CRITICAL)
-            yield
-        finally:
-            logging.disable(before)
-
-
-def _dynamic(
-    model: nn.Module, inputs: Inputs, axes: Mapping[str, Mapping[int, str]], batch: bool
-) -> Any:
-    """Return dynamic_shapes as torch.export wants them, None where nothing is dynamic."""
-    names = _input_names(model, inputs)
-    unknown = [name for name in axes if name not in names]
-    if unknown:
-        raise ExportError(
-            f"--dynamic-shape {unknown[0]}: no such input; the inputs are {', '.join(names)}"
-        )
-    for name, value in zip(names, (*inputs.args, *inputs.kwargs.values()), strict=True):
-        for axis in axes.get(name, ()):
-            if isinstance(value, torch.Tensor) and axis >= value.ndim:
-                raise ExportError(
-                    f"--dynamic-shape {name}:{axis}: {name} has {value.ndim} axes, counted from 0"
-                )
-    firsts = {t.shape[0] for t in tensors([inputs.args, dict(inputs.kwargs)]) if t.ndim}
-    shared = batch and len(firsts) == 1
-    if not shared and not axes:
-        return None
-
-    def of(leaf: Any, wanted: Mapping[int, str]) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return None
-        spec: dict[int, Any] = {0: _BATCH} if shared and leaf.ndim else {}
-        return spec | dict(wanted) or None
-
-    shapes: dict[str, Any] = {}
-    for name, value in zip(names, (*inputs.args, *inputs.kwargs.values()), strict=True):
-        shapes[name] = torch.utils._pytree.tree_map(
-            lambda leaf, n=name: of(leaf, axes.get(n, {})), value
-        )
-    if inputs.kwargs or len(names) != len(inputs.args):
-        return shapes
-    return tuple(shapes.values())
-
-
-def _input_names(model: nn.Module, inputs: Inputs) -> list[str]:
-    import inspect
-
-    signature = inspect.signature(model.forward)
-    names: list[str] = []
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            names += [f"{parameter.name}_{i}" for i in range(len(inputs.args) - len(names))]
-        elif len(names) < len(inputs.args) and parameter.kind is not parameter.KEYWORD_ONLY:
-            names.append(parameter.name)
-    return names + list(inputs.kwargs)
-
-
-def _wider(inputs: Inputs) -> Inputs:
-    """Return inputs with a batch of at least two: the exporter takes a 1 for a constant."""
-
-    def doubled(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == 1:
-            return torch.cat([leaf, leaf])
-        return leaf
-
-    return inputs.map(doubled)
-
-
-def _output_names(output: Any) -> list[str]:
-    """Return a name for each output: keys and fields, else output, output_1 …"""
-    names = []
-    for path, leaf in leaves(output, ""):
-        if isinstance(leaf, torch.Tensor):
-            cleaned = "_".join(
-                part for part in path.replace("[", ".").replace("]", "").split(".") if part
-            ).replace("'", "")
-            names.append(f"output_{cleaned}" if cleaned.isdigit() else cleaned or "output")
-    return names
 
 
 def _describe(model: Any, metadata: Mapping[str, str]) -> None:
