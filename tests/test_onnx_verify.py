@@ -246,9 +246,7 @@ def test_a_graph_that_draws_random_numbers_is_found(tmp_path, net):
 
 def external(tmp_path: Path, net: nn.Module) -> Path:
     path = tmp_path / "big.onnx"
-    onnx.save(
-        graph(net), path, save_as_external_data=True, location="big.data", size_threshold=1024
-    )
+    onnx.save(graph(net), path, save_as_external_data=True, location="big.data", size_threshold=64)
     return path
 
 
