@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from rewrite.cli import main
 
@@ -101,3 +101,29 @@ def test_two_models(capsys):
 
 def test_a_graph_against_its_model(exported):
     assert main(["verify", MODEL, str(exported), "--quick", "--input", SHAPE]) == 0
+
+
+def reshaped(path, kind: str, *attributes):
+    """Write a graph that flattens images of any declared size; a Reshape to 108 takes 6x6 alone."""
+    value = helper.make_tensor_value_info
+    made = helper.make_graph(
+        [helper.make_node(kind, ["x", *attributes], ["y"], "flat")],
+        "flat",
+        [value("x", TensorProto.FLOAT, ["batch", 3, "height", "width"])],
+        [value("y", TensorProto.FLOAT, ["batch", None])],
+        [numpy_helper.from_array(np.array([-1, 108]), "shape")],
+    )
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, path)
+    return str(path)
+
+
+def test_a_size_that_one_graph_alone_refuses(tmp_path):
+    fixed = reshaped(tmp_path / "fixed.onnx", "Reshape", "shape")
+    free = reshaped(tmp_path / "free.onnx", "Flatten")
+    given = ("--input", "2x3x6x6", "--report", str(tmp_path / "report.json"))
+    assert main(["verify", fixed, free, *given]) == 0
+    assert main(["verify", free, fixed, *given]) == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    wrong = [check for check in report["checks"] if not check["ok"]]
+    assert any("free.onnx" in c["name"] and "(1, 3, 3, 3)" in c["found"] for c in wrong)
