@@ -72,7 +72,12 @@ def export_program(
 
 def _exported(model: nn.Module, inputs: Inputs, arguments: dict[str, Any]) -> Any:
     with _quiet(), _failing(model, "; --exporter torchscript may trace it"):
-        return torch.onnx.export(model, inputs.args, kwargs=dict(inputs.kwargs), **arguments)
+        program = torch.onnx.export(model, inputs.args, kwargs=dict(inputs.kwargs), **arguments)
+    asked = arguments["opset_version"]
+    written = program.model.opset_imports[""] if program is not None else asked
+    if written != asked:
+        raise ExportError(f"--opset {asked}: the exporter writes opset {written} instead")
+    return program
 
 
 def _traced(

@@ -232,6 +232,13 @@ def test_a_trace_keeps_names_and_dynamic_axes(tmp_path):
     assert owners == {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
 
 
+@pytest.mark.parametrize("opset", [-1, 3, 99])
+def test_an_opset_that_the_exporter_does_not_write_is_refused(tmp_path, net, opset):
+    with pytest.raises(ExportError, match=f"--opset {opset}: "):
+        export(net, tmp_path / "x.onnx", example_inputs=(X,), opset=opset)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_trace_of_an_opset_that_its_exporter_does_not_write_is_refused(tmp_path, net):
     with pytest.raises(ExportError, match="--opset 21: the exporter torchscript ends at 20"):
         export(net, tmp_path / "x.onnx", example_inputs=(X,), exporter="torchscript", opset=21)
