@@ -30,6 +30,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from rewrite.regions import Region, trace_regions
 from rewrite.tracer import Frame, Opaque, hook_reasons
 from rewrite.tree import Tree
+from rewrite.untaken import Untaken
 
 if TYPE_CHECKING:
     from rewrite.edit import Editor
@@ -107,6 +108,8 @@ class Captured:
             for parent in _prefixes(place):
                 if parent in self._untraced and self._mentions(parent, place):
                     return f"{parent or 'the model'} is opaque and may call {place}"
+            if (reason := self._untaken.caller(place)) is not None:
+                return reason
         return None
 
     def hooks(self, name: str) -> tuple[str, ...]:
@@ -174,6 +177,8 @@ class Captured:
             names = ", ".join(region.branches)
             where = region.name or "the model"
             return Readers(nodes, False, f"the forward of {where} branches on its argument {names}")
+        if (otherwise := self._untaken.reader(region, node)) is not None:
+            return Readers(nodes, False, otherwise)
         return Readers(nodes, True)
 
     def shape(self, node: Node) -> torch.Size | None:
@@ -236,6 +241,10 @@ class Captured:
         for node, position in self._positions.items():
             lines.setdefault(position, []).append(node)
         return lines
+
+    @cached_property
+    def _untaken(self) -> Untaken:
+        return Untaken(self.tree, self.regions)
 
     @cached_property
     def _region_of_graph(self) -> dict[Graph, Region]:

@@ -1,0 +1,318 @@
+"""rewrite.untaken: what a forward does for other values of its optional arguments.
+
+Each model is folded and run with the value that was not traced: a fold that does not know of it is
+another function there. The twins have the same code without the choice, and fold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import models
+from passes import FoldNorm
+from rewrite.capture import capture
+from rewrite.protocol import Applied, apply_pass
+from rewrite.tree import copy_model
+
+RIGHT, WRONG = 1e-10, 1e-3
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+class ChoosingBlock(Block):
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        y = self.conv(x)
+        return y if raw else self.bn(y)
+
+
+class Holds(nn.Module):
+    """What all of these are made of."""
+
+    def __init__(self, block: type[nn.Module] = Block) -> None:
+        super().__init__()
+        self.block = block()
+
+
+# --- another caller ------------------------------------------------------------------------------
+
+
+class CallsAnItem(Holds):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        if raw:
+            return self.block[0](x)
+        return self.block(x)
+
+
+class CallsAPart(Holds):
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        return torch.relu(self.block.conv(x) if raw else self.block(x))
+
+
+class CallsInAMethod(Holds):
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        return torch.relu(self.features(x, raw))
+
+    def features(self, x: Tensor, only: bool) -> Tensor:
+        return self.block.conv(x) if only else self.block(x)
+
+
+class CallsByName(Holds):
+    def forward(self, x: Tensor, raw: str = "norm") -> Tensor:
+        return torch.relu({"norm": self.block, "raw": self.block.conv}[raw](x))
+
+
+class CallsByAttribute(Holds):
+    def forward(self, x: Tensor, raw: str = "block") -> Tensor:
+        return torch.relu(getattr(self, raw)(x))
+
+    @property
+    def raw(self) -> nn.Module:
+        return self.block.conv
+
+
+class CallsInALoop(Holds):
+    def forward(self, x: Tensor, raw: int = 0) -> Tensor:
+        y = self.block(x)
+        for _ in range(raw):
+            y = self.block.conv(y)
+        return torch.relu(y)
+
+
+class CallsInAnOperator(Holds):
+    def forward(self, x: Tensor, raw: int | None = None) -> Tensor:
+        y = self.block(x)
+        z = raw and self.block.conv(y)
+        return torch.relu(y) if z is None else z
+
+
+class CallsAnAlias(Holds):
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        part, again = self.block.conv, 2 if raw else 1
+        y = self.block(x)
+        if again > 1:
+            y = part(y)
+        return torch.relu(y)
+
+
+def _helper(module: Any, x: Tensor, raw: bool) -> Tensor:
+    return module.block.conv(x) if raw else module.block(x)
+
+
+class CallsInAFunction(Holds):
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        return torch.relu(_helper(self, x, raw))
+
+
+class CallsInItsBase(CallsAPart):
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        return super().forward(x, raw=raw)
+
+
+# --- another reader ------------------------------------------------------------------------------
+
+
+class GivesItOn(Holds):
+    def __init__(self) -> None:
+        super().__init__(ChoosingBlock)
+
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        return torch.relu(self.block(x, raw))
+
+
+class GivesItOnByName(GivesItOn):
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        options = {"raw": raw}
+        return torch.relu(self.block(x, **options))
+
+
+class GivesItOnInALoop(GivesItOn):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([ChoosingBlock(), ChoosingBlock()])
+        del self.block
+
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        for block in self.blocks:
+            x = torch.relu(block(x, raw=raw))
+        return x
+
+
+class ReturnsWhatABlockMade(nn.Module):
+    """The value is made in one block and normalized in another: the forward between returns it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Sequential(nn.Conv2d(3, 3, 3)), nn.Sequential(nn.BatchNorm2d(3))
+
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        y = self.conv(x)
+        if raw:
+            return y
+        return torch.relu(self.bn(y))
+
+
+class ReturnsItFurtherDown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = ReturnsWhatABlockMade()
+
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        return torch.tanh(self.inner(x, raw))
+
+
+class TakesOtherChannels(nn.Module):
+    """Which channels are normalized depends on the argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor, raw: int = 0) -> Tensor:
+        return torch.relu(self.bn(self.conv(x)[:, raw : raw + 3]))
+
+
+class Scales(nn.Module):
+    """A factor between the layers; t would have to be divided by the one that was traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor, raw: float = 2.0) -> Tensor:
+        return torch.relu(self.bn(self.conv(x) * raw))
+
+
+CHOICES: dict[type[nn.Module], Any] = {
+    CallsAnItem: True, CallsAPart: True, CallsInAMethod: True, CallsByName: "raw",
+    CallsByAttribute: "raw", CallsInALoop: 2, CallsInAnOperator: 1, CallsAnAlias: True,
+    CallsInAFunction: True, CallsInItsBase: True, GivesItOn: True, GivesItOnByName: True,
+    GivesItOnInALoop: True, ReturnsWhatABlockMade: True, ReturnsItFurtherDown: True,
+    TakesOtherChannels: 2, Scales: 3.0,
+}  # fmt: skip
+
+
+def prepare(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return models.randomize_norms_(kind()).double().eval()
+
+
+def error(got: nn.Module, want: nn.Module, *inputs: Any, **named: Any) -> float:
+    with torch.no_grad():
+        a, b = got(*inputs, **named), want(*inputs, **named)
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def fold(model: nn.Module, shapes: bool) -> Applied:
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    applied = apply_pass(FoldNorm(), copy_model(model), (x,) if shapes else None)
+    assert error(applied.model, model, x) < RIGHT
+    return applied
+
+
+@pytest.mark.parametrize("shapes", [True, False])
+@pytest.mark.parametrize("kind", CHOICES, ids=lambda kind: kind.__name__)
+def test_a_fold_holds_for_the_value_that_was_not_traced(
+    kind: type[nn.Module], shapes: bool
+) -> None:
+    model = prepare(kind)
+    applied = fold(model, shapes)
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    assert error(applied.model, model, x, raw=CHOICES[kind]) < RIGHT
+    assert not applied.changes
+    assert all("its argument" in skip.reason for skip in applied.skips)
+
+
+# --- twins: nothing depends on the argument, or what does is not next to the norm ----------------
+
+
+class DoesNotUseIt(Holds):
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        return torch.relu(self.block(x))
+
+
+class ChoosesBehind(Holds):
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        x = torch.relu(self.block(x))
+        return x.mean((2, 3)) if raw else x
+
+
+class CallsTheWhole(Holds):
+    def forward(self, x: Tensor, raw: int = 1) -> Tensor:
+        x = torch.tanh(self.block(x))
+        return torch.relu(self.block(x)) if raw == 2 else x
+
+
+class OnlyRaises(Holds):
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        if raw:
+            raise ValueError("there is no raw output")
+        return torch.relu(self.block(x))
+
+
+class FillsItIn(Holds):
+    def forward(self, x: Tensor, raw: bool | None = None) -> Tensor:
+        raw = raw if raw is not None else self.training
+        return torch.relu(self.block(x))
+
+
+class GivesAConstant(GivesItOn):
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        return torch.relu(self.block(x, False))
+
+
+TWINS = (DoesNotUseIt, ChoosesBehind, CallsTheWhole, OnlyRaises, FillsItIn, GivesAConstant)
+
+
+@pytest.mark.parametrize("kind", TWINS, ids=lambda kind: kind.__name__)
+def test_what_does_not_depend_on_the_argument_folds(kind: type[nn.Module]) -> None:
+    model = prepare(kind)
+    applied = fold(model, shapes=True)
+    assert len(applied.changes) == 1, applied.skips
+    if kind is not OnlyRaises:
+        x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+        assert error(applied.model, model, x, raw=2) < RIGHT
+
+
+def test_the_fold_without_this_knowledge_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative twin: with nothing known of untaken code, each of these is another function."""
+    from rewrite import untaken
+
+    monkeypatch.setattr(untaken.Untaken, "caller", lambda self, place: None)
+    monkeypatch.setattr(untaken.Untaken, "reader", lambda self, region, node: None)
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    for kind in (CallsAnItem, CallsInAMethod, CallsByName, GivesItOn, GivesItOnInALoop):
+        model = prepare(kind)
+        assert error(fold(model, True).model, model, x, raw=CHOICES[kind]) > WRONG, kind
+
+
+def test_the_reason_names_the_forward_the_place_and_the_argument() -> None:
+    assert capture(prepare(CallsAPart)).unknown_caller("block.conv") == (
+        "the forward of the model may call block.conv for another value of its argument raw"
+    )
+    captured = capture(prepare(GivesItOn))
+    assert captured.readers(captured.calls("block.conv")[0]).reason == (
+        "the forward of block may read it otherwise for another value of its argument raw"
+    )
+
+
+def test_code_that_cannot_be_read_may_call_anything() -> None:
+    source = "def forward(self, x, raw=False):\n    return self.block(x)\n"
+    space: dict[str, Any] = {}
+    exec(compile(source, "<nowhere>", "exec"), space)
+    kind = type("Unreadable", (Holds,), {"forward": space["forward"]})
+    assert "may call block" in str(capture(prepare(kind)).unknown_caller("block.conv"))
