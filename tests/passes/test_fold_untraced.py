@@ -1,0 +1,137 @@
+"""passes.fold beside code that was not traced: opaque modules, their callers, what they call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import models
+from passes import FoldNorm
+from rewrite.protocol import Applied, apply_pass
+from rewrite.tree import copy_model
+
+RIGHT = 1e-10
+
+
+def prepare(model: nn.Module) -> nn.Module:
+    return models.randomize_norms_(model).double().eval()
+
+
+def image() -> Tensor:
+    return torch.randn(2, 4, 7, 7, dtype=torch.float64)
+
+
+def fold(model: nn.Module) -> tuple[nn.Module, Applied]:
+    """Fold a copy; it must be the same function on inputs that take either branch."""
+    x = image()
+    applied = apply_pass(FoldNorm(), copy_model(model), (x,))
+    with torch.no_grad():
+        for given in (x, x.abs(), -x.abs(), 1e8 + x):
+            got, want = applied.model(given), model(given)
+            assert (got - want).abs().max() / want.abs().max() < RIGHT
+    return applied.model, applied
+
+
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+class Unit(nn.Module):
+    """conv, norm, and what a subclass does around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+
+class Opaque(nn.Module):
+    """Control flow on values: nothing of this forward is traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x - 1
+
+
+class CallsOpaque(Unit):
+    """The convolution and its norm stand in the forward that calls an opaque module."""
+
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        self.opaque, self.reads = Opaque(), reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.reads == "the convolution":
+            return self.bn(y) + self.opaque(y)
+        return self.opaque(self.bn(y))
+
+
+@pytest.mark.parametrize(("reads", "left"), [("the convolution", 1), ("the norm", 0)])
+def test_a_convolution_in_the_caller_of_an_opaque_module(reads: str, left: int) -> None:
+    assert norms(fold(prepare(CallsOpaque(reads)))[0]) == left
+
+
+class OpaqueCaller(Unit):
+    """The forward that calls the convolution is itself opaque: who reads its output is unknown."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y if y.mean() > 1e6 else torch.relu(self.bn(y))
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_convolution_whose_caller_is_opaque(depth: int) -> None:
+    model = prepare(nn.Sequential(OpaqueCaller(), nn.ReLU()) if depth else OpaqueCaller())
+    folded, applied = fold(model)
+    assert norms(folded) == 1
+    assert "is not called in any traced forward" in applied.skips[0].reason
+
+
+class Borrows(nn.Module):
+    """An opaque module that calls a convolution which stands elsewhere."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.borrowed = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.borrowed(x) if x.sum() > 0 else self.borrowed(-x)
+
+
+class Lends(Unit):
+    """The caller of an opaque module lends it its own convolution."""
+
+    def __init__(self, lends: bool) -> None:
+        super().__init__()
+        self.opaque = Borrows(self.conv if lends else nn.Conv2d(4, 4, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.conv(x))) + self.opaque(x)
+
+
+@pytest.mark.parametrize("lends", [True, False])
+def test_a_convolution_that_an_opaque_module_calls_too(lends: bool) -> None:
+    folded, applied = fold(prepare(Lends(lends)))
+    assert norms(folded) == int(lends)
+    assert not lends or "opaque is opaque and may call opaque.borrowed" in applied.skips[0].reason
+
+
+class Sequence(nn.Module):
+    """conv, norm in a Sequential, inside a forward that cannot be traced."""
+
+    def __init__(self, item: bool) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.item = item
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.item and x.sum() > 1e6:
+            return self.block[0](x)
+        return self.block(x) if x.sum() > 0 else self.block(-x)
+
+
+@pytest.mark.parametrize("item", [True, False])
+def test_an_opaque_forward_that_may_call_an_item(item: bool) -> None:
+    """Whether it does is not told from its code: both stay, and both stay right."""
+    folded, _ = fold(prepare(Sequence(item)))
+    assert norms(folded) == 1
