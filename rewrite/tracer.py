@@ -8,7 +8,8 @@ Differences from `torch.fx.Tracer`, each for a reason:
 3. A submodule whose forward raises becomes one `call_module` node; the nodes of the attempt are
    erased as far as nothing else reads them. Tracing goes on.
 4. A module with forward hooks is a boundary: a hook may read or change what passes.
-5. Nothing of the model changes: constants are kept beside the graph, attributes that a forward
+5. A split by sizes has as many parts as sizes, and can be iterated over.
+6. Nothing of the model changes: constants are kept beside the graph, attributes that a forward
    assigns while proxies flow through it are put back, and so is the state of the random generator.
 """
 
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -219,6 +220,11 @@ class RegionTracer(Tracer):
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
 
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        """Iterate over what `split` returns if it is given the sizes: one part each."""
+        parts = _parts(obj.node)
+        return super().iter(obj) if parts is None else map(cast(Any, obj).__getitem__, range(parts))
+
     def create_arg(self, a: Any) -> Any:
         """Turn a tensor into a `get_attr` node without storing anything on the model."""
         if isinstance(a, torch.Tensor):
@@ -251,6 +257,15 @@ class RegionTracer(Tracer):
         for node in reversed(self._dead):
             if not node.users and not node._erased:
                 self.graph.erase_node(node)
+
+
+def _parts(node: Node) -> int | None:
+    """Return how many parts a split by sizes has; by one size, or a chunk, it is the input's."""
+    if node.target not in (torch.split, "split", torch.split_with_sizes, "split_with_sizes"):
+        return None
+    names = ("split_size_or_sections", "split_size", "split_sizes")
+    given = [*node.args[1:2], *(node.kwargs[name] for name in names if name in node.kwargs)]
+    return len(given[0]) if given and isinstance(given[0], list | tuple) else None
 
 
 def _nodes_after(last: Node) -> list[Node]:

@@ -354,3 +354,44 @@ def test_functional_norms_beside_functional_convolutions() -> None:
     folded, applied = fold(prepare(Functional()), image())
     assert len(applied.changes) == 1 and not applied.skips
     assert set(folded.state_dict()) == {"weight", "bias"}
+
+
+# --- parts that are iterated over ----------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """A convolution of its own for each part of the channels, as in MixNet."""
+
+    def __init__(self, split: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.split = split
+        self.stem, self.bn = nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6)
+        self.parts = nn.ModuleList(
+            nn.Conv2d(n, n, k, padding=k // 2, groups=n) for n, k in ((2, 3), (2, 5), (2, 1))
+        )
+        self.bn2 = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn(self.stem(x)))
+        parts = [part(piece) for piece, part in zip(self.split(x), self.parts, strict=False)]
+        return torch.relu(self.bn2(torch.cat(parts, 1)))
+
+
+SPLITS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
+    "function": (lambda x: torch.split(x, [2, 2, 2], dim=1), 0),
+    "method": (lambda x: x.split((2, 2, 2), 1), 0),
+    "by name": (lambda x: torch.split(x, split_size_or_sections=[2, 2, 2], dim=1), 0),
+    "split_with_sizes": (lambda x: x.split_with_sizes([2, 2, 2], 1), 0),
+    "one more part": (lambda x: torch.split(x, [2, 2, 2, 0], dim=1), 0),
+    "by one size": (lambda x: torch.split(x, 2, dim=1), 2),
+    "chunks": (lambda x: x.chunk(3, 1), 2),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_parts_by_sizes_are_followed_and_a_number_that_depends_on_the_input_is_not(
+    name: str,
+) -> None:
+    split, left = SPLITS[name]
+    folded, _ = fold(prepare(Mixed(split)), image())
+    assert norms(folded) == left
