@@ -169,6 +169,8 @@ class Captured:
         if any(user.op == "output" for user in nodes):
             where = region.name or "the model"
             return Readers(nodes, False, f"the value is returned by {where}")
+        if (kept := region.kept.get(node)) is not None:
+            return Readers(nodes, False, f"the value is kept as {kept}")
         if node.op == "call_module":
             for reason in self.hooks(str(node.target)):
                 if "hook" in reason:

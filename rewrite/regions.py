@@ -28,6 +28,7 @@ class Region:
         frames, lines: per node, the forward that made the call and the line of its code.
         constants: tensors of the graph that no module holds.
         entered: the modules whose forward this trace went through.
+        kept: values that a forward keeps on its module, and the attribute that holds each.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Region:
     lines: dict[Node, Any] = field(default_factory=dict)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     entered: frozenset[str] = frozenset()
+    kept: dict[Node, str] = field(default_factory=dict)
 
 
 def trace_regions(tree: Tree) -> tuple[list[Region], dict[str, Opaque]]:
@@ -136,10 +138,10 @@ def _trace_root(tracer: RegionTracer, module: nn.Module, name: str) -> Region | 
 def _region(name: str, trace: Trace, assumed: dict[str, Any], branches: tuple[str, ...]) -> Region:
     alive = set(trace.graph.nodes)
     frames = {node: frame for node, frame in trace.frames.items() if node in alive}
-    entered = frozenset(trace.entered)
     return Region(
-        name, trace.graph, assumed, branches, frames, trace.lines, trace.constants, entered
-    )
+        name, trace.graph, assumed, branches, frames, trace.lines, trace.constants,
+        frozenset(trace.entered), trace.kept,
+    )  # fmt: skip
 
 
 def _leaf_region(module: nn.Module, name: str) -> Region:

@@ -71,6 +71,7 @@ class Trace:
         frames, lines: per node, the forward that made the call and the line of its code.
         constants: tensors of the graph that no module holds.
         entered: the modules whose forward the trace went through, the root first.
+        kept: the values that a forward keeps on its module, and where.
     """
 
     graph: Graph
@@ -78,6 +79,7 @@ class Trace:
     lines: dict[Node, tuple[CodeType, int]] = field(default_factory=dict)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     entered: list[str] = field(default_factory=list)
+    kept: dict[Node, str] = field(default_factory=dict)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -161,7 +163,12 @@ class RegionTracer(Tracer):
         finally:
             # A value that a forward caches on its module belongs to this graph, not to the next.
             for entered, before in self._before.items():
-                _put_back(vars(self.tree.get(entered)), before)
+                held = vars(self.tree.get(entered))
+                for key, value in held.items():
+                    where = f"{entered}.{key}" if entered else key
+                    kept = (p.node for p in _proxies(value) if p.node.graph is self.graph)
+                    self._trace.kept.update(dict.fromkeys(kept, where))
+                _put_back(held, before)
         self._trace.graph = self.graph
         self._erase_dead()
         return self._trace
@@ -257,6 +264,14 @@ class RegionTracer(Tracer):
         for node in reversed(self._dead):
             if not node.users and not node._erased:
                 self.graph.erase_node(node)
+
+
+def _proxies(value: Any, depth: int = 4) -> Iterator[Proxy]:
+    if isinstance(value, Proxy):
+        yield value
+    elif isinstance(value, dict | list | tuple) and depth:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _proxies(item, depth - 1)
 
 
 def _parts(node: Node) -> int | None:

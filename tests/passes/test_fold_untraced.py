@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -135,3 +137,49 @@ def test_an_opaque_forward_that_may_call_an_item(item: bool) -> None:
     """Whether it does is not told from its code: both stay, and both stay right."""
     folded, _ = fold(prepare(Sequence(item)))
     assert norms(folded) == 1
+
+
+# --- what a forward keeps ------------------------------------------------------------------------
+
+
+class Keeps(Unit):
+    """The forward keeps a value on its module, where anybody may read it afterwards."""
+
+    def __init__(self, how: str, what: str) -> None:
+        super().__init__()
+        self.how, self.what = how, what
+        self.last: Any = None
+        self.seen: list[Tensor] = []
+        self.named: dict[str, list[Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        z = self.bn(y)
+        kept = y if self.what == "conv" else z
+        if self.how == "attribute":
+            self.last = kept
+        elif self.how == "list":
+            self.seen.append(kept)
+        else:
+            self.named["here"] = [kept]
+        return torch.relu(z)
+
+    def kept(self) -> Tensor:
+        return {"attribute": self.last, "list": self.seen[-1:], "dict": self.named.get("here")}[
+            self.how
+        ][0]
+
+
+@pytest.mark.parametrize(("what", "left"), [("conv", 1), ("bn", 0)])
+@pytest.mark.parametrize("how", ["attribute", "list", "dict"])
+@pytest.mark.parametrize("deep", [True, False])
+def test_what_is_kept_stays_what_it_is(how: str, what: str, left: int, deep: bool) -> None:
+    model = prepare(nn.Sequential(Keeps(how, what), nn.ReLU()) if deep else Keeps(how, what))
+    folded, applied = fold(model)
+    assert norms(folded) == left
+    assert not left or "the value is kept as" in applied.skips[0].reason
+    x = image()
+    with torch.no_grad():
+        model(x), folded(x)
+    one, other = (m[0] if deep else m for m in (model, folded))
+    assert (one.kept() - other.kept()).abs().max() < RIGHT
