@@ -5,9 +5,10 @@
             return self.block.conv(x)    # and what is spelled here may be called from here
         return self.block(x)
 
-A trace takes every optional argument of the model at its default. This reads the code instead: from
-the forward of a region's root, on into each method, module and function that is given such an
-argument, or what is computed from it. Names are followed, values are not: what is found may run.
+A trace takes every optional argument of the model at its default, and every other one to be there.
+This reads the code instead: from the forward of a region's root, on into each method, module and
+function that is given an optional argument, or what is computed from it. Names are followed, values
+are not: what is found may run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import builtins
 import inspect
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from functools import cached_property
 from types import FunctionType
@@ -26,10 +27,11 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
+from rewrite.argument_code import Reader, is_super, path_of
 from rewrite.regions import Region
 from rewrite.tree import Tree
 
-_Comprehension = ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
+_Readers = dict[tuple[Any, frozenset[str]], Reader | None]
 
 
 @dataclass
@@ -68,16 +70,18 @@ class Untaken:
     def __init__(self, tree: Tree, regions: tuple[Region, ...]) -> None:
         self._tree = tree
         self._regions = regions
+        self._readers: _Readers = {}
 
     @cached_property
     def _choices(self) -> dict[str, dict[str, Choices]]:
         """By region, and by the name of the module whose code chooses."""
         found: dict[str, dict[str, Choices]] = {}
         for region in self._regions:
-            search = _Search(self._tree, region.entered)
+            search = _Search(self._tree, region.entered, self._readers)
             forward = getattr(type(self._tree.get(region.name)), "forward", None)
-            if region.assumed and inspect.isfunction(forward):
+            if inspect.isfunction(forward):
                 search.function(region.name, forward, frozenset(region.assumed))
+                search.by_none(region.name, forward, frozenset(region.assumed))
             found[region.name] = search.found
         return found
 
@@ -144,12 +148,12 @@ def _below(owner: str, name: str, entered: Set[str]) -> str | None:
 class _Search:
     """Follows arguments through the code of modules, each function once for each set of them."""
 
-    def __init__(self, tree: Tree, entered: Set[str]) -> None:
+    def __init__(self, tree: Tree, entered: Set[str], readers: _Readers) -> None:
         self.found: dict[str, Choices] = {}
         self._tree = tree
         self._entered = entered
         self._seen: set[tuple[str, Any, frozenset[str]]] = set()
-        self._readers: dict[tuple[Any, frozenset[str]], _Reader | None] = {}
+        self._readers = readers
 
     def function(self, owner: str, function: Callable[..., Any], tainted: frozenset[str]) -> None:
         """Read a function that is run by the module `owner`, some of its parameters being free."""
@@ -157,7 +161,7 @@ class _Search:
         if not tainted or (owner, function, tainted) in self._seen:
             return
         self._seen.add((owner, function, tainted))
-        if str(function.__module__).partition(".")[0] == "torch":
+        if _is_torch(function):
             return
         reader = self._read(function, tainted)
         if reader is None:
@@ -172,14 +176,24 @@ class _Search:
         for call in reader.calls:
             self._follow(owner, function, reader, call)
 
-    def _read(self, function: Callable[..., Any], tainted: frozenset[str]) -> _Reader | None:
+    def by_none(self, owner: str, function: Callable[..., Any], assumed: frozenset[str]) -> None:
+        """Note what a root does where one of its inputs is None; a trace has seen the other way."""
+        function = inspect.unwrap(function)
+        reader = None if _is_torch(function) else self._read(function, frozenset())
+        if reader is None:
+            return
+        names, chosen = reader.by_none(set(inspect.signature(function).parameters) - assumed)
+        for part in chosen:
+            _spell(part, self._note(owner, names))
+
+    def _read(self, function: Callable[..., Any], tainted: frozenset[str]) -> Reader | None:
         if (function, tainted) not in self._readers:
             try:
                 code = ast.parse(textwrap.dedent(inspect.getsource(function)))
             except (OSError, TypeError, SyntaxError):
                 self._readers[function, tainted] = None
             else:
-                self._readers[function, tainted] = _Reader(code, tainted)
+                self._readers[function, tainted] = Reader(code, tainted)
         return self._readers[function, tainted]
 
     def _note(self, owner: str, tainted: Iterable[str]) -> Choices:
@@ -188,11 +202,11 @@ class _Search:
         return choices
 
     def _follow(
-        self, owner: str, function: Callable[..., Any], reader: _Reader, call: ast.Call
+        self, owner: str, function: Callable[..., Any], reader: Reader, call: ast.Call
     ) -> None:
         """Go on in what `call` calls; where that is unknown, in each module that it could be."""
         assert isinstance(function, FunctionType)
-        path = _path(call.func) or []
+        path = path_of(call.func) or []
         if path and path[0] == reader.first:
             target, rest = self._walk(owner, path[1:])
             if len(rest) < 2 and self._enter(target, [*rest, "forward"][0], reader, call):
@@ -208,7 +222,7 @@ class _Search:
             return
         name = call.func.attr if isinstance(call.func, ast.Attribute) else "forward"
         inside = sorted(p for p in self._entered if is_within(p, owner) and p != owner)
-        places = [owner] if _is_super(call.func) else inside
+        places = [owner] if is_super(call.func) else inside
         entered = [self._enter(place, name, reader, call) for place in places]
         if not any(entered):
             self._note(owner, reader.parameters)  # a method of a tensor is given the value
@@ -221,7 +235,7 @@ class _Search:
             owner, path = self._tree.name(child), path[1:]
         return owner, path
 
-    def _enter(self, owner: str, name: str, reader: _Reader, call: ast.Call) -> bool:
+    def _enter(self, owner: str, name: str, reader: Reader, call: ast.Call) -> bool:
         """Read the method of a module that `call` calls; return whether it has such a method."""
         found = False
         for base in type(self._tree.get(owner)).__mro__:
@@ -230,144 +244,13 @@ class _Search:
                 given = reader.given(call, inspect.unwrap(function), skip=1)
                 self.function(owner, function, given)
                 found = True
-                if not _is_super(call.func):
+                if not is_super(call.func):
                     break
         return found
 
 
-class _Reader:
-    """One function: which of its names depend on the tainted ones, and what hangs on those.
-
-    Attributes:
-        parameters: the tainted parameters.
-        first: the name of its first parameter.
-        chosen: the code that runs or not by a tainted name; None for what can be anything.
-        calls: the calls that are given a tainted value.
-    """
-
-    def __init__(self, code: ast.Module, tainted: frozenset[str]) -> None:
-        self.parameters = tainted
-        self._assigned = list(_assignments(code))
-        definition = code.body[0]
-        arguments = definition.args.args if isinstance(definition, ast.FunctionDef) else []
-        self.first = arguments[0].arg if arguments else ""
-        self._tainted = set(tainted)
-        size = 0
-        while size < len(self._tainted):
-            size = len(self._tainted)
-            for target, value in self._assigned:
-                if self._depends(value, calls=False):
-                    self._tainted |= {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
-        self._given: dict[tuple[ast.Call, Any], frozenset[str]] = {}
-        self.chosen = self._with_aliases(list(self._choices(definition, False)))
-        self.calls = [n for n in ast.walk(code) if isinstance(n, ast.Call) and self._gets(n)]
-
-    def _depends(self, node: ast.AST, calls: bool = True) -> bool:
-        """Return whether a tainted name is in `node`; without `calls`, not as what a call gets."""
-        if isinstance(node, ast.Name):
-            return node.id in self._tainted
-        if isinstance(node, ast.Call) and not calls:
-            path = _path(node.func) or []
-            if not (len(path) == 1 and hasattr(builtins, path[0])):
-                return self._depends(node.func, calls)
-        return any(self._depends(child, calls) for child in ast.iter_child_nodes(node))
-
-    def _gets(self, call: ast.Call) -> bool:
-        values = [*call.args, *(keyword.value for keyword in call.keywords)]
-        return any(self._depends(value, calls=False) for value in values)
-
-    def _choices(self, node: ast.AST, tested: bool) -> Iterator[ast.AST | None]:
-        if isinstance(node, ast.Assert) or self._is_own_default(node):
-            return
-        test = getattr(node, "test", None)
-        if isinstance(node, ast.If | ast.IfExp | ast.While):
-            bodies = [node.body, node.orelse]
-            parts = [p for b in bodies for p in (b if isinstance(b, list) else [b])]
-            if self._depends(node.test) and not all(self._is_harmless(part) for part in parts):
-                yield from parts
-        elif isinstance(node, ast.For | ast.AsyncFor) and self._depends(node.iter, calls=False):
-            yield from (*node.body, node.iter)
-        elif isinstance(node, ast.Match) and self._depends(node.subject):
-            yield from node.cases
-        elif isinstance(node, ast.BoolOp) and not tested and self._depends(node):
-            yield from node.values
-        elif isinstance(node, _Comprehension) and any(
-            self._depends(part) for g in node.generators for part in (g.iter, *g.ifs)
-        ):
-            yield node
-        elif isinstance(node, ast.Subscript) and self._depends(node.slice):
-            yield ast.Pass() if isinstance(node.value, ast.Call) else node.value
-        elif isinstance(node, ast.BinOp) and self._depends(node, calls=False):
-            yield ast.Pass()  # it runs in any case, with another number
-        elif isinstance(node, ast.Call) and _path(node.func) == ["getattr"] and self._gets(node):
-            yield None
-        for child in ast.iter_child_nodes(node):
-            within = tested and isinstance(child, ast.BoolOp | ast.UnaryOp)
-            yield from self._choices(child, child is test or within)
-
-    def _is_harmless(self, statement: ast.AST) -> bool:
-        return isinstance(statement, ast.Raise) or self._is_own_default(statement)
-
-    def _is_own_default(self, node: ast.AST) -> bool:
-        """Return whether `node` only fills in an argument: `n = n if n is not None else 3`."""
-        if not isinstance(node, ast.Assign) or any(
-            isinstance(part, ast.Call) for part in ast.walk(node.value)
-        ):
-            return False
-        return all(isinstance(t, ast.Name) and t.id in self.parameters for t in node.targets)
-
-    def given(self, call: ast.Call, function: Callable[..., Any], skip: int) -> frozenset[str]:
-        """Return the parameters of `function` that get a tainted value in `call`."""
-        if (call, function) not in self._given:
-            self._given[call, function] = self._bind(call, function, skip)
-        return self._given[call, function]
-
-    def _bind(self, call: ast.Call, function: Callable[..., Any], skip: int) -> frozenset[str]:
-        parameters = list(inspect.signature(function).parameters.values())[skip:]
-        named = {p.name for p in parameters}
-        loose = [p.name for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        optional = [p.name for p in parameters if p.default is not p.empty]
-        found: set[str] = set()
-        for position, value in enumerate(call.args):
-            if not self._depends(value, calls=False):
-                continue
-            if isinstance(value, ast.Starred):
-                found.update(p.name for p in parameters[position:])
-            elif position < len(parameters):
-                found.add(parameters[position].name)
-            else:
-                found.update(loose)
-        for keyword in call.keywords:
-            if self._depends(keyword.value, calls=False):
-                if keyword.arg is None:
-                    found.update(optional, loose)
-                else:
-                    found.update([keyword.arg] if keyword.arg in named else loose)
-        return frozenset(found)
-
-    def _with_aliases(self, parts: list[ast.AST | None]) -> list[ast.AST | None]:
-        """Return `parts`, and what the names in them were assigned: `conv = self.block.conv`."""
-        names: set[str] = set()
-        size = -1
-        while size < len(names):
-            size = len(names)
-            code = [part for part in parts if part is not None]
-            names |= {n.id for p in code for n in ast.walk(p) if isinstance(n, ast.Name)}
-            for target, value in self._assigned:
-                held = {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
-                if held & names and value not in parts and not isinstance(value, ast.Call):
-                    parts = [*parts, value]
-        return parts
-
-
-def _assignments(code: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
-    for node in ast.walk(code):
-        if isinstance(node, ast.Assign):
-            yield from ((target, node.value) for target in node.targets)
-        elif isinstance(node, ast.AnnAssign | ast.AugAssign | ast.NamedExpr) and node.value:
-            yield node.target, node.value
-        elif isinstance(node, ast.For | ast.AsyncFor | ast.comprehension):
-            yield node.target, node.iter
+def _is_torch(function: Callable[..., Any]) -> bool:
+    return str(function.__module__).partition(".")[0] == "torch"
 
 
 def _spell(code: ast.AST, choices: Choices) -> None:
@@ -377,20 +260,3 @@ def _spell(code: ast.AST, choices: Choices) -> None:
             (choices.called if id(node) in called else choices.used).add(node.attr)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             choices.used.add(node.value)
-
-
-def _path(node: ast.AST) -> list[str] | None:
-    """Return ["self", "block", "conv"] for `self.block.conv`, None for anything but names."""
-    if isinstance(node, ast.Name):
-        return [node.id]
-    if isinstance(node, ast.Attribute) and (path := _path(node.value)) is not None:
-        return [*path, node.attr]
-    return None
-
-
-def _is_super(node: ast.AST) -> bool:
-    return (
-        isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Call)
-        and _path(node.value.func) == ["super"]
-    )

@@ -1,4 +1,4 @@
-"""rewrite.untaken: what a forward does for other values of its optional arguments.
+"""rewrite.untaken: what a forward does for other values of its arguments.
 
 Each model is folded and run with the value that was not traced: a fold that does not know of it is
 another function there. The twins have the same code without the choice, and fold.
@@ -286,6 +286,61 @@ def test_what_does_not_depend_on_the_argument_folds(kind: type[nn.Module]) -> No
     if kind is not OnlyRaises:
         x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
         assert error(applied.model, model, x, raw=2) < RIGHT
+
+
+# --- an input that may be None -------------------------------------------------------------------
+
+
+class ReturnsWithoutIt(Holds):
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        y = self.block.conv(x)
+        if skip is None:
+            return y
+        return torch.relu(self.block.bn(y) + skip)
+
+
+class CallsWithoutIt(Holds):
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.block.conv(x) if skip is None else torch.relu(self.block(x) + skip)
+
+
+class BelowAnOpaque(Holds):
+    def __init__(self) -> None:
+        super().__init__(ReturnsWithoutIt)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return x if x.sum() > 1e9 else self.block(x, skip)
+
+
+class AddsItBehind(Holds):
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        y = torch.tanh(self.block(x))
+        return y if skip is None else y + skip
+
+
+class RaisesWithoutIt(Holds):
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        if skip is None:
+            raise ValueError("skip is missing")
+        return torch.relu(self.block(x) + skip)
+
+
+@pytest.mark.parametrize(
+    ("kind", "folds"),
+    [
+        (ReturnsWithoutIt, False), (CallsWithoutIt, False), (BelowAnOpaque, False),
+        (AddsItBehind, True), (RaisesWithoutIt, True),
+    ],
+)  # fmt: skip
+def test_a_fold_holds_where_an_input_is_none(kind: type[nn.Module], folds: bool) -> None:
+    model = prepare(kind)
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    applied = apply_pass(FoldNorm(), copy_model(model), (x, x))
+    assert len(applied.changes) == int(folds), applied.skips
+    assert folds or all("its argument skip" in skip.reason for skip in applied.skips)
+    assert error(applied.model, model, x, x) < RIGHT
+    if kind is not RaisesWithoutIt:
+        assert error(applied.model, model, x, None) < RIGHT
 
 
 def test_the_fold_without_this_knowledge_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
