@@ -270,12 +270,33 @@ class Uses:
                 continue
             if tied := captured.tied(ref):
                 return f"{ref.name} is one tensor with {tied[0].name}"
-            if layer.module is not None and (others := self._readers.get(ref.name)):
-                return f"{ref.name} is also read by {others[0].name} directly"
+            if layer.module is not None and (reader := self.reader(ref)) is not None:
+                return reader
+            if layer.module is None and (caller := self._caller(ref)) is not None:
+                return caller
             if not captured.tensor(ref).is_floating_point():
                 return f"{ref.name} is of dtype {captured.tensor(ref).dtype}"
         if layer.module is None and layer.weight is not None and layer.bias is None:
             return captured.editor.refusal(layer.node)
+        return None
+
+    def reader(self, ref: TensorRef, calls: tuple[Node, ...] = ()) -> str | None:
+        """Return what reads a tensor itself, beside the functional `calls`, in words, or None."""
+        others = [node for node in self._readers.get(ref.name, ()) if node not in calls]
+        return f"{ref.name} is also read by {others[0].name} directly" if others else None
+
+    def _caller(self, ref: TensorRef) -> str | None:
+        """Return what may read a tensor of a functional layer through the module that holds it.
+
+        A region's root has one code, which was traced, whoever calls it.
+        """
+        captured = self._captured
+        if calls := captured.calls(ref.owner):
+            return f"{ref.name} is also read by the call {calls[0].name} of its module"
+        if any(region.name == ref.owner for region in captured.regions):
+            return None
+        if (caller := captured.unknown_caller(ref.owner)) is not None:
+            return f"{ref.name} may have readers that were not traced: {caller}"
         return None
 
     def more_than_a_layer(self, name: str) -> str | None:

@@ -59,6 +59,13 @@ class Planner:
         """Return why a call of a module is more than that of a plain layer, or None."""
         return self.surroundings.uses.more_than_a_layer(name)
 
+    def reader(self, layer: Layer, calls: tuple[Node, ...]) -> str | None:
+        """Return what else reads the tensors of a norm that may go, in words, or None."""
+        own = calls if layer.module is None else ()
+        refs = (layer.weight, layer.bias, layer.mean, layer.var)
+        found = (self.surroundings.uses.reader(ref, own) for ref in refs if ref is not None)
+        return next((reader for reader in found if reader is not None), None)
+
     def called(self, node: Node) -> str:
         """Return a call in words."""
         return self.surroundings.steps.called(node)

@@ -105,11 +105,13 @@ def _norm_source(planner: Planner, norm: Norm, calls: tuple[Node, ...]) -> Sourc
         kind = "norm"
     return Source(
         kind, norm.target, describe(planner, norm), calls, calls, norm.channel_axis, layer,
-        _norm_refusal(planner, norm, layer),
+        _norm_refusal(planner, norm, layer, calls),
     )  # fmt: skip
 
 
-def _norm_refusal(planner: Planner, norm: Norm, layer: Layer | None) -> str:
+def _norm_refusal(
+    planner: Planner, norm: Norm, layer: Layer | None, calls: tuple[Node, ...]
+) -> str:
     captured = planner.captured
     if norm.module is not None:
         hooks = captured.hooks(norm.module)
@@ -127,6 +129,8 @@ def _norm_refusal(planner: Planner, norm: Norm, layer: Layer | None) -> str:
             return "is in training mode: it normalizes by the statistics of its batch (call eval())"
     if layer is None:
         return "has no affine part, and its statistics depend on the input"
+    if (reader := planner.reader(layer, calls)) is not None:
+        return reader
     if layer.mean is not None and captured.tensor(layer.mean).is_meta:
         return "has no values (it is on the meta device)"
     return ""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
@@ -183,3 +184,73 @@ def test_what_is_kept_stays_what_it_is(how: str, what: str, left: int, deep: boo
         model(x), folded(x)
     one, other = (m[0] if deep else m for m in (model, folded))
     assert (one.kept() - other.kept()).abs().max() < RIGHT
+
+
+# --- tensors that other code reads ---------------------------------------------------------------
+
+
+class ReadsTensors(Unit):
+    """A functional call, or arithmetic, on tensors of a layer that is also called."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, bn = self.conv, self.bn
+        if self.what == "the functional call is normalized":
+            y = F.conv2d(x, conv.weight, conv.bias, padding=1)
+            return torch.relu(bn(y)) + torch.tanh(conv(x))
+        if self.what == "the module is normalized":
+            y = F.conv2d(x, conv.weight, padding=1)
+            return torch.relu(bn(conv(x))) + torch.tanh(y)
+        if self.what == "forward is called by name":
+            return torch.relu(bn(conv.forward(x))) + torch.tanh(conv(x))
+        z = torch.relu(bn(conv(x)))
+        if self.what == "gamma is read":
+            return z * bn.weight.sum()
+        if self.what == "statistics are read":
+            return z + bn.running_mean.view(1, -1, 1, 1)
+        return z
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "the functional call is normalized", "the module is normalized",
+        "forward is called by name", "gamma is read", "statistics are read",
+    ],
+)  # fmt: skip
+def test_declines_where_the_tensors_are_read_elsewhere(what: str) -> None:
+    folded, applied = fold(prepare(ReadsTensors(what)))
+    assert norms(folded) == 1
+    assert "is also read by" in applied.skips[0].reason
+    assert norms(fold(prepare(ReadsTensors("nothing else")))[0]) == 0
+
+
+class FunctionalConv(nn.Conv2d):
+    """A convolution whose own forward calls the function: it is traced through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, padding=1)
+
+
+class ReadsTheWeight(Borrows):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.borrowed.weight, padding=1) if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize("reads", [Borrows, ReadsTheWeight, None])
+def test_a_functional_layer_that_opaque_code_reads_too(reads: type[nn.Module] | None) -> None:
+    class Model(Unit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = FunctionalConv(4, 4, 3, padding=1)
+            self.opaque = reads(self.conv) if reads is not None else Opaque()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.bn(self.conv(x))) + self.opaque(x)
+
+    folded, applied = fold(prepare(Model()))
+    assert norms(folded) == int(reads is not None)
+    assert reads is None or "readers that were not traced" in applied.skips[0].reason
