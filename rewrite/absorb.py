@@ -291,12 +291,18 @@ class Uses:
         A region's root has one code, which was traced, whoever calls it.
         """
         captured = self._captured
-        if calls := captured.calls(ref.owner):
-            return f"{ref.name} is also read by the call {calls[0].name} of its module"
-        if any(region.name == ref.owner for region in captured.regions):
-            return None
-        if (caller := captured.unknown_caller(ref.owner)) is not None:
-            return f"{ref.name} may have readers that were not traced: {caller}"
+        roots = {region.name for region in captured.regions}
+        calls = captured.calls(ref.owner)
+        others = [call for call in calls if captured.region_of(call).name != ref.owner]
+        if others:
+            return f"{ref.name} is also read by the call {others[0].name} of its module"
+        if calls or ref.owner not in roots:
+            caller = captured.opaque_caller(ref.owner)
+            return (
+                None
+                if caller is None
+                else (f"{ref.name} may have readers that were not traced: {caller}")
+            )
         return None
 
     def more_than_a_layer(self, name: str) -> str | None:

@@ -104,6 +104,10 @@ class Captured:
         name = self.tree.name(self.tree.get(name))
         if name in self._roots and name not in self.opaque:
             return f"{name} {_NOT_TRACED}"
+        return self.opaque_caller(name)
+
+    def opaque_caller(self, name: str) -> str | None:
+        """Return which code that was read and not traced may call the module, in words, or None."""
         for place in (name, *self.tree.aliases(name)):
             for parent in _prefixes(place):
                 if parent in self._untraced and self._mentions(parent, place):

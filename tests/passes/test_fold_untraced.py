@@ -254,3 +254,21 @@ def test_a_functional_layer_that_opaque_code_reads_too(reads: type[nn.Module] | 
     folded, applied = fold(prepare(Model()))
     assert norms(folded) == int(reads is not None)
     assert reads is None or "readers that were not traced" in applied.skips[0].reason
+
+
+class CallsForward(Unit):
+    """`conv.forward` by name; with `opaque`, the module is called by code that is not traced."""
+
+    def __init__(self, opaque: bool) -> None:
+        super().__init__()
+        self.opaque = Borrows(self.conv) if opaque else Opaque()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.conv.forward(x))) + self.opaque(x)
+
+
+@pytest.mark.parametrize("opaque", [True, False])
+def test_a_forward_that_is_called_by_name(opaque: bool) -> None:
+    folded, applied = fold(prepare(CallsForward(opaque)))
+    assert norms(folded) == int(opaque)
+    assert not opaque or "may call opaque.borrowed" in applied.skips[0].reason
