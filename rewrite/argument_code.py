@@ -54,6 +54,10 @@ class Reader:
                 return self._depends(node.func, calls)
         return any(self._depends(child, calls) for child in ast.iter_child_nodes(node))
 
+    def spells(self, code: ast.AST) -> bool:
+        """Return whether a tainted name is anywhere in `code`."""
+        return self._depends(code)
+
     def _gets(self, call: ast.Call) -> bool:
         values = [*call.args, *(keyword.value for keyword in call.keywords)]
         return any(self._depends(value, calls=False) for value in values)

@@ -8,7 +8,8 @@
 A trace takes every optional argument of the model at its default, and every other one to be there.
 This reads the code instead: from the forward of a region's root, on into each method, module and
 function that is given an optional argument, or what is computed from it. Names are followed, values
-are not: what is found may run.
+are not: what is found may run. What a call returns is a new value, so an attention's mask, which is
+added to scores, says nothing of the value that the attention was given.
 """
 
 from __future__ import annotations
@@ -43,12 +44,14 @@ class Choices:
         called: attributes that it calls there.
         used: attributes that it spells in any other way there.
         anything: whether it may call whatever it holds.
+        incoming: whether it may read a value that the module was given.
     """
 
     arguments: dict[str, None]
     called: set[str]
     used: set[str]
     anything: bool = False
+    incoming: bool = False
 
     @property
     def words(self) -> str:
@@ -80,8 +83,10 @@ class Untaken:
             search = _Search(self._tree, region.entered, self._readers)
             forward = getattr(type(self._tree.get(region.name)), "forward", None)
             if inspect.isfunction(forward):
-                search.function(region.name, forward, frozenset(region.assumed))
-                search.by_none(region.name, forward, frozenset(region.assumed))
+                free = frozenset(region.assumed)
+                given = _parameters(forward) - free
+                search.function(region.name, forward, free, given)
+                search.by_none(region.name, forward, free)
             found[region.name] = search.found
         return found
 
@@ -112,6 +117,9 @@ class Untaken:
         for user in node.users:
             read = region.frames[user].owner if user in region.frames else made
             for owner, does in found.items():
+                enters = not is_within(made, owner) and is_within(read, owner)
+                if enters and not does.incoming:
+                    continue
                 if self._passes_through(owner, made, read, region):
                     where = owner or "the model"
                     return f"the forward of {where} may read it otherwise {does.words}"
@@ -152,29 +160,40 @@ class _Search:
         self.found: dict[str, Choices] = {}
         self._tree = tree
         self._entered = entered
-        self._seen: set[tuple[str, Any, frozenset[str]]] = set()
+        self._seen: set[tuple[str, Any, frozenset[str], frozenset[str]]] = set()
         self._readers = readers
 
-    def function(self, owner: str, function: Callable[..., Any], tainted: frozenset[str]) -> None:
-        """Read a function that is run by the module `owner`, some of its parameters being free."""
+    def function(
+        self,
+        owner: str,
+        function: Callable[..., Any],
+        tainted: frozenset[str],
+        given: frozenset[str],
+    ) -> None:
+        """Read a function that is run by the module `owner`.
+
+        Its parameters `tainted` are free, and `given` may hold what the module was given.
+        """
         function = inspect.unwrap(function)
-        if not tainted or (owner, function, tainted) in self._seen:
+        if not tainted or (owner, function, tainted, given) in self._seen:
             return
-        self._seen.add((owner, function, tainted))
+        self._seen.add((owner, function, tainted, given))
         if _is_torch(function):
             return
-        reader = self._read(function, tainted)
-        if reader is None:
-            self._note(owner, tainted).anything = True
+        reader, values = self._read(function, tainted), self._read(function, given)
+        if reader is None or values is None:
+            choices = self._note(owner, tainted)
+            choices.anything = choices.incoming = True
             return
         if reader.chosen:
             choices = self._note(owner, tainted)
             choices.anything |= None in reader.chosen
             for part in reader.chosen:
+                choices.incoming |= part is None or values.spells(part)
                 if part is not None:
                     _spell(part, choices)
         for call in reader.calls:
-            self._follow(owner, function, reader, call)
+            self._follow(owner, function, (reader, values), call)
 
     def by_none(self, owner: str, function: Callable[..., Any], assumed: frozenset[str]) -> None:
         """Note what a root does where one of its inputs is None; a trace has seen the other way."""
@@ -182,9 +201,11 @@ class _Search:
         reader = None if _is_torch(function) else self._read(function, frozenset())
         if reader is None:
             return
-        names, chosen = reader.by_none(set(inspect.signature(function).parameters) - assumed)
+        names, chosen = reader.by_none(_parameters(function) - assumed)
         for part in chosen:
-            _spell(part, self._note(owner, names))
+            choices = self._note(owner, names)
+            choices.incoming = True
+            _spell(part, choices)
 
     def _read(self, function: Callable[..., Any], tainted: frozenset[str]) -> Reader | None:
         if (function, tainted) not in self._readers:
@@ -202,30 +223,33 @@ class _Search:
         return choices
 
     def _follow(
-        self, owner: str, function: Callable[..., Any], reader: Reader, call: ast.Call
-    ) -> None:
+        self, owner: str, function: Callable[..., Any], readers: tuple[Reader, Reader],
+        call: ast.Call,
+    ) -> None:  # fmt: skip
         """Go on in what `call` calls; where that is unknown, in each module that it could be."""
         assert isinstance(function, FunctionType)
+        reader, values = readers
         path = path_of(call.func) or []
         if path and path[0] == reader.first:
             target, rest = self._walk(owner, path[1:])
-            if len(rest) < 2 and self._enter(target, [*rest, "forward"][0], reader, call):
+            if len(rest) < 2 and self._enter(target, [*rest, "forward"][0], readers, call, owner):
                 return
         elif path and path[0] in function.__globals__:
             value = function.__globals__[path[0]]
             if inspect.isfunction(value):
-                self.function(owner, value, reader.given(call, value, skip=0))
+                got = (each.given(call, inspect.unwrap(value), skip=0) for each in readers)
+                self.function(owner, value, *got)
             elif inspect.ismodule(value):
-                self._note(owner, reader.parameters)
+                self._note(owner, reader.parameters).incoming |= values.spells(call)
             return
         elif len(path) == 1 and hasattr(builtins, path[0]):
             return
         name = call.func.attr if isinstance(call.func, ast.Attribute) else "forward"
         inside = sorted(p for p in self._entered if is_within(p, owner) and p != owner)
         places = [owner] if is_super(call.func) else inside
-        entered = [self._enter(place, name, reader, call) for place in places]
-        if not any(entered):
-            self._note(owner, reader.parameters)  # a method of a tensor is given the value
+        entered = [self._enter(place, name, readers, call, owner) for place in places]
+        if not any(entered):  # a method of a tensor is given the value
+            self._note(owner, reader.parameters).incoming |= values.spells(call)
 
     def _walk(self, owner: str, path: list[str]) -> tuple[str, list[str]]:
         while path:
@@ -235,18 +259,31 @@ class _Search:
             owner, path = self._tree.name(child), path[1:]
         return owner, path
 
-    def _enter(self, owner: str, name: str, reader: Reader, call: ast.Call) -> bool:
-        """Read the method of a module that `call` calls; return whether it has such a method."""
+    def _enter(
+        self, owner: str, name: str, readers: tuple[Reader, Reader], call: ast.Call, caller: str
+    ) -> bool:
+        """Read the method of a module that `call` calls; return whether it has such a method.
+
+        Whatever another module is given is given to it; its own methods may be given less.
+        """
         found = False
         for base in type(self._tree.get(owner)).__mro__:
             function = vars(base).get(name)
             if base is not nn.Module and inspect.isfunction(function):
-                given = reader.given(call, inspect.unwrap(function), skip=1)
-                self.function(owner, function, given)
+                plain = inspect.unwrap(function)
+                free, given = (each.given(call, plain, skip=1) for each in readers)
+                if owner != caller:
+                    given = _parameters(plain) - free
+                self.function(owner, function, free, given)
                 found = True
                 if not is_super(call.func):
                     break
         return found
+
+
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of the parameters of a method, but for `self`."""
+    return frozenset(list(inspect.signature(inspect.unwrap(function)).parameters)[1:])
 
 
 def _is_torch(function: Callable[..., Any]) -> bool:

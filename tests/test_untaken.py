@@ -197,12 +197,69 @@ class Scales(nn.Module):
         return torch.relu(self.bn(self.conv(x) * raw))
 
 
+class Reads(nn.Module):
+    """May return what it is given instead of its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, y: Tensor, raw: bool = False) -> Tensor:
+        return y if raw else self.bn(y)
+
+
+class ReadsAnAlias(Reads):
+    def forward(self, y: Tensor, raw: bool = False) -> Tensor:
+        z = y
+        y = self.bn(y)
+        return z if raw else y
+
+
+class ReadsInAMethod(Reads):
+    def forward(self, y: Tensor, raw: bool = False) -> Tensor:
+        return self.pick(y, raw)
+
+    def pick(self, value: Tensor, flag: bool) -> Tensor:
+        return value if flag else self.bn(value)
+
+
+class ReadsInAnOperator(Reads):
+    def forward(self, y: Tensor, raw: float = 0.0) -> Tensor:
+        return torch.add(self.bn(y), y, alpha=raw) if raw else self.bn(y)
+
+
+class IsRead(nn.Module):
+    """The value enters a module that may read it in another way."""
+
+    inner: type[nn.Module] = Reads
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.block = nn.Conv2d(3, 3, 3), self.inner()
+
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        return torch.tanh(self.block(self.conv(x), raw))
+
+
+class IsReadByAnAlias(IsRead):
+    inner = ReadsAnAlias
+
+
+class IsReadInAMethod(IsRead):
+    inner = ReadsInAMethod
+
+
+class IsReadInAnOperator(IsRead):
+    inner = ReadsInAnOperator
+
+
 CHOICES: dict[type[nn.Module], Any] = {
     CallsAnItem: True, CallsAPart: True, CallsInAMethod: True, CallsByName: "raw",
     CallsByAttribute: "raw", CallsInALoop: 2, CallsInAnOperator: 1, CallsAnAlias: True,
     CallsInAFunction: True, CallsInItsBase: True, GivesItOn: True, GivesItOnByName: True,
     GivesItOnInALoop: True, ReturnsWhatABlockMade: True, ReturnsItFurtherDown: True,
-    TakesOtherChannels: 2, Scales: 3.0,
+    TakesOtherChannels: 2, Scales: 3.0, IsRead: True, IsReadByAnAlias: True,
+    IsReadInAMethod: True, IsReadInAnOperator: 2.0,
 }  # fmt: skip
 
 
@@ -275,7 +332,33 @@ class GivesAConstant(GivesItOn):
         return torch.relu(self.block(x, False))
 
 
-TWINS = (DoesNotUseIt, ChoosesBehind, CallsTheWhole, OnlyRaises, FillsItIn, GivesAConstant)
+class Masks(Reads):
+    """An attention's mask: added to what was computed from the value, not to the value."""
+
+    def forward(self, y: Tensor, raw: float | None = None) -> Tensor:
+        scores = torch.tanh(self.bn(y))
+        return self.add(torch.clamp(scores, max=raw), raw)
+
+    def add(self, scores: Tensor, mask: float | None) -> Tensor:
+        return scores if mask is None else scores + mask
+
+
+class IsMasked(IsRead):
+    inner = Masks
+
+    def forward(self, x: Tensor, raw: float | None = 1.0) -> Tensor:
+        return self.block(self.conv(x), raw)
+
+
+TWINS = (
+    IsMasked,
+    DoesNotUseIt,
+    ChoosesBehind,
+    CallsTheWhole,
+    OnlyRaises,
+    FillsItIn,
+    GivesAConstant,
+)
 
 
 @pytest.mark.parametrize("kind", TWINS, ids=lambda kind: kind.__name__)
