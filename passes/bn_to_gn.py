@@ -90,7 +90,10 @@ class BatchNormToGroupNorm(Pass):
     def rewrite_all(
         self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
-        """Replace all norms; keep="function" fits them in one pass over `calibration`."""
+        """Replace all norms; keep="function" fits them in one pass over `calibration`.
+
+        Hidden channels may change their order then, so that the groups lose less of the model.
+        """
         settings = Settings(self.keep, self.anchor)
         return keeping.swap_all(captured, sites, settings, _make, calibration)
 

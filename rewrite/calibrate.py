@@ -62,6 +62,19 @@ class MeanStatistics:
         self.total += samples.sum(0)
         self.second += torch.einsum("sgi,sgj->gij", samples, samples)
 
+    def grouped(self, order: Tensor, groups: int) -> MeanStatistics:
+        """Return the same sums with the channels in another order, in groups of consecutive ones.
+
+        Only sums within a group of channels are there to be taken: all of them where that is one.
+        """
+        total = self.total.flatten()[order].reshape(groups, -1)
+        if self.groups == groups == len(order):
+            return MeanStatistics(groups, self.count, total, self.second[order])
+        assert self.groups == 1
+        rows = order.reshape(groups, -1)
+        second = self.second[0][rows[:, :, None], rows[:, None, :]]
+        return MeanStatistics(groups, self.count, total, second)
+
     def reduce(self) -> None:
         """Add the sums of all ranks, if this process is one of several."""
         for tensor in (self.count, self.total, self.second):

@@ -6,8 +6,9 @@ The converted model is two models at once. Each new norm reads z, the standardiz
     y = n(z)          the converted model
 
 and one pass over the data with the first gives the channel means that `rewrite.mean_leak` fits to.
-Then each producer is given the factors, each norm the inverse, and the held-out samples run through
-both, value by value, to say how far they are apart.
+Then channels change groups where the graph allows it (`rewrite.regroup`), each producer is given
+the factors, each norm the inverse, and the held-out samples run through both, value by value, to
+say how far they are apart.
 """
 
 from __future__ import annotations
@@ -18,22 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from rewrite.absorb import Ledger
 from rewrite.absorption import Absorption, write_tensor
 from rewrite.affine import Planner
 from rewrite.algebra import Affine
-from rewrite.calibrate import Batches, MeanStatistics, hooked, in_eval_mode, run, variations
+from rewrite.calibrate import Batches, MeanStatistics, in_eval_mode
 from rewrite.capture import Captured, capture
-from rewrite.errors import OptionError
+from rewrite.fit import Fit, collect, fits_of
 from rewrite.held_out import Agreement, measure
-from rewrite.mean_leak import RANGE, SHRINKAGE, factors
+from rewrite.mean_leak import RANGE, factors
 from rewrite.modules import ChannelAffine
-from rewrite.operators import norm_of
-
-THROUGH_WEIGHTS = 0.7
-"""Part of a covariance that comes from the weights."""
+from rewrite.regroup import Shared, regroup, shared_orders
 
 _SIZES_FROM = 3.0
 """Gain of the anchor from which on factors of unequal size pay: below it they unbalance the
@@ -119,9 +116,12 @@ def keep_function(
     captured = capture(model)
     planner = Planner(captured)
     with in_eval_mode(model), torch.no_grad():
-        fits = [_fit_of(captured, planner, probe) for probe in fitted]
+        fits = fits_of(captured, planner, fitted)
+        sized = [fit for fit in fits if fit.probe.gain > _SIZES_FROM]
+        shared = shared_orders(captured, planner.surroundings, sized, fits)
         collect(model, fits, batches)
-        notes = _apply(captured, fits)
+        shared = [one for one in shared if regroup(captured, one)]
+        notes = _apply(captured, fits, shared)
         agreement = measure(model, probes, batches)
     kept = []
     for probe in probes:
@@ -130,100 +130,13 @@ def keep_function(
     return kept, agreement
 
 
-@dataclass(eq=False)
-class Fit:
-    """One norm on its way to its factors.
-
-    Attributes:
-        plan: the layers that can take up factors, if there are any.
-        signed: whether factors may be negative.
-        kernel: weight of the one layer that produces the norm's input, summed over its taps.
-        reads: the module of that layer.
-        plain, varied: sums over the calibration data, and over variations of it as well.
-        inputs: sums over what that layer reads, per channel.
-    """
-
-    probe: Probe
-    plan: Absorption | None
-    signed: bool
-    kernel: Tensor | None
-    reads: nn.Module | None
-    plain: MeanStatistics
-    varied: MeanStatistics
-    inputs: MeanStatistics | None
-
-
-def _fit_of(captured: Captured, planner: Planner, probe: Probe) -> Fit:
-    plan, signed = _plan(captured, planner, probe)
-    kernel, reads = _kernel(captured, plan)
-    channels, groups = len(probe.scale), probe.groups
-    wide = None if kernel is None else MeanStatistics.zeros(kernel.shape[1], kernel.shape[1])
-    return Fit(
-        probe, plan, signed, kernel, reads,
-        MeanStatistics.zeros(channels, groups), MeanStatistics.zeros(channels, groups), wide,
-    )  # fmt: skip
-
-
-def _kernel(captured: Captured, plan: Absorption | None) -> tuple[Tensor | None, nn.Module | None]:
-    """Return the weight, over channels, of the one dense layer in front of a norm, if it is so."""
-    if plan is None or len(plan.edits) != 1:
-        return None, None
-    layer = plan.edits[0].layer
-    if layer.kind != "kernel" or layer.module is None or layer.weight is None:
-        return None, None
-    if layer.layout.groups != 1 or layer.layout.transposed:
-        return None, None
-    if not torch.equal(plan.edits[0].index.cpu(), torch.arange(layer.channels_out)):
-        return None, None
-    weight = captured.tensor(layer.weight).detach().double().cpu()
-    return weight.flatten(2).sum(2) if weight.dim() > 2 else weight, captured.module(layer.module)
-
-
-def collect(model: nn.Module, fits: Sequence[Fit], batches: Batches) -> None:
-    """Sum up the original model's channel means at each norm, in one pass over the data."""
-    plain = True
-
-    def at_norm(index: int, z: Tensor, output: Tensor) -> Tensor:
-        fit = fits[index]
-        means = fit.probe.means(z)
-        fit.varied.add(means)
-        if plain:
-            fit.plain.add(means)
-        return fit.probe.old(z)
-
-    reading = [fit for fit in fits if fit.reads is not None]
-
-    def at_kernel(index: int, x: Tensor, output: Tensor) -> None:
-        fit = reading[index]
-        assert fit.inputs is not None
-        axis = -1 if isinstance(fit.reads, nn.Linear) else 1
-        moved = x.movedim(axis, 1) if x.dim() > 1 else x[None]
-        fit.inputs.add(moved.flatten(2).mean(2) if moved.dim() > 2 else moved)
-
-    norms = [fit.probe.module for fit in fits]
-    kernels = [fit.reads for fit in reading if fit.reads is not None]
-    try:
-        with hooked(norms, at_norm), hooked(kernels, at_kernel):
-            for batch in batches:
-                plain = True
-                run(model, batch)
-                plain = False
-                for variation in variations(batch):
-                    run(model, variation)
-    except KeyboardInterrupt as error:
-        raise OptionError(
-            f"calibration was interrupted after {batches.seen} samples; nothing was fitted"
-        ) from error
-    for fit in fits:
-        for item in (fit.plain, fit.varied, fit.inputs):
-            if item is not None:
-                item.reduce()
-
-
 # -- applying ---------------------------------------------------------------------------------
 
 
-def _apply(captured: Captured, fits: Sequence[Fit]) -> dict[str, tuple[str, tuple[str, ...]]]:
+def _apply(
+    captured: Captured, fits: Sequence[Fit], shared: Sequence[Shared]
+) -> dict[str, tuple[str, tuple[str, ...]]]:
+    moved = {id(fit): one for one in shared for fit in one.fits}
     ledger = Ledger(captured.tensor)
     outcomes: dict[str, tuple[str, tuple[str, ...]]] = {}
     for fit in fits:
@@ -232,69 +145,26 @@ def _apply(captured: Captured, fits: Sequence[Fit]) -> dict[str, tuple[str, tupl
             outcomes[probe.target] = ("not fitted: no finite sample reached it", ())
             continue
         factor = torch.ones_like(probe.scale)
-        if fit.plan is not None or probe.prefix is not None:
+        if fit.sized:
             factor = _factors(fit)
         touched = _scale_producers(probe, fit.plan, factor, ledger)
         _scale_norm(probe, factor, fit.plain)
-        outcomes[probe.target] = (_note(probe, fit.plan), touched)
+        note = _note(probe, fit.plan)
+        if (one := moved.get(id(fit))) is not None:
+            touched = tuple(dict.fromkeys((*touched, *one.order.layers)))
+            note += f"; channels regrouped, in {len(one.order.layers)} layers alike"
+        outcomes[probe.target] = (note, touched)
     ledger.write(lambda layer, attr, new: write_tensor(captured.editor, layer, attr, new))
     captured.editor.commit()
     return outcomes
 
 
-def _plan(captured: Captured, planner: Planner, probe: Probe) -> tuple[Absorption | None, bool]:
-    """Return who takes up factors of the norm's input, and whether they may be negative."""
-    if probe.prefix is not None or probe.groups == len(probe.scale):
-        return None, True
-    name = captured.tree.name(probe.module)
-    if captured.unknown_caller(name) is not None:
-        return None, True
-    axis, inputs = _inputs(captured, name, probe)
-    if not inputs:
-        return None, True
-    for positive in (False, True):
-        plan = planner.backward(inputs, axis, len(probe.scale), shift=False, positive=positive)
-        if isinstance(plan, Absorption):
-            return plan, not positive
-    return None, True
-
-
-def _inputs(captured: Captured, name: str, probe: Probe) -> tuple[int, dict[Node, Node]]:
-    """Return the axis of the channels and the input of each call of a norm."""
-    calls = captured.calls(name)
-    if calls:
-        return probe.axis, {node: node.all_input_nodes[0] for node in calls}
-    # A norm with a forward of its own is looked into: its calls are those of the line within.
-    within = [node for node in captured.nodes() if captured.owner(node) == name]
-    norms = [norm for node in within if (norm := norm_of(captured, node)) is not None]
-    return (norms[0].channel_axis if norms else probe.axis), {n.node: n.input for n in norms}
-
-
 def _factors(fit: Fit) -> Tensor:
-    groups = fit.plain.groups
-    weight = fit.probe.scale.cpu().reshape(groups, -1).numpy()
-    covariance = fit.varied.covariance
-    if fit.kernel is not None and fit.inputs is not None:
-        covariance = through_weights(covariance, fit.kernel, fit.inputs.covariance.flatten())
+    weight = fit.probe.scale.cpu().reshape(fit.probe.groups, -1).numpy()
     sizes = RANGE if fit.probe.gain > _SIZES_FROM else 1.0
-    found = factors(
-        covariance.numpy(), weight, signed=fit.signed, sizes=sizes,
-        shrinkage=SHRINKAGE if fit.kernel is None else SHRINKAGE / 3,
-    )  # fmt: skip
+    covariance = fit.covariance().numpy()
+    found = factors(covariance, weight, signed=fit.signed, sizes=sizes, shrinkage=fit.shrinkage)
     return torch.from_numpy(found).reshape(-1).to(fit.probe.scale.device)
-
-
-def through_weights(covariance: Tensor, kernel: Tensor, variance: Tensor) -> Tensor:
-    """Mix a covariance of channel means with the one that independent inputs would give.
-
-        (1 − r) S + r W D Wᵀ,   D the variances of the input's channel means
-
-    A hundred samples span few directions; the weights know how all others would come out.
-    """
-    size = covariance.shape[1]
-    rows = kernel.reshape(-1, size, kernel.shape[1])
-    prior = torch.einsum("gik,k,gjk->gij", rows, variance, rows)
-    return (1 - THROUGH_WEIGHTS) * covariance + THROUGH_WEIGHTS * prior
 
 
 def _scale_producers(
@@ -316,11 +186,10 @@ def _scale_producers(
 def _scale_norm(probe: Probe, factor: Tensor, item: MeanStatistics) -> None:
     """Divide the norm's weight by the factors and give its bias the mean that it will take."""
     module = probe.module
-    means = item.mean.reshape(-1).to(factor) * factor
-    taken = means.reshape(item.groups, -1).mean(1, keepdim=True).expand(item.groups, -1)
-    size = len(factor) // item.groups
+    means = (item.mean.reshape(-1).to(factor) * factor).reshape(probe.groups, -1)
+    taken = means.mean(1, keepdim=True).expand_as(means).reshape(-1)
     probe.scale = probe.scale / factor
-    bias = probe.bias + probe.scale * taken.expand(item.groups, size).reshape(-1)
+    bias = probe.bias + probe.scale * taken
     _set(module, "weight", probe.scale * probe.gain)
     _set(module, "bias", bias)
 

@@ -105,11 +105,21 @@ def test_poor_agreement_is_said_in_a_plain_sentence() -> None:
 def test_the_rest_of_the_model_stays_as_it_is() -> None:
     model = network()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    result = convert(model, BatchNormToGroupNorm(keep="function", num_groups=2), batches())
+    result = convert(model, BatchNormToGroupNorm(keep="function", num_groups=1), batches())
     touched = {name for change in result.report.changes for name in change.touched}
     assert touched == {"0", "1", "3", "4"}
     assert torch.equal(result.model.get_parameter("8.weight"), model[8].weight)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def test_what_reads_regrouped_channels_changes_only_their_order() -> None:
+    model = network()
+    result = convert(model, BatchNormToGroupNorm(keep="function", num_groups=2), batches())
+    touched = {name for change in result.report.changes for name in change.touched}
+    assert touched == {"0", "1", "3", "4", "8"}
+    old, new = model[8].weight, result.model.get_parameter("8.weight")
+    assert sorted(map(tuple, new.T.tolist())) == sorted(map(tuple, old.T.tolist()))
+    assert torch.equal(result.model.get_parameter("8.bias"), model[8].bias)
 
 
 def test_hooks_and_modes_are_put_back() -> None:

@@ -1,0 +1,91 @@
+"""Channels change groups, where the graph allows it: the function stays, the groups' means change.
+
+    an order that norms share (`rewrite.reorder`)  ×  which channels a group should hold
+    (`rewrite.exchange`)  →  the same model, whose groups lose less of it
+
+Only norms with several groups of several channels have anything to gain. They need the covariance
+over all channels, not that within the groups which they happen to have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rewrite.absorption import Refusal
+from rewrite.calibrate import MeanStatistics
+from rewrite.capture import Captured
+from rewrite.exchange import Means, regrouped
+from rewrite.fit import Fit, calls_of
+from rewrite.growth import Surroundings
+from rewrite.reorder import Order, order_of
+
+_WIDEST = 2048
+"""Channels up to which a covariance over all of them is summed up: 32 MiB."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """An order of channels, and the norms that have it."""
+
+    order: Order
+    fits: tuple[Fit, ...]
+
+    @property
+    def groups(self) -> frozenset[int]:
+        """The numbers of groups of the norms that can gain from another order."""
+        return frozenset(fit.probe.groups for fit in self.fits if _can_gain(fit))
+
+
+def shared_orders(
+    captured: Captured, around: Surroundings, wanted: Sequence[Fit], fits: Sequence[Fit]
+) -> list[Shared]:
+    """Return the orders that can change for the sake of `wanted`, and prepare the norms' sums."""
+    ours = [fit.probe.module for fit in fits]
+    by_module = {id(fit.probe.module): fit for fit in fits}
+    found: list[Shared] = []
+    met: set[int] = set()
+    for fit in wanted:
+        if id(fit) in met or not _can_gain(fit) or fit.channels > _WIDEST:
+            continue
+        _, calls = calls_of(captured, fit.probe)
+        order = order_of(around, next(iter(calls)), ours) if len(calls) == 1 else Refusal("")
+        if isinstance(order, Refusal):
+            continue
+        modules = [id(captured.module(name)) for name in order.norms]
+        one = Shared(order, tuple(by_module[key] for key in modules if key in by_module))
+        met.update(id(member) for member in one.fits)
+        if len(one.groups) == 1:
+            found.append(one)
+    for one in found:
+        for member in one.fits:
+            member.varied = MeanStatistics.zeros(member.channels, 1)
+    return found
+
+
+def _can_gain(fit: Fit) -> bool:
+    return 1 < fit.probe.groups < fit.channels
+
+
+def regroup(captured: Captured, shared: Shared) -> bool:
+    """Change the order of the channels for the better; return whether it was done."""
+    channels = shared.order.channels
+    order = torch.arange(channels)
+    fitted = all(int(fit.plain.count) > 0 for fit in shared.fits)
+    if fitted:
+        means = [_means(fit) for fit in shared.fits if _can_gain(fit)]
+        order = torch.from_numpy(regrouped(means, next(iter(shared.groups))))
+        shared.order.apply(captured, order)
+    for fit in shared.fits:
+        fit.reorder(order)
+    return fitted
+
+
+def _means(fit: Fit) -> Means:
+    covariance = fit.covariance()[0].numpy()
+    part = fit.shrinkage
+    shrunk = (1 - part) * covariance + part * np.diag(np.diag(covariance))
+    return Means(shrunk, fit.probe.scale.cpu().numpy(), fit.signed, fit.sized)
