@@ -28,6 +28,10 @@ _LEAST_GAIN = 1e-3
 _DIGITS = 9
 """Digits of the covariance that count: what ranks sum up in another order decides nothing."""
 
+_TIE = 12
+"""Digits of a change of the loss that count: among equals, channels without any variance for one,
+the first is taken."""
+
 
 @dataclass(frozen=True)
 class Means:
@@ -173,10 +177,10 @@ def regrouped(norms: Sequence[Means], groups: int, seed: int = 0) -> Labels:
 
 def _exchange_best(c: int, parts: Sequence[_Sums], label: Labels) -> None:
     exchanges = [part.exchange(c, label) for part in parts]
-    change = np.sum([exchange.change for exchange in exchanges], axis=0)
+    change = np.round(np.sum([exchange.change for exchange in exchanges], axis=0), _TIE)
     change[label == label[c]] = 0
     d = int(change.argmin())
-    if change[d] >= -1e-12:
+    if change[d] >= 0:
         return
     for part, exchange in zip(parts, exchanges, strict=True):
         part.apply(c, d, label, exchange)

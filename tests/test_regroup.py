@@ -66,6 +66,16 @@ def test_without_signs_or_factors_the_search_still_ends() -> None:
         assert sorted(order) == list(range(24))
 
 
+def test_rounding_decides_nothing() -> None:
+    item = means(48)
+    alive = np.repeat([1.0, 0.0], [40, 8])
+    covariance, weight = item.covariance * alive * alive[:, None], item.weight * alive
+    noise = 1 + 1e-14 * np.random.default_rng(0).standard_normal((48, 48))
+    expected = regrouped([Means(covariance, weight)], 6)
+    for other in (noise, noise**2, noise**3):
+        assert np.array_equal(regrouped([Means(covariance * other, weight)], 6), expected)
+
+
 @pytest.mark.parametrize("covariance", [np.zeros((8, 8)), np.diag([0.0] * 7 + [1e30])])
 def test_degenerate_means_give_an_order(covariance: np.ndarray) -> None:
     assert sorted(regrouped([Means(covariance, np.zeros(8))], 2)) == list(range(8))
