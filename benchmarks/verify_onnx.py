@@ -29,6 +29,7 @@ from torch import nn
 
 from benchmarks._table import environment, parser, publish, table
 from benchmarks.corpus import PACKAGES, QUICK, UnbuildableError, build, installed
+from benchmarks.coverage import read
 from benchmarks.sweep.workers import Limits, run_all
 from rewrite.errors import ExportError, RewriteError
 from rewrite.onnx import export, verify_onnx
@@ -50,26 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     names = [name for name in chosen.names if installed(name)]
     limits = Limits(chosen.seconds, chosen.megabytes)
-    pending = [name for name in names if name not in _read(chosen.rows)]
+    measured = {row["name"] for row in read(chosen.rows)}
+    pending = [name for name in names if name not in measured]
     _warm_up(names if pending else [])
     for row in run_all(pending, measure, limits, workers=1):
         with chosen.rows.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
-    rows = _read(chosen.rows)
+    rows = {row["name"]: row for row in read(chosen.rows)}
     publish(
         "verify-onnx",
         "Export to ONNX, verified",
         body([rows[n] for n in names]),
         write=chosen.write,
     )
-
-
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the rows of a file, the last one of each architecture."""
-    if not path.exists():
-        return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return {row["name"]: row for row in map(json.loads, lines)}
 
 
 def body(rows: list[dict[str, Any]]) -> str:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewrite.errors import CheckpointError
+from rewrite.errors import CheckpointError, system_reason
 from rewrite.exported import is_exported, load_exported
 from rewrite.files import atomic_path
 from rewrite.mapped import MappedFile
@@ -148,7 +148,7 @@ def _check_file(path: Path) -> None:
         with path.open("rb") as stream:
             head = stream.read(512)
     except OSError as error:
-        raise CheckpointError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+        raise CheckpointError(f"{path}: {system_reason(error)}") from error
     if not head:
         raise CheckpointError(f"{path}: is empty")
     if path.suffix == ".onnx":
@@ -164,6 +164,7 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+    # A damaged directory may hold a name that does not decode, or a version that no zip has.
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{path}: is truncated or damaged ({error})") from error
     if any(name.endswith("/constants.pkl") for name in names):

@@ -29,3 +29,8 @@ class VerificationError(RewriteError):
 
 class ExportError(RewriteError):
     """A model cannot be exported to ONNX as it is."""
+
+
+def system_reason(error: OSError) -> str:
+    """Return what the system says, without its number and the path."""
+    return (error.strerror or str(error)).lower()

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from rewrite.errors import CheckpointError
+from rewrite.errors import CheckpointError, system_reason
 
 
 def check_writable(path: str | os.PathLike[str], *, overwrite: bool = True) -> Path:
@@ -108,4 +108,4 @@ def _reason(error: OSError) -> str:
         return "the file system is read-only"
     if error.errno == errno.EEXIST:
         return "already exists; choose another place or pass --force"
-    return (error.strerror or str(error)).lower()
+    return system_reason(error)

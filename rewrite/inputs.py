@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from rewrite.compare import tensors
-from rewrite.errors import RewriteError, VerificationError
+from rewrite.errors import RewriteError, VerificationError, system_reason
 from rewrite.float64 import evaluating, isolated
 
 BATCH_SIZES = (1, 2, 7)
@@ -360,7 +360,7 @@ def load_inputs(path: str) -> tuple[Any, ...]:
     except RewriteError:
         raise
     except OSError as error:
-        raise VerificationError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+        raise VerificationError(f"{path}: {system_reason(error)}") from error
     except Exception as error:
         raise VerificationError(f"{path}: cannot be read as inputs: {one_line(error)}") from error
     if isinstance(loaded, torch.Tensor):

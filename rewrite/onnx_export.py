@@ -21,7 +21,7 @@ import torch
 from onnx_ir.convenience import replace_all_uses_with
 from torch import nn
 
-from rewrite.errors import ExportError, VerificationError
+from rewrite.errors import ExportError, VerificationError, system_reason
 from rewrite.files import check_writable
 from rewrite.inputs import Inputs, device_of, infer_example_inputs
 from rewrite.onnx_file import LARGE
@@ -206,4 +206,4 @@ def _written(program: Any, target: Path, beside: bool) -> Iterator[Path]:
             for file in written:
                 file.replace(target.parent / file.name)
     except OSError as error:
-        raise ExportError(f"{target}: {(error.strerror or str(error)).lower()}") from error
+        raise ExportError(f"{target}: {system_reason(error)}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +217,7 @@ def _with_native(noise: list[float], exact: Record, native: Record) -> list[floa
     if len(native.values) == len(noise):
         own = list(map(Sketch.distance, exact.values, native.values))
     own = [value if math.isfinite(value) else 0.0 for value in own]
-    return [max(values) for values in zip(noise, own, repeat(_EPS / 4), strict=False)]
+    return [max(*values, _EPS / 4) for values in zip(noise, own, strict=True)]
 
 
 def _own_noise(shaken: OnnxFile, graph: Record, feed: Feed, sketch: Sketcher) -> list[float]:
@@ -285,7 +284,8 @@ def against_graph(
     """Compare a graph with another one: outputs on every input, values on the first."""
     parity = Parity()
     theirs = session(reference, "disabled")
-    moved_live = session(nudged_graph(reference, seed), "disabled")
+    shaken = nudged_graph(reference, seed)
+    moved_live = session(shaken, "disabled")
     for index, feed in enumerate(feeds):
         renamed = _renamed(reference, feed)
         try:
@@ -306,7 +306,9 @@ def against_graph(
             )
         right = parity.add(f"input {index}", exact, moved, got, 0.0)
         if index == 0 or (not right and parity.divergence is None):
-            parity.divergence, there = _compare_graphs(opened, reference, feed, renamed, seed)
+            parity.divergence, there = _compare_graphs(
+                opened, (reference, shaken), feed, renamed, seed
+            )
             if parity.divergence is None:
                 continue
             parity.failed.append(f"value on the way: {parity.divergence.note}")
@@ -319,12 +321,14 @@ def against_graph(
 
 
 def _compare_graphs(
-    opened: OnnxFile, reference: OnnxFile, feed: Feed, renamed: Feed, seed: int
+    opened: OnnxFile, references: tuple[OnnxFile, OnnxFile], feed: Feed, renamed: Feed, seed: int
 ) -> tuple[Divergence | None, Event | None]:
+    """Compare every value; `references` are a graph and itself with every weight rounded once."""
+    reference, shaken = references
     sketch = Sketcher(seed)
     base = record_graph(reference, renamed, sketch)
     graph = record_graph(opened, feed, sketch)
-    theirs = _own_noise(nudged_graph(reference, seed), base, renamed, sketch)
+    theirs = _own_noise(shaken, base, renamed, sketch)
     noise = [max(value, _EPS / 4) for value in theirs]
     own = _own_noise(nudged_graph(opened, seed), graph, feed, sketch)
     return _diverging(graph, base, noise, own)

@@ -13,7 +13,7 @@ import onnx
 from onnx import numpy_helper
 
 from rewrite.diverge import Divergence
-from rewrite.errors import VerificationError
+from rewrite.errors import VerificationError, system_reason
 from rewrite.onnx_file import OnnxFile, initializer
 from rewrite.onnx_run import Feed, values_of
 
@@ -77,7 +77,7 @@ def check_folder(folder: str | Path) -> Path:
                 f"{place}: the folder {place.parent} does not exist; create it first"
             )
     except OSError as error:
-        raise VerificationError(f"{place}: {(error.strerror or str(error)).lower()}") from error
+        raise VerificationError(f"{place}: {system_reason(error)}") from error
     return place
 
 
@@ -95,8 +95,7 @@ def _complete(place: Path) -> Iterator[Path]:
             for file in Path(folder).iterdir():
                 file.replace(place / file.name)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise VerificationError(f"{place}: cannot be written: {reason}") from error
+        raise VerificationError(f"{place}: cannot be written: {system_reason(error)}") from error
 
 
 def _expected(value: np.ndarray[Any, Any] | None, name: str, actual: Any) -> dict[str, Any]:

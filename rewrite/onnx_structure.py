@@ -11,7 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 from rewrite.inputs import one_line
-from rewrite.onnx_file import LARGE, Array, OnnxFile, all_nodes
+from rewrite.onnx_file import LARGE, Array, OnnxFile, all_nodes, initializer
 
 
 def structure_problems(opened: OnnxFile) -> list[str]:
@@ -25,7 +25,7 @@ def structure_problems(opened: OnnxFile) -> list[str]:
             if attribute.name == "training_mode" and attribute.i
         ]
         if node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]:
-            flag = _constant(opened.model, node.input[2])
+            flag = _constant(opened, node.input[2])
             if flag is None or bool(flag.any()):
                 problems.append(f"{label}: Dropout is in training mode")
     problems += [
@@ -59,11 +59,11 @@ def _weights_given(opened: OnnxFile) -> onnx.ModelProto:
     return model
 
 
-def _constant(model: onnx.ModelProto, name: str) -> np.ndarray[Any, Any] | None:
-    for tensor in model.graph.initializer:
+def _constant(opened: OnnxFile, name: str) -> Array | None:
+    for tensor in opened.model.graph.initializer:
         if tensor.name == name:
-            return numpy_helper.to_array(tensor)
-    for node in all_nodes(model.graph):
+            return initializer(opened, tensor)
+    for node in all_nodes(opened.model.graph):
         if node.op_type == "Constant" and name in node.output:
             return numpy_helper.to_array(node.attribute[0].t)
     return None
@@ -74,11 +74,9 @@ def duplicates(opened: OnnxFile) -> list[tuple[str, str, int]]:
     alike: dict[tuple[Any, ...], list[tuple[str, Array]]] = defaultdict(list)
     found = []
     for tensor in opened.model.graph.initializer:
-        value = opened.weights.get(tensor.name)
-        if value is None:
-            if len(tensor.raw_data) < LARGE:
-                continue
-            value = numpy_helper.to_array(tensor)
+        if tensor.name not in opened.weights and len(tensor.raw_data) < LARGE:
+            continue
+        value = initializer(opened, tensor)
         flat = value.reshape(-1).view(np.uint8)
         group = alike[tensor.data_type, tuple(tensor.dims), flat[:LARGE].tobytes()]
         first = next((name for name, other in group if np.array_equal(flat, other)), None)

@@ -16,6 +16,7 @@ from test_onnx_verify import (
     BAD,
     Net,
     add_to,
+    embedding,
     external,
     graph,
     node,
@@ -330,16 +331,7 @@ def test_names_that_do_not_match(here, capfd):
 
 
 def test_integers_fed_as_floats(here, capfd):
-    value = helper.make_tensor_value_info
-    made = helper.make_graph(
-        [helper.make_node("Gather", ["table", "ids"], ["y"], "gather")],
-        "embedding",
-        [value("ids", TensorProto.INT64, ["n"])],
-        [value("y", TensorProto.FLOAT, ["n", 2])],
-        [numpy_helper.from_array(np.ones((5, 2), np.float32), "table")],
-    )
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    path = saved(here, model, "ids.onnx")
+    path = saved(here, embedding(), "ids.onnx")
     hint = "takes int64, not float32; write --input 3:int64"
     refused(capfd, hint, "verify", path, "--input", "3")
     refused(capfd, hint, "verify", path, path, "--input", "3")

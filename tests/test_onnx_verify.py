@@ -372,7 +372,7 @@ def test_inputs_that_do_not_fit_are_one_clear_line(tmp_path, net, inputs, word):
     assert "\n" not in str(error.value)
 
 
-def test_integers_fed_as_floats_are_one_clear_line(tmp_path):
+def embedding() -> onnx.ModelProto:
     value = helper.make_tensor_value_info
     made = helper.make_graph(
         [helper.make_node("Gather", ["table", "ids"], ["y"], "gather")],
@@ -383,7 +383,11 @@ def test_integers_fed_as_floats_are_one_clear_line(tmp_path):
     )
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)])
     model.ir_version = 10
-    path = saved(tmp_path, model)
+    return model
+
+
+def test_integers_fed_as_floats_are_one_clear_line(tmp_path):
+    path = saved(tmp_path, embedding())
     assert verify_onnx(path).ok
     with pytest.raises(VerificationError, match="takes int64, not float32; write --input 3:int64"):
         verify_onnx(path, None, (torch.ones(3),))
