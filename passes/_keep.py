@@ -22,9 +22,10 @@ from passes import _norm_swap as swap
 from rewrite.anchor import gain, largest_anchor
 from rewrite.capture import Captured
 from rewrite.errors import OptionError
-from rewrite.keep import Probe, Settings, keep_function
+from rewrite.keep import Settings, keep_function
 from rewrite.modules import ChannelAffine
 from rewrite.operators import Norm, norm_of
+from rewrite.probe import Probe
 from rewrite.protocol import Change, Site
 from rewrite.standardize import Standardized, standardize
 

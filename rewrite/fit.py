@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,7 @@ from rewrite.capture import Captured
 from rewrite.errors import OptionError
 from rewrite.mean_leak import SHRINKAGE
 from rewrite.operators import activation_of, conv_of, norm_of
-
-if TYPE_CHECKING:
-    from rewrite.keep import Probe
+from rewrite.probe import Probe
 
 THROUGH_WEIGHTS = 0.7
 """Part of a covariance that comes from the weights."""

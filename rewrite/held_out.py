@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,7 @@ from torch import Tensor, nn
 from rewrite.calibrate import Batches, all_gather, all_reduce, batch_size, hooked, rows, run
 from rewrite.compare import tensors
 from rewrite.inputs import Inputs
-
-if TYPE_CHECKING:
-    from rewrite.keep import Probe
+from rewrite.probe import Probe
 
 POOR = 0.9
 """Agreement below which the report says that the model is not what it was."""
