@@ -75,6 +75,12 @@ class MeanStatistics:
         second = self.second[0][rows[:, :, None], rows[:, None, :]]
         return MeanStatistics(groups, self.count, total, second)
 
+    def mapped(self, matrix: Tensor) -> MeanStatistics:
+        """Return the sums over the samples, each multiplied by `matrix`, channel by channel."""
+        total = (matrix @ self.total.flatten())[:, None]
+        second = torch.full((len(total), 1, 1), float("nan"), dtype=torch.float64)
+        return MeanStatistics(len(total), self.count, total, second)
+
     def reduce(self) -> None:
         """Add the sums of all ranks, if this process is one of several."""
         for tensor in (self.count, self.total, self.second):

@@ -49,6 +49,7 @@ class Fit:
         source: the norm in front of the depthwise layer that produces the norm's input.
         shared: sums of the products of its means and this norm's, per channel.
         latest: the means of the last batch.
+        mixed: whether the basis of its stream was chosen for it, so that no factors are needed.
     """
 
     probe: Probe
@@ -62,6 +63,7 @@ class Fit:
     shared: Tensor
     source: Fit | None = None
     latest: Tensor | None = None
+    mixed: bool = False
 
     @property
     def channels(self) -> int:
@@ -78,10 +80,14 @@ class Fit:
         """Part of the covariance that is replaced by its diagonal."""
         return SHRINKAGE if self.kernel is None else SHRINKAGE / 3
 
-    def covariance(self) -> Tensor:
-        """Return the mixed covariance, (groups, n, n) with the groups of `varied`."""
+    def covariance(self, through: float = THROUGH_WEIGHTS) -> Tensor:
+        """Return the covariance, (groups, n, n) with the groups of `varied`.
+
+        Args:
+            through: part of it that comes from the weights, where they speak for any.
+        """
         own, prior = self.varied.covariance, self.prior()
-        return own if prior is None else (1 - THROUGH_WEIGHTS) * own + THROUGH_WEIGHTS * prior
+        return own if prior is None else (1 - through) * own + through * prior
 
     def prior(self) -> Tensor | None:
         """Return the covariance that the weights speak for, or None where they do not."""
@@ -112,6 +118,13 @@ class Fit:
         self.shared = self.shared[order]
         self.plain = self.plain.grouped(order, self.channels)
         self.varied = self.varied.grouped(order, probe.groups)
+
+    def mix(self, matrix: Tensor, scale: Tensor, bias: Tensor) -> None:
+        """Follow the norm's input z to `matrix` z, with the scale and bias that it needs there."""
+        probe = self.probe
+        probe.scale, probe.bias = scale.to(probe.scale), bias.to(probe.bias)
+        self.plain = self.plain.mapped(matrix)
+        self.mixed = True
 
 
 def fits_of(captured: Captured, planner: Planner, probes: Sequence[Probe]) -> list[Fit]:

@@ -6,8 +6,8 @@ The converted model is two models at once. Each new norm reads z, the standardiz
     y = n(z)          the converted model
 
 and one pass over the data with the first gives the channel means that `rewrite.mean_leak` fits to.
-Then channels change groups where the graph allows it (`rewrite.regroup`), each producer is given
-the factors, each norm the inverse, and the held-out samples run through both, value by value, to
+Then channels change groups, or a stream its basis, where the graph allows it (`rewrite.regroup`,
+`rewrite.mixing`), each producer is given the factors, each norm the inverse, and the held-out samples run through both, value by value, to
 say how far they are apart.
 """
 
@@ -31,7 +31,7 @@ from rewrite.held_out import Agreement, measure
 from rewrite.mean_leak import RANGE, factors
 from rewrite.modules import ChannelAffine
 from rewrite.probe import Probe
-from rewrite.regroup import Shared, regroup, shared_orders
+from rewrite.regroup import Shared, rearrange, shared_orders
 
 _SIZES_FROM = 3.0
 """Gain of the anchor from which on factors of unequal size pay: below it they unbalance the
@@ -75,7 +75,7 @@ def keep_function(
         sized = [fit for fit in fits if fit.probe.gain > _SIZES_FROM]
         shared = shared_orders(captured, planner.surroundings, sized, fits)
         collect(model, fits, batches)
-        shared = [one for one in shared if regroup(captured, one)]
+        shared = [one for one in shared if rearrange(captured, one)]
         notes = _apply(captured, fits, shared)
         agreement = measure(model, probes, batches)
     kept = []
@@ -100,14 +100,15 @@ def _apply(
             outcomes[probe.target] = ("not fitted: no finite sample reached it", ())
             continue
         factor = torch.ones_like(probe.scale)
-        if fit.sized:
+        if fit.sized and not fit.mixed:
             factor = _factors(fit)
         touched = _scale_producers(probe, fit.plan, factor, ledger)
         _scale_norm(probe, factor, fit.plain)
         note = _note(probe, fit.plan)
         if (one := moved.get(id(fit))) is not None:
             touched = tuple(dict.fromkeys((*touched, *one.order.layers)))
-            note += f"; channels regrouped, in {len(one.order.layers)} layers alike"
+            done = "in another basis" if fit.mixed else "regrouped"
+            note += f"; channels {done}, in {len(one.order.layers)} layers alike"
         outcomes[probe.target] = (note, touched)
     ledger.write(lambda layer, attr, new: write_tensor(captured.editor, layer, attr, new))
     captured.editor.commit()

@@ -21,6 +21,7 @@ from rewrite.capture import Captured
 from rewrite.exchange import Means, regrouped
 from rewrite.fit import Fit, calls_of
 from rewrite.growth import Surroundings
+from rewrite.mixing import can_mix, mix
 from rewrite.reorder import Order, order_of
 
 _WIDEST = 2048
@@ -70,12 +71,15 @@ def _can_gain(fit: Fit) -> bool:
     return 1 < fit.probe.groups < fit.channels
 
 
-def regroup(captured: Captured, shared: Shared) -> bool:
-    """Change the order of the channels for the better; return whether it was done."""
+def rearrange(captured: Captured, shared: Shared) -> bool:
+    """Change the basis or the order of the channels for the better; return whether it was done."""
     channels = shared.order.channels
     order = torch.arange(channels)
     fitted = all(int(fit.plain.count) > 0 for fit in shared.fits)
     if fitted:
+        if can_mix(captured, shared.order, shared.fits):
+            mix(captured, shared.order, shared.fits)
+            return True
         means = [_means(fit) for fit in shared.fits if _can_gain(fit)]
         order = torch.from_numpy(regrouped(means, next(iter(shared.groups))))
         shared.order.apply(captured, order)

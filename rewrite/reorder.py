@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,17 +35,25 @@ from rewrite.steps import Demand
 _VALUES = 1000
 """Values that may share one order: a bound on the work."""
 
-_PAIRWISE = frozenset({"add", "iadd", "sub", "isub", "mul", "imul", "div", "truediv", "itruediv"})
+_SUMS = frozenset({"add", "iadd", "sub", "isub"})
+_PAIRWISE = _SUMS | {"mul", "imul", "div", "truediv", "itruediv"}
 _MIXING = frozenset({"softmax", "log_softmax", "glu", "prelu"})
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One axis of one tensor that holds the channels; `index` is the channel of each position."""
+    """One axis of one tensor that holds the channels.
+
+    Attributes:
+        index: the channel of each position.
+        side: what the tensor's layer does to the value: it computes it from all its inputs, it
+            computes all its outputs from it, or it works on each channel alone.
+    """
 
     ref: TensorRef
     axis: int
     index: Tensor
+    side: Literal["writes", "reads", "along"]
 
 
 @dataclass(frozen=True)
@@ -56,12 +65,15 @@ class Order:
         rows: the tensors that change with the order.
         layers: the layers that hold them, by name.
         norms: the names of the modules of norms whose input and output have this order.
+        linear: whether there is nothing but dense layers, norms and sums, so that the norms alone
+            know one channel from a mixture of channels.
     """
 
     channels: int
     rows: tuple[Row, ...]
     layers: tuple[str, ...]
     norms: tuple[str, ...]
+    linear: bool = False
 
     def apply(self, captured: Captured, order: Tensor) -> None:
         """Put channel `order[k]` where channel k was, in every tensor."""
@@ -98,6 +110,7 @@ class _Closure:
     norms: dict[str, None] = field(default_factory=dict)
     passed: dict[Node, frozenset[Node]] = field(default_factory=dict)
     near: deque[tuple[Node, Node]] = field(default_factory=deque)
+    linear: bool = True
 
     @property
     def captured(self) -> Captured:
@@ -113,7 +126,9 @@ class _Closure:
         self.change(norm.input, lane)
         while self.near:
             self.visit(*self.near.popleft())
-        return Order(channels, tuple(self.rows.values()), tuple(self.layers), tuple(self.norms))
+        return Order(
+            channels, tuple(self.rows.values()), tuple(self.layers), tuple(self.norms), self.linear
+        )
 
     def change(self, value: Node, lane: Lane) -> None:
         held = self.lanes.get(value)
@@ -157,19 +172,20 @@ class _Closure:
 
     def around_operation(self, node: Node, value: Node, lane: Lane) -> dict[Node, Lane]:
         name = function_name(node) or ""
+        self.linear &= name in _SUMS or self.is_a(node, nn.Identity)
         if name in _PAIRWISE:
             return self.pairwise(node, lane)
         activation = activation_of(self.captured, node)
         if activation is not None and activation.name not in _MIXING:
             return {activation.input: lane, node: lane}
-        if "prelu" in name or self.is_prelu(node):
+        if "prelu" in name or self.is_a(node, nn.PReLU):
             raise Refused(f"{self.around.steps.called(node)} may have a slope for each channel")
         # What passes any positive scales of the channels works channel by channel.
         return self.around.steps.around(node, value, lane, Demand(True, lambda ways: 0))
 
-    def is_prelu(self, node: Node) -> bool:
+    def is_a(self, node: Node, kind: type[nn.Module]) -> bool:
         return node.op == "call_module" and isinstance(
-            self.captured.module(str(node.target)), nn.PReLU
+            self.captured.module(str(node.target)), kind
         )
 
     def pairwise(self, node: Node, lane: Lane) -> dict[Node, Lane]:
@@ -205,15 +221,18 @@ class _Closure:
         layout = layer.layout
         if layout.groups == 1:
             behind = side == "behind"
-            self.row(layer.weight, int(behind == layout.transposed), lane)
+            does: Literal["writes", "reads"] = "writes" if behind else "reads"
+            self.linear &= not lane.spread
+            self.row(layer.weight, int(behind == layout.transposed), lane, does)
             if behind and layer.bias is not None:
-                self.row(layer.bias, 0, lane)
+                self.row(layer.bias, 0, lane, does)
             return
         if not layout.groups == into == out:
             raise Refused(f"{layer.name} has groups of channels of its own")
+        self.linear = False
         for ref in (layer.weight, layer.bias):
             if ref is not None:
-                self.row(ref, 0, lane)
+                self.row(ref, 0, lane, "along")
         self.through(node, lane)
 
     def at_norm(self, layer: Layer, node: Node, lane: Lane) -> None:
@@ -226,15 +245,17 @@ class _Closure:
             self.norms[norm.module] = None
         for ref in (layer.weight, layer.bias, layer.mean, layer.var):
             if ref is not None:
-                self.row(ref, 0, lane)
+                self.row(ref, 0, lane, "along")
         self.through(node, lane)
 
     def through(self, node: Node, lane: Lane) -> None:
         self.change(node, lane)
         self.change(node.all_input_nodes[0], lane)
 
-    def row(self, ref: TensorRef, axis: int, lane: Lane) -> None:
-        self.rows[(ref.name, axis)] = Row(ref, axis, lane.index)
+    def row(
+        self, ref: TensorRef, axis: int, lane: Lane, side: Literal["writes", "reads", "along"]
+    ) -> None:
+        self.rows[(ref.name, axis)] = Row(ref, axis, lane.index, side)
 
 
 def _in_blocks(index: Tensor) -> bool:
