@@ -7,8 +7,8 @@ The converted model is two models at once. Each new norm reads z, the standardiz
 
 and one pass over the data with the first gives the channel means that `rewrite.mean_leak` fits to.
 Then channels change groups, or a stream its basis, where the graph allows it (`rewrite.regroup`,
-`rewrite.mixing`), each producer is given the factors, each norm the inverse, and the held-out samples run through both, value by value, to
-say how far they are apart.
+`rewrite.mixing`), each producer is given the factors, each norm the inverse, and the held-out
+samples run through both, value by value, to say how far they are apart.
 """
 
 from __future__ import annotations

@@ -77,6 +77,9 @@ def mix(captured: Captured, order: Order, fits: Sequence[Fit]) -> None:
     lost = torch.stack([spread @ _covariance(fit) @ spread for fit in fits]).sum(0)
     groups = fits[0].probe.groups
     _, vectors = torch.linalg.eigh(lost)
+    # An eigenvector is as good as its negative; all ranks must choose the same.
+    largest = vectors.abs().argmax(0, keepdim=True)
+    vectors = vectors * vectors.gather(0, largest).sign()
     basis = _grouping(order.channels, groups) @ vectors.T
     forth, back = basis @ spread, inverse @ basis.T
     for fit in fits:

@@ -36,6 +36,9 @@ _VALUES = 1000
 """Values that may share one order: a bound on the work."""
 
 _SUMS = frozenset({"add", "iadd", "sub", "isub"})
+_WHOLE = frozenset({"stochastic_depth"})
+"""What scales whole samples, all channels alike."""
+
 _PAIRWISE = _SUMS | {"mul", "imul", "div", "truediv", "itruediv"}
 _MIXING = frozenset({"softmax", "log_softmax", "glu", "prelu"})
 
@@ -172,7 +175,7 @@ class _Closure:
 
     def around_operation(self, node: Node, value: Node, lane: Lane) -> dict[Node, Lane]:
         name = function_name(node) or ""
-        self.linear &= name in _SUMS or self.is_a(node, nn.Identity)
+        self.linear &= name in _SUMS | _WHOLE or self.is_a(node, nn.Identity)
         if name in _PAIRWISE:
             return self.pairwise(node, lane)
         activation = activation_of(self.captured, node)
@@ -184,9 +187,7 @@ class _Closure:
         return self.around.steps.around(node, value, lane, Demand(True, lambda ways: 0))
 
     def is_a(self, node: Node, kind: type[nn.Module]) -> bool:
-        return node.op == "call_module" and isinstance(
-            self.captured.module(str(node.target)), kind
-        )
+        return node.op == "call_module" and isinstance(self.captured.module(str(node.target)), kind)
 
     def pairwise(self, node: Node, lane: Lane) -> dict[Node, Lane]:
         ranks = self.around.ranks

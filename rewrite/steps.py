@@ -36,7 +36,7 @@ _PASS_ON = frozenset(
 )  # fmt: skip
 _DROPOUT = frozenset(
     {"dropout", "dropout1d", "dropout2d", "dropout3d", "alphadropout", "featurealphadropout",
-     "alpha_dropout", "feature_alpha_dropout"}
+     "alpha_dropout", "feature_alpha_dropout", "stochastic_depth"}
 )  # fmt: skip
 _RECTIFY = frozenset({"relu", "leaky_relu", "leakyrelu", "prelu"})
 _SUMMING_TO_ONE = frozenset(
@@ -199,7 +199,8 @@ class Steps:
         if node.op == "call_module":
             module = self._captured.module(str(node.target))
             return module.training and getattr(module, "p", 0.0) > 0
-        training = argument(node, 2, "training", True)
+        last = 3 if function_name(node) == "stochastic_depth" else 2
+        training = argument(node, last, "training", True)
         return bool(training) and argument(node, 1, "p", 0.5) != 0
 
     def _counts_padding(self, node: Node) -> str:

@@ -395,3 +395,30 @@ def test_parts_by_sizes_are_followed_and_a_number_that_depends_on_the_input_is_n
     split, left = SPLITS[name]
     folded, _ = fold(prepare(Mixed(split)), image())
     assert norms(folded) == left
+
+
+class SometimesLeftOut(nn.Module):
+    """A norm behind torchvision's stochastic depth, which leaves whole samples out in training."""
+
+    def __init__(self, training: bool) -> None:
+        super().__init__()
+        self.conv, self.bn, self.always = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), training
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torchvision.ops import stochastic_depth
+
+        return self.bn(stochastic_depth(self.conv(x), 0.5, "row", self.always))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_shift_passes_stochastic_depth_only_where_it_does_nothing(training: bool) -> None:
+    pytest.importorskip("torchvision")
+    model = prepare(SometimesLeftOut(training))
+    applied = apply_pass(FoldNorm(), copy_model(model), (image(),))
+    assert norms(applied.model) == int(training)
+    torch.manual_seed(3)
+    x = image()
+    torch.manual_seed(4)
+    want = outputs(model, x)
+    torch.manual_seed(4)
+    assert error(outputs(applied.model, x), want) < RIGHT
