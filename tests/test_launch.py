@@ -135,14 +135,14 @@ def test_poor_agreement_is_said_with_the_layers_that_lose_most(
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 50),
+        nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 50),
     ).eval()  # fmt: skip
     for norm in (model[1], model[6]):
         nn.init.normal_(norm.running_mean)
     torch.save(model, tmp_path / "wide.pt")
     options = ["--keep", "function", "--calibration", str(photos), "--size", "12", "--force"]
-    for groups, poor in (("16", True), ("1", False)):
-        arguments = ["convert", "--bn-to-gn", "--num-groups", groups, *options]
+    for groups, anchor, poor in (("8", "0", True), ("1", "30", False)):
+        arguments = ["convert", "--bn-to-gn", "--num-groups", groups, "--anchor", anchor, *options]
         assert main([*arguments, str(tmp_path / "wide.pt")]) == 0
         printed = " ".join(capsys.readouterr().out.split())
         assert ("does not agree well with the original; most is lost at 1, 6;" in printed) == poor
