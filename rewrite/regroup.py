@@ -1,10 +1,11 @@
 """Channels change groups, where the graph allows it: the function stays, the groups' means change.
 
-    an order that norms share (`rewrite.reorder`)  ×  which channels a group should hold
-    (`rewrite.exchange`)  →  the same model, whose groups lose less of it
+    an order that norms share (`rewrite.reorder`)
+        ×  a basis for it, where it is linear (`rewrite.mixing`)
+        or which channels a group should hold (`rewrite.exchange`), where there are several
+    →  the same model, whose groups lose less of it
 
-Only norms with several groups of several channels have anything to gain. They need the covariance
-over all channels, not that within the groups which they happen to have.
+Both need the covariance over all channels, not that within the groups which they happen to have.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def shared_orders(
         modules = [id(captured.module(name)) for name in order.norms]
         one = Shared(order, tuple(by_module[key] for key in modules if key in by_module))
         met.update(id(member) for member in one.fits)
-        if len(one.groups) == 1:
+        if can_mix(captured, order, one.fits) or (len(one.groups) == 1 and min(one.groups) > 1):
             found.append(one)
     for one in found:
         for member in one.fits:
@@ -68,7 +69,7 @@ def shared_orders(
 
 
 def _can_gain(fit: Fit) -> bool:
-    return 1 < fit.probe.groups < fit.channels
+    return fit.probe.groups < fit.channels
 
 
 def rearrange(captured: Captured, shared: Shared) -> bool:

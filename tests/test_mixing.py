@@ -100,7 +100,7 @@ def in_the_old_place(
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("groups", [2, 4, 6])
+@pytest.mark.parametrize("groups", [1, 2, 4, 6])
 def test_another_basis_is_the_same_function(
     bias: bool, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +155,7 @@ def test_one_norm_left_alone_keeps_the_basis() -> None:
     assert not any("basis" in change.note for change in result.report.changes)
 
 
-@pytest.mark.parametrize("options", [{"num_groups": 1}, {"anchor": 1.0}])
+@pytest.mark.parametrize("options", [{"anchor": 1.0}])
 def test_without_anything_to_gain_the_basis_stays(options: dict[str, object]) -> None:
     result = converted(stream(), **options)
     assert not any("basis" in change.note for change in result.report.changes)
