@@ -47,11 +47,10 @@ def can_mix(captured: Captured, order: Order, fits: Sequence[Fit]) -> bool:
     if norms != set(order.norms) or not all(_writes_alone(captured, fit) for fit in fits):
         return False
     writers = {name for fit in fits for name in _tensors(fit)}
-    sides = {"along": norms, "writes": writers}
     return all(
-        row.ref.owner in norms if row.side == "along" else row.ref.name in sides[row.side]
+        row.side == "reads"
+        or (row.ref.owner in norms if row.side == "along" else row.ref.name in writers)
         for row in order.rows
-        if row.side != "reads"
     )
 
 
