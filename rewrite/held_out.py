@@ -113,7 +113,7 @@ def measure(model: nn.Module, probes: Sequence[Probe], batches: Batches) -> Agre
             if not probes[index].standardized:
                 return output
             old = probes[index].old(z)
-            olds[index].append(old)
+            olds[index].append(old.clone())  # An activation may work in place on what goes on.
             return old
 
         def compared(
@@ -124,7 +124,6 @@ def measure(model: nn.Module, probes: Sequence[Probe], batches: Batches) -> Agre
 
         with hooked(modules, replaced):
             before = tensors(run(model, batch))
-            olds = [[old.clone() for old in item] for item in olds]
         with hooked(modules, compared):
             after = tensors(run(model, batch))
         samples += size

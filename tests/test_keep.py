@@ -80,6 +80,18 @@ def test_fitting_lowers_the_error_on_other_data() -> None:
     assert errors["function"] < 0.6 * errors["statistics"]
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_errors_by_layer_are_the_norms_own_also_where_activations_work_in_place(
+    inplace: bool,
+) -> None:
+    model = network(lambda: nn.ReLU6(inplace))  # type: ignore[arg-type]
+    model[5] = nn.ReLU(inplace)
+    item = BatchNormToGroupNorm(keep="function", num_groups=1)
+    errors = [change.metrics["error"] for change in convert(model, item, batches()).report.changes]
+    # Had the old values been clamped where they lie, the errors of these norms were near 1.
+    assert errors == pytest.approx([0.1, 0.1], abs=0.1)
+
+
 def test_the_report_says_what_was_done_and_measured() -> None:
     result = convert(network(), BatchNormToGroupNorm(keep="function", num_groups=2), batches())
     first = result.report.changes[0]
