@@ -89,6 +89,14 @@ class Fit:
         own, prior = self.varied.covariance, self.prior()
         return own if prior is None else (1 - through) * own + through * prior
 
+    def shrunk(self, through: float = THROUGH_WEIGHTS) -> Tensor:
+        """Return the covariance over all channels, (C, C), a part of it its diagonal.
+
+        Only while `varied` is over all channels.
+        """
+        covariance, part = self.covariance(through)[0], self.shrinkage
+        return (1 - part) * covariance + part * torch.diag(covariance.diagonal())
+
     def prior(self) -> Tensor | None:
         """Return the covariance that the weights speak for, or None where they do not."""
         if self.kernel is not None and self.inputs is not None:
@@ -188,8 +196,16 @@ def _kernel(captured: Captured, plan: Absorption | None) -> tuple[Tensor | None,
         return None, None
     if not torch.equal(plan.edits[0].index.cpu(), torch.arange(layer.channels_out)):
         return None, None
-    weight = captured.tensor(layer.weight).detach().double().cpu()
-    return weight.flatten(2).sum(2) if weight.dim() > 2 else weight, captured.module(layer.module)
+    return over_channels(captured.tensor(layer.weight)), captured.module(layer.module)
+
+
+def over_channels(weight: Tensor) -> Tensor:
+    """Return what a dense layer's weight makes of values that are the same at all positions.
+
+    The taps of a kernel are summed: two axes are left, in their order, float64 on the CPU.
+    """
+    exact = weight.detach().double().cpu()
+    return exact.flatten(2).sum(2) if exact.dim() > 2 else exact
 
 
 def _in_front_of_depthwise(captured: Captured, probe: Probe) -> nn.Module | None:

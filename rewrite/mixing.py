@@ -27,7 +27,7 @@ from scipy.linalg import helmert
 from torch import Tensor
 
 from rewrite.capture import Captured, TensorRef
-from rewrite.fit import Fit, calls_of
+from rewrite.fit import Fit, calls_of, over_channels
 from rewrite.reorder import Order, Row
 
 THROUGH_WEIGHTS = 0.5
@@ -73,7 +73,7 @@ def mix(captured: Captured, order: Order, fits: Sequence[Fit]) -> None:
     """Bring the stream into the basis that loses least."""
     reads = [row for row in order.rows if row.side == "reads"]
     spread, inverse = _metric([_seen(captured, row) for row in reads], order.channels)
-    lost = torch.stack([spread @ _covariance(fit) @ spread for fit in fits]).sum(0)
+    lost = torch.stack([spread @ _lost(fit) @ spread for fit in fits]).sum(0)
     groups = fits[0].probe.groups
     _, vectors = torch.linalg.eigh(lost)
     # An eigenvector is as good as its negative; all ranks must choose the same.
@@ -103,18 +103,15 @@ def _write(captured: Captured, fit: Fit, forth: Tensor) -> None:
     fit.mix(matrix, sizes, forth @ bias)
 
 
-def _covariance(fit: Fit) -> Tensor:
+def _lost(fit: Fit) -> Tensor:
+    """Return Γ S Γ, (C, C)."""
     scale = fit.probe.scale.cpu()
-    covariance = fit.covariance(THROUGH_WEIGHTS)[0]
-    diagonal = torch.diag(covariance.diagonal())
-    shrunk = (1 - fit.shrinkage) * covariance + fit.shrinkage * diagonal
-    return scale[:, None] * shrunk * scale
+    return scale[:, None] * fit.shrunk(THROUGH_WEIGHTS) * scale
 
 
 def _seen(captured: Captured, row: Row) -> Tensor:
     """Return what a reader sees of an error that is the same at all positions, (out, C)."""
-    weight = captured.tensor(row.ref).detach().double().cpu().movedim(row.axis, 0)
-    return (weight.flatten(2).sum(2) if weight.dim() > 2 else weight).T
+    return over_channels(captured.tensor(row.ref).movedim(row.axis, 0)).T
 
 
 def _metric(seen: Sequence[Tensor], channels: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from rewrite.absorption import Refusal
@@ -31,10 +30,11 @@ _WIDEST = 2048
 
 @dataclass(frozen=True)
 class Shared:
-    """An order of channels, and the norms that have it."""
+    """An order of channels, the norms that have it, and whether any basis would do as well."""
 
     order: Order
     fits: tuple[Fit, ...]
+    mixes: bool
 
     @property
     def groups(self) -> frozenset[int]:
@@ -58,9 +58,10 @@ def shared_orders(
         if isinstance(order, Refusal):
             continue
         modules = [id(captured.module(name)) for name in order.norms]
-        one = Shared(order, tuple(by_module[key] for key in modules if key in by_module))
+        members = tuple(by_module[key] for key in modules if key in by_module)
+        one = Shared(order, members, can_mix(captured, order, members))
         met.update(id(member) for member in one.fits)
-        if can_mix(captured, order, one.fits) or (len(one.groups) == 1 and min(one.groups) > 1):
+        if one.mixes or (len(one.groups) == 1 and min(one.groups) > 1):
             found.append(one)
     for one in found:
         for member in one.fits:
@@ -78,7 +79,7 @@ def rearrange(captured: Captured, shared: Shared) -> bool:
     order = torch.arange(channels)
     fitted = all(int(fit.plain.count) > 0 for fit in shared.fits)
     if fitted:
-        if can_mix(captured, shared.order, shared.fits):
+        if shared.mixes:
             mix(captured, shared.order, shared.fits)
             return True
         means = [_means(fit) for fit in shared.fits if _can_gain(fit)]
@@ -90,7 +91,5 @@ def rearrange(captured: Captured, shared: Shared) -> bool:
 
 
 def _means(fit: Fit) -> Means:
-    covariance = fit.covariance()[0].numpy()
-    part = fit.shrinkage
-    shrunk = (1 - part) * covariance + part * np.diag(np.diag(covariance))
-    return Means(shrunk, fit.probe.scale.cpu().numpy(), fit.signed, fit.sized)
+    scale = fit.probe.scale.cpu().numpy()
+    return Means(fit.shrunk().numpy(), scale, fit.signed, fit.sized)

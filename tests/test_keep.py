@@ -21,7 +21,7 @@ def convert(model: nn.Module, item: Pass, calibration: object = None) -> rewrite
     return rewrite.convert(model, [item], calibration=calibration, verify=False)  # type: ignore[arg-type]
 
 
-def network(kind: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+def network(kind: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), kind(), nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8),
@@ -84,7 +84,7 @@ def test_fitting_lowers_the_error_on_other_data() -> None:
 def test_errors_by_layer_are_the_norms_own_also_where_activations_work_in_place(
     inplace: bool,
 ) -> None:
-    model = network(lambda: nn.ReLU6(inplace))  # type: ignore[arg-type]
+    model = network(lambda: nn.ReLU6(inplace))
     model[5] = nn.ReLU(inplace)
     item = BatchNormToGroupNorm(keep="function", num_groups=1)
     errors = [change.metrics["error"] for change in convert(model, item, batches()).report.changes]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,9 +69,9 @@ def data(seed: int) -> Tensor:
     return (means + torch.randn(80, 5, 6, 6, generator=generator)).double()
 
 
-def converted(model: nn.Module, **options: object) -> rewrite.Result[nn.Module]:
+def converted(model: nn.Module, **options: Any) -> rewrite.Result[nn.Module]:
     options = {"num_groups": 4} | options
-    item = BatchNormToGroupNorm(keep="function", **options)  # type: ignore[arg-type]
+    item = BatchNormToGroupNorm(keep="function", **options)
     return rewrite.convert(model, [item], calibration=[data(1)], verify=False)
 
 
@@ -81,7 +82,7 @@ def error(model: nn.Module, changed: nn.Module) -> float:
 
 
 def in_the_old_place(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: object
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> tuple[nn.Module, int]:
     """Return the converted model with the old function in the place of each new norm."""
     seen: list[Fit] = []
@@ -212,7 +213,8 @@ def test_the_groups_lose_the_least_eigenvalues(channels: int, groups: int) -> No
 def builder(name: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         torchvision = pytest.importorskip("torchvision")
-        return getattr(torchvision.models, name)(num_classes=7)  # type: ignore[no-any-return]
+        model: nn.Module = getattr(torchvision.models, name)(num_classes=7)
+        return model
 
     return build
 
