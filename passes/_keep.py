@@ -84,7 +84,8 @@ def swap_all(
         return changes
     assert calibration is not None
     captured.editor.commit()
-    kept, agreement = keep_function(captured.model, [item.probe for item in swapped], calibration)
+    probes = [item.probe for item in swapped]
+    kept, agreement = keep_function(captured.model, probes, calibration, settings.mix)
     captured.notes.extend(agreement.sentences())
     return [
         replace(

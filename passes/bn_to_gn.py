@@ -18,11 +18,16 @@ from torch import nn
 
 from passes import _keep as keeping
 from passes import _norm_swap as swap
+from rewrite.anchor import gain
 from rewrite.capture import Captured
 from rewrite.errors import OptionError
-from rewrite.keep import Settings
+from rewrite.keep import SIZES_FROM, Settings
 from rewrite.operators import Norm
 from rewrite.protocol import Change, Contract, Pass, Site, Skip
+
+_LEAST = 4
+"""Channels a group has at least where the function is to be kept and no number was asked for: a
+group of n channels loses one of its n channel means."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,11 @@ class BatchNormToGroupNorm(Pass):
         default=None, metadata={"help": "channels a group, instead of num_groups"}
     )
     min_channels: int | None = field(
-        default=None, metadata={"help": "channels a group at least: narrow layers get fewer groups"}
+        default=None,
+        metadata={
+            "help": "channels a group at least: narrow layers get fewer groups "
+            "(default 1; 4 for keep=function without num_groups)"
+        },
     )
     strict: bool = field(
         default=False, metadata={"help": "an error where the count does not divide the channels"}
@@ -67,6 +76,12 @@ class BatchNormToGroupNorm(Pass):
 
     keep: str = field(default="statistics", metadata={"help": keeping.KEEP_HELP})
     anchor: float | None = field(default=None, metadata={"help": keeping.ANCHOR_HELP})
+    mix: int = field(
+        default=0,
+        metadata={
+            "help": "maps around each norm mix so many groups, so that less is lost (function)"
+        },
+    )
 
     def __post_init__(self) -> None:
         keeping.check(self.name, self.keep, self.anchor)
@@ -78,6 +93,14 @@ class BatchNormToGroupNorm(Pass):
             raise OptionError(f"{self.name}: pass num_groups or channels_per_group, not both")
         if self.channels_per_group is not None and self.min_channels is not None:
             raise OptionError(f"{self.name}: min_channels goes with num_groups")
+        if self.mix < 0:
+            raise OptionError(f"{self.name}: mix is {self.mix}; pass 0 or more")
+        if self.mix and self.keep != "function":
+            raise OptionError(f"{self.name}: mix goes with keep=function, not {self.keep}")
+        if self.mix and self.anchor is not None and gain(self.anchor) <= SIZES_FROM:
+            raise OptionError(
+                f"{self.name}: mix needs an anchor above 2.83, for which groups keep their variance"
+            )
 
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
         """Yield every BatchNorm with its number of groups."""
@@ -94,7 +117,7 @@ class BatchNormToGroupNorm(Pass):
 
         Hidden channels may change their order then, so that the groups lose less of the model.
         """
-        settings = Settings(self.keep, self.anchor)
+        settings = Settings(self.keep, self.anchor, self.mix)
         return keeping.swap_all(captured, sites, settings, _make, calibration)
 
     def groups(self, candidate: swap.Candidate) -> Groups | str:
@@ -110,12 +133,19 @@ class BatchNormToGroupNorm(Pass):
         if channels == 1 and (positions or 1) < 2:
             where = "one position" if positions == 1 else "an unknown number of positions"
             return f"has 1 channel and {where}: a group of one element would output β"
-        fewest = max(2 if positions is None or positions < 2 else 1, self.min_channels or 1)
+        fewest = max(2 if positions is None or positions < 2 else 1, self._least)
         count = _largest_divisor(channels, min(wanted, max(1, channels // fewest)))
         note = "" if count == wanted else f"{asked} asked, {count} fit {channels} channels"
-        if note and self.min_channels is not None:
-            note += f" with at least {self.min_channels} a group"
+        if note and self._least > 1:
+            note += f" with at least {self._least} a group"
         return Groups(count, channels, note)
+
+    @property
+    def _least(self) -> int:
+        if self.min_channels is not None:
+            return self.min_channels
+        asked = self.num_groups is not None or self.channels_per_group is not None
+        return _LEAST if self.keep == "function" and not asked else 1
 
     def _wanted(self, channels: int) -> tuple[int, str]:
         if self.channels_per_group is not None:

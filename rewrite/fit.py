@@ -28,6 +28,7 @@ from rewrite.capture import Captured
 from rewrite.errors import OptionError
 from rewrite.mean_leak import SHRINKAGE
 from rewrite.operators import activation_of, conv_of, norm_of
+from rewrite.passed import passed
 from rewrite.probe import Probe
 
 THROUGH_WEIGHTS = 0.7
@@ -49,6 +50,7 @@ class Fit:
         source: the norm in front of the depthwise layer that produces the norm's input.
         shared: sums of the products of its means and this norm's, per channel.
         latest: the means of the last batch.
+        passed: how much of an error at each channel of its output an activation passes on.
         mixed: whether the basis of its stream was chosen for it, so that no factors are needed.
     """
 
@@ -61,6 +63,7 @@ class Fit:
     varied: MeanStatistics
     inputs: MeanStatistics | None
     shared: Tensor
+    passed: Tensor
     source: Fit | None = None
     latest: Tensor | None = None
     mixed: bool = False
@@ -69,6 +72,11 @@ class Fit:
     def channels(self) -> int:
         """The number of channels."""
         return len(self.probe.scale)
+
+    @property
+    def weight(self) -> Tensor:
+        """What an error of each channel of z counts, up to its sign: γ, where it is passed on."""
+        return self.probe.scale.cpu() * self.passed
 
     @property
     def sized(self) -> bool:
@@ -90,12 +98,10 @@ class Fit:
         return own if prior is None else (1 - through) * own + through * prior
 
     def shrunk(self, through: float = THROUGH_WEIGHTS) -> Tensor:
-        """Return the covariance over all channels, (C, C), a part of it its diagonal.
-
-        Only while `varied` is over all channels.
-        """
-        covariance, part = self.covariance(through)[0], self.shrinkage
-        return (1 - part) * covariance + part * torch.diag(covariance.diagonal())
+        """Return the covariance, (groups, n, n), a part of it its diagonal."""
+        covariance, part = self.covariance(through), self.shrinkage
+        diagonal = torch.diag_embed(covariance.diagonal(dim1=1, dim2=2))
+        return (1 - part) * covariance + part * diagonal
 
     def prior(self) -> Tensor | None:
         """Return the covariance that the weights speak for, or None where they do not."""
@@ -106,16 +112,23 @@ class Fit:
             return torch.einsum("gik,k,gjk->gij", rows, variance, rows)
         return None if self.source is None else self._through_channels(self.source)
 
-    def _through_channels(self, source: Fit) -> Tensor | None:
-        inner, own, other = source.prior(), self.varied, source.varied
-        if inner is None or own.groups != other.groups or own.count != other.count:
+    def slopes(self) -> Tensor | None:
+        """Return d of the depthwise layer in front, (groups, n), or None if there is none."""
+        own, other = self.varied, None if self.source is None else self.source.varied
+        if other is None or own.groups != other.groups or own.count != other.count:
             return None
         shared = self.shared.reshape(own.groups, -1) / own.count.clamp(min=1)
         shared = shared - own.mean * other.mean
         before = torch.einsum("gii->gi", other.covariance)
-        slope = torch.where(before > 1e-12, shared / before.clamp(min=1e-12), 0.0)
-        left = torch.einsum("gii->gi", own.covariance) - slope**2 * before
-        return slope[:, :, None] * inner * slope[:, None, :] + torch.diag_embed(left.clamp(min=0))
+        return torch.where(before > 1e-12, shared / before.clamp(min=1e-12), 0.0)
+
+    def _through_channels(self, source: Fit) -> Tensor | None:
+        inner, slopes = source.prior(), self.slopes()
+        if inner is None or slopes is None:
+            return None
+        before = torch.einsum("gii->gi", source.varied.covariance)
+        left = torch.einsum("gii->gi", self.varied.covariance) - slopes**2 * before
+        return slopes[:, :, None] * inner * slopes[:, None, :] + torch.diag_embed(left.clamp(min=0))
 
     def reorder(self, order: Tensor) -> None:
         """Follow the channels into another order; `varied` is over all, and then within groups."""
@@ -124,6 +137,7 @@ class Fit:
         probe.scale, probe.bias = probe.scale[moved], probe.bias[moved]
         self.kernel = None if self.kernel is None else self.kernel[order]
         self.shared = self.shared[order]
+        self.passed = self.passed[order]
         self.plain = self.plain.grouped(order, self.channels)
         self.varied = self.varied.grouped(order, probe.groups)
 
@@ -152,8 +166,15 @@ def _fit_of(captured: Captured, planner: Planner, probe: Probe) -> Fit:
     return Fit(
         probe, plan, signed, kernel, reads,
         MeanStatistics.zeros(channels, channels), MeanStatistics.zeros(channels, groups), wide,
-        torch.zeros(channels, dtype=torch.float64),
+        torch.zeros(channels, dtype=torch.float64), _passed(captured, probe),
     )  # fmt: skip
+
+
+def _passed(captured: Captured, probe: Probe) -> Tensor:
+    _, inputs = calls_of(captured, probe)
+    if len(inputs) != 1:
+        return torch.ones(len(probe.scale), dtype=torch.float64)
+    return passed(captured, next(iter(inputs)), probe.scale, probe.bias)
 
 
 def _plan(captured: Captured, planner: Planner, probe: Probe) -> tuple[Absorption | None, bool]:

@@ -24,6 +24,7 @@ from rewrite.absorb import Ledger
 from rewrite.absorption import Absorption, write_tensor
 from rewrite.affine import Planner
 from rewrite.algebra import Affine
+from rewrite.between import Between, between, surround
 from rewrite.calibrate import Batches, MeanStatistics, in_eval_mode
 from rewrite.capture import Captured, capture
 from rewrite.fit import Fit, collect, fits_of
@@ -33,17 +34,24 @@ from rewrite.modules import ChannelAffine
 from rewrite.probe import Probe
 from rewrite.regroup import Shared, rearrange, shared_orders
 
-_SIZES_FROM = 3.0
+SIZES_FROM = 3.0
 """Gain of the anchor from which on factors of unequal size pay: below it they unbalance the
-variance that the norm divides by, and only signs are fitted."""
+variance that the norm divides by, and only signs are fitted; so do maps."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a swap keeps the function: what of it, and the anchor (None: the default)."""
+    """How a swap keeps the function.
+
+    Attributes:
+        keep: what of it.
+        anchor: None for the default.
+        mix: how many groups the maps around a norm mix; 0 for no maps.
+    """
 
     keep: str
     anchor: float | None = None
+    mix: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,15 @@ class Kept:
 
 
 def keep_function(
-    model: nn.Module, probes: Sequence[Probe], calibration: Iterable[Any]
+    model: nn.Module, probes: Sequence[Probe], calibration: Iterable[Any], mix: int = 0
 ) -> tuple[list[Kept], Agreement]:
     """Fit the new norms of `model` to `calibration`, in place.
+
+    Args:
+        model: the converted model.
+        probes: its new norms.
+        calibration: batches.
+        mix: groups that the maps around a norm mix, at most; 0 for no maps.
 
     Returns:
         What was done at each norm, and how the model agrees with the original on what was held out.
@@ -72,15 +86,19 @@ def keep_function(
     planner = Planner(captured)
     with in_eval_mode(model), torch.no_grad():
         fits = fits_of(captured, planner, fitted)
-        sized = [fit for fit in fits if fit.probe.gain > _SIZES_FROM]
-        shared = shared_orders(captured, planner.surroundings, sized, fits)
+        sized = [fit for fit in fits if fit.probe.gain > SIZES_FROM]
+        shared = shared_orders(captured, planner.surroundings, sized, fits, bases_only=mix > 0)
+        free = [fit for fit in sized if not any(fit in one.fits for one in shared)]
+        mapped = between(captured, planner.surroundings, free, mix) if mix else []
         collect(model, fits, batches)
         shared = [one for one in shared if rearrange(captured, one)]
-        notes = _apply(captured, fits, shared)
+        notes = _apply(captured, fits, shared, mapped)
         agreement = measure(model, probes, batches)
     kept = []
     for probe in probes:
         note, touched = notes.get(probe.target, ("not fitted", ()))
+        if mix and probe.standardized and probe.gain <= SIZES_FROM:
+            note += "; no maps around it: its anchor is too small"
         kept.append(Kept(note, touched, agreement.layers.get(probe.target, {})))
     return kept, agreement
 
@@ -89,8 +107,9 @@ def keep_function(
 
 
 def _apply(
-    captured: Captured, fits: Sequence[Fit], shared: Sequence[Shared]
+    captured: Captured, fits: Sequence[Fit], shared: Sequence[Shared], mapped: Sequence[Between]
 ) -> dict[str, tuple[str, tuple[str, ...]]]:
+    maps = {id(one.fit): one for one in mapped}
     moved = {id(fit): one for one in shared for fit in one.fits}
     ledger = Ledger(captured.tensor)
     outcomes: dict[str, tuple[str, tuple[str, ...]]] = {}
@@ -98,6 +117,9 @@ def _apply(
         probe = fit.probe
         if int(fit.plain.count) == 0:
             outcomes[probe.target] = ("not fitted: no finite sample reached it", ())
+            continue
+        if (around := maps.get(id(fit))) is not None:
+            outcomes[probe.target] = _between_maps(captured, around)
             continue
         factor = torch.ones_like(probe.scale)
         if fit.sized and not fit.mixed:
@@ -115,9 +137,15 @@ def _apply(
     return outcomes
 
 
+def _between_maps(captured: Captured, one: Between) -> tuple[str, tuple[str, ...]]:
+    layers = surround(captured, one)
+    place = f"behind it and in {', '.join(layers)}" if layers else "around it"
+    return f"maps of rank {one.rank} {place}, {one.blocks} blocks of channels", layers
+
+
 def _factors(fit: Fit) -> Tensor:
-    weight = fit.probe.scale.cpu().reshape(fit.probe.groups, -1).numpy()
-    sizes = RANGE if fit.probe.gain > _SIZES_FROM else 1.0
+    weight = fit.weight.reshape(fit.probe.groups, -1).numpy()
+    sizes = RANGE if fit.probe.gain > SIZES_FROM else 1.0
     covariance = fit.covariance().numpy()
     found = factors(covariance, weight, signed=fit.signed, sizes=sizes, shrinkage=fit.shrinkage)
     return torch.from_numpy(found).reshape(-1).to(fit.probe.scale.device)

@@ -44,9 +44,9 @@ def can_mix(captured: Captured, order: Order, fits: Sequence[Fit]) -> bool:
     if not order.linear or len(groups) != 1 or groups.pop() == order.channels:
         return False
     norms = {captured.tree.name(fit.probe.module) for fit in fits}
-    if norms != set(order.norms) or not all(_writes_alone(captured, fit) for fit in fits):
+    if norms != set(order.norms) or not all(writes_alone(captured, fit) for fit in fits):
         return False
-    writers = {name for fit in fits for name in _tensors(fit)}
+    writers = {name for fit in fits for name in tensors_of(fit)}
     return all(
         row.side == "reads"
         or (row.ref.owner in norms if row.side == "along" else row.ref.name in writers)
@@ -54,7 +54,7 @@ def can_mix(captured: Captured, order: Order, fits: Sequence[Fit]) -> bool:
     )
 
 
-def _writes_alone(captured: Captured, fit: Fit) -> bool:
+def writes_alone(captured: Captured, fit: Fit) -> bool:
     """Return whether one dense layer computes the norm's input, and the norm alone reads it."""
     _, inputs = calls_of(captured, fit.probe)
     if fit.kernel is None or fit.plan is None or len(inputs) != 1:
@@ -63,7 +63,8 @@ def _writes_alone(captured: Captured, fit: Fit) -> bool:
     return fit.plan.edits[0].layer.node is value and set(value.users) == {norm}
 
 
-def _tensors(fit: Fit) -> dict[str, TensorRef]:
+def tensors_of(fit: Fit) -> dict[str, TensorRef]:
+    """Return weight and bias, by name, of the layer that computes the norm's input."""
     assert fit.plan is not None
     layer = fit.plan.edits[0].layer
     return {ref.name: ref for ref in (layer.weight, layer.bias) if ref is not None}
@@ -96,7 +97,7 @@ def _write(captured: Captured, fit: Fit, forth: Tensor) -> None:
     rows = (mixed**2).sum(1).reshape(fit.probe.groups, -1).mean(1, keepdim=True).sqrt()
     sizes = torch.where(rows > 0, rows, 1.0).expand(-1, len(scale) // len(rows)).reshape(-1)
     matrix = mixed / sizes[:, None]
-    for ref in _tensors(fit).values():
+    for ref in tensors_of(fit).values():
         old = captured.tensor(ref).detach()
         new = torch.tensordot(matrix, old.double().cpu(), dims=([1], [0]))
         captured.editor.set_tensor(ref, new.to(old))
@@ -106,7 +107,7 @@ def _write(captured: Captured, fit: Fit, forth: Tensor) -> None:
 def _lost(fit: Fit) -> Tensor:
     """Return Γ S Γ, (C, C)."""
     scale = fit.probe.scale.cpu()
-    return scale[:, None] * fit.shrunk(THROUGH_WEIGHTS) * scale
+    return scale[:, None] * fit.shrunk(THROUGH_WEIGHTS)[0] * scale
 
 
 def _seen(captured: Captured, row: Row) -> Tensor:

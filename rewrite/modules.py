@@ -42,3 +42,33 @@ class ChannelAffine(nn.Module):
     def extra_repr(self) -> str:
         """Show the number of channels."""
         return str(self.weight.numel())
+
+
+class ChannelMix(nn.Module):
+    """Mix the channels (axis 1) within blocks of n consecutive ones, by a map of low rank k.
+
+        y[n, :, p] = weight * x[n, :, p] + bias + up @ (down @ x[n, :, p])
+
+    Input and output: (N, C, *); weight, bias: (C,); down: (blocks, k, n), up: (blocks, n, k).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, down: Tensor, up: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+        self.down = nn.Parameter(down)
+        self.up = nn.Parameter(up)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the mixed `input`."""
+        blocks, size, _ = self.up.shape
+        parts = input.reshape(input.shape[0], blocks, size, -1)
+        mixed = torch.matmul(self.up, torch.matmul(self.down, parts)).reshape(input.shape)
+        shape = (1, -1, *(1,) * (input.dim() - 2))
+        kept = torch.addcmul(self.bias.reshape(shape), input, self.weight.reshape(shape))
+        return kept + mixed
+
+    def extra_repr(self) -> str:
+        """Show the number of channels, the blocks and the rank."""
+        blocks, size, rank = self.up.shape
+        return f"{blocks * size}, blocks={blocks}, rank={rank}"

@@ -19,6 +19,7 @@ class Probe:
         gain: what the anchor multiplied the new norm's weight by.
         prefix: the channel affine in front of it, if there is one.
         standardized: whether its input is standardized.
+        exact: the old function, where it is not scale and bias alone.
     """
 
     target: str
@@ -28,6 +29,7 @@ class Probe:
     gain: float = 1.0
     prefix: nn.Module | None = None
     standardized: bool = True
+    exact: nn.Module | None = None
 
     @property
     def axis(self) -> int:
@@ -43,6 +45,8 @@ class Probe:
 
     def old(self, z: Tensor) -> Tensor:
         """Return what the old norm returned."""
+        if self.exact is not None:
+            return torch.as_tensor(self.exact(z))
         shape = [1] * z.dim()
         shape[self.axis] = -1
         return torch.addcmul(self.bias.to(z).reshape(shape), z, self.scale.to(z).reshape(shape))

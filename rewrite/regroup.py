@@ -43,9 +43,22 @@ class Shared:
 
 
 def shared_orders(
-    captured: Captured, around: Surroundings, wanted: Sequence[Fit], fits: Sequence[Fit]
+    captured: Captured,
+    around: Surroundings,
+    wanted: Sequence[Fit],
+    fits: Sequence[Fit],
+    *,
+    bases_only: bool = False,
 ) -> list[Shared]:
-    """Return the orders that can change for the sake of `wanted`, and prepare the norms' sums."""
+    """Return the orders that can change for the sake of `wanted`, and prepare the norms' sums.
+
+    Args:
+        captured: the model.
+        around: what surrounds its values.
+        wanted: the norms that gain from it.
+        fits: all norms that can follow their channels.
+        bases_only: whether to leave out orders that are not free to take another basis.
+    """
     ours = [fit.probe.module for fit in fits]
     by_module = {id(fit.probe.module): fit for fit in fits}
     found: list[Shared] = []
@@ -61,7 +74,7 @@ def shared_orders(
         members = tuple(by_module[key] for key in modules if key in by_module)
         one = Shared(order, members, can_mix(captured, order, members))
         met.update(id(member) for member in one.fits)
-        if one.mixes or (len(one.groups) == 1 and min(one.groups) > 1):
+        if one.mixes or (not bases_only and len(one.groups) == 1 and min(one.groups) > 1):
             found.append(one)
     for one in found:
         for member in one.fits:
@@ -91,5 +104,5 @@ def rearrange(captured: Captured, shared: Shared) -> bool:
 
 
 def _means(fit: Fit) -> Means:
-    scale = fit.probe.scale.cpu().numpy()
-    return Means(fit.shrunk().numpy(), scale, fit.signed, fit.sized)
+    weight = fit.weight.numpy()
+    return Means(fit.shrunk()[0].numpy(), weight, fit.signed, fit.sized)

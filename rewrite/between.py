@@ -1,0 +1,250 @@
+"""A group norm between two maps, so that its groups take away what says least.
+
+An anchored norm of z takes the mean of each group from all of its channels (`rewrite.mean_leak`).
+Between M and M⁻¹ it takes whatever one likes. For k groups in a block of channels, with L the
+channels of each group as columns and E = L⁺ their means,
+
+    M = I + (L − D)(I − E D)⁻¹ (Qᵀ − E)      M⁻¹ = I − (L − D)(Qᵀ L − I)⁻¹ (Qᵀ − E)      Qᵀ D = I
+
+have M D = L and E M = Qᵀ: the groups of M z have the means Qᵀ z, and what is lost of z is D Qᵀ z̄.
+Both are the identity but for rank k, and both are exact. With S the covariance of the channel means
+and H² what the norm's readers make of an error, E |H error|² is least for
+
+    K = H S H = V Λ Vᵀ, Λ rising     Q = H V₁…ₖ,   D = H⁻¹ V₁…ₖ     Λ₁ + … + Λₖ
+
+(Fan 1949, https://doi.org/10.1073/pnas.35.11.652); D O, Q O⁻ᵀ do as well for every O, and O is the
+one for which M is farthest from singular. A dense layer that the norm alone reads takes M up.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rewrite.absorption import Refusal
+from rewrite.calibrate import MeanStatistics
+from rewrite.capture import Captured
+from rewrite.fit import Fit, calls_of, over_channels
+from rewrite.growth import Surroundings
+from rewrite.mixing import tensors_of, writes_alone
+from rewrite.modules import ChannelMix
+from rewrite.reorder import Row, order_of
+
+_WIDEST = 2048
+"""Channels in a block at most: a covariance over all of them is 32 MiB."""
+
+_SEEN = 0.9
+"""Part of the metric that comes from the readers; the rest is what each activation passes on."""
+
+_FLOOR = 1e-3
+"""Least eigenvalue of the metric, as a part of their mean: it bounds how M is conditioned."""
+
+
+@dataclass(frozen=True)
+class Between:
+    """A norm that maps can be put around.
+
+    Attributes:
+        fit: the norm.
+        blocks: how many blocks of groups there are.
+        rank: how many groups there are in a block.
+        reads: the tensors of the dense layers that read it, through what works channel by channel.
+        behind: the norm behind a depthwise layer that reads this one, if there is one.
+    """
+
+    fit: Fit
+    blocks: int
+    rank: int
+    reads: tuple[Row, ...]
+    behind: Fit | None
+
+
+def between(
+    captured: Captured, around: Surroundings, fits: Sequence[Fit], rank: int
+) -> list[Between]:
+    """Return the norms that can stand between maps, and prepare their sums.
+
+    Args:
+        captured: the model.
+        around: what surrounds its values.
+        fits: the norms.
+        rank: groups in a block at most.
+    """
+    ours = [fit.probe.module for fit in fits]
+    behind = {id(fit.source): fit for fit in fits if fit.source is not None}
+    found = []
+    for fit in fits:
+        _, calls = calls_of(captured, fit.probe)
+        if not isinstance(fit.probe.module, nn.GroupNorm) or not calls:
+            continue
+        if fit.probe.groups == fit.channels:
+            continue
+        wide = min(rank, _WIDEST * fit.probe.groups // fit.channels)
+        size = _largest_divisor(fit.probe.groups, max(1, wide))
+        order = order_of(around, next(iter(calls)), ours) if len(calls) == 1 else Refusal("")
+        rows = () if isinstance(order, Refusal) else order.rows
+        reads = tuple(row for row in rows if row.side == "reads")
+        blocks = fit.probe.groups // size
+        found.append(Between(fit, blocks, size, reads, behind.get(id(fit))))
+    for one in found:
+        one.fit.varied = MeanStatistics.zeros(one.fit.channels, one.blocks)
+    return found
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
+
+
+def surround(captured: Captured, one: Between) -> tuple[str, ...]:
+    """Put maps around the norm; return the layers that took one up."""
+    probe = one.fit.probe
+    assert isinstance(probe.module, nn.GroupNorm)
+    maps = maps_of(one.fit.shrunk(), _metric(captured, one), one.rank)
+    scale, bias = probe.scale.cpu(), probe.bias.cpu()
+    after = _mix(probe.module, scale, bias, maps.down, -scale.reshape(maps.rows) * maps.back)
+    _fill(one.fit, maps)
+    norm, name = probe.module, captured.tree.name(probe.module)
+    parts: OrderedDict[str, nn.Module] = OrderedDict(norm=norm, unmix=after)
+    layers: tuple[str, ...] = ()
+    if writes_alone(captured, one.fit):
+        assert one.fit.plan is not None
+        layers = one.fit.plan.layers
+        matrix = maps.matrix / maps.sizes[..., None]
+        for ref in tensors_of(one.fit).values():
+            old = captured.tensor(ref).detach()
+            rows = old.double().cpu().reshape(one.blocks, maps.size, -1)
+            captured.editor.set_tensor(ref, torch.matmul(matrix, rows).reshape(old.shape).to(old))
+        sizes = maps.sizes.flatten()
+        down = maps.down * maps.sizes[:, None]
+        probe.exact = _mix(norm, scale * sizes, bias, down, after.up.detach())
+    else:
+        inverse = 1 / maps.sizes
+        up = inverse[..., None] * maps.up
+        before = _mix(norm, inverse.flatten(), torch.zeros_like(bias), maps.down, up)
+        parts = OrderedDict(mix=before, **parts)
+    probe.module = nn.Sequential(parts)
+    captured.editor.replace(name, probe.module)
+    return layers
+
+
+def _mix(norm: nn.Module, *values: Tensor) -> ChannelMix:
+    like = norm.weight
+    assert isinstance(like, nn.Parameter)
+    mix = ChannelMix(*(value.to(like) for value in values))
+    return mix.requires_grad_(like.requires_grad).train(norm.training)
+
+
+def _fill(fit: Fit, maps: Maps) -> None:
+    """Give the norm the weight and bias with which it takes no more than it has to."""
+    norm = fit.probe.module
+    means = torch.einsum("bkn,bn->bk", maps.functionals, fit.plain.mean.reshape(maps.rows[:2]))
+    taken = means.repeat_interleave(maps.size // means.shape[1], dim=1).flatten()
+    for key, value in (("weight", fit.probe.gain * maps.sizes.flatten()), ("bias", taken)):
+        like = norm.weight
+        assert isinstance(like, nn.Parameter)
+        new = nn.Parameter(value.to(like), requires_grad=like.requires_grad)
+        norm.register_parameter(key, new)
+
+
+# -- algebra ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Maps:
+    """M = I + up down and M⁻¹ = I − back down, block by block.
+
+    Attributes:
+        down: Qᵀ − E, (blocks, k, n).
+        up, back: (blocks, n, k).
+        functionals: Qᵀ, (blocks, k, n).
+    """
+
+    down: Tensor
+    up: Tensor
+    back: Tensor
+    functionals: Tensor
+
+    @property
+    def size(self) -> int:
+        """The number of channels in a block."""
+        return self.up.shape[1]
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """The shape that brings a vector of all channels into blocks."""
+        return (len(self.up), self.size, 1)
+
+    @property
+    def matrix(self) -> Tensor:
+        """M, (blocks, n, n)."""
+        return torch.eye(self.size, dtype=self.up.dtype) + self.up @ self.down
+
+    @property
+    def sizes(self) -> Tensor:
+        """What divides each channel of M z, so that a group has variance one: (blocks, n)."""
+        blocks, size, rank = self.up.shape
+        groups = (self.matrix**2).sum(2).reshape(blocks, rank, -1).mean(2)
+        return groups.sqrt().clamp(min=1e-6).repeat_interleave(size // rank, dim=1)
+
+
+def maps_of(covariance: Tensor, metric: Tensor, rank: int) -> Maps:
+    """Return the maps that lose least.
+
+    Args:
+        covariance: of the channel means, block by block, (blocks, n, n).
+        metric: H², likewise.
+        rank: the number of groups in a block, k; a divisor of n.
+    """
+    size = covariance.shape[1]
+    values, vectors = torch.linalg.eigh(metric)
+    floor = _FLOOR * values.mean(1, keepdim=True).clamp(min=1e-30)
+    roots = values.clamp(min=floor).sqrt()[:, None]
+    spread, inverse = vectors * roots @ vectors.mT, vectors / roots @ vectors.mT
+    _, lost = torch.linalg.eigh(spread @ covariance @ spread)
+    # An eigenvector is as good as its negative; all ranks must choose the same.
+    lost = lost[:, :, :rank]
+    lost = lost * lost.gather(1, lost.abs().argmax(1, keepdim=True)).sign()
+    left, right = spread @ lost, inverse @ lost  # Q, D
+    groups = torch.eye(rank, dtype=lost.dtype).repeat_interleave(size // rank, dim=0)  # L
+    means = groups.T * (rank / size)  # E
+    # Columns as large as those of L, turned away from them.
+    scale = (size / right.square().sum((1, 2))).sqrt()[:, None, None]
+    toward = scale * (means @ right) + (left.mT @ groups).mT / scale
+    u, _, v = torch.linalg.svd(toward)
+    turn = -(u @ v).mT
+    right, left = scale * right @ turn, left @ turn / scale
+    eye = torch.eye(rank, dtype=lost.dtype)
+    down, apart = left.mT - means, groups - right
+    up = apart @ torch.linalg.inv(eye - means @ right)
+    back = apart @ torch.linalg.inv(left.mT @ groups - eye)
+    return Maps(down, up, back, left.mT)
+
+
+def _metric(captured: Captured, one: Between) -> Tensor:
+    """Return H², (blocks, n, n): what an error of z does to the readers, or else to the output."""
+    fit = one.fit
+    own = fit.weight.reshape(one.blocks, -1)
+    metric = torch.diag_embed(own**2)
+    weight = own
+    if one.behind is not None and (slopes := one.behind.slopes()) is not None:
+        weight = slopes * one.behind.weight.reshape(one.blocks, -1)
+    for row in one.reads:
+        rows = weight[:, None] * _seen(captured, row, fit.channels, one.blocks)
+        square = rows.mT @ rows
+        trace = square.diagonal(dim1=1, dim2=2).sum()
+        if float(trace) > 0:
+            part = _SEEN / len(one.reads) * float((own**2).sum() / trace)
+            metric = metric + part / (1 - _SEEN) * square
+    return metric
+
+
+def _seen(captured: Captured, row: Row, channels: int, blocks: int) -> Tensor:
+    """Return what a reader makes of a value that is the same at all positions, (blocks, out, n)."""
+    weight = over_channels(captured.tensor(row.ref).movedim(row.axis, 0))
+    seen = torch.zeros(channels, weight.shape[1], dtype=weight.dtype)
+    seen.index_add_(0, row.index.cpu(), weight)
+    return seen.reshape(blocks, -1, weight.shape[1]).mT
