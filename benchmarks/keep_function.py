@@ -25,7 +25,7 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,16 +247,14 @@ def opacus(subject: Subject) -> nn.Module | None:
     return fixed
 
 
-def rows(
-    subject: Subject, keeps: Sequence[str], layouts: Mapping[str, dict[str, int]] = LAYOUTS
-) -> Iterator[dict[str, Any]]:
+def rows(subject: Subject, keeps: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield one measured row for each conversion of one model."""
     base = {"model": subject.name}
     yield base | {"keep": "original", "layout": "BatchNorm"} | subject.score(subject.model)
     fixed = opacus(subject) if "nothing" in keeps else None
     if fixed is not None:
         yield base | {"keep": "Opacus", "layout": "32 groups"} | subject.score(fixed)
-    for layout, options in layouts.items():
+    for layout, options in LAYOUTS.items():
         for keep in keeps:
             if layout == "num_groups=32" and KEEPS[keep]["keep"] != "function":
                 continue  # The same as the layout before.

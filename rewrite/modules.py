@@ -58,11 +58,11 @@ class ChannelMix(nn.Module):
         self.bias = nn.Parameter(bias)
         self.down = nn.Parameter(down)
         self.up = nn.Parameter(up)
+        self.blocks, self.size, self.rank = up.shape
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the mixed `input`."""
-        blocks, size, _ = self.up.shape
-        parts = input.reshape(input.shape[0], blocks, size, -1)
+        parts = input.reshape(input.shape[0], self.blocks, self.size, -1)
         mixed = torch.matmul(self.up, torch.matmul(self.down, parts)).reshape(input.shape)
         shape = (1, -1, *(1,) * (input.dim() - 2))
         kept = torch.addcmul(self.bias.reshape(shape), input, self.weight.reshape(shape))
@@ -70,5 +70,4 @@ class ChannelMix(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the number of channels, the blocks and the rank."""
-        blocks, size, rank = self.up.shape
-        return f"{blocks * size}, blocks={blocks}, rank={rank}"
+        return f"{self.blocks * self.size}, blocks={self.blocks}, rank={self.rank}"

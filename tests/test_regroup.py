@@ -160,7 +160,7 @@ def test_a_model_keeps_more_and_the_report_says_why(monkeypatch: pytest.MonkeyPa
     result = converted(model)
     assert all("channels regrouped, in 5 layers alike" in c.note for c in result.report.changes)
     assert all("project" in c.touched for c in result.report.changes)
-    monkeypatch.setattr(keep, "shared_orders", lambda *given: [])
+    monkeypatch.setattr(keep, "shared_orders", lambda *given, **_: [])
     assert error(model, result.model) < 0.8 * error(model, converted(model).model)
 
 
