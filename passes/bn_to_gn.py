@@ -115,7 +115,8 @@ class BatchNormToGroupNorm(Pass):
     ) -> list[Change]:
         """Replace all norms; keep="function" fits them in one pass over `calibration`.
 
-        Hidden channels may change their order then, so that the groups lose less of the model.
+        Hidden channels may change their order then, so that the groups lose less of the model; with
+        `mix`, maps stand around the norms instead (`rewrite.between`).
         """
         settings = Settings(self.keep, self.anchor, self.mix)
         return keeping.swap_all(captured, sites, settings, _make, calibration)

@@ -74,24 +74,41 @@ def between(
         fits: the norms.
         rank: groups in a block at most.
     """
-    ours = [fit.probe.module for fit in fits]
     behind = {id(fit.source): fit for fit in fits if fit.source is not None}
+    reads = _reads(captured, around, fits)
     found = []
     for fit in fits:
-        _, calls = calls_of(captured, fit.probe)
-        if not isinstance(fit.probe.module, nn.GroupNorm) or not calls:
+        groups = fit.probe.groups
+        if not isinstance(fit.probe.module, nn.GroupNorm) or groups == fit.channels:
             continue
-        if fit.probe.groups == fit.channels:
+        if not calls_of(captured, fit.probe)[1]:
             continue
-        wide = min(rank, _WIDEST * fit.probe.groups // fit.channels)
-        size = _largest_divisor(fit.probe.groups, max(1, wide))
-        order = order_of(around, next(iter(calls)), ours) if len(calls) == 1 else Refusal("")
-        rows = () if isinstance(order, Refusal) else order.rows
-        reads = tuple(row for row in rows if row.side == "reads")
-        blocks = fit.probe.groups // size
-        found.append(Between(fit, blocks, size, reads, behind.get(id(fit))))
+        size = _largest_divisor(groups, max(1, min(rank, _WIDEST * groups // fit.channels)))
+        blocks = groups // size
+        found.append(Between(fit, blocks, size, reads.get(id(fit), ()), behind.get(id(fit))))
     for one in found:
         one.fit.varied = MeanStatistics.zeros(one.fit.channels, one.blocks)
+    return found
+
+
+def _reads(
+    captured: Captured, around: Surroundings, fits: Sequence[Fit]
+) -> dict[int, tuple[Row, ...]]:
+    """Return the weights of all that reads each norm's channels, where that is dense layers."""
+    ours = [fit.probe.module for fit in fits]
+    by_module = {id(fit.probe.module): fit for fit in fits}
+    found: dict[int, tuple[Row, ...]] = {}
+    for fit in fits:
+        _, calls = calls_of(captured, fit.probe)
+        if id(fit) in found or len(calls) != 1:
+            continue
+        order = order_of(around, next(iter(calls)), ours)
+        if isinstance(order, Refusal):
+            continue
+        rows = tuple(row for row in order.rows if row.side == "reads")
+        for name in order.norms:
+            if (member := by_module.get(id(captured.module(name)))) is not None:
+                found[id(member)] = rows
     return found
 
 

@@ -27,8 +27,8 @@ def batches(count: int, size: int) -> list[torch.Tensor]:
     return [torch.rand(size, 3, 10, 10, generator=generator) for _ in range(count)]
 
 
-def fit(data: list[torch.Tensor]) -> rewrite.Result[nn.Sequential]:
-    item = BatchNormToGroupNorm(keep="function", num_groups=2)
+def fit(data: list[torch.Tensor], mix: int = 0) -> rewrite.Result[nn.Sequential]:
+    item = BatchNormToGroupNorm(keep="function", num_groups=2, mix=mix)
     return rewrite.convert(network(), [item], calibration=data, verify=False)
 
 
@@ -88,40 +88,41 @@ def test_variations_depend_on_the_batch_alone() -> None:
 # -- many processes ---------------------------------------------------------------------------
 
 
-def _fit_as(rank: int, port: int) -> rewrite.Result[nn.Sequential]:
+def _fit_as(rank: int, port: int, mix: int) -> rewrite.Result[nn.Sequential]:
     """Fit on every second batch of 5 samples, of which the last is held out."""
     distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
     try:
-        return fit(batches(4, 5)[rank::2])
+        return fit(batches(4, 5)[rank::2], mix)
     finally:
         distributed.destroy_process_group()
 
 
-def _other_rank(port: int, path: str) -> None:
+def _other_rank(port: int, mix: int, path: str) -> None:
     torch.set_num_threads(1)
-    torch.save(_fit_as(1, port).model.state_dict(), path)
+    torch.save(_fit_as(1, port, mix).model.state_dict(), path)
 
 
-def test_two_processes_fit_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mix", "weight"), [(0, "4.weight"), (2, "4.unmix.up")])
+def test_two_processes_fit_what_one_does(mix: int, weight: str, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     other = tmp_path / "1.pt"
     process = multiprocessing.get_context("spawn").Process(
-        target=_other_rank, args=(port, str(other))
+        target=_other_rank, args=(port, mix, str(other))
     )
     process.start()
-    first = _fit_as(0, port)
+    first = _fit_as(0, port, mix)
     process.join()
     second = torch.load(other)
-    alone = fit(batches(4, 5))
-    half = fit(batches(4, 5)[::2])
+    alone = fit(batches(4, 5), mix)
+    half = fit(batches(4, 5)[::2], mix)
     for key, value in first.model.state_dict().items():
         assert torch.equal(second[key], value)
         expected = alone.model.state_dict()[key]
         torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
     assert first.report.notes == alone.report.notes
-    few, many = (r.model.get_parameter("4.weight") for r in (half, first))
+    few, many = (r.model.get_parameter(weight) for r in (half, first))
     assert not torch.allclose(few, many, rtol=1e-6)

@@ -105,6 +105,24 @@ def test_a_group_of_one_channel_loses_its_mean_and_says_so() -> None:
     assert "the mean of each channel is lost" in result.report.changes[0].note
 
 
+@pytest.mark.parametrize(
+    ("options", "groups"),
+    [({}, [4, 2]), ({"num_groups": 32}, [16, 8]), ({"min_channels": 1}, [16, 8]),
+     ({"channels_per_group": 2}, [8, 4]), ({"min_channels": 8}, [2, 1])],
+)  # fmt: skip
+def test_a_group_has_four_channels_where_no_number_was_asked_for(
+    options: dict[str, int], groups: list[int]
+) -> None:
+    item = BatchNormToGroupNorm(keep="function", **options)
+    example = (batches(1)[0],)
+    result = rewrite.convert(
+        network(), [item], example_inputs=example, calibration=batches(), verify=False
+    )
+    assert [result.model[1].num_groups, result.model[4].num_groups] == groups
+    told = "32 groups asked, 4 fit 16 channels with at least 4 a group"
+    assert (told in str(result.report.changes[0].note)) == (not options)
+
+
 def test_poor_agreement_is_said_in_a_plain_sentence() -> None:
     layers = {name: {"error_added": added} for name, added in (("a", 0.1), ("b", 0.7))}
     poor = Agreement(20, 0.6, 0.8, 0.5, layers).sentences()
