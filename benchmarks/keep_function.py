@@ -57,6 +57,8 @@ KEEPS: dict[str, dict[str, Any]] = {
     "function": {"keep": "function"},
     "mix": {"keep": "function", "mix": 8},
 }
+STYLES = {"function": "-", "mix": ":"}
+COLOURS = dict(zip(LAYOUTS, ("C0", "C1", "C2", "C3"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -268,24 +270,29 @@ def rows(subject: Subject, keeps: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def plot(measured: list[dict[str, Any]], path: Path) -> None:
-    """Draw the error of each norm's output by depth, for `function`."""
+    """Draw the error of each norm's output by depth, with maps around the norms and without."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
     names = sorted({row["model"] for row in measured})
-    figure, axes = pyplot.subplots(1, len(names), figsize=(4.5 * len(names), 3.2), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(names), figsize=(4.5 * len(names), 3.7), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         for row in measured:
             errors = row.get("error by depth")
-            if row["model"] == name and row["keep"] == "function" and errors:
-                axis.plot(range(1, len(errors) + 1), errors, label=row["layout"])
+            if row["model"] == name and row["keep"] in STYLES and errors:
+                label = row["layout"] + (", --mix 8" if row["keep"] == "mix" else "")
+                depth = range(1, len(errors) + 1)
+                axis.plot(depth, errors, STYLES[row["keep"]], color=COLOURS[row["layout"]],
+                          label=label)  # fmt: skip
         axis.set_title(name)
         axis.set_xlabel("norm, in order of the data flow")
         axis.set_ylabel("relative error, held-out samples")
-        axis.legend()
-    figure.tight_layout()
+        axis.set_ylim(bottom=0)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=4, fontsize="small")
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(path)
 
 

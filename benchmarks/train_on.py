@@ -1,10 +1,11 @@
 """Training goes on after a swap: accuracy after epochs from each start.
 
-    python -m benchmarks.train_on [--data digits mnist] [--images 100 0]
+    python -m benchmarks.train_on [--data digits mnist] [--images 100 0] [--starts mix …]
 
 Each BatchNorm network is trained first, then converted to GroupNorm with 16 channels a group, then
 trained on with SGD at batch size 32 and 2: ten epochs from `affine` (gamma and beta copied), one
-from `statistics`, from `function`, and from `function` with the anchor annealed to zero. It is
+from `statistics`, from `function`, from `function` with the anchor annealed to zero, and from
+`function` with maps around the norms (`mix`). It is
 trained on with the first 100 labelled images, as in fine-tuning, and with all of them (0).
 
     digits   the shipped ResNet, scikit-learn's 8x8 digits
@@ -41,6 +42,7 @@ class Start(NamedTuple):
     keep: str
     epochs: int
     recenter: bool = False
+    mix: int = 0
 
 
 STARTS = (
@@ -48,6 +50,7 @@ STARTS = (
     Start("statistics", "statistics", 1),
     Start("function", "function", 1),
     Start("function, anchor to 0", "function", 1, recenter=True),
+    Start("mix", "function", 1, mix=8),
 )
 
 
@@ -108,10 +111,10 @@ def accuracy(model: nn.Module, data: Data) -> float:
         return 100 * float((model(data[2]).argmax(1) == data[3]).double().mean())
 
 
-def converted(model: nn.Module, data: Data, keep: str) -> nn.Module:
+def converted(model: nn.Module, data: Data, start: Start) -> nn.Module:
     """Return a converted copy of a trained network."""
-    item = BatchNormToGroupNorm(keep=keep, channels_per_group=16)
-    batches = [data[0][:96]] if keep == "function" else None
+    item = BatchNormToGroupNorm(keep=start.keep, channels_per_group=16, mix=start.mix)
+    batches = [data[0][:96]] if start.keep == "function" else None
     result = rewrite.convert(model, [item], calibration=batches, verify=False)
     return copy.deepcopy(result.model)
 
@@ -124,14 +127,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="*", default=list(SOURCES), choices=list(SOURCES))
     parser.add_argument("--images", nargs="*", type=int, default=[100, 0])
+    labels = [start.label for start in STARTS]
+    parser.add_argument("--starts", nargs="*", default=labels, choices=labels)
     options = parser.parse_args()
+    starts = [start for start in STARTS if start.label in options.starts]
     print("| data | images | batch | start | before | epochs | after | CPU seconds |")
     print("|---|---|---|---|---|---|---|---|")
     for name in options.data:
         model, data = SOURCES[name]()
         print(f"| {name} | | | BatchNorm | {accuracy(model, data):.1f} | | | |", flush=True)
-        for images, (batch_size, rate), start in itertools.product(options.images, BATCHES, STARTS):
-            changed = converted(model, data, start.keep)
+        for images, (batch_size, rate), start in itertools.product(options.images, BATCHES, starts):
+            changed = converted(model, data, start)
             before, began = accuracy(changed, data), time.process_time()
             few = (data[0][: images or None], data[1][: images or None], *data[2:])
             train(changed, few, start.epochs, batch_size, rate, start.recenter)

@@ -22,11 +22,14 @@ def score(subject: keep_function.Subject, keep: str, layout: str, measure: str) 
     return subject.score(result.model)[measure]
 
 
-@pytest.mark.parametrize("layout", ["1 group", "16 channels a group"])
-def test_torchcrepe_keeps_its_pitch(layout: str) -> None:
+@pytest.mark.parametrize(
+    ("keep", "layout"),
+    [("function", "1 group"), ("function", "16 channels a group"), ("mix", "32 groups")],
+)
+def test_torchcrepe_keeps_its_pitch(keep: str, layout: str) -> None:
     need("torchcrepe")
     subject = keep_function.crepe()
-    assert score(subject, "function", layout, "within 50 cents") >= 99
+    assert score(subject, keep, layout, "within 50 cents") >= 99
     assert score(subject, "nothing", layout, "within 50 cents") < 10
 
 
@@ -35,5 +38,6 @@ def test_mobilenet_keeps_its_classes() -> None:
     need(*MOBILENET)
     subject = keep_function.mobilenet(crops=2)
     assert score(subject, "function", "1 group", "agreement") >= 92
+    assert score(subject, "mix", "16 channels a group", "agreement") >= 87
     assert score(subject, "statistics", "1 group", "agreement") >= 75
     assert score(subject, "affine", "1 group", "agreement") < 10
