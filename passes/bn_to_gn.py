@@ -23,6 +23,7 @@ from rewrite.capture import Captured
 from rewrite.errors import OptionError
 from rewrite.keep import SIZES_FROM, Settings
 from rewrite.operators import Norm
+from rewrite.probe import largest_divisor
 from rewrite.protocol import Change, Contract, Pass, Site, Skip
 
 _LEAST = 4
@@ -126,7 +127,7 @@ class BatchNormToGroupNorm(Pass):
         channels, positions = candidate.num_features, candidate.positions
         wanted, asked = self._wanted(channels)
         if channels % wanted and self.strict:
-            fitting = _largest_divisor(channels, wanted)
+            fitting = largest_divisor(channels, wanted)
             raise OptionError(
                 f"{candidate.target}: {channels} channels are not divisible by {asked}; "
                 f"pass num_groups={fitting}"
@@ -135,7 +136,7 @@ class BatchNormToGroupNorm(Pass):
             where = "one position" if positions == 1 else "an unknown number of positions"
             return f"has 1 channel and {where}: a group of one element would output β"
         fewest = max(2 if positions is None or positions < 2 else 1, self._least)
-        count = _largest_divisor(channels, min(wanted, max(1, channels // fewest)))
+        count = largest_divisor(channels, min(wanted, max(1, channels // fewest)))
         note = "" if count == wanted else f"{asked} asked, {count} fit {channels} channels"
         if note and self._least > 1:
             note += f" with at least {self._least} a group"
@@ -161,8 +162,3 @@ def _make(site_plan: Any, norm: Norm) -> nn.Module:
     """Return the new norm, without γ and β."""
     plan: Groups = site_plan
     return nn.GroupNorm(plan.num_groups, plan.num_channels, eps=norm.eps, affine=False)
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    """Return the largest divisor of `number` that is at most `limit`."""
-    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)

@@ -32,6 +32,7 @@ from rewrite.fit import Fit, calls_of, over_channels
 from rewrite.growth import Surroundings
 from rewrite.mixing import tensors_of, writes_alone
 from rewrite.modules import ChannelMix
+from rewrite.probe import largest_divisor
 from rewrite.reorder import Row, order_of
 
 _WIDEST = 2048
@@ -83,7 +84,7 @@ def between(
             continue
         if not calls_of(captured, fit.probe)[1]:
             continue
-        size = _largest_divisor(groups, max(1, min(rank, _WIDEST * groups // fit.channels)))
+        size = largest_divisor(groups, max(1, min(rank, _WIDEST * groups // fit.channels)))
         blocks = groups // size
         found.append(Between(fit, blocks, size, reads.get(id(fit), ()), behind.get(id(fit))))
     for one in found:
@@ -110,10 +111,6 @@ def _reads(
             if (member := by_module.get(id(captured.module(name)))) is not None:
                 found[id(member)] = rows
     return found
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
 
 
 def surround(captured: Captured, one: Between) -> tuple[str, ...]:

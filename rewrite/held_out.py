@@ -59,7 +59,7 @@ class Agreement:
             worst = sorted(self.layers, key=lambda name: -self.layers[name]["error_added"])[:3]
             lines.append(
                 "the converted model does not agree well with the original; most is lost at "
-                f"{', '.join(worst)}; pass fewer groups"
+                f"{', '.join(worst)}; pass fewer groups, or mix to bn-to-gn"
             )
         return tuple(lines)
 

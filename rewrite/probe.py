@@ -56,3 +56,8 @@ class Probe:
         if isinstance(self.module, nn.LayerNorm):
             return z.movedim(self.axis, -1).reshape(-1, len(self.scale))
         return z.flatten(2).mean(2) if z.dim() > 2 else z
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of `number` that is at most `limit`: how many groups fit."""
+    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
