@@ -48,6 +48,10 @@ _CONTAINERS: dict[str, Any] = {
 }
 """Plain data that checkpoints hold beside modules; building one runs nothing."""
 
+_MEMBER = "builtins.getattr"
+"""How Python 3.11.0 to 3.11.3 pickle a member of an Enum: `getattr(cls, name)`. Nothing else of it
+is allowed."""
+
 _SAVED = {
     "rewrite.graphfile.SavedGraph": SavedGraph,
     "rewrite.graphfile.SavedParametrized": SavedParametrized,
@@ -161,6 +165,8 @@ def grant(name: str, trust: Sequence[str], path: Path) -> _Grant:
         return _Grant(_CONTAINERS[name], instantiated=True, called=True)
     if name in _SAVED:
         return _Grant(functools.partial(_SAVED[name], tuple(trust)), called=True, held=False)
+    if name == _MEMBER:
+        return _Grant(_member, called=True, held=False)
     package = name.partition(".")[0]
     if package in _NEVER:
         raise CheckpointError(f"{path}: names {name}, which no model needs and no --trust allows")
@@ -183,6 +189,15 @@ def grant(name: str, trust: Sequence[str], path: Path) -> _Grant:
         called=issubclass(value, enum.Enum),
         held=package != "transformers" or issubclass(value, enum.Enum),
     )
+
+
+def _member(kind: Any, name: Any) -> enum.Enum:
+    """Return a member of an Enum; raise CheckpointError for any other attribute of anything."""
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        raise CheckpointError(f"names {_MEMBER}, which no model needs and no --trust allows")
+    if name not in kind.__members__:
+        raise CheckpointError(f"names {kind.__qualname__}.{name}, which is no member of that Enum")
+    return kind[name]
 
 
 _NEVER = frozenset({"builtins", "os", "posix", "nt", "sys", "subprocess", "shutil", "importlib"})
@@ -256,6 +271,10 @@ class _StandIn:
             raise CheckpointError(
                 f"calls {self.name}, which could run anything; a pickled model only holds it"
             )
+        if self.name == _MEMBER:
+            kind, name = args if len(args) == 2 else (None, None)
+            _member(kind.entry.value if isinstance(kind, _StandIn) else None, name)
+            return _Inert()
         _check_held(args)
         if self.name == "functools.partial":
             _check_partial(args[0] if args else None)

@@ -190,6 +190,27 @@ def test_a_trusted_package_loads_its_modules_enums_and_options(tmp_path, package
     assert torch.equal(back.layer.weight, net.layer.weight)
 
 
+def test_a_member_of_an_enum_opens_as_python_3_11_2_writes_it(tmp_path, package):
+    path = attack(tmp_path, {"mode": Call(getattr, package.Mode, "FAST")})
+    assert load_pickle(path, trust=["stranger"])["mode"] is package.Mode.FAST
+    refused(path, "package 'stranger' is not trusted")
+
+
+@pytest.mark.parametrize("name", ["__class__", "mro", "SLOWEST"])
+def test_nothing_else_is_looked_up_on_an_enum(tmp_path, package, name):
+    path = attack(tmp_path, Call(getattr, package.Mode, name))
+    refused(path, f"Mode.{name}", "no member", trust=["stranger"])
+
+
+def test_nothing_is_looked_up_on_anything_else(tmp_path, package):
+    for arguments in ((package.Net, "forward"), (package.Mode, "FAST", 1), ("x", "join"), ()):
+        path = attack(tmp_path, Call(getattr, *arguments))
+        refused(path, "builtins.getattr", "no model needs", trust=["stranger"])
+    net = package.Net()
+    net.act = getattr
+    refused(attack(tmp_path, net), "keeps builtins.getattr", trust=["stranger"])
+
+
 def test_a_function_of_a_trusted_package_needs_its_full_name(tmp_path, package):
     net = package.Net()
     net.act = package.harm
