@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import models
 import rewrite
 from passes import BatchNormToGroupNorm
+from rewrite import regroup
+from rewrite.anchor import gain
 from rewrite.between import Maps, maps_of
 from rewrite.errors import OptionError
 from rewrite.modules import ChannelMix
@@ -106,7 +108,7 @@ def without_means_(model: nn.Module) -> int:
 
     def plain(module: nn.Module, args: Sequence[Tensor], output: Tensor) -> Tensor:
         assert isinstance(module, nn.GroupNorm)
-        weight = module.weight / (1 + module.eps - 1e-5) ** 0.5
+        weight = module.weight / gain(30)
         return args[0] * weight.reshape(-1, *(1,) * (args[0].dim() - 2))
 
     norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
@@ -248,3 +250,36 @@ def test_it_exports_and_verifies(tmp_path: Any) -> None:
     found = rewrite.export(changed, tmp_path / "model.onnx", example_inputs=(example,))
     assert found, str(found)
     assert found.max_rel is not None and found.max_rel < 1e-5
+
+
+ARCHITECTURES = (
+    "resnet18", "resnet26d", "resnext26ts", "legacy_seresnet18", "densenet121", "efficientnet_b0",
+    "mobilenetv3_small_050", "regnety_002", "hrnet_w18_small", "dla34", "vgg11_bn", "ghostnet_050",
+    "mnasnet_050", "dpn48b", "selecsls42", "repvgg_a0", "res2net50_14w_8s", "inception_v3",
+    "xception41", "cspresnet50", "ese_vovnet19b_slim", "tresnet_m", "levit_128s", "lcnet_050",
+    "fbnetc_100", "mixnet_s", "skresnet18", "resnest14d", "repghostnet_050", "mobileone_s0",
+    "fastvit_t8", "efficientvit_b0", "rexnet_100", "convmixer_768_32", "visformer_tiny",
+    "mobilevit_xxs", "hardcorenas_a", "tinynet_e", "semnasnet_075", "spnasnet_100", "resnetv2_50",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_maps_cancel_in_architectures_of_timm(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr(regroup, "can_mix", lambda *given: False)
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10).eval()
+    model = models.randomize_norms_(model).double()
+    fixed = model.default_cfg.get("fixed_input_size")
+    size = model.default_cfg["input_size"] if fixed else (3, 96, 96)
+    x = torch.randn(4, *size, dtype=torch.float64)
+    result = converted(model, x[:3], num_groups=None, channels_per_group=16)
+    maps = sum("maps of rank" in change.note for change in result.report.changes)
+    assert maps == len(result.report.changes) > 5
+    without_means_(result.model)
+    with torch.no_grad():
+        old = model(x)
+        assert (result.model(x) - old).norm() < 1e-11 * old.norm()
