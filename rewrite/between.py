@@ -28,15 +28,13 @@ from torch import Tensor, nn
 from rewrite.absorption import Refusal
 from rewrite.calibrate import MeanStatistics
 from rewrite.capture import Captured
-from rewrite.fit import Fit, calls_of, over_channels
+from rewrite.fit import WIDEST, Fit, calls_of
 from rewrite.growth import Surroundings
-from rewrite.mixing import tensors_of, writes_alone
+from rewrite.mixing import seen, write_through, writes_alone
 from rewrite.modules import ChannelMix
 from rewrite.probe import largest_divisor
 from rewrite.reorder import Row, order_of
-
-_WIDEST = 2048
-"""Channels in a block at most: a covariance over all of them is 32 MiB."""
+from rewrite.spectra import eigenvectors, square_roots
 
 _SEEN = 0.9
 """Part of the metric that comes from the readers; the rest is what each activation passes on."""
@@ -82,9 +80,7 @@ def between(
         groups = fit.probe.groups
         if not isinstance(fit.probe.module, nn.GroupNorm) or groups == fit.channels:
             continue
-        if not calls_of(captured, fit.probe)[1]:
-            continue
-        size = largest_divisor(groups, max(1, min(rank, _WIDEST * groups // fit.channels)))
+        size = largest_divisor(groups, max(1, min(rank, WIDEST * groups // fit.channels)))
         blocks = groups // size
         found.append(Between(fit, blocks, size, reads.get(id(fit), ()), behind.get(id(fit))))
     for one in found:
@@ -127,11 +123,7 @@ def surround(captured: Captured, one: Between) -> tuple[str, ...]:
     if writes_alone(captured, one.fit):
         assert one.fit.plan is not None
         layers = one.fit.plan.layers
-        matrix = maps.matrix / maps.sizes[..., None]
-        for ref in tensors_of(one.fit).values():
-            old = captured.tensor(ref).detach()
-            rows = old.double().cpu().reshape(one.blocks, maps.size, -1)
-            captured.editor.set_tensor(ref, torch.matmul(matrix, rows).reshape(old.shape).to(old))
+        write_through(captured, one.fit, maps.matrix / maps.sizes[..., None])
         sizes = maps.sizes.flatten()
         down = maps.down * maps.sizes[:, None]
         probe.exact = _mix(norm, scale * sizes, bias, down, after.up.detach())
@@ -214,14 +206,9 @@ def maps_of(covariance: Tensor, metric: Tensor, rank: int) -> Maps:
         rank: the number of groups in a block, k; a divisor of n.
     """
     size = covariance.shape[1]
-    values, vectors = torch.linalg.eigh(metric)
-    floor = _FLOOR * values.mean(1, keepdim=True).clamp(min=1e-30)
-    roots = values.clamp(min=floor).sqrt()[:, None]
-    spread, inverse = vectors * roots @ vectors.mT, vectors / roots @ vectors.mT
-    _, lost = torch.linalg.eigh(spread @ covariance @ spread)
-    # An eigenvector is as good as its negative; all ranks must choose the same.
-    lost = lost[:, :, :rank]
-    lost = lost * lost.gather(1, lost.abs().argmax(1, keepdim=True)).sign()
+    floor = _FLOOR * metric.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=1e-30)
+    spread, inverse = square_roots(metric, floor)
+    lost = eigenvectors(spread @ covariance @ spread)[:, :, :rank]
     left, right = spread @ lost, inverse @ lost  # Q, D
     groups = torch.eye(rank, dtype=lost.dtype).repeat_interleave(size // rank, dim=0)  # L
     means = groups.T * (rank / size)  # E
@@ -247,18 +234,11 @@ def _metric(captured: Captured, one: Between) -> Tensor:
     if one.behind is not None and (slopes := one.behind.slopes()) is not None:
         weight = slopes * one.behind.weight.reshape(one.blocks, -1)
     for row in one.reads:
-        rows = weight[:, None] * _seen(captured, row, fit.channels, one.blocks)
+        sees = seen(captured, row, fit.channels)
+        rows = weight[:, None] * sees.reshape(len(sees), one.blocks, -1).movedim(1, 0)
         square = rows.mT @ rows
         trace = square.diagonal(dim1=1, dim2=2).sum()
         if float(trace) > 0:
             part = _SEEN / len(one.reads) * float((own**2).sum() / trace)
             metric = metric + part / (1 - _SEEN) * square
     return metric
-
-
-def _seen(captured: Captured, row: Row, channels: int, blocks: int) -> Tensor:
-    """Return what a reader makes of a value that is the same at all positions, (blocks, out, n)."""
-    weight = over_channels(captured.tensor(row.ref).movedim(row.axis, 0))
-    seen = torch.zeros(channels, weight.shape[1], dtype=weight.dtype)
-    seen.index_add_(0, row.index.cpu(), weight)
-    return seen.reshape(blocks, -1, weight.shape[1]).mT

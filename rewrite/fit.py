@@ -34,6 +34,9 @@ from rewrite.probe import Probe
 THROUGH_WEIGHTS = 0.7
 """Part of a covariance that comes from the weights."""
 
+WIDEST = 2048
+"""Channels up to which a covariance over all of them is summed up: 32 MiB."""
+
 
 @dataclass(eq=False)
 class Fit:

@@ -23,12 +23,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.linalg import helmert
 from torch import Tensor
 
 from rewrite.capture import Captured, TensorRef
 from rewrite.fit import Fit, calls_of, over_channels
 from rewrite.reorder import Order, Row
+from rewrite.spectra import eigenvectors, square_roots
 
 THROUGH_WEIGHTS = 0.5
 """Part of the covariances that comes from the weights."""
@@ -46,7 +46,7 @@ def can_mix(captured: Captured, order: Order, fits: Sequence[Fit]) -> bool:
     norms = {captured.tree.name(fit.probe.module) for fit in fits}
     if norms != set(order.norms) or not all(writes_alone(captured, fit) for fit in fits):
         return False
-    writers = {name for fit in fits for name in tensors_of(fit)}
+    writers = {name for fit in fits for name in _tensors(fit)}
     return all(
         row.side == "reads"
         or (row.ref.owner in norms if row.side == "along" else row.ref.name in writers)
@@ -63,24 +63,43 @@ def writes_alone(captured: Captured, fit: Fit) -> bool:
     return fit.plan.edits[0].layer.node is value and set(value.users) == {norm}
 
 
-def tensors_of(fit: Fit) -> dict[str, TensorRef]:
+def write_through(captured: Captured, fit: Fit, matrix: Tensor) -> None:
+    """Let the dense layer in front of a norm write `matrix` times its output.
+
+    Args:
+        captured: the model.
+        fit: the norm.
+        matrix: block by block of consecutive channels, (blocks, n, n).
+    """
+    for ref in _tensors(fit).values():
+        old = captured.tensor(ref).detach()
+        rows = old.double().cpu().reshape(len(matrix), matrix.shape[1], -1)
+        captured.editor.set_tensor(ref, torch.matmul(matrix, rows).reshape(old.shape).to(old))
+
+
+def _tensors(fit: Fit) -> dict[str, TensorRef]:
     """Return weight and bias, by name, of the layer that computes the norm's input."""
     assert fit.plan is not None
     layer = fit.plan.edits[0].layer
     return {ref.name: ref for ref in (layer.weight, layer.bias) if ref is not None}
 
 
+def seen(captured: Captured, row: Row, channels: int) -> Tensor:
+    """Return what a reader makes of a value that is the same at all positions, (out, C)."""
+    weight = over_channels(captured.tensor(row.ref).movedim(row.axis, 0))
+    into = torch.zeros(channels, weight.shape[1], dtype=weight.dtype)
+    return into.index_add_(0, row.index.cpu(), weight).T
+
+
 def mix(captured: Captured, order: Order, fits: Sequence[Fit]) -> None:
     """Bring the stream into the basis that loses least."""
     reads = [row for row in order.rows if row.side == "reads"]
-    spread, inverse = _metric([_seen(captured, row) for row in reads], order.channels)
+    spread, inverse = _metric(
+        [seen(captured, row, order.channels) for row in reads], order.channels
+    )
     lost = torch.stack([spread @ _lost(fit) @ spread for fit in fits]).sum(0)
     groups = fits[0].probe.groups
-    _, vectors = torch.linalg.eigh(lost)
-    # An eigenvector is as good as its negative; all ranks must choose the same.
-    largest = vectors.abs().argmax(0, keepdim=True)
-    vectors = vectors * vectors.gather(0, largest).sign()
-    basis = _grouping(order.channels, groups) @ vectors.T
+    basis = _grouping(order.channels, groups) @ eigenvectors(lost).T
     forth, back = basis @ spread, inverse @ basis.T
     for fit in fits:
         _write(captured, fit, forth)
@@ -97,10 +116,7 @@ def _write(captured: Captured, fit: Fit, forth: Tensor) -> None:
     rows = (mixed**2).sum(1).reshape(fit.probe.groups, -1).mean(1, keepdim=True).sqrt()
     sizes = torch.where(rows > 0, rows, 1.0).expand(-1, len(scale) // len(rows)).reshape(-1)
     matrix = mixed / sizes[:, None]
-    for ref in tensors_of(fit).values():
-        old = captured.tensor(ref).detach()
-        new = torch.tensordot(matrix, old.double().cpu(), dims=([1], [0]))
-        captured.editor.set_tensor(ref, new.to(old))
+    write_through(captured, fit, matrix[None])
     fit.mix(matrix, sizes, forth @ bias)
 
 
@@ -110,26 +126,21 @@ def _lost(fit: Fit) -> Tensor:
     return scale[:, None] * fit.shrunk(THROUGH_WEIGHTS)[0] * scale
 
 
-def _seen(captured: Captured, row: Row) -> Tensor:
-    """Return what a reader sees of an error that is the same at all positions, (out, C)."""
-    return over_channels(captured.tensor(row.ref).movedim(row.axis, 0)).T
-
-
-def _metric(seen: Sequence[Tensor], channels: int) -> tuple[Tensor, Tensor]:
+def _metric(readers: Sequence[Tensor], channels: int) -> tuple[Tensor, Tensor]:
     """Return H and its inverse, (C, C)."""
     eye = torch.eye(channels, dtype=torch.float64)
     metric = (1 - _SEEN) * eye
-    for weight in seen:
+    for weight in readers:
         square = weight.T @ weight
         trace = float(square.trace())
-        metric = metric + _SEEN / len(seen) * (square * (channels / trace) if trace > 0 else eye)
-    values, vectors = torch.linalg.eigh(metric)
-    roots = values.clamp(min=(1 - _SEEN) / 2).sqrt()
-    return vectors * roots @ vectors.T, vectors / roots @ vectors.T
+        metric = metric + _SEEN / len(readers) * (square * (channels / trace) if trace > 0 else eye)
+    return square_roots(metric, (1 - _SEEN) / 2)
 
 
 def _grouping(channels: int, groups: int) -> Tensor:
     """Return B: channels of consecutive groups from eigenvectors in rising order, (C, C)."""
+    from scipy.linalg import helmert  # Slow to import, and needed for few models.
+
     size = channels // groups
     kept = np.arange(groups, channels).reshape(size - 1, groups)
     kept[1::2] = kept[1::2, ::-1]  # Each group gets as much of what varies as any other.

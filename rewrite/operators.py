@@ -104,6 +104,11 @@ class Activation(Operator):
     name: str
     negative_slope: float | None = None
 
+    @property
+    def by_value(self) -> bool:
+        """Whether it works on each value alone, and alike in all channels."""
+        return self.name not in ("softmax", "log_softmax", "glu", "prelu")
+
 
 # -- spellings --------------------------------------------------------------------------------
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from scipy.stats import norm as normal
 from torch import Tensor
 from torch.fx import Node
 
@@ -22,9 +20,6 @@ from rewrite.operators import Activation, activation_of
 _POINTS = 256
 _LEAST = 1e-2
 """Standard deviation that a channel is taken to have at least, and the least share."""
-
-_MIXING = frozenset({"softmax", "log_softmax", "glu", "prelu"})
-"""What does not work on each value alone and alike in all channels."""
 
 
 def passed(captured: Captured, norm: Node, scale: Tensor, bias: Tensor) -> Tensor:
@@ -38,10 +33,12 @@ def passed(captured: Captured, norm: Node, scale: Tensor, bias: Tensor) -> Tenso
     function = _function(captured, norm)
     if function is None or scale.is_meta:
         return torch.ones(len(scale), dtype=torch.float64)
-    points = torch.from_numpy(normal.ppf((np.arange(_POINTS) + 0.5) / _POINTS))[:, None]
+    points = torch.special.ndtri((torch.arange(_POINTS, dtype=torch.float64) + 0.5) / _POINTS)[
+        :, None
+    ]
     spread = scale.cpu().abs().clamp(min=_LEAST)
     values = function((bias.cpu() + spread * points).to(scale.device)).cpu()
-    share = (points * values).mean(0) / (spread * (points**2).mean())
+    share: Tensor = (points * values).mean(0) / (spread * (points**2).mean())
     return share.abs().clamp(min=_LEAST)
 
 
@@ -50,7 +47,7 @@ def _function(captured: Captured, norm: Node) -> Callable[[Tensor], Tensor] | No
     if not readers.known or len(norm.users) != 1:
         return None
     activation = activation_of(captured, next(iter(norm.users)))
-    if activation is None or activation.name in _MIXING:
+    if activation is None or not activation.by_value:
         return None
     others = [node for node in activation.node.all_input_nodes if node is not norm]
     return None if others else lambda values: _call(captured, activation, values)

@@ -19,13 +19,10 @@ from rewrite.absorption import Refusal
 from rewrite.calibrate import MeanStatistics
 from rewrite.capture import Captured
 from rewrite.exchange import Means, regrouped
-from rewrite.fit import Fit, calls_of
+from rewrite.fit import WIDEST, Fit, calls_of
 from rewrite.growth import Surroundings
 from rewrite.mixing import can_mix, mix
 from rewrite.reorder import Order, order_of
-
-_WIDEST = 2048
-"""Channels up to which a covariance over all of them is summed up: 32 MiB."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def shared_orders(
     found: list[Shared] = []
     met: set[int] = set()
     for fit in wanted:
-        if id(fit) in met or not _can_gain(fit) or fit.channels > _WIDEST:
+        if id(fit) in met or not _can_gain(fit) or fit.channels > WIDEST:
             continue
         _, calls = calls_of(captured, fit.probe)
         order = order_of(around, next(iter(calls)), ours) if len(calls) == 1 else Refusal("")

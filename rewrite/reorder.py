@@ -40,7 +40,6 @@ _WHOLE = frozenset({"stochastic_depth"})
 """What scales whole samples, all channels alike."""
 
 _PAIRWISE = _SUMS | {"mul", "imul", "div", "truediv", "itruediv"}
-_MIXING = frozenset({"softmax", "log_softmax", "glu", "prelu"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +178,7 @@ class _Closure:
         if name in _PAIRWISE:
             return self.pairwise(node, lane)
         activation = activation_of(self.captured, node)
-        if activation is not None and activation.name not in _MIXING:
+        if activation is not None and activation.by_value:
             return {activation.input: lane, node: lane}
         if "prelu" in name or self.is_a(node, nn.PReLU):
             raise Refused(f"{self.around.steps.called(node)} may have a slope for each channel")
