@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from benchmarks._table import environment, parser, publish, table
 from benchmarks.corpus import QUICK, installed, make
-from rewrite.capture import capture
-from rewrite.tree import copy_model
+from rewrite.graph.capture import capture
+from rewrite.runtime.copying import copy_model
 
 SIZES = (10, 100, 1000)
 

@@ -108,7 +108,7 @@ def _cell(found: dict[str, float], key: str) -> object:
 
 def timm_copy(model: nn.Module) -> nn.Module:
     """Return a copy that shares what folding does not change."""
-    from rewrite.tree import copy_model
+    from rewrite.runtime.copying import copy_model
 
     return copy_model(model)
 

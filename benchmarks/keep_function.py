@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import rewrite
 from passes import BatchNormToGroupNorm
-from rewrite.compare import tensors
+from rewrite.runtime.leaves import tensors
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)

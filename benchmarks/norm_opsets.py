@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks._table import environment, parser, publish, table
-from rewrite.onnx import export
+from rewrite.onnx.export import export
 
 OPSETS = (18, 20, 21, 22)
 NORMS: dict[str, Callable[[], nn.Module]] = {

@@ -27,13 +27,15 @@ from torch.fx.node import map_arg
 
 from benchmarks.corpus import UnbuildableError, fit_inputs, make
 from passes import Reinitialize
-from rewrite.capture import Captured, capture
-from rewrite.float64 import KeepFloat64, widen
-from rewrite.operators import function_name
+from rewrite.graph.capture import capture
+from rewrite.graph.captured import Captured
+from rewrite.graph.regions import Region
+from rewrite.graph.spellings import function_name
+from rewrite.init.residual import Residual, residual_branches
+from rewrite.init.residual_tails import ADDITIONS
 from rewrite.pipeline import convert
-from rewrite.regions import Region
-from rewrite.residual import Residual, residual_branches
-from rewrite.residual_tails import ADDITIONS
+from rewrite.runtime.float64 import KeepFloat64
+from rewrite.runtime.modes import widen
 
 RESULTS = Path(__file__).parent / "residual.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "residual_coverage.md"

@@ -23,7 +23,8 @@ from benchmarks._table import parser as arguments
 from benchmarks._table import publish, table
 from passes import Reinitialize
 from rewrite.pipeline import convert
-from rewrite.signals import Signal, signal
+from rewrite.signals.measure import signal
+from rewrite.signals.report import Signal
 
 
 def perceptron(depth: int, width: int, activation: type[nn.Module], classes: int) -> nn.Sequential:

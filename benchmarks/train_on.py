@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 import rewrite
 from passes import BatchNormToGroupNorm
-from rewrite.anchor import Recentering
+from rewrite.swap.anchor import Recentering
 
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
 

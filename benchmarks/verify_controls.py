@@ -33,9 +33,9 @@ import models
 from benchmarks._table import environment, parser, publish, table
 from benchmarks.corpus import make
 from models.digits_resnet import load_digits_resnet
+from rewrite.equivalence.verification import Level
 from rewrite.errors import RewriteError
-from rewrite.onnx import verify_onnx
-from rewrite.verification import Level
+from rewrite.onnx.verify import verify_onnx
 
 MODELS = ("digits_resnet", "transformer", "difference", "timm:resnet18")
 SIZE = 96

@@ -31,9 +31,10 @@ from benchmarks._table import environment, parser, publish, table
 from benchmarks.corpus import PACKAGES, QUICK, UnbuildableError, build, installed
 from benchmarks.coverage import read
 from benchmarks.sweep.workers import Limits, run_all
+from rewrite.equivalence.verification import Level
 from rewrite.errors import ExportError, RewriteError
-from rewrite.onnx import export, verify_onnx
-from rewrite.verification import Level
+from rewrite.onnx.export import export
+from rewrite.onnx.verify import verify_onnx
 
 ROWS = Path(__file__).parent / "verify_onnx.jsonl"
 HEADER = ["architecture", "nodes", "export, s", "verify, s", "ratio", "error", "noise", "verdict"]

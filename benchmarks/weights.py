@@ -26,9 +26,10 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.corpus import QUICK, UnbuildableError, build
 from passes import Reinitialize, RemoveWeightNorm, WeightNorm
-from rewrite.float64 import KeepFloat64, widen
+from rewrite.init.residual import residual_branches
 from rewrite.pipeline import convert
-from rewrite.residual import residual_branches
+from rewrite.runtime.float64 import KeepFloat64
+from rewrite.runtime.modes import widen
 
 RESULTS = Path(__file__).parent / "weights.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "weights_coverage.md"
@@ -159,7 +160,7 @@ def _finite(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, bool]:
 
 
 def _branches(model: nn.Module) -> list[int]:
-    from rewrite.capture import capture
+    from rewrite.graph.capture import capture
 
     found = residual_branches(capture(model))
     return [sum(1 for branch in found if branch.tails), len(found)]

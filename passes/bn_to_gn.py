@@ -16,15 +16,16 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from passes import _keep as keeping
-from passes import _norm_swap as swap
-from rewrite.anchor import gain
-from rewrite.capture import Captured
 from rewrite.errors import OptionError
-from rewrite.keep import SIZES_FROM, Settings
-from rewrite.operators import Norm
-from rewrite.probe import largest_divisor
-from rewrite.protocol import Change, Contract, Pass, Site, Skip
+from rewrite.graph.captured import Captured
+from rewrite.graph.operators import Norm
+from rewrite.grouping.swapped_norm import largest_divisor
+from rewrite.outcomes import Change, Contract, Site, Skip
+from rewrite.protocol import Pass
+from rewrite.swap import batch_norms as swap
+from rewrite.swap import swap as keeping
+from rewrite.swap.anchor import gain
+from rewrite.swap.keep_function import SIZES_FROM, Settings
 
 _LEAST = 4
 """Channels a group has at least where the function is to be kept and no number was asked for: a

@@ -14,12 +14,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from passes import _keep as keeping
-from passes import _norm_swap as swap
-from rewrite.capture import Captured
-from rewrite.keep import Settings
-from rewrite.operators import Norm
-from rewrite.protocol import Change, Contract, Pass, Site, Skip
+from rewrite.graph.captured import Captured
+from rewrite.graph.operators import Norm
+from rewrite.outcomes import Change, Contract, Site, Skip
+from rewrite.protocol import Pass
+from rewrite.swap import batch_norms as swap
+from rewrite.swap import swap as keeping
+from rewrite.swap.keep_function import Settings
 
 _LAYERS: dict[int, type[nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d]] = {
     1: nn.InstanceNorm1d,

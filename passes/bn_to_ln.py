@@ -15,14 +15,15 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from passes import _keep as keeping
-from passes import _norm_swap as swap
-from rewrite.capture import Captured
 from rewrite.errors import OptionError
-from rewrite.keep import Settings
-from rewrite.modules import ChannelLayerNorm
-from rewrite.operators import Norm
-from rewrite.protocol import Change, Contract, Pass, Site, Skip
+from rewrite.graph.captured import Captured
+from rewrite.graph.operators import Norm
+from rewrite.nn.modules import ChannelLayerNorm
+from rewrite.outcomes import Change, Contract, Site, Skip
+from rewrite.protocol import Pass
+from rewrite.swap import batch_norms as swap
+from rewrite.swap import swap as keeping
+from rewrite.swap.keep_function import Settings
 
 
 @dataclass(frozen=True)

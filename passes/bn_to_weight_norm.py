@@ -20,15 +20,15 @@ import torch
 from torch import nn
 
 from passes.fold import FoldNorm
-from passes.weight_norm import weight_refusal
-from rewrite.capture import Captured, TensorRef
 from rewrite.errors import OptionError
-from rewrite.fans import linear_maps
-from rewrite.folding import Fold
-from rewrite.mean_only import MeanOnlyBatchNorm
-from rewrite.operators import norm_of
-from rewrite.parametrizations import add_weight_norm, weight_layouts
-from rewrite.protocol import Change, Contract, Pass, Site, Skip
+from rewrite.fold.folder import Fold
+from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.operators import norm_of
+from rewrite.nn.mean_only import MeanOnlyBatchNorm
+from rewrite.outcomes import Change, Contract, Site, Skip
+from rewrite.protocol import Pass
+from rewrite.weights.fans import linear_maps
+from rewrite.weights.weight_norm import add_weight_norm, weight_layouts, weight_refusal
 
 
 @dataclass(frozen=True)

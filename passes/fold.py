@@ -19,19 +19,22 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from passes.merge_branches import merge_site
-from rewrite.absorb import Ledger
-from rewrite.absorption import Refusal, write_ledger
-from rewrite.baking import Baked, bake
-from rewrite.branches import Branches, Merge
-from rewrite.capture import Captured
-from rewrite.edit import Editor
+from rewrite.affine.ledger import Ledger
+from rewrite.affine.plan import Refusal, write_ledger
 from rewrite.errors import OptionError, PassError
-from rewrite.folding import Fold, Folder
-from rewrite.keymap import fold_recipe
-from rewrite.leftovers import InputNorm, Leftover, fold_input, parse_input_norm
-from rewrite.protocol import Change, Contract, Pass, Site, Skip
-from rewrite.sources import Source, sources
+from rewrite.fold.branches import Branches
+from rewrite.fold.candidates import Source, sources
+from rewrite.fold.folder import Fold, Folder
+from rewrite.fold.input_norm import InputNorm, fold_input, parse_input_norm
+from rewrite.fold.merge import merge_site
+from rewrite.fold.merged_kernel import Merge
+from rewrite.fold.recipes import fold_recipe
+from rewrite.fold.unfolded import Leftover
+from rewrite.graph.captured import Captured
+from rewrite.graph.editor import Editor
+from rewrite.outcomes import Change, Contract, Site, Skip
+from rewrite.protocol import Pass
+from rewrite.weights.baking import Baked, bake
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from typing import ClassVar
 
 import torch
 
-from passes import _norm_swap as swap
-from rewrite.algebra import Affine
-from rewrite.capture import Captured
-from rewrite.modules import ChannelAffine
-from rewrite.operators import norm_of
-from rewrite.protocol import Change, Contract, Pass, Site, Skip
+from rewrite.affine.algebra import Affine
+from rewrite.graph.captured import Captured
+from rewrite.graph.operators import norm_of
+from rewrite.nn.modules import ChannelAffine
+from rewrite.outcomes import Change, Contract, Site, Skip
+from rewrite.protocol import Pass
+from rewrite.swap import batch_norms as swap
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rewrite.calibrate import Batches, all_reduce, hooked, in_eval_mode, run
-from rewrite.capture import Captured, TensorRef
+from rewrite.calibration.batches import Batches
+from rewrite.distributed import all_reduce
 from rewrite.errors import OptionError
-from rewrite.protocol import Change, Contract, Pass, Site, Skip
+from rewrite.graph.captured import Captured, TensorRef
+from rewrite.outcomes import Change, Contract, Site, Skip
+from rewrite.protocol import Pass
+from rewrite.runtime.hooks import hooked, in_eval_mode, run
 
 
 @dataclass(frozen=True)

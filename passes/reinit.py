@@ -22,21 +22,16 @@ from typing import Any, ClassVar, Literal, Self
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from passes._reinit_layers import (
-    Plan,
-    Weight,
-    functional_weights,
-    module_plan,
-    write,
-)
-from passes._reinit_residual import scale_residuals
-from passes._reinit_variance import fit_unit_variance
-from rewrite.capture import Captured
 from rewrite.errors import OptionError
-from rewrite.fans import is_quantized_layer, layer_kind, linear_maps
-from rewrite.init_rules import Rule, check_used, first_match, parse_rules
-from rewrite.lockstep import in_data_flow_order
-from rewrite.protocol import Change, Contract, Pass, Site, Skip
+from rewrite.graph.captured import Captured
+from rewrite.graph.order import in_data_flow_order
+from rewrite.init.layers import Plan, Weight, functional_weights, module_plan, write
+from rewrite.init.lsuv import fit_unit_variance
+from rewrite.init.rules import Rule, check_used, first_match, parse_rules
+from rewrite.init.scale_residuals import scale_residuals
+from rewrite.outcomes import Change, Contract, Site, Skip
+from rewrite.protocol import Pass
+from rewrite.weights.fans import is_quantized_layer, layer_kind, linear_maps
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,16 @@ from typing import ClassVar
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from rewrite.capture import Captured, TensorRef
-from rewrite.lockstep import in_data_flow_order
-from rewrite.parametrizations import (
+from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.order import in_data_flow_order
+from rewrite.outcomes import Change, Contract, Site, Skip
+from rewrite.protocol import Pass
+from rewrite.weights.weight_norm import (
     has_old_weight_norm,
     remove_weight_norm,
     weight_norm_sources,
     weight_normed,
 )
-from rewrite.protocol import Change, Contract, Pass, Site, Skip
 
 
 @dataclass(frozen=True)

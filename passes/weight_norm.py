@@ -11,35 +11,31 @@ is the geometry that an optimizer sees. Two options change the function on purpo
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
-from rewrite.capture import Captured, TensorRef
 from rewrite.errors import OptionError
-from rewrite.fans import LAYER_KINDS, Layout, is_quantized_layer, layer_kind
-from rewrite.lockstep import fit_in_lockstep, in_data_flow_order, unit_axis
-from rewrite.mean_only import MeanOnlyBatchNorm
-from rewrite.operators import conv_of, linear_of, norm_of
-from rewrite.parametrizations import (
+from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.operators import conv_of, linear_of, norm_of
+from rewrite.graph.order import in_data_flow_order
+from rewrite.nn.mean_only import MeanOnlyBatchNorm
+from rewrite.outcomes import Change, Contract, Site, Skip
+from rewrite.protocol import Pass
+from rewrite.weights.data_init import FITTED, Draft, fit_magnitudes
+from rewrite.weights.fans import LAYER_KINDS, is_quantized_layer, layer_kind
+from rewrite.weights.layout import Layout
+from rewrite.weights.weight_norm import (
     add_weight_norm,
     convert_old_weight_norm,
     has_old_weight_norm,
-    has_weight_norm,
     share_weight_norm,
     weight_layouts,
+    weight_refusal,
 )
-from rewrite.protocol import Change, Contract, Pass, Site, Skip
-from rewrite.unit_variance import unit_statistics
-
-# Layers whose output is one pre-activation that a hook can see, with one bias a unit.
-_FITTED = ("linear", "conv", "conv_transpose", "bilinear")
 
 
 @dataclass(frozen=True)
@@ -187,12 +183,12 @@ class WeightNorm(Pass):
         """Reparameterize every site, then add means and fit to data where that is asked for."""
         batch = self._batch(calibration) if self.data_init else None
         centring = {s.target: self._centring(captured, s) for s in sites} if self.mean_only else {}
-        drafts = {site.target: _Draft(self.rewrite(captured, site)) for site in sites}
+        drafts = {site.target: Draft(self.rewrite(captured, site)) for site in sites}
         for site in sites:
             if site.target in centring:
                 self._centre(captured, site, drafts[site.target], centring[site.target])
         if self.data_init:
-            _fit(captured, sites, drafts, batch)
+            fit_magnitudes(captured, sites, drafts, batch)
         return [draft.finished() for draft in drafts.values()]
 
     def _batch(self, calibration: Iterable[Any] | None) -> Any:
@@ -203,7 +199,7 @@ class WeightNorm(Pass):
     def _centring(self, captured: Captured, site: Site) -> str | None:
         """Return why no mean can be taken after a layer, or None."""
         plan: Plan = site.plan
-        if layer_kind(plan.module) not in _FITTED:
+        if layer_kind(plan.module) not in FITTED:
             return f"no mean-only norm: {layer_kind(plan.module)} has no single pre-activation"
         prefix = f"{site.target}."
         for node in captured.nodes():
@@ -214,7 +210,7 @@ class WeightNorm(Pass):
                 return "no mean-only norm: a batch norm follows"
         return None
 
-    def _centre(self, captured: Captured, site: Site, draft: _Draft, refusal: str | None) -> None:
+    def _centre(self, captured: Captured, site: Site, draft: Draft, refusal: str | None) -> None:
         if refusal is not None:
             draft.notes.append(refusal)
             return
@@ -237,54 +233,6 @@ class WeightNorm(Pass):
         draft.keys[f"{target}.bias"] = f"{target}.mean.bias"
         draft.touched += [f"{target}.layer", f"{target}.mean"]
         draft.notes.append("mean-only batch norm after it")
-
-
-@dataclass
-class _Draft:
-    """A change while further steps still add to it."""
-
-    change: Change
-    notes: list[str] = field(default_factory=list)
-    touched: list[str] = field(default_factory=list)
-    keys: dict[str, str | None] | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    centred: MeanOnlyBatchNorm | None = None
-
-    def finished(self) -> Change:
-        old = self.change
-        return Change(
-            old.target,
-            old.before,
-            old.after,
-            "; ".join([*filter(None, [old.note]), *self.notes]),
-            (*old.touched, *self.touched),
-            old.keys if self.keys is None else self.keys,
-            self.metrics,
-        )
-
-
-def weight_refusal(module: nn.Module, key: str) -> str | None:
-    """Return why weight `key` of a layer cannot be weight-normed, or None."""
-    if has_weight_norm(module, key):
-        return "is weight-normed already"
-    if parametrize.is_parametrized(module, key):
-        return "has another parametrization"
-    weight = module._parameters.get(key)
-    if weight is None:
-        return "is no parameter of the layer"
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "is lazy; run the model once first"
-    if type(weight.data) is not torch.Tensor or weight.is_quantized:
-        return "is quantized, or of another tensor class; weight norm needs a plain tensor"
-    if not weight.is_floating_point():
-        return f"is {str(weight.dtype).removeprefix('torch.')}; weight norm needs floating point"
-    if weight.numel() == 0:
-        return "is empty"
-    if getattr(module, "sparse", False):
-        return "has sparse gradients"
-    if getattr(module, "max_norm", None) is not None:
-        return "is rescaled in place by max_norm"
-    return None
 
 
 def _ties(captured: Captured, ref: TensorRef, layout: Layout) -> tuple[TensorRef, ...] | str:
@@ -326,59 +274,3 @@ def _is_conv(layer: nn.Module) -> bool:
 def _units(layer: nn.Module) -> int:
     units = weight_layouts(layer)["weight"].units(layer.weight)  # type: ignore[arg-type]
     return units.shape[0] * units.shape[1]
-
-
-# -- data-dependent initialization ----------------------------------------------------------------
-
-
-def _fit(captured: Captured, sites: list[Site], drafts: dict[str, _Draft], batch: Any) -> None:
-    """Set g and b of every site in one forward."""
-    layers: dict[str, nn.Module] = {}
-    for site in sites:
-        kind = layer_kind(site.plan.module)
-        if kind not in _FITTED:
-            drafts[site.target].notes.append(f"not fitted: {kind} has no single pre-activation")
-        elif any(site.plan.ties.values()):
-            drafts[site.target].notes.append("not fitted: its weight is tied")
-        else:
-            layers[site.target] = site.plan.module
-
-    def fit(name: str, layer: nn.Module, output: torch.Tensor, again: Any) -> torch.Tensor:
-        return _standardize(name, layer, output, drafts[name])
-
-    for name in fit_in_lockstep(captured.model, batch, layers, fit):
-        drafts[name].notes.append("not fitted: the batch did not reach it")
-
-
-def _standardize(name: str, layer: nn.Module, output: torch.Tensor, draft: _Draft) -> torch.Tensor:
-    units = unit_statistics(layer, output)
-    if units.complaint is not None:
-        warnings.warn(f"{name}: {units.complaint}", stacklevel=2)
-        draft.notes.append(units.complaint)
-    if units.samples < 2 or not bool(units.usable.any()):
-        return output
-    scale = torch.where(units.usable, 1 / units.std, 1.0)
-    shift = torch.where(units.usable, -units.mean / units.std, 0.0)
-    draft.metrics |= {
-        "std before": float(units.std.mean()),
-        "mean before": float(units.mean.abs().mean()),
-    }
-    chain: Any = layer.parametrizations["weight"]  # type: ignore[index]
-    g = chain.original0
-    flat = g.detach().flatten().to(scale.dtype) * scale
-    chain.original0 = nn.Parameter(flat.to(g.dtype).reshape(g.shape), g.requires_grad)
-    axis = unit_axis(layer, output)
-    scaled = output * units.along(axis, output, scale)
-    if draft.centred is not None:
-        norm = draft.centred
-        mean = torch.where(units.usable, units.mean / units.std, norm.running_mean)
-        norm.running_mean = mean.to(norm.running_mean)
-        bias = torch.where(units.usable, 0.0, norm.bias.detach())
-        norm.bias = nn.Parameter(bias.to(norm.bias.dtype), norm.bias.requires_grad)
-        return scaled
-    old = layer.bias
-    if old is None:
-        draft.notes.append("a bias was added")
-    bias = shift if old is None else old.detach().to(scale.dtype) * scale + shift  # type: ignore[operator]
-    layer.bias = nn.Parameter(bias.to(g.dtype), g.requires_grad)
-    return scaled + units.along(axis, output, shift)

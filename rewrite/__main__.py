@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from rewrite.cli import main
+from rewrite.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

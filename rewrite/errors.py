@@ -34,3 +34,11 @@ class ExportError(RewriteError):
 def system_reason(error: OSError) -> str:
     """Return what the system says, without its number and the path."""
     return (error.strerror or str(error)).lower()
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error, with the next where it announces one, or its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

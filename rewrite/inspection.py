@@ -13,9 +13,11 @@ from torch.fx import Node
 from torch.nn.parameter import is_lazy
 
 from rewrite import registry
-from rewrite.capture import Captured, capture
 from rewrite.errors import RewriteError
-from rewrite.operators import activation_of, conv_of, function_name, linear_of, norm_of
+from rewrite.graph.capture import capture
+from rewrite.graph.captured import Captured
+from rewrite.graph.operators import activation_of, conv_of, linear_of, norm_of
+from rewrite.graph.spellings import function_name
 from rewrite.protocol import find_sites
 
 if TYPE_CHECKING:

@@ -10,19 +10,25 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from torch import nn
 
 from rewrite import registry
-from rewrite.convertible import check_convertible, why_not_run
 from rewrite.errors import OptionError, PassError, RewriteError
+from rewrite.outcomes import Change, Contract, Selection
+from rewrite.preconditions import check_convertible, why_not_run
 from rewrite.progress import Announced
-from rewrite.protocol import Change, Contract, Pass, Selection, apply_pass
+from rewrite.protocol import Pass, apply_pass
 from rewrite.report import PassReport, Report
-from rewrite.tree import copy_model
+from rewrite.runtime.copying import copy_model
+from rewrite.snapshot import Snapshot, take_snapshot
 
 if TYPE_CHECKING:
-    from rewrite.verify import Verification
+    from rewrite.equivalence.verification import Verification
+
 
 Model = TypeVar("Model", bound=nn.Module)
 
+
 _EQUAL = (Contract.EXACT, Contract.EXACT_IN_EVAL)
+
+
 _WEAKEST_LAST = (
     Contract.EXACT,
     Contract.EXACT_IN_EVAL,
@@ -97,7 +103,7 @@ def convert(
         start = time.perf_counter()
         original = None
         if consume and len(chosen) == 1 and item.contract not in _EQUAL:
-            original = _noted(before, inputs if runs else None, seed)
+            original = take_snapshot(before, inputs if runs else None, seed)
         after = before if original is not None else copy_model(before)
         try:
             batches = None if calibration is None else Announced(calibration, say, item.name)
@@ -140,8 +146,8 @@ def _inputs(
     """Return what to verify on: the given input, a batch of the data, or one that is made up."""
     if given is not None:
         return tuple(given), ()
-    from rewrite.calibrate import first_usable
-    from rewrite.inputs import infer_example_inputs
+    from rewrite.calibration.batches import first_usable
+    from rewrite.runtime.infer_inputs import infer_example_inputs
 
     # An iterator can be read once only, and its batches are for the fit.
     if calibration is not None and not isinstance(calibration, Iterator):
@@ -164,56 +170,12 @@ def _check(
     touched: Mapping[str, str],
     seed: int,
 ) -> Verification:
-    from rewrite.verify import Level, verify
+    from rewrite.equivalence.verification import Level
+    from rewrite.equivalence.verify import verify
 
     return verify(
         before, after, inputs, contract=contract, level=Level.QUICK, touched=touched, seed=seed,
     )  # fmt: skip
-
-
-def _noted(model: nn.Module, inputs: tuple[Any, ...] | None, seed: int) -> Noted:
-    """Return what has to be remembered of a model that is rewritten in place."""
-    tensors = _identities(model)
-    if inputs is None:
-        return Noted(None, tensors)
-    from rewrite.float64 import evaluating
-    from rewrite.inputs import Inputs
-    from rewrite.judge import run_original
-
-    with evaluating(model):
-        return Noted(run_original(model, "given", Inputs(inputs), seed), tensors)
-
-
-class Noted(nn.Module):
-    """What is remembered of a consumed model: what it answered, and which tensors it held."""
-
-    def __init__(self, outputs: Any, tensors: dict[str, tuple[int, int]]) -> None:
-        super().__init__()
-        self.outputs = outputs
-        self.tensors = tensors
-
-    def forward(self, *inputs: Any) -> Any:
-        """Return what the model answered."""
-        return self.outputs
-
-    def violations(self, after: nn.Module, touched: set[str]) -> tuple[str, ...]:
-        """Return the tensors outside of `touched` that are not the very ones from before."""
-        now = _identities(after)
-        return tuple(
-            name
-            for name, identity in self.tensors.items()
-            if now.get(name) != identity
-            and not any(name == part or name.startswith(f"{part}.") for part in touched)
-        )
-
-
-def _identities(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return which object each tensor is, and how often it has been written."""
-    tensors = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    return {name: (id(tensor), tensor._version) for name, tensor in tensors}
 
 
 def _touched(changes: tuple[Change, ...]) -> set[str]:
@@ -233,8 +195,8 @@ def _violations(
     before: nn.Module, after: nn.Module, changes: tuple[Change, ...]
 ) -> tuple[str, ...]:
     """Return the tensors that changed although no change names their module."""
-    if isinstance(before, Noted):
+    if isinstance(before, Snapshot):
         return before.violations(after, _touched(changes))
-    from rewrite.verify import check_untouched
+    from rewrite.equivalence.verify import check_untouched
 
     return tuple(check_untouched(before, after, _touched(changes)))

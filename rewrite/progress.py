@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.status import Status
 
+
 _PATIENCE = 1.0
 
 

@@ -9,93 +9,22 @@ exception.
 
 from __future__ import annotations
 
-import enum
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from rewrite.capture import Captured, capture
 from rewrite.errors import OptionError, PassError, RewriteError
+from rewrite.graph.capture import capture
+from rewrite.graph.captured import Captured
+from rewrite.outcomes import Selection, Skip
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.fx import GraphModule, Node
+    from torch.fx import GraphModule
     from torch.fx.passes.infra.pass_base import PassResult
 
-
-class Contract(enum.StrEnum):
-    """What a rewrite promises; verification holds it to this."""
-
-    EXACT = "exact"
-    """Equal for every input, in train and in eval mode."""
-    EXACT_IN_EVAL = "exact-in-eval"
-    """Equal for every input in eval mode."""
-    APPROXIMATE = "approximate"
-    """Another function, close to the old one: the agreement is measured and reported."""
-    REDEFINING = "redefining"
-    """Another function by intent: only structure is checked."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place that a pass will rewrite.
-
-    `target` is the qualified name that reports show, `before` what stands there in a few words,
-    `node` the call in the graph (None for a site that is no call), `plan` whatever `find` decided.
-    """
-
-    target: str
-    before: str
-    node: Node | None = None
-    plan: Any = None
-
-
-@dataclass(frozen=True)
-class Change:
-    """A site that was rewritten: what stood there, what stands there now, what else was touched.
-
-    `touched` names every module whose parameters, buffers or class changed, `target` included.
-    `keys` maps old state-dict keys to new ones (None: the key is gone). `metrics` are numbers a
-    pass measured at this site. `recipe` is what it takes to repeat the change on the state dict of
-    another checkpoint (`rewrite.keymap`), as plain data.
-    """
-
-    target: str
-    before: str
-    after: str
-    note: str = ""
-    touched: tuple[str, ...] = ()
-    keys: Mapping[str, str | None] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A candidate that a pass declined, and why."""
-
-    target: str
-    before: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which sites the user wants, by shell patterns on qualified names; `skip` wins over `only`."""
-
-    only: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
-
-    def refusal(self, target: str) -> str | None:
-        """Return why `target` is not wanted, or None if it is."""
-        if self.only and not any(fnmatchcase(target, pattern) for pattern in self.only):
-            return f"not matched by --only {' '.join(self.only)}"
-        for pattern in self.skip:
-            if fnmatchcase(target, pattern):
-                return f"matched by --skip {pattern}"
-        return None
+    from rewrite.outcomes import Change, Contract, Site
 
 
 @dataclass(frozen=True)

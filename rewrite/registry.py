@@ -22,6 +22,7 @@ from rewrite.errors import OptionError
 if TYPE_CHECKING:
     from rewrite.protocol import Pass
 
+
 GROUP = "rewrite.passes"
 
 

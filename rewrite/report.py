@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from rewrite.protocol import Change, Skip
+from rewrite.outcomes import Change, Skip
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from rewrite.verify import Verification
+    from rewrite.equivalence.verification import Verification
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rewrite.algebra import Affine, Layout, absorb, dirac, embed, offset, scale_weight
+from rewrite.affine.algebra import Affine, Layout, absorb, dirac, embed, offset, scale_weight
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

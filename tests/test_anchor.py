@@ -9,9 +9,9 @@ from torch import nn
 
 import models
 from passes import BatchNormToGroupNorm, BatchNormToInstanceNorm, BatchNormToLayerNorm
-from rewrite.anchor import Recentering, anchored_norms, gain, largest_anchor
 from rewrite.errors import OptionError
 from rewrite.protocol import Pass, apply_pass
+from rewrite.swap.anchor import Recentering, anchored_norms, gain, largest_anchor
 
 
 def network() -> nn.Sequential:

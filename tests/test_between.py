@@ -12,11 +12,11 @@ from torch import Tensor, nn
 import models
 import rewrite
 from passes import BatchNormToGroupNorm
-from rewrite import regroup
-from rewrite.anchor import gain
-from rewrite.between import Maps, maps_of
 from rewrite.errors import OptionError
-from rewrite.modules import ChannelMix
+from rewrite.grouping import regroup
+from rewrite.grouping.low_rank import Maps, maps_of
+from rewrite.nn.modules import ChannelMix
+from rewrite.swap.anchor import gain
 
 
 def positive(blocks: int, size: int, seed: int) -> Tensor:

@@ -9,9 +9,11 @@ from torch import distributed, multiprocessing, nn
 
 import rewrite
 from passes import BatchNormToGroupNorm
-from rewrite.calibrate import Batches, MeanStatistics, variations
+from rewrite.calibration.augment import variations
+from rewrite.calibration.batches import Batches
 from rewrite.errors import OptionError
-from rewrite.inputs import Inputs
+from rewrite.grouping.statistics import MeanStatistics
+from rewrite.runtime.inputs import Inputs
 
 
 def network() -> nn.Sequential:

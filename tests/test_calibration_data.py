@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from rewrite.calibration_data import ImageFolder, ImageFormat, Share, open_calibration
+from rewrite.calibration.data import ImageFolder, ImageFormat, Share, open_calibration
 from rewrite.errors import OptionError
 
 

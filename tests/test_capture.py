@@ -16,10 +16,11 @@ from torch.nn.utils import parametrizations
 
 import models
 from passes import BatchNormToGroupNorm, FoldNorm
-from rewrite.capture import Captured, TensorRef, capture
-from rewrite.operators import norm_of
+from rewrite.graph.capture import capture
+from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.operators import norm_of
 from rewrite.protocol import apply_pass
-from rewrite.tree import copy_model
+from rewrite.runtime.copying import copy_model
 
 
 def norms(captured: Captured) -> list[str]:

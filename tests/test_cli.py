@@ -12,7 +12,7 @@ from torch import nn
 
 import models
 import rewrite
-from rewrite.cli import main
+from rewrite.cli.main import main
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_nothing_to_rewrite_is_3_and_0_if_allowed(capsys, tmp_path) -> None:
 
 def test_a_broken_contract_is_1_and_writes_nothing(checkpoint, capsys, monkeypatch) -> None:
     from passes import BatchNormToGroupNorm
-    from rewrite.protocol import Contract
+    from rewrite.outcomes import Contract
 
     monkeypatch.setattr(BatchNormToGroupNorm, "contract", Contract.EXACT_IN_EVAL)
     code, _, err = run(capsys, "convert", "--bn-to-gn", checkpoint)

@@ -28,7 +28,7 @@ from test_onnx_verify import (
 )
 from torch import nn
 
-from rewrite.cli import main
+from rewrite.cli.main import main
 
 SHAPE = "2x3x6x6"
 

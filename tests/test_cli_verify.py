@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from rewrite.cli import main
+from rewrite.cli.main import main
 
 MODEL = "torchvision:squeezenet1_1"
 SHAPE = "1x3x32x32"
@@ -25,7 +25,7 @@ def exported(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def same_weights(monkeypatch):
     """torchvision draws weights anew on every load: draw the same ones."""
-    import rewrite.checkpoint as checkpoint
+    import rewrite.checkpoint.load as checkpoint
 
     load = checkpoint.load
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from rewrite.checkpoint import load, save
-from rewrite.cli import main
+from rewrite.checkpoint.load import load, save
+from rewrite.cli.main import main
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from rewrite.compare import compare, leaves
+from rewrite.equivalence.compare import compare
+from rewrite.runtime.leaves import leaves
 
 Pair = namedtuple("Pair", "first second")
 

@@ -15,10 +15,12 @@ from torch.utils._pytree import tree_map
 import models
 import rewrite
 from passes import FoldNorm, MergeBranches, RemoveWeightNorm, WeightNorm
-from rewrite.protocol import Contract
-from rewrite.record import Known, Sketcher, record
-from rewrite.tree import Tree, copy_model
-from rewrite.verify import Level, verify
+from rewrite.equivalence.record import Known, Sketcher, record
+from rewrite.equivalence.verification import Level
+from rewrite.equivalence.verify import verify
+from rewrite.outcomes import Contract
+from rewrite.runtime.copying import copy_model
+from rewrite.runtime.tree import Tree
 
 
 def gamma_off(norm):

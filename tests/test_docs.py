@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from rewrite import cli
+from rewrite.cli import main as cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("README.md"), *ROOT.glob("docs/**/*.md")])

@@ -7,8 +7,9 @@ from torch import nn
 from torch.fx import GraphModule, symbolic_trace
 
 import models
-from rewrite.capture import TensorRef, capture
-from rewrite.operators import norm_of
+from rewrite.graph.capture import capture
+from rewrite.graph.captured import TensorRef
+from rewrite.graph.operators import norm_of
 
 
 class Scaled(nn.Module):

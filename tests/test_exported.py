@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from rewrite.checkpoint import load, save
+from rewrite.checkpoint.load import load, save
 from rewrite.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

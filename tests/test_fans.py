@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rewrite.fans import Layout, linear_maps
+from rewrite.weights.fans import linear_maps
+from rewrite.weights.layout import Layout
 
 
 class Conv1D(nn.Module):

@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rewrite.float64 import evaluating, in_float64, isolated
+from rewrite.runtime.float64 import in_float64
+from rewrite.runtime.modes import evaluating, isolated
 
 
 class HardCoded(nn.Module):

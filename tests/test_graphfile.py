@@ -11,10 +11,10 @@ import torch.fx
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from rewrite.checkpoint import load, save
+from rewrite.checkpoint.allowed_functions import METHODS, find_function, readable
+from rewrite.checkpoint.graph_format import build_graph, describe_graph
+from rewrite.checkpoint.load import load, save
 from rewrite.errors import CheckpointError
-from rewrite.functions import METHODS, find_function, readable
-from rewrite.graphfile import build_graph, describe_graph
 
 
 class Net(nn.Module):
@@ -198,7 +198,8 @@ def test_hostile_descriptions_are_refused(changes):
 
 def written(tmp_path, change):
     """A saved graph whose state was changed by `change`, as a file."""
-    from rewrite import graphfile, pickler
+    from rewrite.checkpoint import graph_format as graphfile
+    from rewrite.checkpoint import pickler
 
     model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
     state = graphfile.describe_graph_module(model)

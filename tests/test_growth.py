@@ -8,7 +8,7 @@ from torch import nn
 
 import models
 from passes import BatchNormToGroupNorm, FoldNorm
-from rewrite.growth import Growth
+from rewrite.affine.search import Growth
 from rewrite.protocol import apply_pass
 
 

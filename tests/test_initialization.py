@@ -9,15 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 from rewrite.errors import OptionError
-from rewrite.fans import linear_maps
-from rewrite.initialization import (
-    activation_names,
-    draw,
-    gain,
-    generator,
-    parse_scheme,
-    scheme_names,
-)
+from rewrite.init.draw import draw, generator
+from rewrite.init.gains import activation_names, gain
+from rewrite.init.schemes import parse_scheme, scheme_names
+from rewrite.weights.fans import linear_maps
 
 # About 1e6 weights each, so that a sample variance is within 0.6 % of the true one (4 sigma).
 LAYERS = {

@@ -6,16 +6,12 @@ import torch
 from torch import nn
 
 import models
-from rewrite.compare import tensors
+from rewrite.equivalence.variations import adversarial
 from rewrite.errors import VerificationError
-from rewrite.inputs import (
-    Inputs,
-    adversarial,
-    batches_for,
-    infer_example_inputs,
-    load_inputs,
-    parse_shapes,
-)
+from rewrite.runtime.infer_inputs import infer_example_inputs
+from rewrite.runtime.input_files import load_inputs, parse_shapes
+from rewrite.runtime.inputs import Inputs, batches_for
+from rewrite.runtime.leaves import tensors
 
 
 def test_adversarial_varies_value_batch_and_space():

@@ -11,8 +11,8 @@ import rewrite
 from models.digits_resnet import accuracy, calibration_batches, load_digits_resnet
 from passes import BatchNormToGroupNorm, BatchNormToInstanceNorm, BatchNormToLayerNorm
 from rewrite.errors import OptionError
-from rewrite.held_out import Agreement
 from rewrite.protocol import Pass
+from rewrite.swap.agreement import Agreement
 
 LAYOUTS = ({"num_groups": 1}, {"channels_per_group": 16})
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import models
 import rewrite
 from passes import BatchNormToGroupNorm, FoldNorm
-from rewrite.cli import main
+from rewrite.cli.main import main
 from rewrite.errors import CheckpointError
-from rewrite.keymap import apply_report
+from rewrite.fold.replay import apply_report
 
 NAMES = (
     "residual", "depthwise", "grouped_transpose", "norm_norm", "shared_conv_and_norm",

@@ -17,8 +17,8 @@ from torch import nn
 
 import models
 import rewrite
-from rewrite.cli import main
-from rewrite.launch import process_group
+from rewrite.cli.main import main
+from rewrite.distributed import process_group
 from rewrite.progress import Announced
 
 

@@ -8,10 +8,11 @@ from torch import nn
 
 import models
 from rewrite import registry
-from rewrite.capture import capture
-from rewrite.protocol import Contract, Pass, apply_pass, find_sites
-from rewrite.tree import copy_model
-from rewrite.verify import check_untouched
+from rewrite.equivalence.verify import check_untouched
+from rewrite.graph.capture import capture
+from rewrite.outcomes import Contract
+from rewrite.protocol import Pass, apply_pass, find_sites
+from rewrite.runtime.copying import copy_model
 
 # Options without which a pass does nothing.
 _SPECS = {"reinit": "reinit{scheme=he}"}

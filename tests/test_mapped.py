@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from rewrite import mapped
-from rewrite.mapped import MappedFile
+from rewrite.checkpoint import mapped
+from rewrite.checkpoint.mapped import MappedFile
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rewrite.mean_leak import RANGE, factors, leak
+from rewrite.grouping.mean_removal import RANGE, factors, leak
 
 
 def covariance(groups: int, size: int, rank: int | None = None, seed: int = 0) -> np.ndarray:

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 import models
 import rewrite
 from passes import BatchNormToGroupNorm
-from rewrite import fit, keep, mixing, regroup
-from rewrite.calibrate import Batches
-from rewrite.capture import capture
-from rewrite.fit import Fit
-from rewrite.growth import Surroundings
-from rewrite.operators import norm_of
-from rewrite.reorder import Order, order_of
+from rewrite.affine.context import Surroundings
+from rewrite.calibration.batches import Batches
+from rewrite.graph.capture import capture
+from rewrite.graph.operators import norm_of
+from rewrite.grouping import basis as mixing
+from rewrite.grouping import fit, regroup
+from rewrite.grouping.fit import Fit
+from rewrite.grouping.permutation import Order, order_of
+from rewrite.swap import keep_function as keep
 
 
 class Stream(nn.Module):

@@ -14,9 +14,10 @@ from onnx import numpy_helper
 from torch import nn
 
 import models
-from rewrite.onnx import export, verify_onnx
-from rewrite.onnx_run import scope_of
-from rewrite.verification import Level
+from rewrite.equivalence.verification import Level
+from rewrite.onnx.export import export
+from rewrite.onnx.values import scope_of
+from rewrite.onnx.verify import verify_onnx
 
 SLOW = pytest.mark.slow
 

@@ -12,11 +12,13 @@ from torch.nn.utils.parametrizations import weight_norm
 from torchvision.models import resnet18
 
 import models
+from rewrite.equivalence.verification import Level
 from rewrite.errors import CheckpointError, ExportError
-from rewrite.onnx import check_exportable, export, verify_onnx
-from rewrite.onnx_file import open_onnx
-from rewrite.onnx_run import dynamic_axes, scope_of
-from rewrite.verification import Level
+from rewrite.onnx.export import check_exportable, export
+from rewrite.onnx.file import open_onnx
+from rewrite.onnx.runtime import dynamic_axes
+from rewrite.onnx.values import scope_of
+from rewrite.onnx.verify import verify_onnx
 
 
 class Net(nn.Module):

@@ -14,9 +14,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from rewrite.equivalence.verification import Level
 from rewrite.errors import VerificationError
-from rewrite.onnx import verify_onnx
-from rewrite.verification import Level
+from rewrite.onnx.verify import verify_onnx
 
 
 class Net(nn.Module):

@@ -11,14 +11,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import models
-from rewrite.capture import Captured, capture
-from rewrite.operators import (
-    activation_of,
-    conv_of,
-    function_name,
-    linear_of,
-    norm_of,
-)
+from rewrite.graph.capture import capture
+from rewrite.graph.captured import Captured
+from rewrite.graph.operators import activation_of, conv_of, linear_of, norm_of
+from rewrite.graph.spellings import function_name
 
 aten = torch.ops.aten
 

@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm as torch_weight_norm
 
-from rewrite.checkpoint import load, save
-from rewrite.fans import Layout
-from rewrite.parametrizations import (
-    WeightNorm,
+from rewrite.checkpoint.load import load, save
+from rewrite.nn.weight_norm import WeightNorm
+from rewrite.runtime.copying import copy_model
+from rewrite.weights.layout import Layout
+from rewrite.weights.weight_norm import (
     add_weight_norm,
     convert_old_weight_norm,
     has_weight_norm,
@@ -21,7 +22,6 @@ from rewrite.parametrizations import (
     weight_layouts,
     weight_normed,
 )
-from rewrite.tree import copy_model
 
 LAYERS = {
     "linear": lambda: nn.Linear(10, 6),

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rewrite.capture import capture
-from rewrite.operators import norm_of
-from rewrite.passed import passed
+from rewrite.graph.capture import capture
+from rewrite.graph.operators import norm_of
+from rewrite.grouping.activation_slope import passed
 
 CHANNELS = 6
 

@@ -11,8 +11,9 @@ from torch import nn
 import models
 import rewrite
 from passes import BatchNormToGroupNorm, BatchNormToLayerNorm
-from rewrite.operators import norm_of
-from rewrite.protocol import Change, Contract, Pass, Site
+from rewrite.graph.operators import norm_of
+from rewrite.outcomes import Change, Contract, Site
+from rewrite.protocol import Pass
 
 
 @dataclass(frozen=True)

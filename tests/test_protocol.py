@@ -10,7 +10,8 @@ from torch.fx.passes.infra.pass_manager import PassManager
 import models
 from passes import BatchNormToGroupNorm
 from rewrite.errors import OptionError
-from rewrite.protocol import Change, Selection, Skip, apply_pass
+from rewrite.outcomes import Change, Selection, Skip
+from rewrite.protocol import apply_pass
 
 
 def traced() -> torch.fx.GraphModule:

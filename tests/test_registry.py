@@ -8,7 +8,8 @@ import pytest
 from passes import BatchNormToGroupNorm
 from rewrite import registry
 from rewrite.errors import OptionError
-from rewrite.protocol import Contract, Pass
+from rewrite.outcomes import Contract
+from rewrite.protocol import Pass
 
 
 @dataclass(frozen=True)

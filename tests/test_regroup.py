@@ -10,13 +10,15 @@ from torch import nn
 import models
 import rewrite
 from passes import BatchNormToGroupNorm
-from rewrite import fit, keep
-from rewrite.affine import Planner
-from rewrite.calibrate import Batches, MeanStatistics
-from rewrite.capture import capture
-from rewrite.exchange import Means, _Sums, regrouped
-from rewrite.fit import Fit
-from rewrite.mean_leak import factors, leak
+from rewrite.affine.planner import Planner
+from rewrite.calibration.batches import Batches
+from rewrite.graph.capture import capture
+from rewrite.grouping import fit
+from rewrite.grouping.assignment import Means, Sums, regrouped
+from rewrite.grouping.fit import Fit
+from rewrite.grouping.mean_removal import factors, leak
+from rewrite.grouping.statistics import MeanStatistics
+from rewrite.swap import keep_function as keep
 
 
 def means(channels: int, seed: int = 0, **options: bool) -> Means:
@@ -84,7 +86,7 @@ def test_degenerate_means_give_an_order(covariance: np.ndarray) -> None:
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_sums_that_are_kept_are_those_summed_anew(signed: bool) -> None:
     random = np.random.default_rng(0)
-    part = _Sums.of(means(20, signed=signed), random)
+    part = Sums.of(means(20, signed=signed), random)
     label = np.arange(20) // 5
     part.fresh(label, 4)
     for c in (0, 7, 19, 3):

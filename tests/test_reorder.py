@@ -9,11 +9,12 @@ from torch.fx import Node
 
 import models
 from models.digits_resnet import digits_resnet
-from rewrite.absorption import Refusal
-from rewrite.capture import Captured, capture
-from rewrite.growth import Surroundings
-from rewrite.operators import norm_of
-from rewrite.reorder import Order, order_of
+from rewrite.affine.context import Surroundings
+from rewrite.affine.plan import Refusal
+from rewrite.graph.capture import capture
+from rewrite.graph.captured import Captured
+from rewrite.graph.operators import norm_of
+from rewrite.grouping.permutation import Order, order_of
 
 
 def norms(captured: Captured) -> list[Node]:

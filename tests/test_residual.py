@@ -6,9 +6,9 @@ from torch import nn
 
 import models
 from passes import Reinitialize
-from rewrite.capture import capture
+from rewrite.graph.capture import capture
+from rewrite.init.residual import residual_branches
 from rewrite.pipeline import convert
-from rewrite.residual import residual_branches
 
 
 def branches(model):

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from rewrite.checkpoint import load, save
+from rewrite.checkpoint.load import load, save
+from rewrite.checkpoint.unpickle import load_pickle
 from rewrite.errors import CheckpointError
-from rewrite.safeload import load_pickle
 
 
 class Call:

@@ -9,8 +9,8 @@ from torch import nn
 
 import models
 from rewrite.errors import OptionError, VerificationError
-from rewrite.jacobian import layer_jacobians
-from rewrite.signals import signal
+from rewrite.signals.jacobian import layer_jacobians
+from rewrite.signals.measure import signal
 
 
 def chain(width: int = 40) -> nn.Sequential:
@@ -176,8 +176,8 @@ def test_what_has_no_signal():
 
 
 def test_from_the_command_line(tmp_path, capsys):
-    from rewrite.checkpoint import save
-    from rewrite.cli import main
+    from rewrite.checkpoint.load import save
+    from rewrite.cli.main import main
 
     path = str(save(chain(), tmp_path / "model.pt"))
     out, picture = tmp_path / "signal.json", tmp_path / "signal.png"

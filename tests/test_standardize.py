@@ -6,15 +6,15 @@ from torch import nn
 
 import models
 from passes import BatchNormToGroupNorm
-from rewrite.anchor import anchored_norms, gain
-from rewrite.calibrate import hooked
-from rewrite.capture import capture
-from rewrite.compare import tensors
-from rewrite.modules import ChannelAffine
-from rewrite.operators import norm_of
+from rewrite.graph.capture import capture
+from rewrite.graph.operators import norm_of
+from rewrite.nn.modules import ChannelAffine
 from rewrite.protocol import apply_pass
-from rewrite.standardize import standardize
-from rewrite.tree import copy_model
+from rewrite.runtime.copying import copy_model
+from rewrite.runtime.hooks import hooked
+from rewrite.runtime.leaves import tensors
+from rewrite.swap.anchor import anchored_norms, gain
+from rewrite.swap.standardize import standardize
 
 ANCHOR = 2.0
 _NAMES = tuple(models.all_models())

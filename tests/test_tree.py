@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import models
-from rewrite.tree import Tree, copy_model, own_memory_
+from rewrite.runtime.copying import copy_model, own_memory_
+from rewrite.runtime.tree import Tree
 
 
 class Holder(nn.Module):

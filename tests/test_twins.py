@@ -22,9 +22,11 @@ from passes import (
     Reinitialize,
     SyncBatchNormToBatchNorm,
 )
-from rewrite.protocol import Contract
-from rewrite.tree import Tree, copy_model
-from rewrite.verify import Level, check_untouched, verify
+from rewrite.equivalence.verification import Level
+from rewrite.equivalence.verify import check_untouched, verify
+from rewrite.outcomes import Contract
+from rewrite.runtime.copying import copy_model
+from rewrite.runtime.tree import Tree
 
 PASSES = {
     "freeze-bn": FreezeBatchNorm(),

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import models
 from passes import FoldNorm
-from rewrite.capture import capture
+from rewrite.graph.capture import capture
 from rewrite.protocol import Applied, apply_pass
-from rewrite.tree import copy_model
+from rewrite.runtime.copying import copy_model
 
 RIGHT, WRONG = 1e-10, 1e-3
 
@@ -428,7 +428,7 @@ def test_a_fold_holds_where_an_input_is_none(kind: type[nn.Module], folds: bool)
 
 def test_the_fold_without_this_knowledge_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative twin: with nothing known of untaken code, each of these is another function."""
-    from rewrite import untaken
+    from rewrite.graph import untraced_branches as untaken
 
     monkeypatch.setattr(untaken.Untaken, "caller", lambda self, place: None)
     monkeypatch.setattr(untaken.Untaken, "reader", lambda self, region, node: None)

@@ -17,9 +17,9 @@ import passes
 import rewrite
 from models.randomize import randomize_norms_
 from passes import BatchNormToGroupNorm, FoldNorm, FreezeBatchNorm, Reinitialize, WeightNorm
-from rewrite.convertible import why_not_run
-from rewrite.float64 import in_float64
-from rewrite.verify import check_untouched
+from rewrite.equivalence.verify import check_untouched
+from rewrite.preconditions import why_not_run
+from rewrite.runtime.float64 import in_float64
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 

@@ -10,10 +10,11 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import models
 import rewrite
+from rewrite.equivalence.verification import Level
+from rewrite.equivalence.verify import check_untouched, verify
 from rewrite.errors import VerificationError
-from rewrite.protocol import Contract
-from rewrite.tree import copy_model
-from rewrite.verify import Level, check_untouched, verify
+from rewrite.outcomes import Contract
+from rewrite.runtime.copying import copy_model
 
 
 class Net(nn.Module):

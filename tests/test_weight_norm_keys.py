@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from rewrite.checkpoint import load
-from rewrite.parametrizations import add_weight_norm, weight_layouts
-from rewrite.weight_norm_keys import bake, fit_weight_norm_keys
+from rewrite.checkpoint.load import load
+from rewrite.weights.weight_norm import add_weight_norm, weight_layouts
+from rewrite.weights.weight_norm_keys import bake, fit_weight_norm_keys
 
 
 def model() -> nn.Sequential:

@@ -34,7 +34,7 @@ def test_a_file_written_before_is_written_anew(name: str, tmp_path: Path) -> Non
 
 
 def test_a_key_map_written_before_folds_another_checkpoint() -> None:
-    from rewrite.keymap import apply_report
+    from rewrite.fold.replay import apply_report
 
     report = json.loads((FOLDER / "key_map.json").read_text())
     before = torch.load(FOLDER / "key_map_before.pt", weights_only=True)

@@ -16,10 +16,12 @@ from benchmarks.sweep import peers
 from benchmarks.sweep.counts import Counts, holds_statistics, identity, run
 from benchmarks.sweep.outputs import all_finite, relative_difference, same_shapes
 from passes import BatchNormToGroupNorm, FoldNorm
-from rewrite.capture import Captured, capture
-from rewrite.operators import norm_of
-from rewrite.protocol import Skip, apply_pass
-from rewrite.tree import copy_model
+from rewrite.graph.capture import capture
+from rewrite.graph.captured import Captured
+from rewrite.graph.operators import norm_of
+from rewrite.outcomes import Skip
+from rewrite.protocol import apply_pass
+from rewrite.runtime.copying import copy_model
 
 STRUCTURAL_ABOVE = 1_000_000_000
 """Models of more parameters are rewritten, but not run."""

@@ -9,7 +9,7 @@ import models
 import rewrite
 from passes import BatchNormToLayerNorm
 from rewrite.errors import OptionError
-from rewrite.modules import ChannelLayerNorm
+from rewrite.nn.modules import ChannelLayerNorm
 
 
 def model_of(*layers: nn.Module) -> nn.Sequential:

@@ -8,7 +8,7 @@ import models
 import rewrite
 from passes import BatchNormToSyncBatchNorm, SyncBatchNormToBatchNorm
 from rewrite.protocol import apply_pass
-from rewrite.tree import copy_model
+from rewrite.runtime.copying import copy_model
 
 
 @pytest.mark.parametrize("name", ["functional_norm", "norm_with_activation", "shared_norm"])

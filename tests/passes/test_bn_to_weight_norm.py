@@ -7,11 +7,11 @@ from torch import nn
 import models
 from passes import BatchNormToWeightNorm, FoldNorm
 from rewrite.errors import OptionError
-from rewrite.mean_only import MeanOnlyBatchNorm
-from rewrite.parametrizations import has_weight_norm
+from rewrite.nn.mean_only import MeanOnlyBatchNorm
+from rewrite.outcomes import Skip
 from rewrite.pipeline import convert
-from rewrite.protocol import Skip
-from rewrite.tree import copy_model
+from rewrite.runtime.copying import copy_model
+from rewrite.weights.weight_norm import has_weight_norm
 
 
 def run(model, inputs):

@@ -15,8 +15,9 @@ import models
 import rewrite
 from passes import FoldNorm
 from rewrite.errors import OptionError, PassError
-from rewrite.protocol import Applied, Selection, apply_pass
-from rewrite.tree import copy_model
+from rewrite.outcomes import Selection
+from rewrite.protocol import Applied, apply_pass
+from rewrite.runtime.copying import copy_model
 
 RIGHT, WRONG = 1e-10, 1e-3
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.corpus import make
 from passes import FoldNorm
 from rewrite.protocol import apply_pass
-from rewrite.tree import copy_model
+from rewrite.runtime.copying import copy_model
 
 RIGHT, WRONG = 1e-12, 1e-3
 

@@ -15,8 +15,8 @@ import models
 import rewrite
 from passes import FoldNorm
 from rewrite.errors import CheckpointError, OptionError
-from rewrite.keymap import apply_report
-from rewrite.tree import copy_model
+from rewrite.fold.replay import apply_report
+from rewrite.runtime.copying import copy_model
 
 RIGHT, WRONG = 1e-10, 1e-3
 

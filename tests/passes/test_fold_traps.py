@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 import models
 from passes import FoldNorm
 from rewrite.protocol import Applied, apply_pass
-from rewrite.tree import copy_model
+from rewrite.runtime.copying import copy_model
 
 RIGHT, WRONG = 1e-10, 1e-3
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import models
 from passes import FoldNorm
 from rewrite.protocol import Applied, apply_pass
-from rewrite.tree import copy_model
+from rewrite.runtime.copying import copy_model
 
 RIGHT = 1e-10
 

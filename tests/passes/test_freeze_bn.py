@@ -7,9 +7,9 @@ from torch import nn
 import models
 import rewrite
 from passes import FreezeBatchNorm
-from rewrite.modules import ChannelAffine
+from rewrite.nn.modules import ChannelAffine
 from rewrite.protocol import apply_pass
-from rewrite.tree import copy_model
+from rewrite.runtime.copying import copy_model
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import models
 from passes import FoldNorm, MergeBranches
 from rewrite.protocol import Applied, apply_pass
-from rewrite.tree import copy_model
+from rewrite.runtime.copying import copy_model
 
 RIGHT, WRONG = 1e-10, 1e-3
 

@@ -11,9 +11,9 @@ from torch import nn
 import models
 from passes import Reinitialize, WeightNorm
 from rewrite.errors import OptionError
-from rewrite.initialization import gain
+from rewrite.init.gains import gain
+from rewrite.outcomes import Contract
 from rewrite.pipeline import convert
-from rewrite.protocol import Contract
 from rewrite.registry import parse, spec
 
 ALL = sorted(models.all_models())

@@ -9,14 +9,14 @@ from torch import nn
 
 import models
 from passes import Reinitialize, RemoveWeightNorm, WeightNorm
-from rewrite.checkpoint import load, save
+from rewrite.checkpoint.load import load, save
 from rewrite.errors import OptionError
-from rewrite.mean_only import MeanOnlyBatchNorm
-from rewrite.parametrizations import has_weight_norm, weight_normed
+from rewrite.nn.mean_only import MeanOnlyBatchNorm
+from rewrite.outcomes import Contract
 from rewrite.pipeline import convert
-from rewrite.protocol import Contract
 from rewrite.registry import parse, spec
-from rewrite.tree import copy_model
+from rewrite.runtime.copying import copy_model
+from rewrite.weights.weight_norm import has_weight_norm, weight_normed
 
 # The weight of functional_conv is applied by code; the other two come with a weight norm.
 ALL = sorted(set(models.all_models()) - {"functional_conv", "parametrized_conv", "old_weight_norm"})

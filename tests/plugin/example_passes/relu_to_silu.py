@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from rewrite import Captured, Change, Contract, Pass, Site, Skip
-from rewrite.operators import activation_of
+from rewrite.graph.operators import activation_of
 
 
 @dataclass(frozen=True)

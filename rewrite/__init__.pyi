@@ -1,0 +1,33 @@
+from . import graph as graph
+from .calibration.data import open_calibration as open_calibration
+from .checkpoint.load import load as load
+from .checkpoint.load import save as save
+from .equivalence.verification import Level as Level
+from .equivalence.verification import Verification as Verification
+from .equivalence.verify import verify as verify
+from .errors import CaptureError as CaptureError
+from .errors import CheckpointError as CheckpointError
+from .errors import ExportError as ExportError
+from .errors import OptionError as OptionError
+from .errors import PassError as PassError
+from .errors import RewriteError as RewriteError
+from .errors import VerificationError as VerificationError
+from .graph.capture import capture as capture
+from .graph.captured import Captured as Captured
+from .inspection import inspect_model as inspect_model
+from .onnx.export import export as export
+from .onnx.report import OnnxVerification as OnnxVerification
+from .onnx.verify import verify_onnx as verify_onnx
+from .outcomes import Change as Change
+from .outcomes import Contract as Contract
+from .outcomes import Site as Site
+from .outcomes import Skip as Skip
+from .pipeline import Result as Result
+from .pipeline import convert as convert
+from .protocol import Pass as Pass
+from .report import Report as Report
+from .signals.measure import signal as signal
+from .signals.report import Signal as Signal
+from .swap.anchor import Recentering as Recentering
+
+__version__: str

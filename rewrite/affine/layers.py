@@ -1,0 +1,145 @@
+"""Layers that take up an affine map, and the ledger of the maps that they have taken up.
+
+    kernel   y = W*x + b        behind it: any map; in front of it: any, unless padding adds zeros
+    norm     y = s.x + t        a batch norm in eval mode: any map on either side
+    gain     y = g.n(x) + h     layer, group, RMS or instance norm: any map behind it
+
+Maps are collected as two short vectors a layer and side. A weight is computed once, from all of
+them, when the ledger is written: it is rounded once, whatever was folded into it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.fx import Node
+
+from rewrite.affine.algebra import Layout
+from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.operators import Conv, Norm, conv_of, linear_of, norm_of
+
+Side = Literal["in front", "behind"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that can take up an affine map, by the references of its tensors.
+
+    Attributes:
+        name: the qualified name to report.
+        kind: "kernel", "norm" or "gain", as in the module's docstring.
+        node: one of its calls.
+        module: the qualified name of its module; None for a functional call.
+        axis: of the channels that it writes, counted from the end where the rank is known.
+        keeps_shift: a constant per input channel becomes a constant per output channel.
+        why_not: why it does not, if so.
+        absorbs: whether its own tensors can take up a map at all.
+        call: the one call that is meant, if each call may become a layer of its own.
+    """
+
+    name: str
+    kind: Literal["kernel", "norm", "gain"]
+    node: Node
+    module: str | None
+    axis: int
+    channels_in: int
+    channels_out: int
+    layout: Layout
+    weight: TensorRef | None
+    bias: TensorRef | None
+    mean: TensorRef | None = None
+    var: TensorRef | None = None
+    eps: float = 0.0
+    keeps_shift: bool = True
+    why_not: str = ""
+    absorbs: bool = True
+    call: Node | None = None
+
+    @property
+    def key(self) -> str:
+        """What identifies the layer: equal for all calls of one layer."""
+        ref = self.weight or self.mean or self.bias
+        if self.call is not None:
+            return f"{self.module} at {self.call.name}"
+        return self.module or (ref.name if ref is not None else self.node.name)
+
+
+def layer_of(captured: Captured, node: Node, rank: int | None) -> Layer | None:
+    """Return the layer that `node` calls, or None; `rank` is that of its input, if known."""
+    if (conv := conv_of(captured, node)) is not None:
+        return _conv_layer(captured, conv)
+    if (linear := linear_of(captured, node)) is not None:
+        out, into = captured.tensor(linear.weight).shape
+        return Layer(
+            linear.target, "kernel", node, linear.module, -1, into, out, Layout(),
+            linear.weight, linear.bias,
+        )  # fmt: skip
+    norm = norm_of(captured, node)
+    return None if norm is None else norm_layer(captured, norm, rank)
+
+
+def _conv_layer(captured: Captured, conv: Conv) -> Layer:
+    layout = Layout(conv.groups, conv.transposed)
+    weight = captured.tensor(conv.weight)
+    why_not = _loses_shift(conv, tuple(weight.shape[2:]))
+    return Layer(
+        conv.target, "kernel", conv.node, conv.module, -(conv.dims + 1),
+        layout.in_channels(weight), layout.out_channels(weight), layout, conv.weight, conv.bias,
+        keeps_shift=not why_not, why_not=why_not,
+    )  # fmt: skip
+
+
+def _loses_shift(conv: Conv, taps: tuple[int, ...]) -> str:
+    """Return why a constant in front of a convolution is not a constant behind it, or ""."""
+    if conv.transposed:
+        single = all(tap == 1 for tap in taps) and all(step == 1 for step in conv.stride)
+        return (
+            ""
+            if single
+            else (
+                f"each output of the transposed convolution {conv.target} reads its own taps, so a "
+                "shift in front of it is no constant behind it"
+            )
+        )
+    if conv.padding_mode != "zeros" or conv.padding == "valid":
+        return ""
+    pads = any(tap > 1 for tap in taps) if conv.padding == "same" else any(conv.padding)
+    return (
+        f"{conv.target} pads its input with zeros (padding={_short(conv.padding)}), and a shift of "
+        "the channels would have to shift those too"
+        if pads
+        else ""
+    )
+
+
+def _short(padding: tuple[int, ...] | str) -> str:
+    if isinstance(padding, tuple) and len(set(padding)) == 1:
+        return str(padding[0])
+    return str(padding)
+
+
+def norm_layer(captured: Captured, norm: Norm, rank: int | None) -> Layer | None:
+    """Return a norm as a layer that takes up maps, or None if it cannot take up any."""
+    axis = norm.channel_axis
+    if axis >= 0 and rank is not None:
+        axis -= rank
+    channels = norm.num_features
+    if channels is None:
+        return None
+    has_statistics = norm.running_mean is not None and norm.running_var is not None
+    if norm.kind in ("batch", "instance") and has_statistics and not norm.training:
+        whole = norm.module is not None or (norm.weight is not None and norm.bias is not None)
+        return Layer(
+            norm.target, "norm", norm.node, norm.module, axis, channels, channels, Layout(),
+            norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, absorbs=whole,
+        )  # fmt: skip
+    if norm.kind == "batch":
+        return None
+    if norm.weight is None or len(norm.normalized_shape) > 1:
+        return None
+    return Layer(
+        norm.target, "gain", norm.node, norm.module, axis, channels, channels, Layout(),
+        norm.weight, norm.bias, keeps_shift=False,
+        why_not=f"{norm.target} normalizes by statistics of its input",
+    )  # fmt: skip

@@ -1,0 +1,103 @@
+"""The ledger: which affine maps a tensor has absorbed so far, on either side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rewrite.affine.algebra import Affine, absorb
+from rewrite.affine.layers import Layer
+from rewrite.graph.captured import TensorRef
+
+if TYPE_CHECKING:
+    from rewrite.affine.layers import Side
+
+
+Read = Callable[[TensorRef], Tensor]
+
+
+Write = Callable[[Layer, str, Tensor], object]
+
+
+class Ledger:
+    """What each layer has taken up so far, in float64.
+
+    Args:
+        read: returns the tensor of a reference.
+    """
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        self._layers: dict[str, Layer] = {}
+        self._front: dict[str, Affine] = {}
+        self._behind: dict[str, Affine] = {}
+
+    def take(self, layer: Layer, side: Side, affine: Affine) -> None:
+        """Note that `layer` takes up `affine` on one side, next to the value it reads or writes."""
+        self._layers[layer.key] = layer
+        if side == "behind":
+            before = self._behind.get(layer.key)
+            self._behind[layer.key] = affine if before is None else affine.after(before)
+        else:
+            before = self._front.get(layer.key)
+            self._front[layer.key] = affine if before is None else before.after(affine)
+
+    def affine(self, layer: Layer) -> Affine:
+        """Return the map that a batch norm is by now, or the gain and bias of another norm."""
+        base = self._base(layer)
+        if (front := self._front.get(layer.key)) is not None:
+            base = base.after(front.to(base.scale.device))
+        if (behind := self._behind.get(layer.key)) is not None:
+            base = behind.to(base.scale.device).after(base)
+        return base
+
+    def forget(self, layer: Layer) -> None:
+        """Drop a norm that is itself folded: what it took up has moved on with it."""
+        for held in (self._layers, self._front, self._behind):
+            held.pop(layer.key, None)
+
+    def layers(self) -> tuple[Layer, ...]:
+        """Return the layers that took up anything, in the order in which they did."""
+        return tuple(self._layers.values())
+
+    def _base(self, layer: Layer) -> Affine:
+        weight = None if layer.weight is None else self._read(layer.weight)
+        bias = None if layer.bias is None else self._read(layer.bias)
+        if layer.mean is not None and layer.var is not None:
+            mean, var = self._read(layer.mean), self._read(layer.var)
+            return Affine.batch_norm(mean, var, weight, bias, layer.eps)
+        assert weight is not None
+        gain = weight.detach().double()
+        return Affine(gain, torch.zeros_like(gain) if bias is None else bias.detach().double())
+
+    def write(self, write: Write) -> None:
+        """Compute the new tensors of every layer, one layer at a time, and hand them to `write`."""
+        for layer in self._layers.values():
+            for attr, tensor in self._new_tensors(layer).items():
+                write(layer, attr, tensor)
+
+    def _new_tensors(self, layer: Layer) -> dict[str, Tensor]:
+        if layer.kind == "kernel":
+            assert layer.weight is not None
+            bias = None if layer.bias is None else self._read(layer.bias)
+            weight, new_bias = absorb(
+                self._read(layer.weight), bias, layer.layout,
+                self._behind.get(layer.key), self._front.get(layer.key),
+            )  # fmt: skip
+            return {"weight": weight} | ({} if new_bias is None else {"bias": new_bias})
+        affine = self.affine(layer)
+        scale, shift = affine.scale, affine.shift
+        if layer.mean is not None and layer.var is not None:
+            mean = self._read(layer.mean).detach().double()
+            shift = shift + scale * mean
+            scale = scale * (self._read(layer.var).detach().double() + layer.eps).sqrt()
+        like = layer.weight or layer.mean
+        assert like is not None
+        dtype = self._read(like).dtype
+        new = {"weight": scale.to(dtype)}
+        if layer.bias is not None or bool(shift.any()):
+            new["bias"] = shift.to(dtype)
+        return new

@@ -1,0 +1,12 @@
+"""Files in, files out, no foreign code.
+
+Files name the stand-ins of modules that cannot be pickled as `rewrite.checkpoint.NAME`, wherever in
+this package they are defined.
+"""
+
+from rewrite.checkpoint.graph_format import SavedGraph, SavedParametrized
+
+__all__ = ["SavedGraph", "SavedParametrized"]
+
+for _kind in (SavedGraph, SavedParametrized):
+    _kind.__module__ = __name__

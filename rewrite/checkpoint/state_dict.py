@@ -1,0 +1,195 @@
+"""A state dict out of a file, and into a model: nesting, prefixes, ties, weight norm."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewrite.checkpoint.unpickle import load_pickle
+from rewrite.errors import CheckpointError, system_reason
+from rewrite.weights.weight_norm_keys import fit_weight_norm_keys
+
+_NESTED = (
+    *("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params"),
+    *("model_ema", "ema", "state_dict_ema", "ema_state_dict", "params_ema"),
+)
+"""Where training checkpoints keep their state dict; the first that is there is taken."""
+
+
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the tensors of a file by key: a state dict, or that of a whole model, on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, or holds no tensors by name.
+    """
+    place = Path(path)
+    check_file(place)
+    if place.suffix == ".safetensors":
+        return read_safetensors(place, "cpu")
+    content = load_pickle(place, map_location="cpu")
+    state = state_in(content)
+    if isinstance(state, nn.Module):
+        return dict(state.state_dict())
+    if state is None:
+        raise CheckpointError(f"{path}: holds no state dict, but {describe_state(content)}")
+    return dict(state)
+
+
+def check_file(path: Path) -> None:
+    """Raise CheckpointError for what is no checkpoint, and say what it looks like instead."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file")
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; give a file in it")
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {system_reason(error)}") from error
+    if not head:
+        raise CheckpointError(f"{path}: is empty")
+    if path.suffix == ".onnx":
+        raise CheckpointError(f"{path}: is an ONNX graph; give the PyTorch model it was made from")
+    if head.startswith(b"PK"):
+        _check_archive(path)
+    elif path.suffix != ".safetensors" and _is_text(head):
+        raise CheckpointError(f"{path}: is a text file, not a checkpoint")
+
+
+def _check_archive(path: Path) -> None:
+    """Raise CheckpointError for a damaged archive and for TorchScript."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    # A damaged directory may hold a name that does not decode, or a version that no zip has.
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{path}: is truncated or damaged ({error})") from error
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise CheckpointError(
+            f"{path}: is TorchScript, whose modules cannot be edited; give the pickled module "
+            "(torch.save(model)), or its state dict with a factory"
+        )
+
+
+def _is_text(head: bytes) -> bool:
+    """Say whether the first bytes of a file read as text."""
+    try:
+        # A character may be cut off at the end.
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return all(character.isprintable() or character.isspace() for character in text)
+
+
+def read_safetensors(path: Path, map_location: str | torch.device) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; the format holds nothing else."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device=str(map_location))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: is no readable safetensors file ({error})") from error
+
+
+def state_in(content: Any) -> Mapping[str, Tensor] | nn.Module | None:
+    """Return the state dict (or module) that a checkpoint is or nests, without wrapper prefixes."""
+    if isinstance(content, nn.Module):
+        return content
+    if not isinstance(content, Mapping):
+        return None
+    if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+        return _unwrapped(content)
+    for key in _NESTED:
+        found = state_in(content.get(key))
+        if found is not None:
+            return found
+    return None
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Take off the prefixes that DataParallel and torch.compile put before every key."""
+    for prefix in _WRAPPERS:
+        if all(key.startswith(prefix) for key in state):
+            bare = OrderedDict((key.removeprefix(prefix), value) for key, value in state.items())
+            versions = getattr(state, "_metadata", {})
+            vars(bare)["_metadata"] = {
+                "" if key == prefix[:-1] else key.removeprefix(prefix): version
+                for key, version in versions.items()
+                if key.startswith(prefix[:-1])
+            }
+            return _unwrapped(bare)
+    return state
+
+
+def fill(path: Path, factory: str, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give `model` the tensors of `state` as they are; raise CheckpointError if keys do not match.
+
+    The tensors are assigned, not copied: they keep the dtype of the file, and a mapped file is
+    not read. Assigning separates tied parameters, which are tied again afterwards.
+    """
+    own = model.state_dict()
+    metadata = getattr(state, "_metadata", {})
+    state = fit_weight_norm_keys(state, own.keys())
+    shaped = {
+        key: f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and isinstance(own[key], Tensor) and own[key].shape != state[key].shape
+    }
+    ties = _ties(model)
+    fitting = OrderedDict((key, value) for key, value in state.items() if key not in shaped)
+    vars(fitting)["_metadata"] = metadata
+    try:
+        # Hooks of the model may rename keys of older versions, so it judges what is missing.
+        keys = model.load_state_dict(fitting, strict=False, assign=True)
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: does not fit {factory}: {said}") from error
+    given = {key for names in ties for key in names if any(name in fitting for name in names)}
+    missing = [key for key in keys.missing_keys if key not in shaped and key not in given]
+    groups = (
+        ("missing", missing),
+        ("unexpected", keys.unexpected_keys),
+        ("of another shape", list(shaped.values())),
+    )
+    parts = [f"{len(found)} {what} ({_first(found)})" for what, found in groups if found]
+    if parts:
+        raise CheckpointError(f"{path}: does not fit {factory}: {'; '.join(parts)}")
+    for names in ties:
+        source = next((name for name in names if name in fitting), names[0])
+        parameter = model.get_parameter(source)
+        for name in names:
+            owner, _, last = name.rpartition(".")
+            model.get_submodule(owner)._parameters[last] = parameter
+
+
+def _ties(model: nn.Module) -> list[list[str]]:
+    """Return the keys of each parameter that has more than one."""
+    keys: dict[int, list[str]] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        keys.setdefault(id(parameter), []).append(key)
+    return [found for found in keys.values() if len(found) > 1]
+
+
+def _first(keys: Sequence[str], limit: int = 3) -> str:
+    """Return the first few keys in one line."""
+    return ", ".join(keys[:limit]) + (", …" if len(keys) > limit else "")
+
+
+def describe_state(content: Any) -> str:
+    """Say in a few words what an object is."""
+    if isinstance(content, Mapping):
+        keys = [str(key) for key in content]
+        return f"a {type(content).__name__} with the keys {_first(keys, 6) or '(none)'}"
+    return f"a {type(content).__name__}"

@@ -1,0 +1,47 @@
+"""The command `rewrite apply-map`: fold another checkpoint of a model that was folded before."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rewrite.errors import OptionError
+
+
+def add_parsers(subparsers: Any) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "apply-map",
+        help="fold another checkpoint of the same architecture by the report of the first",
+        description="Fold a state dict by the report of an earlier fold of the same architecture, "
+        "without the model's code: nothing is traced or run.",
+    )
+    parser.add_argument("report", metavar="REPORT.json", help="what `convert --report` wrote")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a state dict of the old model")
+    parser.add_argument("output", metavar="OUT", help=".safetensors, or else torch's format")
+    parser.set_defaults(run=run_apply_map)
+
+
+def run_apply_map(options: argparse.Namespace) -> int:
+    """Read the report and the checkpoint, write the folded one, and return the exit code."""
+    from rewrite.checkpoint.state_dict import read_state
+    from rewrite.files import atomic_path
+    from rewrite.fold.replay import apply_report
+
+    try:
+        report = json.loads(Path(options.report).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{options.report}: no report can be read: {error}") from error
+    state = apply_report(report, read_state(options.checkpoint))
+    with atomic_path(options.output) as temporary:
+        if options.output.endswith(".safetensors"):
+            from safetensors.torch import save_file
+
+            save_file({key: value.contiguous() for key, value in state.items()}, temporary)
+        else:
+            import torch
+
+            torch.save(state, temporary)
+    return 0

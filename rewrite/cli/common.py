@@ -1,0 +1,115 @@
+"""What the commands share: exit codes, MODEL arguments, example inputs, reports, the console."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rewrite.errors import OptionError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+
+OK, FAILED, USAGE, NOTHING = 0, 1, 2, 3
+
+
+MODEL_HELP = (
+    "a checkpoint (.pt, .pth, .pt2, .safetensors), torchvision:NAME, timm:NAME, "
+    "or package.module:factory"
+)
+
+
+class Reported(Protocol):
+    """What a command found: printed as tables, written as JSON."""
+
+    def to_json(self) -> str:
+        """Return it as JSON."""
+        ...
+
+    def tables(self) -> Iterable[Any]:
+        """Return what rich prints of it."""
+        ...
+
+
+def complain(message: object, code: int) -> int:
+    """Say what went wrong on standard error, and return `code`."""
+    print(f"rewrite: {message}", file=sys.stderr)
+    return code
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes that opens a MODEL."""
+    parser.add_argument(
+        "--factory",
+        metavar="PKG.MOD:CALLABLE",
+        help="builds the model of a state dict; json keyword arguments in parentheses",
+    )
+    parser.add_argument(
+        "--trust",
+        metavar="PACKAGE",
+        action="append",
+        default=[],
+        help="allow the classes of a package in a pickled checkpoint (repeatable)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    parser.add_argument(
+        "--input",
+        metavar="SHAPE|FILE",
+        help="1x3x224x224[,...] or a .npz/.npy/.pt file: what the model is run on",
+    )
+    parser.add_argument("--report", metavar="OUT.json", help="write the report as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def load_model(options: argparse.Namespace, reference: str) -> nn.Module:
+    """Open a MODEL reference with the command's --factory and --trust."""
+    from rewrite.checkpoint.load import load
+
+    return load(reference, factory=options.factory, trust=options.trust)
+
+
+def example_inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, ...] | None:
+    """Return what --input describes, or None."""
+    if options.input is None:
+        return None
+    from rewrite.runtime.input_files import load_inputs, parse_shapes
+
+    if Path(options.input).suffix in (".npz", ".npy", ".pt", ".pth"):
+        return load_inputs(options.input)
+    return parse_shapes(options.input, model, options.seed)
+
+
+def write_report(options: argparse.Namespace, found: Reported) -> None:
+    """Print the tables of what was found and write its JSON, as the options say."""
+    if options.report:
+        from rewrite.files import write_bytes
+
+        write_bytes(options.report, found.to_json().encode())
+    if not options.quiet:
+        screen = console()
+        for item in found.tables():
+            screen.print(item)
+
+
+def console() -> Console:
+    """Return the console that everything is printed on; wide where it is no terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+
+
+def check_report(options: argparse.Namespace, *others: str | None) -> None:
+    """Raise when the report cannot be written, or would take the place of another file."""
+    if not options.report:
+        return
+    from rewrite.files import check_writable
+
+    report = check_writable(options.report).resolve()
+    for other in (*others, options.input):
+        if other is not None and Path(other).resolve() == report:
+            raise OptionError(f"--report {options.report}: is {other}; give the report a place")

@@ -1,0 +1,201 @@
+"""The command `rewrite convert`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rewrite import registry
+from rewrite.cli.common import (
+    FAILED,
+    MODEL_HELP,
+    NOTHING,
+    OK,
+    add_model_arguments,
+    complain,
+    console,
+    example_inputs,
+    load_model,
+    write_report,
+)
+from rewrite.cli.pass_flags import PassFlags, add_pass_flags
+from rewrite.errors import OptionError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from rewrite.onnx.report import OnnxVerification
+    from rewrite.pipeline import Result
+    from rewrite.protocol import Pass
+
+
+def add_parsers(commands: Any, argv: Sequence[str]) -> None:
+    """Add the command, with the flags of the passes that `argv` names."""
+    parser = commands.add_parser(
+        "convert",
+        help="apply passes to a model and save the result",
+        description="Apply passes in the order of their flags, verify each, save the result.",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("-o", "--output", metavar="OUT.pt", help="default: MODEL.rewritten.pt")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing output")
+    parser.add_argument(
+        "--only",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="rewrite only sites whose qualified name matches (repeatable)",
+    )
+    parser.add_argument(
+        "--skip",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="leave sites alone whose qualified name matches (repeatable)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show what would change")
+    parser.add_argument("--allow-noop", action="store_true", help="exit 0 if nothing is to rewrite")
+    parser.add_argument("--no-verify", action="store_true", help="do not run the models")
+    parser.add_argument("--calibration", metavar="DATA",
+                        help="unlabelled data for passes that fit: a folder of images, a file, or "
+                        "package.module:factory")  # fmt: skip
+    parser.add_argument(
+        "--size", type=int, help="side of calibration images (default: the model's)"
+    )
+    parser.add_argument("--mean", metavar="R,G,B", help="subtracted from calibration images")
+    parser.add_argument("--std", metavar="R,G,B", help="calibration images are divided by it")
+    parser.add_argument("--onnx", metavar="OUT.onnx", help="export and verify the result as well")
+    add_model_arguments(parser)
+    if argv[:1] == ["convert"]:
+        add_pass_flags(parser, argv[1:])
+    parser.set_defaults(run=_run_convert)
+
+
+# -- commands ---------------------------------------------------------------------------------
+
+
+def _run_convert(options: argparse.Namespace) -> int:
+    flags: PassFlags = options.passes or PassFlags()
+    chosen = flags.build(options.seed)
+    if not chosen:
+        names = ", ".join(f"--{name}" for name in registry.entries())
+        raise OptionError(f"no pass given; choose from {names}")
+    from rewrite.distributed import process_group
+
+    with process_group() as rank:
+        options.quiet = options.quiet or rank > 0
+        return _convert(options, chosen, first=rank == 0)
+
+
+def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool) -> int:
+    """Convert, and, in the first of several processes, write."""
+    output = _output(options)
+    from rewrite.files import check_writable
+
+    writes = first and not options.dry_run
+    if not first:
+        options.report = None
+    for path in (output, options.report, options.onnx) if writes else (options.report,):
+        if path is not None:
+            check_writable(path, overwrite=options.force or path == options.report)
+
+    from rewrite.pipeline import convert
+    from rewrite.progress import Steps
+
+    with Steps(enabled=not options.quiet) as progress:
+        progress("loading")
+        model = load_model(options, options.model)
+        inputs = example_inputs(options, model)
+        result = convert(
+            model, chosen, example_inputs=inputs,
+            calibration=_calibration(options, model), only=options.only, skip=options.skip,
+            verify=not (options.no_verify or options.dry_run), seed=options.seed, progress=progress,
+            consume=True,
+        )  # fmt: skip
+        code = _judge(result.report, len(chosen), options)
+        del model
+        exported = None
+        if code == OK and writes and result.report.changes:
+            from rewrite.checkpoint.load import save
+
+            if options.onnx:
+                progress("exporting")
+                exported = _export(options, result, inputs)
+            progress("saving")
+            save(result.model, output, overwrite=options.force)
+    write_report(options, result.report)
+    if code == OK and not options.quiet:
+        print("nothing written (--dry-run)" if options.dry_run else f"wrote {output}")
+    if exported is not None:
+        if not options.quiet:
+            for item in exported.tables():
+                console().print(item)
+        if not exported.ok:
+            return complain(f"{options.onnx}: does not agree with the model", FAILED)
+    return code
+
+
+def _output(options: argparse.Namespace) -> Path:
+    if options.output:
+        return Path(options.output)
+    reference = Path(options.model)
+    if reference.exists():
+        return reference.with_name(f"{reference.stem}.rewritten.pt")
+    return Path(options.model.rpartition(":")[2].split("(")[0] + ".rewritten.pt")
+
+
+def _judge(report: Any, passes: int, options: argparse.Namespace) -> int:
+    """Return the exit code of a conversion, and say on standard error what is wrong with it."""
+    if not report.ok:
+        return complain("the result breaks its contract; nothing was written", FAILED)
+    if not report.changes:
+        if options.allow_noop:
+            return OK
+        return complain("nothing to rewrite; nothing was written", NOTHING)
+    idle = [item.spec for item in report.passes if not item.changes]
+    if idle and passes > 1 and not options.allow_noop:
+        raise OptionError(
+            f"{', '.join(idle)} found nothing to rewrite beside the other passes; nothing was "
+            "written (--allow-noop accepts that)"
+        )
+    return OK
+
+
+def _calibration(options: argparse.Namespace, model: nn.Module) -> Any:
+    if options.calibration is None:
+        return None
+    from rewrite.calibration.data import open_calibration
+
+    return open_calibration(
+        options.calibration, model, size=options.size,
+        mean=_numbers("--mean", options.mean), std=_numbers("--std", options.std),
+    )  # fmt: skip
+
+
+def _numbers(flag: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(f"{flag} {text}: write numbers, as 0.485,0.456,0.406") from None
+
+
+def _export(
+    options: argparse.Namespace, result: Result[nn.Module], inputs: tuple[Any, ...] | None
+) -> OnnxVerification:
+    from rewrite.onnx.export import export
+    from rewrite.runtime.copying import copy_model
+
+    passes = result.report.passes
+    metadata = {
+        "source": str(options.model),
+        "passes": " ".join(item.spec for item in passes),
+        "contract": " ".join(item.contract for item in passes),
+    }
+    return export(
+        copy_model(result.model).eval(), options.onnx, example_inputs=inputs, metadata=metadata,
+        overwrite=options.force, seed=options.seed,
+    )  # fmt: skip

@@ -1,0 +1,46 @@
+"""The command `rewrite inspect`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rewrite.cli.common import (
+    MODEL_HELP,
+    OK,
+    add_model_arguments,
+    example_inputs,
+    load_model,
+    write_report,
+)
+
+
+def add_parsers(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "inspect", help="show what is inside a model, and what passes would find"
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--signal", action="store_true",
+                        help="measure how activations and gradients propagate")  # fmt: skip
+    parser.add_argument("--plot", metavar="OUT.png|OUT.svg", help="with --signal: draw it")
+    parser.add_argument("--before", metavar="MODEL",
+                        help="with --plot: draw this model in the same picture")  # fmt: skip
+    add_model_arguments(parser)
+    parser.set_defaults(run=_run_inspect)
+
+
+def _run_inspect(options: argparse.Namespace) -> int:
+    from rewrite.files import check_writable
+    from rewrite.inspection import inspect_model
+
+    if options.report:
+        check_writable(options.report)
+    model = load_model(options, options.model)
+    inputs = example_inputs(options, model)
+    if options.signal:
+        from rewrite.cli.signals import run_signal
+
+        return run_signal(options, model, inputs)
+    write_report(options, inspect_model(model, inputs))
+    return OK

@@ -1,0 +1,56 @@
+"""The command line: arguments in, text and exit codes out. torch is imported only to do work.
+
+Exit codes: 0 done and verified; 1 a contract or a verification failed; 2 wrong usage or unreadable
+input; 3 nothing to rewrite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rewrite.cli import apply_map, convert, export, inspect, passes, verify
+from rewrite.cli.common import FAILED, USAGE, complain
+from rewrite.errors import PassError, RewriteError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with _rare_collection():
+            options = _parser(argv).parse_args(argv)
+            code: int = options.run(options)
+    except PassError as error:
+        return complain(error, FAILED)
+    except RewriteError as error:
+        return complain(error, USAGE)
+    except KeyboardInterrupt:
+        return complain("interrupted; nothing was written", USAGE)
+    return code
+
+
+@contextmanager
+def _rare_collection() -> Iterator[None]:
+    """Look for garbage seldom: imports make a million objects that stay, a tenth of a command."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rewrite",
+        description="Rewrite trained PyTorch models, prove the result, and export it.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    convert.add_parsers(commands, argv)
+    for command in (inspect, passes, verify, export, apply_map):
+        command.add_parsers(commands)
+    return parser

@@ -1,0 +1,38 @@
+"""`rewrite inspect --signal`: how activations and gradients propagate through a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rewrite.cli.common import OK, load_model, write_report
+from rewrite.errors import OptionError
+from rewrite.signals.measure import signal
+from rewrite.signals.plot import check_plot
+
+if TYPE_CHECKING:
+    import argparse
+
+    from torch import nn
+
+
+def run_signal(
+    options: argparse.Namespace, model: nn.Module, inputs: tuple[Any, ...] | None
+) -> int:
+    """Measure, print the table, write the JSON and the picture that the options name.
+
+    Raises:
+        OptionError: no input is known.
+    """
+    if inputs is None:
+        raise OptionError("--signal runs the model; pass --input, such as 8x3x224x224")
+    if options.plot is not None:
+        check_plot(Path(options.plot))
+    measured = signal(model, inputs, seed=options.seed)
+    if options.plot is not None:
+        before = None
+        if options.before is not None:
+            before = signal(load_model(options, options.before), inputs, seed=options.seed)
+        measured.plot(options.plot, before=before)
+    write_report(options, measured)
+    return OK

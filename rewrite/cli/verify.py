@@ -1,0 +1,155 @@
+"""The command `rewrite verify`.
+
+Exit codes: 0 verified; 1 something is wrong with the model; 2 wrong usage or unreadable input.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rewrite.cli.common import (
+    FAILED,
+    OK,
+    add_model_arguments,
+    check_report,
+    example_inputs,
+    load_model,
+    write_report,
+)
+from rewrite.errors import OptionError
+
+if TYPE_CHECKING:
+    from rewrite.equivalence.verification import Verification
+    from rewrite.onnx.report import OnnxVerification
+
+
+_CONTRACTS = ("exact", "exact-in-eval", "approximate", "redefining")
+
+
+def add_parsers(subparsers: Any) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "verify",
+        help="hold a model to another one, or an ONNX graph to a model or to itself",
+        description="`verify A B` holds B to A; either may be an ONNX file. `verify A.onnx` "
+        "verifies a graph by itself. The exit code is 1 when something is wrong.",
+    )
+    parser.add_argument("model", metavar="A", help="the original: a MODEL or an ONNX file")
+    parser.add_argument("other", metavar="B", nargs="?", help="what is held to it")
+    parser.add_argument("--contract", choices=_CONTRACTS, default="exact-in-eval",
+                        help="what B promises (default exact-in-eval)")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="the given input alone")
+    parser.add_argument("--calibration", metavar="DATA", help="batches of your own to compare on")
+    parser.add_argument("--expect", metavar="OP=N", action="append", default=[],
+                        help="how often an ONNX operator has to occur (repeatable)")  # fmt: skip
+    parser.add_argument("--expect-no", metavar="OP", action="append", default=[],
+                        help="an ONNX operator that may not occur (repeatable)")  # fmt: skip
+    parser.add_argument("--repro", metavar="DIR",
+                        help="write the diverging ONNX node with inputs and outputs")  # fmt: skip
+    add_model_arguments(parser)
+    parser.set_defaults(run=run_verify)
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Run `rewrite verify`; return 0 if everything holds, else 1."""
+    check_report(options, options.model, options.other)
+    if options.repro:
+        from rewrite.onnx.repro import check_folder
+
+        check_folder(options.repro)
+    onnx_files = [_is_onnx(name) for name in (options.model, options.other) if name is not None]
+    if options.other is None and not onnx_files[0]:
+        raise OptionError(
+            f"{options.model} alone has nothing to be held to; give a second model, or an ONNX file"
+        )
+    if not any(onnx_files) and (options.expect or options.expect_no or options.repro):
+        raise OptionError("--expect, --expect-no and --repro are about ONNX files")
+    found = _verify_onnx(options) if any(onnx_files) else _verify_models(options)
+    write_report(options, found)
+    return OK if found.ok else FAILED
+
+
+def _is_onnx(name: str) -> bool:
+    return Path(name).suffix.lower() in (".onnx", ".ort")
+
+
+def _verify_models(options: argparse.Namespace) -> Verification:
+    from rewrite.equivalence.verification import Level
+    from rewrite.equivalence.verify import verify
+    from rewrite.outcomes import Contract
+
+    before = load_model(options, options.model)
+    return verify(
+        before,
+        load_model(options, options.other),
+        example_inputs(options, before),
+        calibration=_calibration(options, before),
+        contract=Contract(options.contract),
+        level=Level.QUICK if options.quick else Level.THOROUGH,
+        seed=options.seed,
+    )
+
+
+def _verify_onnx(options: argparse.Namespace) -> OnnxVerification:
+    from rewrite.equivalence.verification import Level
+    from rewrite.onnx.verify import verify_onnx
+
+    # The graph is what is verified; where both are ONNX files, the second is held to the first.
+    graph, reference = options.model, options.other
+    if reference is not None and _is_onnx(reference):
+        graph, reference = reference, graph
+    model: Any = reference
+    if reference is not None and not _is_onnx(reference):
+        model = load_model(options, reference)
+    inputs: Any = _named_inputs(options)
+    if inputs is None:
+        # Shapes alone need no model: without one they are of float32 on the CPU.
+        typed: Any = None if isinstance(model, str | None) else model
+        inputs = example_inputs(options, typed)
+    return verify_onnx(
+        graph,
+        model,
+        inputs,
+        calibration=None if isinstance(model, str | None) else _calibration(options, model),
+        level=Level.QUICK if options.quick else Level.THOROUGH,
+        expect=_expected(options.expect),
+        expect_no=options.expect_no,
+        repro=options.repro,
+        seed=options.seed,
+    )
+
+
+def _named_inputs(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Return the inputs of an .npz file that was saved with names, None for anything else."""
+    if options.input is None or not options.input.endswith(".npz"):
+        return None
+    import numpy as np
+
+    from rewrite.runtime.input_files import load_inputs
+
+    values = load_inputs(options.input)
+    with np.load(options.input, allow_pickle=False) as archive:
+        names = list(archive.files)
+    if all(name.startswith("arr_") for name in names):
+        return None
+    return dict(zip(names, values, strict=True))
+
+
+def _calibration(options: argparse.Namespace, model: Any) -> Any:
+    if options.calibration is None:
+        return None
+    from rewrite.calibration.data import open_calibration
+
+    return open_calibration(options.calibration, model)
+
+
+def _expected(texts: list[str]) -> dict[str, int]:
+    expected = {}
+    for text in texts:
+        kind, _, count = text.partition("=")
+        if not kind or not count.isdigit():
+            raise OptionError(f"--expect {text}: write it as GroupNormalization=53")
+        expected[kind] = int(count)
+    return expected

@@ -1,0 +1,1 @@
+"""Are two models equal: judged in float64, located where they part."""

@@ -1,0 +1,268 @@
+"""Find the first place where two models part.
+
+A value *agrees* when the other model computes it too, wherever. Rewrites move values on purpose
+(after a fold the convolution's output is the old norm's), so a value that disagrees is no error by
+itself: it is excused when everything computed from it agrees again. Hence
+
+    guilty = calls whose inputs all agree and from which a path of values that all disagree
+             leads to an output
+
+found by walking back from the outputs over disagreeing values only. Branches need no care: another
+branch that agrees is not on such a path. Both models are walked, because an activation that got
+lost is only visible in the one that still has it, and one that was added only in the other.
+
+Where both models compute an equal value by a clamp, from values that neither shares with the other,
+the clamp hides the difference (a channel below zero under a ReLU) and excuses nothing: such a
+difference counts as one that never ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewrite.equivalence.record import Event, Key, Known, Near, Record, Sketch, Sketcher, record
+from rewrite.equivalence.rounding import EXPLAINS
+from rewrite.runtime.inputs import Inputs
+
+AGREES = 1e-11
+
+
+HEALED = 4.0
+"""A value agrees again within this many times its noise; it is wrong beyond `EXPLAINS` times."""
+
+
+SHARPLY = 8.0
+"""By what factor the distance falls from one call to the next where values agree again."""
+
+
+CLAMPS = frozenset({
+    "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "threshold", "clamp", "clamp_min",
+    "clamp_max", "maximum", "minimum", "clip",
+})  # fmt: skip
+"""Functions that return one value for a whole range: they can hide what parts two models."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first call where two models part.
+
+    Attributes:
+        target: the qualified name of the module that made the call.
+        function: what it called.
+        source: the line of code in the original, if known.
+        source_after: the line of code in the other model.
+        error_in: how far the call's inputs are apart, relative.
+        error_out: how far its output is apart, relative; infinite when it has no counterpart.
+        rewrite: the pass that touched the module, "" if none did.
+        node: the node of an ONNX graph, "" in PyTorch.
+        note: what else is to be said.
+    """
+
+    target: str
+    function: str
+    source: str | None
+    source_after: str | None
+    error_in: float
+    error_out: float
+    rewrite: str = ""
+    node: str = ""
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON's own types."""
+        finite = self.error_out < float("inf")
+        return {**vars(self), "error_out": self.error_out if finite else None}
+
+    def __str__(self) -> str:
+        where = self.target or "the model's own forward"
+        touched = f", rewritten by {self.rewrite}" if self.rewrite else ""
+        lines = [
+            f"  first diverging call: {where} ({self.function}{touched}): "
+            f"error {self.error_in:.1e} in, {self.error_out:.1e} out"
+        ]
+        lines += [f"    original: {self.source}"] if self.source else []
+        lines += [f"    rewritten: {self.source_after}"] if self.source_after else []
+        lines += [f"    {self.note}"] if self.note else []
+        return "\n".join(lines)
+
+
+def recorded(
+    model: nn.Module, inputs: Inputs, sketch: Sketcher, seed: int = 0, keep: Key | None = None
+) -> tuple[Record, Any]:
+    """Run a model that computes in float64 already; return its values and its output."""
+    own = inputs.clone()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        return record(model, own.args, own.kwargs, sketch, keep)
+
+
+def value_noise(original: Record, nudged: Record) -> list[float]:
+    """Return how far each value of the original moves under the rounding of its parameters.
+
+    A value of few elements may move little by luck; noise does not halve from one call to the
+    next, so half of what came in is the least.
+    """
+    if len(original.values) != len(nudged.values):
+        return [max(map(Sketch.distance, original.values, nudged.values), default=0.0)] * len(
+            original.values
+        )
+    noise = list(map(Sketch.distance, original.values, nudged.values))
+    for event in original.events:
+        least = max((noise[number] for number in event.inputs), default=0.0) / 2
+        for number in event.outputs:
+            noise[number] = max(noise[number], least)
+    return noise
+
+
+def compare_records(
+    a: Record, b: Record, noise: Sequence[float] = (), touched: Collection[str] = ()
+) -> Divergence | None:
+    """Return where the values of two runs first part, None if both end in the same.
+
+    `noise` is how far each value of `a` may be off, if the models' parameters were rounded.
+    """
+    known_a, known_b = Known(a.values, noise), Known(b.values)
+    found_a = [known_b.nearest(value) for value in a.values]
+    if noise:
+        found_a = [near._replace(noise=own) for near, own in zip(found_a, noise, strict=True)]
+    found_b = [known_a.nearest(value) for value in b.values]
+    first_a = first_guilty(a, found_a, hidden(a, found_a, b, found_b))
+    first_b = first_guilty(b, found_b, hidden(b, found_b, a, found_a))
+    chosen = _earlier(a, b, first_a, first_b)
+    if chosen is None:
+        return None
+    return _describe(a, b, chosen, known_b if chosen is first_a else known_a, touched)
+
+
+def first_guilty(
+    subject: Record, nearest: Sequence[Near], hidden: Set[int] = frozenset()
+) -> Event | None:
+    """Return the first guilty call of `subject`, None if there is none.
+
+    `nearest` holds the other model's nearest value for each, `hidden` those that disagree although
+    a clamp makes the same of them.
+    """
+    ratio = [_ratio(near) for near in nearest]
+    lasting = _lasting(subject, ratio, hidden)
+    for event in subject.events:
+        if any(ratio[number] > EXPLAINS for number in event.inputs):
+            continue
+        if any(ratio[number] > EXPLAINS and lasting[number] for number in event.outputs):
+            return event
+    return None
+
+
+def hidden(
+    subject: Record, nearest: Sequence[Near], other: Record, theirs: Sequence[Near]
+) -> set[int]:
+    """Return the values of `subject` that disagree and that a clamp makes equal to the other's."""
+    numbers: set[int] = set()
+    for event in subject.events:
+        for made in event.outputs if is_clamp(event) else ():
+            producer = other.producer[nearest[made].number or 0]
+            if _ratio(nearest[made]) > HEALED or producer is None:
+                continue
+            there = other.events[producer]
+            apart = [number for number in event.inputs if _ratio(nearest[number]) > EXPLAINS]
+            if is_clamp(there) and any(_ratio(theirs[n]) > EXPLAINS for n in there.inputs):
+                numbers.update(apart)
+    return numbers
+
+
+def is_clamp(event: Event) -> bool:
+    """Return whether a call can hide a difference of its inputs."""
+    return event.function.lower().strip("_") in CLAMPS
+
+
+def _ratio(near: Near) -> float:
+    """Return a distance in units of its noise; 0 for an exact value, inf for one without noise."""
+    if near.distance <= AGREES:
+        return 0.0
+    return near.distance / near.noise if near.noise else float("inf")
+
+
+def _lasting(subject: Record, ratio: Sequence[float], hidden: Set[int]) -> list[bool]:
+    """Return for each value whether it disagrees, and never again agrees on some way onward.
+
+    It agrees again where the distance falls sharply, as at the end of a rewrite; one that only
+    sinks below a growing noise has not gone away.
+    """
+    lasting = [False] * len(ratio)
+    readers: dict[int, list[Event]] = {}
+    for event in subject.events:
+        for number in event.inputs:
+            readers.setdefault(number, []).append(event)
+    outputs = set(subject.outputs)
+    for number in reversed(range(len(ratio))):
+        if ratio[number] <= HEALED:
+            continue
+        lasting[number] = (
+            number in outputs
+            or number in hidden
+            or any(
+                lasting[made] or ratio[number] / SHARPLY < ratio[made] <= HEALED
+                for event in readers.get(number, ())
+                for made in event.outputs
+            )
+        )
+    return lasting
+
+
+def _earlier(a: Record, b: Record, in_a: Event | None, in_b: Event | None) -> Event | None:
+    """Choose between the guilty call of the original and that of the rewritten model."""
+    if in_a is None or in_b is None:
+        return in_a or in_b
+    if in_a.owner == in_b.owner:
+        return in_b
+    keys_a, keys_b = a.by_key(), b.by_key()
+    if in_b.owner not in {event.owner for event in a.events}:
+        # A new module stands for what is gone beside it; what is gone elsewhere got lost.
+        beside = in_a.owner.startswith(in_b.owner.rpartition(".")[0])
+        return in_b if beside or in_a.key in keys_b else in_a
+    if in_a.key not in keys_b:
+        return in_a
+    if in_b.key not in keys_a:
+        return in_b
+    order = {event.key: index for index, event in enumerate(a.events)}
+    return in_a if order[in_a.key] <= order[in_b.key] else in_b
+
+
+def _describe(
+    a: Record, b: Record, event: Event, other: Known, touched: Collection[str]
+) -> Divergence:
+    subject = a if event in a.events else b
+    before, after = a.by_key().get(event.key), b.by_key().get(event.key)
+    note = ""
+    if before is None:
+        note = f"the original has no such call of {event.function}"
+    elif after is None:
+        note = f"the rewritten model has no such call of {event.function}"
+    error_out = float("inf")
+    if before is not None and after is not None:
+        pairs = zip(before.outputs, after.outputs, strict=False)
+        error_out = max((a.values[i].distance(b.values[j]) for i, j in pairs), default=error_out)
+    return Divergence(
+        target=event.owner,
+        function=event.function,
+        source=before.source if before else None,
+        source_after=after.source if after else None,
+        error_in=max(
+            (other.nearest(subject.values[i]).distance for i in event.inputs), default=0.0
+        ),
+        error_out=error_out,
+        rewrite=_rewritten_by(event.owner, touched),
+        note=note,
+    )
+
+
+def _rewritten_by(name: str, touched: Collection[str]) -> str:
+    """Return the pass that touched a module, or the innermost module around it that was."""
+    for candidate in sorted(touched, key=len, reverse=True):
+        if name == candidate or (candidate and name.startswith(f"{candidate}.")):
+            return touched[candidate] if isinstance(touched, Mapping) else "a pass"
+    return ""

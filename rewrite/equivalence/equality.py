@@ -1,0 +1,276 @@
+"""Hold two models to equality: the judgement in float64, and the numbers beside it.
+
+See `rewrite.verify` for the equations; here they are carried out, case by case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewrite.equivalence.compare import Comparison, compare
+from rewrite.equivalence.divergence import Divergence, compare_records, recorded, value_noise
+from rewrite.equivalence.record import Sketcher
+from rewrite.equivalence.rounding import EXPLAINS, Nudge, nudged, stored_rounding
+from rewrite.equivalence.training import judge_training
+from rewrite.equivalence.variations import adversarial
+from rewrite.equivalence.verification import Case, Level
+from rewrite.errors import VerificationError, one_line
+from rewrite.outcomes import Contract
+from rewrite.runtime.float64 import in_float64, narrowest_eps, short_of_memory
+from rewrite.runtime.inputs import Inputs, call
+from rewrite.runtime.modes import isolated, widen
+
+TOLERANCE = 1e-9
+
+
+_PROVES_NOTHING = 10
+
+
+# On these variations every value on the way is compared: a channel that is dead on one input lives
+# on another.
+_VALUES_TOO = ("normal x 10", "batch of 7")
+
+
+_WIDEST_ROUNDING = torch.finfo(torch.float64).eps
+
+
+@dataclass
+class Findings:
+    """What one verification gathers."""
+
+    cases: list[Case] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    agreements: list[float] = field(default_factory=list)
+    cosines: list[float] = field(default_factory=list)
+    drift: float | None = None
+    noise: float | None = None
+    rounding: float | None = None
+    divergence: Divergence | None = None
+
+    def measure(self, compared: Comparison) -> None:
+        """Take the agreement of one pair of outputs into account."""
+        if compared.agreement is not None:
+            self.agreements.append(compared.agreement)
+        if compared.cosine is not None:
+            self.cosines.append(compared.cosine)
+
+    def fail(self, name: str, inputs: Inputs, reason: str) -> None:
+        """Note an input on which the rewritten model does not run."""
+        self.reasons.append(f"{name}: {reason}")
+        self.cases.append(Case(name, str(inputs), failed=True))
+
+
+def run_original(model: nn.Module, name: str, inputs: Inputs, seed: int) -> Any:
+    """Run the original on an input that it has to take.
+
+    Raises:
+        VerificationError: it does not.
+    """
+    with original_takes(name, inputs):
+        return call(model, inputs.clone(), seed)
+
+
+@contextlib.contextmanager
+def original_takes(name: str, inputs: Inputs) -> Iterator[None]:
+    """Say of whatever the original raises that it does not run on these inputs."""
+    try:
+        yield
+    except Exception as error:
+        raise VerificationError(
+            f"{name}: the original does not run on ({inputs}): {one_line(error)}; "
+            "pass another --input"
+        ) from error
+
+
+def judge(
+    a: nn.Module,
+    b: nn.Module,
+    given: list[tuple[str, Inputs]],
+    contract: Contract,
+    level: Level,
+    *,
+    touched: Collection[str] = (),
+    seed: int = 0,
+) -> Findings:
+    """Return what was found when `b` was held to equality with `a`; both are in eval mode."""
+    # Asked before the models are opened for float64, which hides what cannot follow.
+    floor = max(TOLERANCE, EXPLAINS * narrowest_eps(a))
+    work = _Judge(a, b, stored_rounding(a, b), touched, seed, floor)
+    for name, inputs in given:
+        work.run_native(name, inputs)
+    with in_float64(a, b, streamed=short_of_memory(a, b)):
+        for index, (name, inputs) in enumerate(given):
+            work.judge_given(name, inputs, index)
+        if level is Level.THOROUGH:
+            for name, inputs in adversarial(given[0][1], seed):
+                work.judge_variation(name, inputs)
+        work.sum_up()
+        if level is Level.THOROUGH and contract is Contract.EXACT:
+            # A step in train mode writes statistics: it comes last.
+            for case, reasons in judge_training(a, b, given[0][1], work.allowance, seed):
+                work.found.cases.append(case)
+                work.found.reasons += reasons
+    return work.found
+
+
+@dataclass
+class _Judge:
+    """One judgement in progress."""
+
+    a: nn.Module
+    b: nn.Module
+    stored: Mapping[tuple[str, str], float]
+    touched: Collection[str]
+    seed: int
+    floor: float
+    found: Findings = field(default_factory=Findings)
+    native: list[tuple[Any, Any]] = field(default_factory=list)
+    apart: list[tuple[float, str]] = field(default_factory=list)
+
+    @property
+    def allowance(self) -> float:
+        """How far two outputs may be apart, relative."""
+        return self.floor + EXPLAINS * (self.found.rounding or 0.0)
+
+    def run_native(self, name: str, inputs: Inputs) -> None:
+        """Run both models in their own dtype."""
+        with isolated(self.a), isolated(self.b):
+            before = run_original(self.a, name, inputs, self.seed)
+            try:
+                after = call(self.b, inputs.clone(), self.seed)
+            except Exception as error:  # noqa: BLE001 - a forward may raise anything
+                self.found.fail(name, inputs, f"the rewritten model fails: {one_line(error)}")
+                after = None
+        self.native.append((before, after))
+
+    def judge_given(self, name: str, inputs: Inputs, index: int) -> None:
+        """Judge an input of the user: every value on the way, where parameters were rounded."""
+        before, after = self.native[index]
+        if after is None:
+            return
+        wide = inputs.map(widen)
+        try:
+            exact, compared = self._values(name, wide)
+        except Exception as error:
+            raise VerificationError(
+                f"{name}: cannot be judged in float64: {one_line(error)}"
+            ) from error
+        self._settle(name, inputs, wide, exact, compared)
+        drift = compare(before, after)
+        self.found.drift = max(self.found.drift or 0.0, drift.max_abs)
+        own = compare(exact, before, dtypes=False).max_abs
+        self.found.noise = max(self.found.noise or 0.0, own)
+        self.found.measure(drift)
+
+    def judge_variation(self, name: str, inputs: Inputs) -> None:
+        """Judge an input that was made here, and that the original may refuse."""
+        wide = inputs.map(widen)
+        try:
+            before = call(self.a, wide.clone(), self.seed)
+        except Exception as error:  # noqa: BLE001 - a forward may raise anything
+            why = f"the original refuses it: {one_line(error)}"
+            self.found.cases.append(Case(name, str(inputs), skipped=why))
+            return
+        try:
+            if name in _VALUES_TOO:
+                self._settle(name, inputs, wide, *self._values(name, wide))
+                return
+            after = call(self.b, wide.clone(), self.seed)
+        except Exception as error:  # noqa: BLE001 - likewise
+            self.found.fail(name, inputs, f"the rewritten model fails: {one_line(error)}")
+            return
+        compared = compare(before, after)
+        if self.stored and compared.max_rel > self.allowance:
+            self._measure_rounding(wide, before)
+        self._settle(name, inputs, wide, before, compared)
+
+    def _values(self, name: str, wide: Inputs) -> tuple[Any, Comparison]:
+        """Compare every value of both models, given what rounding does to the original's."""
+        sketch = Sketcher(self.seed)
+        record_a, before = recorded(self.a, wide, sketch, self.seed)
+        record_b, after = recorded(self.b, wide, sketch, self.seed)
+        if self.stored:
+            with nudged(self.a, self.stored, self.seed):
+                record_n, moved = recorded(self.a, wide, sketch, self.seed)
+            own = compare(before, moved).max_rel
+            self.found.rounding = max(self.found.rounding or 0.0, own)
+            noise = value_noise(record_a, record_n)
+        else:
+            with nudged(self.a, None, self.seed):
+                record_n, _ = recorded(self.a, self._moved(wide), sketch, self.seed)
+            noise = [_PROVES_NOTHING * own for own in value_noise(record_a, record_n)]
+        parted = compare_records(record_a, record_b, noise, self.touched)
+        if parted is not None and self.found.divergence is None:
+            self.found.divergence = parted
+            self.found.reasons.append(
+                f"{name}: {parted.target or 'the forward'} ({parted.function}) is off by "
+                f"{parted.error_out:.1e} relative, beyond the rounding of its parameters"
+            )
+        return before, compare(before, after)
+
+    def _measure_rounding(self, wide: Inputs, before: Any) -> None:
+        with nudged(self.a, self.stored, self.seed):
+            moved = compare(before, call(self.a, wide.clone(), self.seed)).max_rel
+        self.found.rounding = max(self.found.rounding or 0.0, moved)
+
+    def _settle(
+        self, name: str, inputs: Inputs, wide: Inputs, before: Any, compared: Comparison
+    ) -> None:
+        """Decide one case: equal, apart, or no proof of anything."""
+        apart = compared.max_rel > self.allowance
+        if apart and not self.apart:
+            own = self._sensitivity(wide, before)
+            if own * _PROVES_NOTHING >= compared.max_rel:
+                why = f"rounding alone moves the original by {own:.1e}"
+                self.found.cases.append(Case(name, str(inputs), compared.max_abs, 0.0, why))
+                return
+        if apart:
+            self.apart.append((compared.max_rel, f"{compared.worst} on {name}"))
+        self.found.reasons += [f"{name}: {reason}" for reason in compared.reasons]
+        failed = apart or bool(compared.reasons)
+        distance = (compared.max_abs, compared.max_rel)
+        self.found.cases.append(Case(name, str(inputs), *distance, failed=failed))
+        if failed and self.found.divergence is None:
+            self.found.divergence = self._locate(wide)
+
+    def _locate(self, wide: Inputs) -> Divergence | None:
+        sketch = Sketcher(self.seed)
+        record_a, _ = recorded(self.a, wide, sketch, self.seed)
+        record_b, _ = recorded(self.b, wide, sketch, self.seed)
+        noise: list[float] = []
+        if self.stored:
+            with nudged(self.a, self.stored, self.seed):
+                noise = value_noise(record_a, recorded(self.a, wide, sketch, self.seed)[0])
+        return compare_records(record_a, record_b, noise, self.touched)
+
+    def _sensitivity(self, wide: Inputs, before: Any) -> float:
+        """Return how far the original moves when all its tensors move by a float64 rounding."""
+        with nudged(self.a, None, self.seed):
+            return compare(before, call(self.a, self._moved(wide), self.seed)).max_rel
+
+    def _moved(self, wide: Inputs) -> Inputs:
+        """Return inputs that are a float64 rounding away."""
+        nudge = Nudge(self.seed)
+
+        def moved(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor) or leaf.dtype != torch.float64:
+                return leaf
+            return nudge(leaf, 2 * _WIDEST_ROUNDING)
+
+        return wide.map(moved)
+
+    def sum_up(self) -> None:
+        """Say in one line how far the outputs are apart, and on how many inputs."""
+        if not self.apart:
+            return
+        worst, where = max(self.apart)
+        count = f"{len(self.apart)} of {sum(not case.skipped for case in self.found.cases)} inputs"
+        self.found.reasons.insert(
+            0, f"{where} differs by {worst:.1e} relative in float64 ({count} differ)"
+        )

@@ -1,0 +1,158 @@
+"""What a comparison of two models found, and how it is told."""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rewrite.outcomes import Contract
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from rewrite.equivalence.divergence import Divergence
+
+
+JUDGED = (Contract.EXACT, Contract.EXACT_IN_EVAL)
+"""The contracts that promise equality."""
+
+
+class Level(enum.StrEnum):
+    """How much to look at."""
+
+    QUICK = "quick"
+    """The given input alone: what `convert` affords on every run."""
+    THOROUGH = "thorough"
+    """Inputs that find errors beside it: values, batch sizes, spatial sizes; gradients if exact."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input both models ran on: its name, how far they were apart, or why it was left out."""
+
+    name: str
+    inputs: str
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    skipped: str = ""
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a comparison of two models found; true when the contract holds.
+
+    Attributes:
+        contract: what the models were held to.
+        level: how much was looked at.
+        max_abs: the largest absolute difference over all cases (float64 for exact contracts).
+        max_rel: likewise relative to the output's largest magnitude.
+        agreement: share of equal top-1 classes, None where outputs have no classes.
+        cosine: cosine similarity of the outputs.
+        drift: the largest difference in the models' own dtype.
+        rounding: what the rounding of stored parameters explains of `max_rel`, None where they
+            are stored in float64.
+        noise: the original's own distance to its float64 self, on the same input.
+        cases: every input that was tried.
+        reasons: why the contract does not hold; empty when it does.
+        divergence: the first place where the models part, if they do.
+        seconds: how long it took.
+    """
+
+    contract: Contract
+    level: Level
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    agreement: float | None = None
+    cosine: float | None = None
+    drift: float | None = None
+    noise: float | None = None
+    rounding: float | None = None
+    cases: tuple[Case, ...] = ()
+    reasons: tuple[str, ...] = ()
+    divergence: Divergence | None = None
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the contract holds."""
+        return not self.reasons
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON's own types."""
+        return {
+            "ok": self.ok,
+            "contract": str(self.contract),
+            "level": str(self.level),
+            "max_abs": _finite(self.max_abs),
+            "max_rel": _finite(self.max_rel),
+            "agreement": self.agreement,
+            "cosine": self.cosine,
+            "drift": self.drift,
+            "noise": self.noise,
+            "rounding": self.rounding,
+            "cases": [
+                {**vars(case), "max_abs": _finite(case.max_abs), "max_rel": _finite(case.max_rel)}
+                for case in self.cases
+            ],
+            "reasons": list(self.reasons),
+            "divergence": None if self.divergence is None else self.divergence.to_dict(),
+            "seconds": round(self.seconds, 3),
+        }
+
+    def to_json(self) -> str:
+        """Return everything as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        ran = sum(not case.skipped for case in self.cases)
+        verdict = "holds" if self.ok else "does not hold"
+        lines = [f"{self.contract} {verdict}: {ran} inputs, {self.distance()}"]
+        lines += [f"  {reason}" for reason in self.reasons]
+        lines += [f"  left out: {c.name}: {c.skipped}" for c in self.cases if c.skipped]
+        if self.divergence is not None:
+            lines.append(str(self.divergence))
+        return "\n".join(lines)
+
+    def tables(self) -> Iterator[Table | str]:
+        """Yield what a terminal shows."""
+        from rich.table import Table
+
+        verdict = "holds" if self.ok else "does not hold"
+        title = f"{self.contract} {verdict}: {self.distance()}"
+        table = Table("", "input", "shapes", "error", box=None, pad_edge=False, title=title)
+        for case in self.cases:
+            mark = "[bold red]FAIL[/]" if case.failed else "" if case.skipped else "[green]ok[/]"
+            error = f"left out: {case.skipped}" if case.skipped else f"{case.max_rel:.1e}"
+            table.add_row(mark, case.name, case.inputs, error)
+        yield table
+        yield from self.reasons
+        if self.divergence is not None:
+            yield str(self.divergence)
+
+    def distance(self) -> str:
+        """Return the distances in words: "2.1e-06, 0.8 x the noise of the original"."""
+        parts = []
+        if self.contract in JUDGED:
+            parts.append(f"float64 error {self.max_rel:.1e}")
+            if self.rounding and self.max_rel:
+                parts.append(f"{self.max_rel / self.rounding:.1f} x the rounding of the parameters")
+        if self.drift is not None and self.noise is not None and self.contract in JUDGED:
+            ratio = self.drift / self.noise if self.noise else math.inf if self.drift else 0.0
+            parts.append(f"drift {self.drift:.1e} ({ratio:.1f} x the noise of the original)")
+        if self.agreement is not None:
+            parts.append(f"top-1 agreement {self.agreement:.1%}")
+        if self.cosine is not None and self.contract not in JUDGED:
+            parts.append(f"cosine {self.cosine:.4f}")
+        return ", ".join(parts)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

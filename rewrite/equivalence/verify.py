@@ -1,0 +1,192 @@
+"""Numerical equivalence of two models, judged in float64 and reported in the models' own dtype.
+
+    error(x) = max |a64(x) - b64(x)| / max |a64(x)|      exact contracts: at most 1e-9
+    drift(x) = max |a(x)   - b(x)  |                     in the model's own dtype: a number
+    noise(x) = max |a(x)   - a64(x)|                     the rounding of the original: its scale
+
+A right rewrite differs by about 1e-13 in float64 and a wrong one by 1e-3 and more, so no tolerance
+has to be chosen between them. Where the rewritten parameters are stored in a narrower type, what
+their rounding explains is measured and allowed (`rewrite.rounding`), for each value on the way. A
+drift says nothing by itself and is set against the noise.
+
+1. `exact`: equal in eval and in train mode, with equal gradients and running statistics.
+2. `exact-in-eval`: equal in eval mode.
+3. `approximate`, `redefining`: runs, same structure, shapes and dtypes, finite, deterministic; how
+   often and how well both agree is measured and judged by nobody.
+
+An input on which float64 itself is not enough (the original moves as far when its own tensors move
+by one rounding) proves nothing and is left out, by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewrite.equivalence.compare import compare
+from rewrite.equivalence.equality import Findings, judge, run_original
+from rewrite.equivalence.rounding import identical
+from rewrite.equivalence.verification import JUDGED, Case, Level, Verification
+from rewrite.errors import VerificationError, one_line
+from rewrite.outcomes import Contract
+from rewrite.runtime.infer_inputs import infer_example_inputs
+from rewrite.runtime.inputs import Inputs, batches_for, call, device_of
+from rewrite.runtime.modes import evaluating, isolated
+from rewrite.runtime.tree import Tree
+
+__all__ = ["Level", "Verification", "check_untouched", "verify"]
+
+
+_CALIBRATION_BATCHES = 8
+
+
+def verify(
+    a: nn.Module,
+    b: nn.Module,
+    example_inputs: tuple[Any, ...] | None = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    contract: Contract = Contract.EXACT_IN_EVAL,
+    level: Level = Level.THOROUGH,
+    touched: Collection[str] = (),
+    seed: int = 0,
+) -> Verification:
+    """Hold `b` to `contract` against the original `a`; neither is changed.
+
+    Args:
+        a: the original.
+        b: the rewritten model.
+        example_inputs: positional inputs; without them some are inferred from the layers of `a`.
+        calibration: batches of your own; the first eight are judged too.
+        contract: what `b` promises.
+        level: quick or thorough.
+        touched: qualified names of the modules that were rewritten, if known (a mapping gives the
+            pass of each); the report of a divergence then says which rewrite it lies in.
+        seed: of every random number, so that two runs see the same inputs.
+
+    Raises:
+        VerificationError: no input is known, or the original does not run on the given one.
+    """
+    begin = time.perf_counter()
+    given = _given(a, example_inputs, calibration, level, contract, seed)
+    with evaluating(a, b):
+        if contract in JUDGED:
+            found = judge(a, b, given, contract, level, touched=touched, seed=seed)
+        else:
+            found = _observe(a, b, given, level, seed)
+    return Verification(
+        contract=contract,
+        level=level,
+        max_abs=max((case.max_abs for case in found.cases), default=0.0),
+        max_rel=max((case.max_rel for case in found.cases), default=0.0),
+        agreement=sum(found.agreements) / len(found.agreements) if found.agreements else None,
+        cosine=min(found.cosines, default=None),
+        drift=found.drift,
+        noise=found.noise,
+        rounding=found.rounding,
+        cases=tuple(found.cases),
+        reasons=tuple(dict.fromkeys(found.reasons)),
+        divergence=found.divergence,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def check_untouched(before: nn.Module, after: nn.Module, touched: Collection[str]) -> list[str]:
+    """Return the names of parameters and buffers that changed outside of the touched modules.
+
+    A module called in `touched` may change its own tensors, and everything below it when it
+    became another class. Anything else is held to be bit-identical.
+    """
+    old, new = Tree(before), Tree(after)
+    free = set(touched)
+    replaced = tuple(
+        f"{name}." if name else ""
+        for name in free
+        if name not in old.names
+        or name not in new.names
+        or type(old.names[name]) is not type(new.names[name])
+    )
+    wrong = []
+    for name in dict.fromkeys((*old.names, *new.names)):
+        # Replacing the root frees nothing below it: a GraphModule keeps its children.
+        if name in free or any(prefix and name.startswith(prefix) for prefix in replaced):
+            continue
+        wrong += _differing(name, old.names.get(name), new.names.get(name))
+    return wrong
+
+
+def _differing(name: str, old: nn.Module | None, new: nn.Module | None) -> list[str]:
+    left, right = _own_tensors(old), _own_tensors(new)
+    return [
+        f"{name}.{key}" if name else key
+        for key in dict.fromkeys((*left, *right))
+        if not identical(left.get(key), right.get(key))
+    ]
+
+
+def _own_tensors(module: nn.Module | None) -> dict[str, torch.Tensor | None]:
+    return {} if module is None else {**module._parameters, **module._buffers}
+
+
+def _given(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | None,
+    calibration: Iterable[Any] | None,
+    level: Level,
+    contract: Contract,
+    seed: int,
+) -> list[tuple[str, Inputs]]:
+    """Return the inputs that the user gave, or inferred ones."""
+    device = device_of(model)
+    given = []
+    if example_inputs is not None:
+        given.append(("given", Inputs.of(example_inputs).to(device)))
+    for index, batch in enumerate(itertools.islice(calibration or (), _CALIBRATION_BATCHES)):
+        if level is Level.QUICK and given:
+            break
+        given.append((f"calibration batch {index}", batches_for(model, batch).to(device)))
+    if given:
+        return given
+    # An equality shows on a small image; an agreement is measured at the size of use.
+    small = level is Level.QUICK and contract in JUDGED
+    with evaluating(model), isolated(model):
+        inferred = infer_example_inputs(model, seed, quick=small)
+    if inferred is None:
+        raise VerificationError(
+            f"{type(model).__name__}: no input is known that it runs on; pass --input 1x3x224x224 "
+            "(example_inputs=(x,) in Python)"
+        )
+    return [("inferred", Inputs.of(inferred).to(device))]
+
+
+def _observe(
+    a: nn.Module, b: nn.Module, given: list[tuple[str, Inputs]], level: Level, seed: int
+) -> Findings:
+    """Measure two different functions: does `b` run, keep its form, stay finite and repeat."""
+    found = Findings()
+    with isolated(a), isolated(b):
+        for name, inputs in given:
+            before = run_original(a, name, inputs, seed)
+            try:
+                after = call(b, inputs.clone(), seed)
+                again = call(b, inputs.clone(), seed) if level is Level.THOROUGH else after
+            except Exception as error:  # noqa: BLE001 - a forward may raise anything
+                found.fail(name, inputs, f"the rewritten model fails: {one_line(error)}")
+                continue
+            compared = compare(before, after)
+            found.measure(compared)
+            reasons = list(compared.structure)
+            if not compared.finite and compare(before, before).finite:
+                reasons.append("has values that are not finite")
+            repeated = compare(after, again)
+            if repeated.max_abs or repeated.reasons:
+                reasons.append("differs between two runs on the same input")
+            found.reasons += [f"{name}: {reason}" for reason in reasons]
+            distance = (compared.max_abs, compared.max_rel)
+            found.cases.append(Case(name, str(inputs), *distance, failed=bool(reasons)))
+    return found

@@ -1,0 +1,1 @@
+"""Which norms go where: candidates, decisions, recipes and their replay."""

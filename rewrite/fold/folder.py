@@ -1,0 +1,220 @@
+"""Deciding, norm by norm, which layers take up its map, and in which order.
+
+    y = s.x + t
+
+    1. all of it into what produces x                    backward
+    2. all of it into what reads y                       forward
+    3. s one way and t the other: with y = y' + t first, then y' = s.x; or x' = x + t/s first
+
+Each norm that is folded is from then on passed through; each one that is not may take up the map of
+its neighbours. Decisions are made in data-flow order on vectors; no weight is touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from rewrite.affine.algebra import Affine
+from rewrite.affine.ledger import Ledger
+from rewrite.affine.plan import Absorption, Refusal
+from rewrite.affine.planner import Planner
+from rewrite.fold.candidates import Source
+from rewrite.graph.captured import Captured
+from rewrite.graph.inplace import changes_in_place
+
+Part = Literal["both", "scale", "shift", "shift over scale"]
+
+
+SMALLEST_SCALE = 2.0**-20
+"""Where an inverse is taken, each |s| lies between this and its reciprocal: nothing overflows, and
+float32 keeps its relative precision (each channel is scaled by one number)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Move:
+    """A part of a map, and the layers that take it up."""
+
+    absorption: Absorption
+    part: Part
+
+    def enter(self, ledger: Ledger, affine: Affine) -> None:
+        """Note in `ledger` what each layer takes up of `affine`."""
+        if self.part == "shift over scale":
+            affine = Affine(affine.scale, affine.shift / affine.scale)
+        self.absorption.enter(
+            ledger, affine.part(self.part in ("both", "scale"), self.part != "scale")
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """A source that is folded: its map, and where it goes."""
+
+    source: Source
+    affine: Affine
+    moves: tuple[Move, ...]
+
+    @property
+    def adds(self) -> bool:
+        """Whether the map has a shift. Without one more layers can take it up."""
+        return bool(self.affine.shift.any())
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers that take up the map."""
+        return tuple(dict.fromkeys(n for move in self.moves for n in move.absorption.layers))
+
+    @property
+    def needs_positive(self) -> bool:
+        """Whether the fold holds only for positive scales."""
+        return any(move.absorption.needs_positive for move in self.moves)
+
+
+class Folder:
+    """Decides about the sources of one captured model, one after the other.
+
+    Args:
+        captured: the model.
+        compensate: let other layers take up the inverse map, where a value has other readers or
+            meets another in a sum.
+        unshare: let a layer with several calls take up a map at some of them, as a clone.
+        bake: let a layer whose weight is computed take up a map, as a plain layer.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        compensate: bool = False,
+        unshare: bool = False,
+        bake: bool = False,
+    ) -> None:
+        self.captured = captured
+        self.compensate = compensate
+        self.planner = Planner(captured, unshare=unshare, bake=bake)
+        self.ledger = Ledger(captured.tensor)
+
+    def fold_at(self, source: Source, affine: Affine) -> Fold | Refusal:
+        """Fold `affine`, a map that no node of the model computes, at `source`."""
+        found = self._moves(source, affine)
+        if isinstance(found, Refusal):
+            return found
+        for move in found:
+            move.enter(self.ledger, affine)
+        return Fold(source, affine, found)
+
+    def decide(self, source: Source) -> Fold | Refusal:
+        """Fold `source` in the ledger, or say why it cannot be."""
+        if source.refusal:
+            return Refusal(source.refusal)
+        if source.kind == "norm" and (reason := self._uneditable(source)):
+            return Refusal(reason)
+        if reason := self._aliasing(source):
+            return Refusal(reason)
+        affine = source.affine(self.ledger)
+        if not math.isfinite((affine.scale + affine.shift).sum()):
+            return Refusal("its scale or shift is not finite")
+        found = self._moves(source, affine)
+        if isinstance(found, Refusal):
+            return found
+        if source.layer is not None:
+            self.ledger.forget(source.layer)
+        for move in found:
+            move.enter(self.ledger, affine)
+        if source.kind != "gain":
+            self.planner.folded.update(source.passes_on)
+        return Fold(source, affine, found)
+
+    def _uneditable(self, source: Source) -> str | None:
+        return self.captured.editor.refusal(source.first[0])
+
+    def _aliasing(self, source: Source) -> str | None:
+        """Return why y cannot become x itself: something writes into y, and x has other readers."""
+        if source.kind == "gain":
+            return None
+        for first, last in zip(source.first, source.last, strict=True):
+            value = source.inputs[first]
+            if len(value.users) > 1 or value.op in ("placeholder", "get_attr"):
+                for reader in last.users:
+                    if changes_in_place(self.captured, reader):
+                        called = self.planner.called
+                        return (
+                            f"{called(reader)} writes into its output, and the input of the norm, "
+                            "which would take its place, is read elsewhere"
+                        )
+        return None
+
+    # -- ways ---------------------------------------------------------------------------------
+
+    def _moves(self, source: Source, affine: Affine) -> tuple[Move, ...] | Refusal:
+        scales = bool((affine.scale != 1).any())
+        adds = bool(affine.shift.any())
+        if not scales and not adds:
+            return ()
+        positive = bool((affine.scale > 0).all())
+        reasons: list[str] = []
+        for compensate in (False, True)[: 1 + self.compensate]:
+            if compensate and not _invertible(affine, self.captured, source):
+                break
+            plan = self._planner(source, len(affine.scale), positive, compensate)
+            for way in ("backward", "forward"):
+                absorption = plan(way, scales, adds)
+                if isinstance(absorption, Absorption):
+                    return (Move(absorption, "both"),)
+                reasons.append(absorption.reason)
+            if scales and adds:
+                safe = _invertible(affine, self.captured, source)
+                if split := _split(plan, safe):
+                    return split
+        reasons = [r for r in reasons[:2] if r]
+        return Refusal("; ".join(dict.fromkeys(reasons)))
+
+    def _planner(
+        self, source: Source, channels: int, positive: bool, compensate: bool
+    ) -> Callable[[str, bool, bool], Absorption | Refusal]:
+        def plan(way: str, scale: bool, shift: bool) -> Absorption | Refusal:
+            options = {
+                "scale": scale, "shift": shift, "positive": positive, "compensate": compensate,
+            }  # fmt: skip
+            if way == "backward":
+                if source.kind in ("gain", "input"):
+                    return Refusal("")
+                return self.planner.backward(source.inputs, source.axis, channels, **options)
+            return self.planner.forward(source.last, source.axis, channels, **options)
+
+        return plan
+
+
+def _split(
+    plan: Callable[[str, bool, bool], Absorption | Refusal], safe: bool
+) -> tuple[Move, ...] | None:
+    """Return moves that take scale and shift different ways, or None."""
+    for scale_way in ("backward", "forward"):
+        scale = plan(scale_way, True, False)
+        if isinstance(scale, Refusal):
+            continue
+        shift = plan("forward", False, True)
+        if isinstance(shift, Absorption):
+            return (Move(shift, "shift"), Move(scale, "scale"))
+        if scale_way == "forward" and not safe:
+            continue
+        shift = plan("backward", False, True)
+        if isinstance(shift, Absorption):
+            if scale_way == "backward":
+                return (Move(scale, "scale"), Move(shift, "shift"))
+            return (Move(shift, "shift over scale"), Move(scale, "scale"))
+    return None
+
+
+def _invertible(affine: Affine, captured: Captured, source: Source) -> bool:
+    """Return whether the inverse map can be taken up without losing precision."""
+    size = affine.scale.abs()
+    if bool((size < SMALLEST_SCALE).any() or (size > 1 / SMALLEST_SCALE).any()):
+        return False
+    layer = source.layer
+    ref = None if layer is None else layer.weight or layer.mean
+    return ref is None or captured.tensor(ref).dtype in (torch.float32, torch.float64)

@@ -1,0 +1,8 @@
+"""A model as evidence, and as something to edit: what the author of a pass reads and calls.
+
+The names of the interface stand in `__init__.pyi`; each is imported with its first use.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

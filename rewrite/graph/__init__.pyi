@@ -1,0 +1,14 @@
+from .captured import Captured as Captured
+from .captured import Readers as Readers
+from .captured import TensorRef as TensorRef
+from .editor import Editor as Editor
+from .operators import Activation as Activation
+from .operators import Conv as Conv
+from .operators import Linear as Linear
+from .operators import Norm as Norm
+from .operators import activation_of as activation_of
+from .operators import conv_of as conv_of
+from .operators import linear_of as linear_of
+from .operators import norm_of as norm_of
+from .regions import Region as Region
+from .tracer import Opaque as Opaque

@@ -1,0 +1,287 @@
+"""The only code that changes a model: tensors, modules, and lines of one module's forward.
+
+A layer that is a module is replaced in the tree, under every name. A line of code (`F.batch_norm`
+in somebody's forward) can only change together with the forward that holds it: the innermost owner
+alone is traced, with its children as single calls, its graph is edited, and at `commit` the owner
+becomes an `nn.Sequential` of its own children where that says the same, and a GraphModule of that
+one module otherwise. A GraphModule is edited in its own graph.
+
+No tensor is written in place: its storage may be shared with the model that the user keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from rewrite.errors import PassError
+from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.forward_graph import (
+    Forward,
+    as_graph_module,
+    as_sequential,
+    drop_dead_code,
+    line_key,
+    open_forward,
+)
+from rewrite.runtime.tree import Tree, join
+
+
+class Editor:
+    """Edits one captured model in place. Take it from `captured.editor`."""
+
+    def __init__(self, captured: Captured) -> None:
+        self.captured = captured
+        self._forwards: dict[str, Forward | str] = {}
+        self._removed: list[nn.Module] = []
+
+    # -- tensors and modules ------------------------------------------------------------------
+
+    def set_tensor(self, ref: TensorRef, tensor: torch.Tensor) -> None:
+        """Put `tensor` (detached, any dtype) where `ref` points, as a parameter or buffer.
+
+        A parameter keeps its `requires_grad`; a new one takes that of the owner's weight.
+        """
+        module = self.captured.module(ref.owner)
+        if ref.attr in module._buffers:
+            module._buffers[ref.attr] = tensor.detach()
+            return
+        old = module._parameters.get(ref.attr)
+        if old is None:
+            old = next((p for p in module._parameters.values() if p is not None), None)
+        requires_grad = old.requires_grad if old is not None else tensor.is_floating_point()
+        module.register_parameter(ref.attr, nn.Parameter(tensor.detach(), requires_grad))
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put `module` in place of the one called `name`, in every place that holds it."""
+        old = self.captured.module(name)
+        module.train(old.training)
+        self.captured.replace(old, module)
+
+    # -- lines --------------------------------------------------------------------------------
+
+    def refusal(self, node: Node, line: bool = False) -> str | None:
+        """Return why the line that made `node` cannot be edited, or None. Changes nothing.
+
+        A layer can be replaced whatever its line says; `line` asks for the line all the same.
+        """
+        owner = self.captured.owner(node)
+        if node.op == "call_module" and not line and not self._inas_graph_module(node):
+            return None
+        forward = self._open(owner)
+        if isinstance(forward, str):
+            return forward
+        return None if self._line(forward, node) is not None else _elsewhere(owner)
+
+    def bypass(self, node: Node, operand: Node | None = None) -> None:
+        """Make the value of `node` that of `operand`, its first input: a layer becomes Identity."""
+        if node.op == "call_module" and not self._inas_graph_module(node):
+            self.replace(str(node.target), nn.Identity())
+            return
+        forward, line = self._open_line(node)
+        place = 0 if operand is None else node.all_input_nodes.index(operand)
+        source = line.all_input_nodes[place]
+        line.replace_all_uses_with(source)
+        forward.graph.erase_node(line)
+
+    def substitute(
+        self, node: Node, module: nn.Module, name: str, holder: str | None = None
+    ) -> str:
+        """Make a call of a function a call of `module`, a new child of the owner.
+
+        Args:
+            node: the call.
+            module: what is called instead.
+            name: its name; a number is added if it is taken.
+            holder: the module below the owner that holds the call's tensors, if any: `module` takes
+                its place, and the names in a state dict stay, where nothing else needs it.
+
+        Returns:
+            The qualified name of the new child: `name`, with a number behind it if taken.
+        """
+        if node.op == "call_module":
+            self.replace(str(node.target), module)
+            return str(node.target)
+        forward, line = self._open_line(node)
+        owner = self.captured.module(forward.owner)
+        key = self._place_of(holder, forward, line) or _free_name(owner, forward.children, name)
+        module.train(owner.training)
+        forward.children[key] = module
+        with forward.graph.inserting_before(line):
+            call = forward.graph.create_node("call_module", key, (line.all_input_nodes[0],))
+        line.replace_all_uses_with(call)
+        forward.graph.erase_node(line)
+        return f"{forward.owner}.{key}" if forward.owner else key
+
+    def merge(
+        self, node: Node, source: Callable[[Node], Node | None], module: nn.Module, name: str
+    ) -> str:
+        """Make the value of `node` a call of `module` on an earlier value of the same forward.
+
+        The lines between the two, which nothing else reads, go.
+
+        Args:
+            node: the call whose value is replaced.
+            source: given the line of `node`, returns the line whose value `module` is called on.
+            module: the new child of the owner.
+            name: its name; a number is added if it is taken.
+
+        Returns:
+            The qualified name of the new child.
+        """
+        forward, line = self._open_line(node)
+        before = source(line)
+        if before is None:
+            raise PassError(f"{forward.owner}: the branches of {node.name} begin at several values")
+        owner = self.captured.module(forward.owner)
+        key = _free_name(owner, forward.children, name)
+        module.train(owner.training)
+        forward.children[key] = module
+        with forward.graph.inserting_before(line):
+            call = forward.graph.create_node("call_module", key, (before,))
+        line.replace_all_uses_with(call)
+        dead = [line]
+        while dead:
+            gone = dead.pop()
+            if not gone.users and gone is not before and gone.op != "placeholder":
+                inputs = gone.all_input_nodes
+                forward.graph.erase_node(gone)
+                dead.extend(inputs)
+        return f"{forward.owner}.{key}" if forward.owner else key
+
+    def remove(self, name: str) -> None:
+        """Take a module that nothing calls any more out of its parents at `commit`."""
+        self._removed.append(self.captured.module(name))
+
+    def set_argument(self, node: Node, index: int, name: str, tensor: torch.Tensor) -> TensorRef:
+        """Give a function call a new tensor argument (a bias, say), stored beside its others."""
+        forward, line = self._open_line(node)
+        owner = self.captured.module(forward.owner)
+        reads = [n for n in line.all_input_nodes if n.op == "get_attr"]
+        place = str(reads[0].target).rpartition(".")[0] if reads else ""
+        beside = owner.get_submodule(place)
+        prefix = f"{place}." if place else ""
+        taken = {key.removeprefix(prefix) for key in forward.tensors}
+        key = prefix + _free_name(beside, taken, name)
+        forward.tensors[key] = nn.Parameter(tensor.detach())
+        with forward.graph.inserting_before(line):
+            read = forward.graph.create_node("get_attr", key)
+        arguments = list(line.args)
+        if name in line.kwargs or len(arguments) < index:
+            line.update_kwarg(name, read)
+        else:
+            arguments[index : index + 1] = [read]
+            line.args = tuple(arguments)
+        holder, _, attr = join(forward.owner, key).rpartition(".")
+        return TensorRef(holder, attr)
+
+    # -- commit -------------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """Finish every edited forward: a chain becomes nn.Sequential, the rest a GraphModule."""
+        for module in self._removed:
+            _remove(self.captured.tree, module)
+        self._removed.clear()
+        opened = [f for f in self._forwards.values() if isinstance(f, Forward) and f.edited]
+        # Inner owners first: an outer one takes its children over as they are by then.
+        for forward in sorted(opened, key=lambda f: -len(f.owner.split(".")) * bool(f.owner)):
+            self._finish(forward)
+        self._forwards.clear()
+
+    def _finish(self, forward: Forward) -> None:
+        owner = self.captured.module(forward.owner)
+        for key, tensor in forward.tensors.items():
+            place, _, attr = key.rpartition(".")
+            owner.get_submodule(place).register_parameter(attr, tensor)
+        for key, constant in forward.constants.items():
+            owner.register_buffer(key, constant, persistent=False)
+        if isinstance(owner, GraphModule):
+            for key, module in forward.children.items():
+                owner.add_submodule(key, module)
+            drop_dead_code(forward.graph, owner)
+            owner.graph.lint()
+            owner.recompile()
+            owner.delete_all_unused_submodules()
+            return
+        for key, module in forward.children.items():
+            owner.add_module(key, module)
+        drop_dead_code(forward.graph, owner)
+        new = as_sequential(forward.graph, owner) or as_graph_module(forward.graph, owner)
+        new.training = owner.training
+        self.captured.replace(owner, new)
+
+    # -- opening ------------------------------------------------------------------------------
+
+    def _place_of(self, holder: str | None, forward: Forward, line: Node) -> str | None:
+        """Return the name of `holder` relative to the owner if only `line` needs that module."""
+        if holder is None or holder == forward.owner:
+            return None
+        key = holder.removeprefix(f"{forward.owner}.") if forward.owner else holder
+        module = self.captured.module(holder)
+        called = self.captured.callers_known(holder) and self.captured.calls(holder)
+        if module._modules or called:
+            return None
+        if "." in key and not isinstance(self.captured.module(forward.owner), GraphModule):
+            return None
+        reads = [n for n in forward.graph.nodes if str(n.target).startswith(f"{key}.")]
+        return key if all(set(n.users) <= {line} for n in reads) else None
+
+    def _inas_graph_module(self, node: Node) -> bool:
+        return isinstance(self.captured.module(self.captured.owner(node)), GraphModule)
+
+    def _open_line(self, node: Node) -> tuple[Forward, Node]:
+        owner = self.captured.owner(node)
+        forward = self._open(owner)
+        if isinstance(forward, str):
+            raise PassError(f"{owner}: {forward}")
+        line = self._line(forward, node)
+        if line is None:
+            raise PassError(f"{owner}: {_elsewhere(owner)}")
+        forward.edited = True
+        return forward, line
+
+    def _line(self, forward: Forward, node: Node) -> Node | None:
+        """Return the node of the owner's own graph that made `node`, by its order among equals."""
+        region = self.captured.region_of(node)
+        frame = region.frames[node]
+        key = line_key(node, frame.owner)
+        equals = [
+            other
+            for other in region.graph.nodes
+            if region.frames[other] == frame and line_key(other, frame.owner) == key
+        ]
+        lines = forward.lines.get(key, [])
+        return lines[equals.index(node)] if len(lines) == len(equals) else None
+
+    def _open(self, owner: str) -> Forward | str:
+        """Return the owner's forward open for editing, or why it cannot be."""
+        if owner not in self._forwards:
+            module = self.captured.module(owner)
+            self._forwards[owner] = open_forward(self.captured, owner, module)
+        return self._forwards[owner]
+
+
+def _free_name(owner: nn.Module, taken: Collection[str], name: str) -> str:
+    key, number = name, 1
+    while hasattr(owner, key) or key in taken:
+        number += 1
+        key = f"{name}{number}"
+    return key
+
+
+def _remove(tree: Tree, module: nn.Module) -> None:
+    """Take a module out of its parents, and containers that it leaves empty out of theirs."""
+    for slot in tree.slots_of(module):
+        parent = slot.parent
+        if slot.path or slot.attr not in parent._modules:
+            continue
+        del parent._modules[slot.attr]
+        if isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential) and not len(parent):
+            _remove(tree, parent)
+
+
+def _elsewhere(owner: str) -> str:
+    return f"is a line of the forward of {owner}, which runs differently at different calls"

@@ -1,0 +1,257 @@
+"""How many axes a value has, and how long one of them is, as far as the graph itself says.
+
+With example inputs both are known. Without them, layers tell: what a two-dimensional convolution
+returns has four axes (its input is taken to be batched), `flatten(1)` leaves two, an elementwise
+operation keeps what it is given. What nothing tells stays None, and whoever asks has to refuse.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Node
+
+from rewrite.graph.arguments import argument
+from rewrite.graph.captured import Captured
+from rewrite.graph.operators import conv_of, linear_of, norm_of
+from rewrite.graph.spellings import function_name
+
+_REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "max", "min", "var", "std", "prod", "norm"})
+
+
+_ELEMENTWISE = frozenset(
+    {
+        "add", "sub", "mul", "div", "truediv", "iadd", "imul", "isub", "itruediv", "neg", "pow",
+        "relu", "relu6", "leaky_relu", "prelu", "elu", "celu", "selu", "gelu", "silu", "mish",
+        "tanh", "sigmoid", "hardswish", "hardsigmoid", "hardtanh", "softplus", "softsign", "exp",
+        "softmax", "log_softmax", "logsigmoid", "clamp", "sqrt", "rsqrt", "abs", "square",
+        "dropout", "dropout2d", "dropout3d", "alpha_dropout", "contiguous", "to", "float", "half",
+        "stochastic_depth", "double", "bfloat16", "type", "type_as", "clone", "detach", "roll",
+        "flip", "normalize",
+        "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+        "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+        "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+        "interpolate", "pad", "pixel_shuffle", "pixel_unshuffle", "permute", "transpose",
+        "swapaxes", "movedim", "group_norm", "layer_norm", "rms_norm", "instance_norm",
+        "channel_shuffle", "where", "maximum", "minimum", "scaled_dot_product_attention",
+    }
+)  # fmt: skip
+
+
+_MOVES_AXES = frozenset({
+    "permute", "transpose", "swapaxes", "movedim", "pixel_shuffle", "pixel_unshuffle", "pad",
+    "interpolate", "scaled_dot_product_attention",
+})  # fmt: skip
+
+
+_KEEPS = frozenset(name for name in _ELEMENTWISE if "pool" not in name) - _MOVES_AXES
+
+
+class Ranks:
+    """The number of axes of every value of a captured model, and the length of an axis."""
+
+    def __init__(self, captured: Captured) -> None:
+        self._captured = captured
+        self._ranks: dict[Node, int | None] = {}
+        for node in captured.nodes():
+            self._ranks[node] = self._infer(node)
+
+    def rank(self, node: Node) -> int | None:
+        """Return the number of axes of a value, or None if the graph does not tell."""
+        return self._ranks.get(node)
+
+    def from_end(self, node: Node, axis: int) -> int:
+        """Return `axis` of a value counted from the end, if its rank is known; else as given."""
+        rank = self.rank(node)
+        return axis - rank if rank is not None and axis >= 0 else axis
+
+    def size(self, node: Node, axis: int) -> int | None:
+        """Return the length of `axis` (counted from the end) of a value, or None if unknown."""
+        if axis >= 0:
+            return None
+        seen = 0
+        current = node
+        while seen < 64:
+            seen += 1
+            known = self._size_here(current, axis)
+            if known is not None:
+                return known
+            step = _channels_kept(self._captured, current, axis)
+            if step is None:
+                return self._joined_size(current, axis)
+            current = step
+        return None
+
+    def _joined_size(self, node: Node, axis: int) -> int | None:
+        if function_name(node) not in ("cat", "concat", "concatenate"):
+            return None
+        parts = node.args[0] if node.args else node.kwargs.get("tensors")
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        if not isinstance(parts, list | tuple) or not isinstance(dim, int):
+            return None
+        if self.from_end(node, dim) != axis:
+            return self.size(parts[0], axis) if isinstance(parts[0], Node) else None
+        sizes = [self.size(part, axis) if isinstance(part, Node) else None for part in parts]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
+
+    def _size_here(self, node: Node, axis: int) -> int | None:
+        shape = self._captured.shape(node)
+        if shape is not None:
+            return shape[axis] if -axis <= len(shape) else None
+        if (conv := conv_of(self._captured, node)) is not None:
+            if axis != -(conv.dims + 1):
+                return None
+            weight = self._captured.tensor(conv.weight)
+            return weight.shape[1] * conv.groups if conv.transposed else weight.shape[0]
+        if (linear := linear_of(self._captured, node)) is not None:
+            return self._captured.tensor(linear.weight).shape[0] if axis == -1 else None
+        norm = norm_of(self._captured, node)
+        if norm is not None and self.from_end(node, norm.channel_axis) == axis:
+            return norm.num_features
+        return None
+
+    def _infer(self, node: Node) -> int | None:
+        shape = self._captured.shape(node)
+        if shape is not None:
+            return len(shape)
+        if node.op == "get_attr":
+            return self._attribute_rank(node)
+        if node.op in ("placeholder", "output"):
+            return None
+        if (conv := conv_of(self._captured, node)) is not None:
+            return conv.dims + 2
+        if node.op == "call_module":
+            return self._module_rank(node)
+        return self._function_rank(node)
+
+    def _attribute_rank(self, node: Node) -> int | None:
+        value: Any = self._captured.region_of(node).constants.get(str(node.target))
+        if value is None:
+            owner, _, attr = str(node.target).rpartition(".")
+            try:
+                value = getattr(self._captured.module(owner), attr, None)
+            except KeyError:
+                return None
+        return value.dim() if isinstance(value, torch.Tensor) else None
+
+    def _module_rank(self, node: Node) -> int | None:
+        module = self._captured.module(str(node.target))
+        if isinstance(module, nn.BatchNorm2d):
+            return 4
+        if isinstance(module, nn.BatchNorm3d):
+            return 5
+        before = self._input_rank(node)
+        if isinstance(module, nn.Flatten):
+            return _flattened(before, module.start_dim, module.end_dim)
+        if isinstance(module, nn.Unflatten):
+            sizes = module.unflattened_size
+            return None if before is None else before + len(tuple(sizes)) - 1
+        if type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
+            module, nn.RNNBase | nn.Embedding | nn.MultiheadAttention | nn.Transformer
+        ):
+            return before
+        return None
+
+    def _function_rank(self, node: Node) -> int | None:
+        name = function_name(node) or ""
+        before = self._input_rank(node)
+        if node.target is F.batch_norm or "batch_norm" in name:
+            owner = self._captured.module(self._captured.owner(node))
+            fixed = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+            return next((r for kind, r in fixed.items() if isinstance(owner, kind)), before)
+        if name in ("linear",):
+            return before
+        if name in _REDUCTIONS:
+            return _reduced(before, node)
+        if name == "flatten":
+            start, end = argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1)
+            return _flattened(before, start, end)
+        if name in ("view", "reshape", "expand", "repeat"):
+            return _listed(node)
+        if name in ("reshape_as", "view_as", "expand_as"):
+            other = node.args[1] if len(node.args) > 1 else None
+            return self._ranks.get(other) if isinstance(other, Node) else None
+        if name == "unsqueeze":
+            return None if before is None else before + 1
+        if name in ("matmul", "bmm", "einsum"):
+            return before if name != "einsum" else None
+        if name in ("cat", "concat", "concatenate"):
+            return before
+        if node.target is operator.getitem:
+            return self._item_rank(node)
+        if name in _ELEMENTWISE:
+            ranks = [self._ranks.get(n) for n in node.all_input_nodes]
+            known = [r for r in ranks if r is not None]
+            return max(known) if known and len(known) == len(ranks) else None
+        return None
+
+    def _item_rank(self, node: Node) -> int | None:
+        source, index = node.args
+        if not isinstance(source, Node):
+            return None
+        called = function_name(source)
+        if called in ("chunk", "split", "tensor_split", "unbind"):
+            whole = source.args[0]
+            rank = self._ranks.get(whole) if isinstance(whole, Node) else None
+            return None if rank is None else rank - (called == "unbind")
+        rank = self._ranks.get(source)
+        items = index if isinstance(index, tuple) else (index,)
+        if rank is None or any(isinstance(i, Node | list) for i in items):
+            return None
+        return rank - sum(isinstance(i, int) for i in items) + sum(i is None for i in items)
+
+    def _input_rank(self, node: Node) -> int | None:
+        inputs = node.all_input_nodes
+        return self._ranks.get(inputs[0]) if inputs else None
+
+
+def _flattened(before: int | None, start: Any, end: Any) -> int | None:
+    if not isinstance(start, int) or not isinstance(end, int):
+        return None
+    if end == -1 and start >= 0:
+        return start + 1
+    if before is None:
+        return None
+    return before - ((end % before) - (start % before))
+
+
+def _reduced(before: int | None, node: Node) -> int | None:
+    dims = argument(node, 1, "dim")
+    if before is None or dims is None:
+        return None
+    if argument(node, 2, "keepdim", False):
+        return before
+    return before - (len(dims) if isinstance(dims, list | tuple) else 1)
+
+
+def _listed(node: Node) -> int | None:
+    sizes = node.args[1:]
+    if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
+        sizes = tuple(sizes[0])
+    elif len(sizes) == 1 and isinstance(sizes[0], Node):
+        return None
+    return len(sizes) or None
+
+
+def _channels_kept(captured: Captured, node: Node, axis: int) -> Node | None:
+    """Return the input whose `axis` is as long as that of the value, if an operation keeps it."""
+    inputs = node.all_input_nodes
+    if len(inputs) != 1:
+        return None
+    if node.op == "call_module":
+        kind = type(captured.module(str(node.target)))
+        name = kind.__name__
+        if not kind.__module__.startswith("torch.nn.modules."):
+            return None
+        keeps = kind.__module__.endswith((".activation", ".dropout")) or kind is nn.Identity
+    else:
+        name = function_name(node) or ""
+        keeps = name in _KEEPS
+    if "pool" in name.lower():
+        digit = next((c for c in name if c.isdigit()), None)
+        keeps = digit is not None and axis == -(int(digit) + 1)
+    return inputs[0] if keeps else None

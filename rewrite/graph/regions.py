@@ -1,0 +1,193 @@
+"""A model to its traced regions: the root's forward, and those below what cannot be traced."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+from rewrite.graph.tracer import Frame, Opaque, RegionTracer, Trace, is_leaf, reason_of, tracing
+from rewrite.runtime.tree import Tree, slots, tensor_names
+
+
+@dataclass(eq=False)
+class Region:
+    """One traced forward: the root of the model, or of a part below an opaque module.
+
+    Attributes:
+        name: qualified name of the module whose forward was traced; "" for the model.
+        graph: the fx graph; targets are qualified names of the whole model.
+        assumed: parameters of the forward that were taken at their defaults.
+        branches: those of them that the forward's own code branches on.
+        frames, lines: per node, the forward that made the call and the line of its code.
+        constants: tensors of the graph that no module holds.
+        entered: the modules whose forward this trace went through.
+        kept: values that a forward keeps on its module, and the attribute that holds each.
+    """
+
+    name: str
+    graph: Graph
+    assumed: dict[str, Any] = field(default_factory=dict)
+    branches: tuple[str, ...] = ()
+    frames: dict[Node, Frame] = field(default_factory=dict)
+    lines: dict[Node, Any] = field(default_factory=dict)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    entered: frozenset[str] = frozenset()
+    kept: dict[Node, str] = field(default_factory=dict)
+
+
+def trace_regions(tree: Tree) -> tuple[list[Region], dict[str, Opaque]]:
+    """Trace everything that can be traced; nothing is visited twice, nothing is left out."""
+    opaque: dict[str, Opaque] = {}
+    regions: list[Region] = []
+    seen: set[str] = set()
+    expanded: set[str] = set()
+    tracer = RegionTracer(tree, tensor_names(tree), opaque)
+
+    def visit(root: nn.Module) -> None:
+        pending = [root]
+        while pending:
+            module = pending.pop()
+            name = tree.name(module)
+            if name in seen and not (_is_boundary(opaque.get(name)) and name in expanded):
+                continue
+            seen.add(name)
+            region = _trace_root(tracer, module, name)
+            if region is None:
+                expanded.add(name)
+                pending.extend(_children(module))
+                continue
+            regions.append(region)
+            called = {str(n.target) for n in region.graph.nodes if n.op == "call_module"}
+            seen.update(called, region.entered)
+            for inner in reversed([n for n in called if n in opaque and n not in expanded]):
+                expanded.add(inner)
+                module = tree.get(inner)
+                pending.extend([module] if _is_boundary(opaque[inner]) else _children(module))
+
+    with tracing(tree):
+        visit(tree.model)
+        # What no trace reached: another branch, a training head, the inside of a torch.nn block.
+        for name, module in tree.modules():
+            parametrization = ".parametrizations." in f".{name}."
+            if name not in seen and not parametrization and not _is_iterated(tree, module, seen):
+                visit(module)
+    return regions, opaque
+
+
+def _is_boundary(item: Opaque | None) -> bool:
+    """Return whether a module is opaque only because hooks watch it: its forward can be traced."""
+    return item is not None and item.source is None and item.reason.endswith("hook")
+
+
+def _is_iterated(tree: Tree, module: nn.Module, seen: set[str]) -> bool:
+    """Return whether a Sequential serves as a list: its items are called, itself it is not.
+
+    An empty one that is never called is a list of nothing.
+    """
+    if inspect.getattr_static(type(module), "forward") is not nn.Sequential.forward:
+        return False
+    children = [tree.name(child) for _, child in slots(module)]
+    return not children or any(name in seen for name in children)
+
+
+def _children(module: nn.Module) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    for _, child in slots(module):
+        if not _has_forward(child) or isinstance(child, nn.ModuleList):
+            found.extend(_children(child))
+        else:
+            found.append(child)
+    return found[::-1]
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Return whether the class has a forward; looking it up on a ScriptModule's class raises."""
+    return inspect.getattr_static(type(module), "forward") is not nn.Module.forward
+
+
+def _trace_root(tracer: RegionTracer, module: nn.Module, name: str) -> Region | None:
+    opaque = tracer.opaque
+    if name in opaque and not _is_boundary(opaque[name]):
+        return None
+    if isinstance(module, torch.jit.ScriptModule):
+        opaque[name] = Opaque(name, "is a TorchScript module", None)
+        return None
+    if not _has_forward(module):
+        return None
+    if is_leaf(module):
+        return _leaf_region(module, name)
+    if "forward" in vars(module):
+        opaque[name] = Opaque(name, "has a forward that was set on the instance", None)
+        return None
+    assumed = forward_defaults(module)
+    try:
+        trace = tracer.run(module, assumed)
+    except Exception as error:  # noqa: BLE001 - a forward under proxies may raise anything
+        opaque[name] = Opaque(name, *reason_of(error))
+        return None
+    return _region(name, trace, assumed, forward_branches(module, assumed))
+
+
+def _region(name: str, trace: Trace, assumed: dict[str, Any], branches: tuple[str, ...]) -> Region:
+    alive = set(trace.graph.nodes)
+    frames = {node: frame for node, frame in trace.frames.items() if node in alive}
+    return Region(
+        name, trace.graph, assumed, branches, frames, trace.lines, trace.constants,
+        frozenset(trace.entered), trace.kept,
+    )  # fmt: skip
+
+
+def _leaf_region(module: nn.Module, name: str) -> Region:
+    """Return the region of a standard layer that some opaque code calls: input, call, output."""
+    graph = Graph()
+    inputs = [
+        graph.placeholder(parameter.name)
+        for parameter in inspect.signature(type(module).forward).parameters.values()
+        if parameter.name != "self" and parameter.default is parameter.empty
+    ]
+    call = graph.call_module(name, tuple(inputs))
+    output = graph.output(call)
+    parent = name.rpartition(".")[0]
+    frames = {node: Frame(parent, 0) for node in (*inputs, call, output)}
+    return Region(name, graph, frames=frames)
+
+
+def forward_defaults(module: nn.Module) -> dict[str, Any]:
+    """Return the forward's parameters that have defaults: a trace takes those.
+
+    Where every parameter has one, the first is an input all the same: `forward(pixel_values=None)`
+    computes nothing without it.
+    """
+    parameters = [
+        p
+        for p in inspect.signature(inspect.unwrap(type(module).forward)).parameters.values()
+        if p.name != "self"
+    ]
+    required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    inputs = required or parameters[:1]
+    return {p.name: p.default for p in parameters if p not in inputs and p.default is not p.empty}
+
+
+def forward_branches(module: nn.Module, assumed: dict[str, Any]) -> tuple[str, ...]:
+    """Return the assumed parameters that the forward's code tests: it may do something else."""
+    if not assumed:
+        return ()
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward)))
+        tree = ast.parse(source)
+    except (OSError, TypeError, SyntaxError):
+        return tuple(assumed)
+    tested: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If | ast.IfExp | ast.While | ast.Assert):
+            tested |= {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)}
+        elif isinstance(node, ast.BoolOp):
+            tested |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return tuple(name for name in assumed if name in tested)

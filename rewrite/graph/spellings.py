@@ -1,0 +1,140 @@
+"""Every spelling of an operation: as a module, a function, a method, an aten operator."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Node
+
+NormKind = Literal["batch", "group", "layer", "instance", "rms"]
+
+
+aten = torch.ops.aten
+
+
+# -- spellings --------------------------------------------------------------------------------
+
+_F_BATCH = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+_T_BATCH = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+
+
+_LEGIT = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
+
+
+_INSTANCE = (
+    "input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps",
+)  # fmt: skip
+
+
+_T_INSTANCE = (
+    "input", "weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps",
+)  # fmt: skip
+
+
+_GROUP = ("input", "num_groups", "weight", "bias", "eps")
+
+
+_LAYER = ("input", "normalized_shape", "weight", "bias", "eps")
+
+
+_RMS = ("input", "normalized_shape", "weight", "eps")
+
+
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+_CONV_T = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+
+
+CONVOLUTION = (
+    "input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding",
+    "groups",
+)  # fmt: skip
+
+
+LINEAR = ("input", "weight", "bias")
+
+
+def _norm_spellings() -> dict[Any, tuple[NormKind, tuple[str, ...]]]:
+    return {
+        F.batch_norm: ("batch", _F_BATCH),
+        torch.batch_norm: ("batch", _T_BATCH),
+        aten.batch_norm.default: ("batch", _T_BATCH),
+        aten.cudnn_batch_norm.default: ("batch", _T_BATCH),
+        aten._native_batch_norm_legit_no_training.default: ("batch", _LEGIT),
+        aten._native_batch_norm_legit.default: ("batch", _T_BATCH),
+        aten.native_batch_norm.default: ("batch", _T_BATCH),
+        F.instance_norm: ("instance", _INSTANCE),
+        torch.instance_norm: ("instance", _T_INSTANCE),
+        aten.instance_norm.default: ("instance", _T_INSTANCE),
+        F.group_norm: ("group", _GROUP),
+        torch.group_norm: ("group", _GROUP),
+        aten.group_norm.default: ("group", _GROUP),
+        F.layer_norm: ("layer", _LAYER),
+        torch.layer_norm: ("layer", _LAYER),
+        aten.layer_norm.default: ("layer", _LAYER),
+        aten.native_layer_norm.default: ("layer", _LAYER),
+        F.rms_norm: ("rms", _RMS),
+        torch.rms_norm: ("rms", _RMS),
+        aten.rms_norm.default: ("rms", _RMS),
+    }
+
+
+def _conv_spellings() -> dict[Any, tuple[int, bool, tuple[str, ...]]]:
+    table: dict[Any, tuple[int, bool, tuple[str, ...]]] = {}
+    for dims in (1, 2, 3):
+        plain, transposed = f"conv{dims}d", f"conv_transpose{dims}d"
+        packet, packet_t = getattr(aten, plain), getattr(aten, transposed)
+        for target in (getattr(F, plain), getattr(torch, plain), packet.default, packet.padding):
+            table[target] = (dims, False, _CONV)
+        overload = packet_t.default if dims == 1 else packet_t.input
+        for target in (getattr(F, transposed), getattr(torch, transposed), overload):
+            table[target] = (dims, True, _CONV_T)
+    return table
+
+
+NORMS: Mapping[Any, tuple[NormKind, tuple[str, ...]]] = _norm_spellings()
+
+
+CONVS: Mapping[Any, tuple[int, bool, tuple[str, ...]]] = _conv_spellings()
+
+
+LINEARS: frozenset[Any] = frozenset({F.linear, aten.linear.default})
+
+
+ACTIVATION_MODULES: Mapping[type[nn.Module], str] = {
+    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.LeakyReLU: "leaky_relu", nn.PReLU: "prelu",
+    nn.RReLU: "rrelu", nn.ELU: "elu", nn.CELU: "celu", nn.SELU: "selu", nn.GELU: "gelu",
+    nn.SiLU: "silu", nn.Mish: "mish", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
+    nn.Hardswish: "hardswish", nn.Hardsigmoid: "hardsigmoid", nn.Hardtanh: "hardtanh",
+    nn.Softplus: "softplus", nn.Softsign: "softsign", nn.Softmax: "softmax", nn.GLU: "glu",
+    nn.LogSigmoid: "logsigmoid", nn.LogSoftmax: "log_softmax",
+}  # fmt: skip
+
+
+ACTIVATION_NAMES: frozenset[str] = frozenset(ACTIVATION_MODULES.values())
+
+
+def function_name(node: Node) -> str | None:
+    """Return the plain name of a called function or method: "relu" for `F.relu_`, `x.relu()` …"""
+    if node.op == "call_method":
+        name = str(node.target)
+    elif node.op != "call_function":
+        return None
+    elif isinstance(node.target, torch._ops.OpOverload):
+        name = node.target.overloadpacket.__name__
+    else:
+        name = getattr(node.target, "__name__", "")
+    return name if name.startswith("__") else name.rstrip("_")
+
+
+def is_getitem(node: Node) -> bool:
+    """Return whether `node` indexes a value."""
+    return node.op == "call_function" and node.target is operator.getitem

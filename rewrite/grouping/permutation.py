@@ -1,0 +1,272 @@
+"""Channels in another order: an exact rewrite of the weights around an inner value.
+
+    y = W₂ f(n(W₁ x + b₁)) + b₂   and a permutation P of the channels between the two layers
+
+    W₁ ← P W₁,  b₁ ← P b₁,  γ, β of n and depthwise kernels ← their rows permuted,  W₂ ← W₂ Pᵀ
+
+Every operation between works channel by channel and so does not notice. The order belongs to all
+values that meet in a sum or a product or that such an operation links: all of a residual stream has
+one. It can change only if everything that writes or reads any of these values is known; a value
+that is returned, concatenated, split or read by a layer with groups of its own keeps its order.
+
+What does notice is a norm that treats groups of channels alike: changing which channels share a
+group is what this is for (`rewrite.regroup`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from rewrite.affine.channel_map import Lane, Refused
+from rewrite.affine.context import Surroundings
+from rewrite.affine.layers import Layer, Side
+from rewrite.affine.plan import Refusal
+from rewrite.affine.rules import Demand
+from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.operators import activation_of, norm_of
+from rewrite.graph.spellings import function_name
+
+_VALUES = 1000
+"""Values that may share one order: a bound on the work."""
+
+
+_SUMS = frozenset({"add", "iadd", "sub", "isub"})
+
+
+_WHOLE = frozenset({"stochastic_depth"})
+"""What scales whole samples, all channels alike."""
+
+
+_PAIRWISE = _SUMS | {"mul", "imul", "div", "truediv", "itruediv"}
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One axis of one tensor that holds the channels.
+
+    Attributes:
+        index: the channel of each position.
+        side: what the tensor's layer does to the value: it computes it from all its inputs, it
+            computes all its outputs from it, or it works on each channel alone.
+    """
+
+    ref: TensorRef
+    axis: int
+    index: Tensor
+    side: Literal["writes", "reads", "along"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Everything that shares one order of channels.
+
+    Attributes:
+        channels: how many there are.
+        rows: the tensors that change with the order.
+        layers: the layers that hold them, by name.
+        norms: the names of the modules of norms whose input and output have this order.
+        linear: whether there is nothing but dense layers, norms and sums, so that the norms alone
+            know one channel from a mixture of channels.
+    """
+
+    channels: int
+    rows: tuple[Row, ...]
+    layers: tuple[str, ...]
+    norms: tuple[str, ...]
+    linear: bool = False
+
+    def apply(self, captured: Captured, order: Tensor) -> None:
+        """Put channel `order[k]` where channel k was, in every tensor."""
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        for row in self.rows:
+            positions = torch.argsort(place[row.index], stable=True)
+            old = captured.tensor(row.ref).detach()
+            new = old.index_select(row.axis, positions.to(old.device))
+            captured.editor.set_tensor(row.ref, new)
+
+
+def order_of(around: Surroundings, norm: Node, ours: Collection[nn.Module]) -> Order | Refusal:
+    """Return what shares the order of the channels of a norm's input, or why it has to stay.
+
+    Args:
+        around: the captured model.
+        norm: a call of the norm.
+        ours: norms that the caller adapts to another order; another group norm is a refusal.
+    """
+    try:
+        return _Closure(around, ours).run(norm)
+    except Refused as refused:
+        return Refusal(str(refused))
+
+
+@dataclass(eq=False)
+class _Closure:
+    around: Surroundings
+    ours: Collection[nn.Module]
+    lanes: dict[Node, Lane] = field(default_factory=dict)
+    rows: dict[tuple[str, int], Row] = field(default_factory=dict)
+    layers: dict[str, None] = field(default_factory=dict)
+    norms: dict[str, None] = field(default_factory=dict)
+    passed: dict[Node, frozenset[Node]] = field(default_factory=dict)
+    near: deque[tuple[Node, Node]] = field(default_factory=deque)
+    linear: bool = True
+
+    @property
+    def captured(self) -> Captured:
+        return self.around.captured
+
+    def run(self, node: Node) -> Order:
+        norm = norm_of(self.captured, node)
+        if norm is None or norm.num_features is None:
+            raise Refused(f"{node.name} is no norm with a known number of channels")
+        channels = norm.num_features
+        axis = self.around.ranks.from_end(norm.input, norm.channel_axis)
+        lane = Lane(axis, torch.arange(channels), scale=True, shift=False)
+        self.change(norm.input, lane)
+        while self.near:
+            self.visit(*self.near.popleft())
+        return Order(
+            channels, tuple(self.rows.values()), tuple(self.layers), tuple(self.norms), self.linear
+        )
+
+    def change(self, value: Node, lane: Lane) -> None:
+        held = self.lanes.get(value)
+        if held is not None:
+            if not held.same(lane):
+                raise Refused(f"{value.name} would have two orders")
+            return
+        if lane.axis >= 0 or not _in_blocks(lane.index):
+            raise Refused(f"how the channels lie in {value.name} is unknown, or they are a part")
+        if len(self.lanes) >= _VALUES:
+            raise Refused(f"more than {_VALUES} values share the order")
+        readers = self.captured.readers(value)
+        if not readers.known:
+            raise Refused(
+                f"the output of {self.around.steps.called(value)} has readers that were not "
+                f"traced: {readers.reason}"
+            )
+        self.lanes[value] = lane
+        self.near.append((value, value))
+        self.near.extend((reader, value) for reader in value.users)
+
+    def visit(self, node: Node, value: Node) -> None:
+        """Follow the order from a value through the node that writes it or one that reads it."""
+        lane = self.lanes[value]
+        behind = value is node
+        if not behind and self.around.steps.reads_only_shape(node, value):
+            return
+        layer = self.around.layer(node)
+        if layer is not None:
+            if node.all_input_nodes[0] is not value and not behind:
+                raise Refused(f"{layer.name} reads {value.name} as something else than its input")
+            self.at_layer(layer, node, lane, "behind" if behind else "in front")
+            return
+        if node.op in ("placeholder", "get_attr", "output"):
+            raise Refused(f"it reaches {self.around.steps.called(node)}")
+        if value not in self.passed.get(node, ()):
+            demands = self.around_operation(node, value, lane)
+            self.passed[node] = frozenset((value, *demands))
+            for other, needed in demands.items():
+                self.change(other, needed)
+
+    def around_operation(self, node: Node, value: Node, lane: Lane) -> dict[Node, Lane]:
+        name = function_name(node) or ""
+        self.linear &= name in _SUMS | _WHOLE or self.is_a(node, nn.Identity)
+        if name in _PAIRWISE:
+            return self.pairwise(node, lane)
+        activation = activation_of(self.captured, node)
+        if activation is not None and activation.by_value:
+            return {activation.input: lane, node: lane}
+        if "prelu" in name or self.is_a(node, nn.PReLU):
+            raise Refused(f"{self.around.steps.called(node)} may have a slope for each channel")
+        # What passes any positive scales of the channels works channel by channel.
+        return self.around.steps.around(node, value, lane, Demand(True, lambda ways: 0))
+
+    def is_a(self, node: Node, kind: type[nn.Module]) -> bool:
+        return node.op == "call_module" and isinstance(self.captured.module(str(node.target)), kind)
+
+    def pairwise(self, node: Node, lane: Lane) -> dict[Node, Lane]:
+        ranks = self.around.ranks
+        demands = {node: lane}
+        for operand in node.all_input_nodes:
+            if operand.op == "get_attr":
+                raise Refused(f"{self.around.steps.called(node)} reads the constant {operand.name}")
+            if ranks.rank(operand) is None or ranks.rank(operand) != ranks.rank(node):
+                raise Refused(f"{self.around.steps.called(node)} may broadcast {operand.name}")
+            demands[operand] = lane
+        return demands
+
+    # -- layers -------------------------------------------------------------------------------
+
+    def at_layer(self, layer: Layer, node: Node, lane: Lane, side: Side) -> None:
+        if (reason := self.around.uses.refusal(layer)) is not None:
+            raise Refused(reason)
+        if len(self.around.uses.calls(layer)) != 1:
+            raise Refused(f"{layer.name} is called more than once")
+        if layer.axis != lane.axis:
+            raise Refused(f"{layer.name} has its channels along another axis")
+        into, out = layer.channels_in, layer.channels_out
+        if lane.spread and side == "in front" and into % len(lane.index) == 0:
+            lane = lane.moved(lane.axis, lane.index.repeat_interleave(into // len(lane.index)))
+        if len(lane.index) != (out if side == "behind" else into):
+            raise Refused(f"{layer.name} has another number of channels")
+        self.layers[layer.name] = None
+        if layer.kind != "kernel":
+            self.at_norm(layer, node, lane)
+            return
+        assert layer.weight is not None
+        layout = layer.layout
+        if layout.groups == 1:
+            behind = side == "behind"
+            does: Literal["writes", "reads"] = "writes" if behind else "reads"
+            self.linear &= not lane.spread
+            self.row(layer.weight, int(behind == layout.transposed), lane, does)
+            if behind and layer.bias is not None:
+                self.row(layer.bias, 0, lane, does)
+            return
+        if not layout.groups == into == out:
+            raise Refused(f"{layer.name} has groups of channels of its own")
+        self.linear = False
+        for ref in (layer.weight, layer.bias):
+            if ref is not None:
+                self.row(ref, 0, lane, "along")
+        self.through(node, lane)
+
+    def at_norm(self, layer: Layer, node: Node, lane: Lane) -> None:
+        norm = norm_of(self.captured, node)
+        assert norm is not None
+        module = None if norm.module is None else self.captured.module(norm.module)
+        if layer.kind == "gain" and not any(module is one for one in self.ours):
+            raise Refused(layer.why_not)
+        if norm.module is not None:
+            self.norms[norm.module] = None
+        for ref in (layer.weight, layer.bias, layer.mean, layer.var):
+            if ref is not None:
+                self.row(ref, 0, lane, "along")
+        self.through(node, lane)
+
+    def through(self, node: Node, lane: Lane) -> None:
+        self.change(node, lane)
+        self.change(node.all_input_nodes[0], lane)
+
+    def row(
+        self, ref: TensorRef, axis: int, lane: Lane, side: Literal["writes", "reads", "along"]
+    ) -> None:
+        self.rows[(ref.name, axis)] = Row(ref, axis, lane.index, side)
+
+
+def _in_blocks(index: Tensor) -> bool:
+    """Return whether each channel stands for equally many neighbouring positions, in order."""
+    channels = int(index.max()) + 1 if len(index) else 0
+    if channels == 0 or len(index) % channels:
+        return False
+    wanted = torch.arange(channels).repeat_interleave(len(index) // channels)
+    return torch.equal(index, wanted)

@@ -1,0 +1,1 @@
+"""Initialization: schemes, gains, fans, residual branches, data-dependent variance."""

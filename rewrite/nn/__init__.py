@@ -1,0 +1,14 @@
+"""The only classes that a saved model may name beside torch's own.
+
+Files name them as `rewrite.nn.NAME`, wherever in this package they are defined, so that a file
+stays readable when a definition moves.
+"""
+
+from rewrite.nn.mean_only import MeanOnlyBatchNorm
+from rewrite.nn.modules import ChannelAffine, ChannelLayerNorm, ChannelMix
+from rewrite.nn.weight_norm import WeightNorm
+
+__all__ = ["ChannelAffine", "ChannelLayerNorm", "ChannelMix", "MeanOnlyBatchNorm", "WeightNorm"]
+
+for _kind in (ChannelAffine, ChannelLayerNorm, ChannelMix, MeanOnlyBatchNorm, WeightNorm):
+    _kind.__module__ = __name__

@@ -1,0 +1,87 @@
+"""What the checker, and a look at a graph, find wrong with it before it runs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from rewrite.errors import one_line
+from rewrite.onnx.file import LARGE, Array, OnnxFile, all_nodes, initializer
+
+
+def structure_problems(opened: OnnxFile) -> list[str]:
+    """Return what the checker and a look at the graph find wrong."""
+    problems = [*_checker(opened)]
+    for node in all_nodes(opened.model.graph):
+        label = node.name or f"{node.op_type} -> {', '.join(node.output)}"
+        problems += [
+            f"{label}: {node.op_type} is in training mode"
+            for attribute in node.attribute
+            if attribute.name == "training_mode" and attribute.i
+        ]
+        if node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]:
+            flag = _constant(opened, node.input[2])
+            if flag is None or bool(flag.any()):
+                problems.append(f"{label}: Dropout is in training mode")
+    problems += [
+        f"initializers {first} and {second} hold the same {size} bytes"
+        for first, second, size in duplicates(opened)
+    ]
+    return problems
+
+
+def _checker(opened: OnnxFile) -> Iterator[str]:
+    try:
+        onnx.checker.check_model(_weights_given(opened), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        yield f"onnx.checker: {one_line(error)}"
+
+
+def _weights_given(opened: OnnxFile) -> onnx.ModelProto:
+    """Return the graph with the weights beside it as inputs: types and shapes are checked alike."""
+    model = onnx.ModelProto()
+    model.CopyFrom(opened.model)
+    graph = model.graph
+    inputs = {value.name for value in graph.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name not in opened.weights]
+    for tensor in graph.initializer:
+        if tensor.name in opened.weights and tensor.name not in inputs:
+            graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    return model
+
+
+def _constant(opened: OnnxFile, name: str) -> Array | None:
+    for tensor in opened.model.graph.initializer:
+        if tensor.name == name:
+            return initializer(opened, tensor)
+    for node in all_nodes(opened.model.graph):
+        if node.op_type == "Constant" and name in node.output:
+            return numpy_helper.to_array(node.attribute[0].t)
+    return None
+
+
+def duplicates(opened: OnnxFile) -> list[tuple[str, str, int]]:
+    """Return pairs of large initializers with the same content; constant ones are not worth it."""
+    alike: dict[tuple[Any, ...], list[tuple[str, Array]]] = defaultdict(list)
+    found = []
+    for tensor in opened.model.graph.initializer:
+        if tensor.name not in opened.weights and len(tensor.raw_data) < LARGE:
+            continue
+        value = initializer(opened, tensor)
+        flat = value.reshape(-1).view(np.uint8)
+        group = alike[tensor.data_type, tuple(tensor.dims), flat[:LARGE].tobytes()]
+        first = next((name for name, other in group if np.array_equal(flat, other)), None)
+        if first is None:
+            group.append((tensor.name, flat))
+        elif (value != value.flat[0]).any():
+            found.append((first, tensor.name, flat.size))
+    return found

@@ -1,0 +1,104 @@
+"""Copies of a model that share its tensors until somebody writes."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from rewrite.runtime.tree import Tree
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def copy_model(model: Model) -> Model:
+    """Return a deep copy of `model` whose tensors share storage, copy-on-write, with the original.
+
+    Structure, Python attributes and hooks are copied as by `copy.deepcopy`. Each parameter and
+    buffer is a new tensor object; its storage is duplicated only when either side is written to.
+    Tied tensors stay tied. Python modules held as attributes are shared, as nothing can copy them.
+    """
+    memo: dict[int, Any] = {id(module): module for module in list(sys.modules.values())}
+    for tensor in _tensors(model):
+        if id(tensor) not in memo:
+            memo[id(tensor)] = _lazy_copy(tensor)
+    return copy.deepcopy(model, memo)
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    for _, module in Tree(model).modules():
+        yield from (p for p in module._parameters.values() if p is not None)
+        yield from (b for b in module._buffers.values() if b is not None)
+        # Old-style weight_norm and friends keep the computed weight, not a leaf, as an attribute.
+        yield from (v for v in vars(module).values() if isinstance(v, torch.Tensor))
+
+
+_SMALL = 1 << 16
+"""Bytes below which a buffer is copied."""
+
+
+def _lazy_copy(tensor: torch.Tensor) -> torch.Tensor:
+    if is_lazy(tensor):
+        # torch refuses to copy an uninitialized buffer; an empty one says as much.
+        kind: Any = type(tensor)
+        return cast(
+            torch.Tensor,
+            kind(requires_grad=tensor.requires_grad, device=tensor.device, dtype=tensor.dtype),
+        )
+    data = tensor.detach()
+    shared = torch._lazy_clone(data) if _owns_memory(tensor) else data.clone()
+    if isinstance(tensor, nn.Parameter):
+        parameter = copy.copy(tensor) if type(tensor) is not nn.Parameter else None
+        if parameter is not None:
+            parameter.data = shared
+            return parameter
+        return nn.Parameter(shared, requires_grad=tensor.requires_grad)
+    return shared.requires_grad_(tensor.requires_grad and tensor.is_leaf)
+
+
+def _owns_memory(tensor: torch.Tensor) -> bool:
+    """Return whether a copy of `tensor` may share its storage until either side writes.
+
+    The memory of a storage that came out of a file, from numpy or from another process belongs to
+    no allocator; torch would crash when such a shared storage is written to. Nor can a shared
+    storage be resized, as quantization's observers do with their small buffers.
+    """
+    if type(tensor.detach()) is not torch.Tensor or tensor.layout is not torch.strided:
+        return False
+    if tensor.is_quantized or tensor.device.type == "meta":
+        return False
+    storage = tensor.untyped_storage()
+    if not isinstance(tensor, nn.Parameter) and storage.nbytes() < _SMALL:
+        return False
+    return bool(storage.resizable()) and not (tensor.device.type == "cpu" and storage.is_shared())
+
+
+def own_memory_(
+    model: nn.Module,
+    read: Callable[[torch.UntypedStorage], torch.UntypedStorage] = torch.UntypedStorage.clone,
+) -> None:
+    """Move what came out of a file into memory of its own, one storage after the other.
+
+    Values, identities of the tensors and ties stay; from then on copies can share storage. `read`
+    returns the bytes of a storage in memory of their own.
+    """
+    moved: dict[int, torch.UntypedStorage] = {}
+    for tensor in list(_tensors(model)):
+        if is_lazy(tensor) or type(tensor.data) is not torch.Tensor:
+            continue
+        data = tensor.detach()
+        if data.layout is not torch.strided or data.is_quantized or data.device.type == "meta":
+            continue
+        storage = data.untyped_storage()
+        if storage.resizable():
+            continue
+        if storage._cdata not in moved:
+            moved[storage._cdata] = read(storage)
+        home = torch.empty(0, dtype=data.dtype, device=data.device)
+        source = moved[storage._cdata]
+        tensor.data = home.set_(source, data.storage_offset(), data.shape, data.stride())

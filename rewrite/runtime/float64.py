@@ -1,0 +1,169 @@
+"""Run a model in float64 without changing it, and without needing a copy of it.
+
+    wide(f)(x) = f with every narrow floating-point tensor t replaced by float64(t)
+
+Two mechanisms together:
+
+1. Parameters, buffers and tensors held as attributes are exchanged for float64 ones while the
+   context is open, and put back after it; nothing is ever written into the model's own tensors.
+   Streamed, a module's tensors are exchanged only while that module runs.
+2. A dispatch mode keeps what a forward creates in float64: a hard-coded `dtype=torch.float32`, a
+   `.float()`, a constant of a closure. Such code breaks `model.double()`.
+
+Quantized operators and TorchScript submodules know no float64: they are given what they take, and
+their results are widened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map
+
+from rewrite.runtime.modes import WIDE, ModuleExchange, widen
+from rewrite.runtime.tree import Tree
+
+_IN_FLOAT32 = ("torch.ao.nn.", "torch.ao.quantization.")
+
+
+_QUANTIZING = ("aten::quantize_per", "aten::fake_quantize", "aten::_fused_moving_avg_obs_fq")
+
+
+def narrow(value: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Return `value` with every float64 tensor in it as `dtype`."""
+    return tree_map(
+        lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x,
+        value,
+    )
+
+
+def narrowest_eps(model: nn.Module) -> float:
+    """Return the rounding of those parts of `model` that know no float64; 0 where all do.
+
+    They are given float32: values that agree to 1e-16 before them may be one rounding apart.
+    """
+    tree = Tree(model)
+    quantized = any(type(module).__module__.startswith(_IN_FLOAT32) for _, module in tree.modules())
+    return torch.finfo(torch.float32).eps if quantized or any(tree.scripted()) else 0.0
+
+
+class KeepFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every operator reads and returns float64 where it would use a narrower floating type."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Else the first operator imports torch._dynamo, which takes as long as importing torch.
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        args = tuple(WIDE.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
+        if kwargs.get("dtype") in WIDE:
+            kwargs["dtype"] = WIDE[kwargs["dtype"]]
+        if func.namespace == "quantized" or func._schema.name.startswith(_QUANTIZING):
+            return widen(func(*narrow(args), **narrow(kwargs)))
+        keeps_storage = func.is_view or func._schema.is_mutable
+        if not keeps_storage:
+            args, kwargs = widen(args), widen(kwargs)
+        out = func(*args, **kwargs)
+        return out if keeps_storage else widen(out)
+
+
+@contextlib.contextmanager
+def in_float64(*models: nn.Module, streamed: bool = False) -> Iterator[None]:
+    """Let `models` compute in float64 while the context is open; inputs are the caller's to widen.
+
+    Args:
+        models: any models; their tensors and state are as before when the context closes.
+        streamed: hold the float64 copy of one module at a time; slower, without a second copy.
+    """
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(_scripted_as_they_are(model))
+            exchange = ModuleExchange(model)
+            stack.callback(exchange.restore)
+            exchange.own_buffers()
+            for name, module in exchange.modules.items():
+                if streamed:
+                    stack.enter_context(_while_running(exchange, name, module))
+                else:
+                    exchange.widen(name)
+        stack.enter_context(KeepFloat64())  # type: ignore[no-untyped-call]
+        yield
+
+
+def short_of_memory(*models: nn.Module) -> bool:
+    """Return whether float64 copies of `models` would take more than half of the free memory."""
+    needed = 0
+    device = torch.device("cpu")
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            needed += 8 * tensor.numel()
+            device = tensor.device
+    return needed > _free_bytes(device) // 2
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        # Not every system tells; a copy is then assumed to fit.
+        return 1 << 62
+
+
+class _Compiled(nn.Module):
+    """A TorchScript module that is called in its own dtype, outside of every dispatch mode."""
+
+    def __init__(self, module: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self._call = (module,)  # in a tuple: no submodule of this one
+        floating = (p.dtype for p in module.parameters() if p.is_floating_point())
+        self._dtype = next(floating, torch.float32)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module answers, widened."""
+        with _disable_current_modes():
+            out = self._call[0](*narrow(args, self._dtype), **narrow(kwargs, self._dtype))
+        return widen(out)
+
+
+@contextlib.contextmanager
+def _scripted_as_they_are(model: nn.Module) -> Iterator[None]:
+    tree = Tree(model)
+    places = [(slot, module) for _, module in tree.scripted() for slot in tree.slots_of(module)]
+    for slot, module in places:
+        slot.set(_Compiled(module))
+    try:
+        yield
+    finally:
+        for slot, module in places:
+            slot.set(module)
+
+
+@contextlib.contextmanager
+def _while_running(exchange: ModuleExchange, name: str, module: nn.Module) -> Iterator[None]:
+    def enter(module: nn.Module, args: Any) -> None:
+        exchange.widen(name)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        exchange.drop(name)
+
+    handles = (
+        module.register_forward_pre_hook(enter, prepend=True),
+        module.register_forward_hook(leave, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,77 @@
+"""Inputs from text (`1x3x224x224`) and from files (`.npz`, `.npy`, `.pt`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewrite.errors import RewriteError, VerificationError, one_line, system_reason
+from rewrite.runtime.inputs import device_of, dtype_of
+from rewrite.runtime.leaves import tensors
+
+
+def parse_shapes(text: str, model: nn.Module | None = None, seed: int = 0) -> tuple[Any, ...]:
+    """Read "1x3x224x224" or "1x16:int64,1x3x8x8" into random inputs.
+
+    Raises:
+        VerificationError: the text is not a list of shapes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = torch.device("cpu") if model is None else device_of(model)
+    default = torch.float32 if model is None else dtype_of(model)
+    return tuple(_from_text(part, default, generator).to(device) for part in text.split(","))
+
+
+def _from_text(text: str, default: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    shape_text, _, kind = text.strip().partition(":")
+    dtype = getattr(torch, kind, None) if kind else default
+    try:
+        shape = tuple(int(part) for part in shape_text.lower().split("x"))
+    except ValueError:
+        shape = ()
+    if not shape or not isinstance(dtype, torch.dtype) or min(shape) < 1:
+        raise VerificationError(
+            f"--input {text}: not a shape; write it as 1x3x224x224, or 1x16:int64 for integers"
+        )
+    try:
+        if dtype.is_floating_point or dtype.is_complex:
+            return torch.randn(shape, generator=generator).to(dtype)
+        if dtype is torch.bool:
+            return torch.randint(0, 2, shape, generator=generator).bool()
+        return torch.randint(0, 10, shape, generator=generator).to(dtype)
+    except (RuntimeError, MemoryError, ValueError) as error:
+        raise VerificationError(
+            f"--input {text}: cannot be made, give a smaller shape: {one_line(error)}"
+        ) from error
+
+
+def load_inputs(path: str) -> tuple[Any, ...]:
+    """Read inputs from a file of numpy (.npy, .npz) or PyTorch (.pt, tensors only).
+
+    Raises:
+        VerificationError: the file cannot be read, or holds no tensors.
+    """
+    import numpy as np
+
+    try:
+        if path.endswith(".npy"):
+            return (torch.from_numpy(np.load(path, allow_pickle=False)),)
+        if path.endswith(".npz"):
+            # numpy leaves a file open that it opened and cannot read.
+            with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+                return tuple(torch.from_numpy(archive[name]) for name in archive.files)
+        loaded = torch.load(path, weights_only=True, map_location="cpu")
+    except RewriteError:
+        raise
+    except OSError as error:
+        raise VerificationError(f"{path}: {system_reason(error)}") from error
+    except Exception as error:
+        raise VerificationError(f"{path}: cannot be read as inputs: {one_line(error)}") from error
+    if isinstance(loaded, torch.Tensor):
+        return (loaded,)
+    if isinstance(loaded, list | tuple) and tensors(loaded):
+        return tuple(loaded)
+    raise VerificationError(f"{path}: holds no tensors; save a tensor or a tuple of tensors")

@@ -1,0 +1,109 @@
+"""Inputs that find errors, and inputs for a model that comes without any.
+
+An equality that holds on one random batch may fail on another: zeros hide biases, one scale hides
+eps, batch size 1 hides a mixed-up batch axis, one spatial size hides a baked-in shape. The cases
+made here vary one thing at a time:
+
+    value   normal x {1, 0.1, 10}, uniform, zeros, ones, tiny (1e-6), large (1e3), one impulse
+    batch   1, 2, 7
+    space   another height and width, where the model takes it
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from rewrite.runtime.leaves import tensors
+
+QUICK_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one call of a model gets."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: Any) -> Inputs:
+        """Read a batch: a tensor, a tuple of positional inputs, or a dict of keyword inputs."""
+        if isinstance(batch, Inputs):
+            return batch
+        if isinstance(batch, Mapping):
+            return cls((), dict(batch))
+        if isinstance(batch, list | tuple):
+            return cls(tuple(batch))
+        return cls((batch,))
+
+    def map(self, function: Callable[[Any], Any]) -> Inputs:
+        """Return these inputs with `function` applied to every leaf of nested containers."""
+        return Inputs(tree_map(function, self.args), tree_map(function, dict(self.kwargs)))
+
+    def to(self, device: torch.device) -> Inputs:
+        """Return these inputs with every tensor on `device`."""
+        return self.map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf)
+
+    def clone(self) -> Inputs:
+        """Return these inputs with tensors that a forward may write into."""
+        return self.map(
+            lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+        )
+
+    def __str__(self) -> str:
+        shapes = [_shape_text(t) for t in tensors([self.args, dict(self.kwargs)])]
+        return ", ".join(shapes) or "no tensors"
+
+
+def _shape_text(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def batches_for(model: nn.Module, batch: Any) -> Inputs:
+    """Return what of a batch goes into `model`: loaders yield labels beside the inputs.
+
+    Positional values beyond what the forward takes are left out.
+    """
+    inputs = Inputs.of(batch)
+    limit = _positional_limit(model)
+    return Inputs(inputs.args[:limit], inputs.kwargs)
+
+
+def _positional_limit(model: nn.Module) -> int | None:
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        # A forward implemented in C++ has no signature: take the batch as it is.
+        return None
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter or buffer; the CPU for a model without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the type of the first floating-point parameter, or float32."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return torch.float32
+
+
+def call(model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
+    """Run `model` without gradients, with the random state seeded and put back."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        return model(*inputs.args, **inputs.kwargs)

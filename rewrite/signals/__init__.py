@@ -1,0 +1,1 @@
+"""Signal propagation: activations, gradients and Jacobians by depth."""

@@ -1,0 +1,81 @@
+"""Signal propagation as a picture: spread of activations and gradients by depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rewrite.errors import OptionError
+from rewrite.files import atomic_path
+
+if TYPE_CHECKING:
+    from rewrite.signals.report import Signal
+    from rewrite.signals.rows import Row
+
+
+_STYLES = {"before": ("tab:gray", "--"), "after": ("tab:blue", "-"), "": ("tab:blue", "-")}
+
+
+def plot_signals(signals: Mapping[str, Signal], path: Path) -> Path:
+    """Draw one or more signals, each under its name, into one .png or .svg file.
+
+    Raises:
+        OptionError: another suffix, or matplotlib is not installed.
+    """
+    check_plot(path)
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OptionError("plots need matplotlib; pip install matplotlib") from error
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2)
+    panels = (
+        ("standard deviation of layer outputs", lambda row: row.std, True),
+        ("standard deviation of gradients at layer outputs", lambda row: row.grad_std, True),
+        ("standard deviation of weight gradients", lambda row: row.weight_grad_std, True),
+        ("singular values of the Jacobian (largest, mean)", _spectrum, True),
+    )
+    for place, (title, value, logarithmic) in zip(axes.flat, panels, strict=True):
+        for name, signal in signals.items():
+            _draw(place, signal.layers, value, name)
+        place.set_title(title, fontsize=10)
+        place.set_xlabel("layer, in data-flow order")
+        if logarithmic and place.lines:
+            place.set_yscale("log")
+        place.grid(alpha=0.3)
+        if len(signals) > 1:
+            place.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lower().lstrip("."), dpi=120)
+    return path
+
+
+def check_plot(path: Path) -> None:
+    """Raise OptionError unless a picture can have this name."""
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise OptionError(f"{path}: a plot is a .png or .svg file")
+
+
+def _spectrum(row: Row) -> tuple[float, float] | None:
+    if row.jacobian is None:
+        return None
+    return row.jacobian.largest, row.jacobian.mean
+
+
+def _draw(place: Any, rows: tuple[Row, ...], value: Any, name: str) -> None:
+    found = [(depth, value(row)) for depth, row in enumerate(rows)]
+    known = [(depth, v) for depth, v in found if v is not None]
+    if not known:
+        return
+    color, line = _STYLES.get(name, ("tab:green", ":"))
+    depths = [depth for depth, _ in known]
+    series = list(zip(*(v if isinstance(v, tuple) else (v,) for _, v in known), strict=True))
+    for index, values in enumerate(series):
+        positive = [v if v > 0 else float("nan") for v in values]
+        place.plot(
+            depths, positive, line, color=color, marker=".", markersize=3,
+            alpha=1.0 if index == 0 else 0.5, label=name if index == 0 else None,
+        )  # fmt: skip

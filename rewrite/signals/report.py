@@ -1,0 +1,83 @@
+"""What was measured of a model's signals: as rows, as JSON, as a table, as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from rewrite.signals.rows import Row
+
+
+@dataclass(frozen=True)
+class Signal:
+    """How activations and gradients propagate through a model."""
+
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[Row, ...]:
+        """The rows of layers with a weight."""
+        return tuple(row for row in self.rows if row.is_layer)
+
+    @property
+    def activations(self) -> tuple[Row, ...]:
+        """The rows of activations."""
+        return tuple(row for row in self.rows if not row.is_layer)
+
+    def to_json(self) -> str:
+        """Return everything as JSON text."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def tables(self) -> Iterator[RenderableType]:
+        """Yield what to print, as rich renderables."""
+        from rich.table import Table
+        from rich.text import Text
+
+        heads = "layer call mean std saturated dead grad-std weight-grad-std jac-max jac-mean"
+        table = Table(box=None, header_style="bold")
+        for index, head in enumerate(heads.split()):
+            table.add_column(head.replace("-", " "), justify="left" if index < 2 else "right")
+        for row in self.rows:
+            j = row.jacobian
+            table.add_row(
+                Text(row.name), row.kind, _number(row.mean), _number(row.std),
+                _share(row.saturated), _share(row.dead), _number(row.grad_std),
+                _number(row.weight_grad_std), _number(j.largest if j else None),
+                _number(j.mean if j else None),
+            )  # fmt: skip
+        yield table
+        for note in self.notes:
+            yield Text(note)
+
+    def plot(self, path: str | Path, before: Signal | None = None) -> Path:
+        """Draw spread by depth into a .png or .svg file, `before` beside it in the same axes."""
+        from rewrite.signals.plot import plot_signals
+
+        named = {"after": self, "before": before} if before is not None else {"": self}
+        return plot_signals(named, Path(path))
+
+    def __str__(self) -> str:
+        from io import StringIO
+
+        from rich.console import Console
+
+        text = StringIO()
+        console = Console(file=text, width=160)
+        for item in self.tables():
+            console.print(item)
+        return text.getvalue()
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"

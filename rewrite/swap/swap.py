@@ -1,0 +1,198 @@
+"""What of a trained model a norm swap keeps, and how: the part that the three swaps share.
+
+    nothing      y = n(x)                        a fresh norm: γ = 1, β = 0
+    affine       y = γ n(x) + β                  γ and β copied
+    statistics   y = γ g n_B((x − μ)/σ) + β      running statistics moved to the producers, anchored
+    function     the same, and what n still takes away made as constant as data can tell
+
+n is the new norm without affine, n_B the same with eps = B² and g = √(1 + B²) (`rewrite.anchor`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from rewrite.errors import OptionError
+from rewrite.graph.captured import Captured
+from rewrite.graph.operators import Norm, norm_of
+from rewrite.grouping.swapped_norm import Probe
+from rewrite.nn.modules import ChannelAffine
+from rewrite.outcomes import Change, Site
+from rewrite.swap import batch_norms as swap
+from rewrite.swap.anchor import gain, largest_anchor
+from rewrite.swap.keep_function import Settings, keep_function
+from rewrite.swap.standardize import Standardized, standardize
+
+Keep = Literal["function", "statistics", "affine", "nothing"]
+
+
+KEEP_HELP = "what of the model to keep: function (needs data), statistics, affine or nothing"
+
+
+ANCHOR_HELP = "0: the new norm's own statistics; larger: nearer to the old function (1 or 30)"
+
+
+DEFAULT_ANCHOR = {"statistics": 1.0, "function": 30.0}
+"""Without data the group's mean is what hurts, and a larger anchor lets more of it through."""
+
+
+Make = Callable[[Any, Norm], nn.Module]
+
+
+def check(name: str, keep: str, anchor: float | None) -> None:
+    """Raise OptionError if the options do not fit."""
+    if keep not in get_args(Keep):
+        raise OptionError(f"{name}: keep is {keep!r}; pass one of {', '.join(get_args(Keep))}")
+    if anchor is not None and keep not in DEFAULT_ANCHOR:
+        raise OptionError(f"{name}: anchor goes with keep=statistics or keep=function, not {keep}")
+    if anchor is not None and not 0 <= anchor < float("inf"):
+        raise OptionError(f"{name}: anchor is {anchor}; pass 0 or more")
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """One norm that was replaced: its change so far, and the new norm as the fit sees it."""
+
+    change: Change
+    probe: Probe
+
+
+def swap_all(
+    captured: Captured,
+    sites: Sequence[Site],
+    settings: Settings,
+    make: Make,
+    calibration: Iterable[Any] | None,
+) -> list[Change]:
+    """Replace the norms of all sites, keeping what `settings` say."""
+    if settings.keep == "function" and calibration is None:
+        raise OptionError(
+            "keep=function fits to data; pass calibration (--calibration DATA), or keep=statistics"
+        )
+    norms = [_norm(captured, site) for site in sites]
+    moved: dict[Any, Standardized] = {}
+    if settings.keep in DEFAULT_ANCHOR:
+        moved = standardize(captured, norms)
+        norms = [_norm(captured, site) for site in sites]
+    swapped = [
+        _swap(captured, site, norm, make(site.plan, norm), settings, moved.get(norm.node))
+        for site, norm in zip(sites, norms, strict=True)
+    ]
+    changes = [item.change for item in swapped]
+    if settings.keep != "function":
+        return changes
+    assert calibration is not None
+    captured.editor.commit()
+    probes = [item.probe for item in swapped]
+    kept, agreement = keep_function(captured.model, probes, calibration, settings.mix)
+    captured.notes.extend(agreement.sentences())
+    return [
+        replace(
+            change,
+            note="; ".join(filter(None, (change.note, more.note))),
+            touched=(*change.touched, *more.touched),
+            metrics=more.metrics,
+        )
+        for change, more in zip(changes, kept, strict=True)
+    ]
+
+
+def _norm(captured: Captured, site: Site) -> Norm:
+    assert site.node is not None
+    norm = norm_of(captured, site.node)
+    assert norm is not None
+    return norm
+
+
+def _swap(
+    captured: Captured,
+    site: Site,
+    norm: Norm,
+    module: nn.Module,
+    settings: Settings,
+    moved: Standardized | None,
+) -> Swapped:
+    swap.dress(captured, norm, module)
+    if settings.keep == "nothing":
+        _reset(module)
+    notes = [getattr(site.plan, "note", ""), swap.affine_note(norm)]
+    gamma, beta, like = _affine(captured, module, norm)
+    anchored = 1.0
+    placed = module
+    if moved is not None and moved.known:
+        anchor = settings.anchor if settings.anchor is not None else DEFAULT_ANCHOR[settings.keep]
+        anchored, note = _anchor(module, gamma, like, anchor)
+        notes.append(note)
+        if moved.prefix is not None:
+            placed = _behind_prefix(moved, module, like)
+            notes.append(f"statistics in a channel affine in front: {moved.reason}")
+        else:
+            notes.append(f"statistics in {', '.join(moved.layers)}")
+    elif moved is not None:
+        notes.append(moved.reason)
+    name, kept = swap.place(captured, norm, placed)
+    notes.append(kept)
+    layers = moved.layers if moved is not None else ()
+    change = Change(
+        site.target, site.before, swap.show(module), "; ".join(filter(None, notes)),
+        (site.target, name, *layers),
+    )  # fmt: skip
+    prefix = placed[0] if isinstance(placed, nn.Sequential) else None
+    fits = moved is not None and moved.known
+    return Swapped(change, Probe(site.target, module, gamma, beta, anchored, prefix, fits))
+
+
+def _affine(
+    captured: Captured, module: nn.Module, norm: Norm
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return γ and β of a dressed norm in float64, filled in, and a tensor of its dtype."""
+    assert norm.num_features is not None
+    ref = norm.weight or norm.bias or norm.running_mean
+    like = torch.zeros(()) if ref is None else captured.tensor(ref).detach()
+    ones = torch.ones(norm.num_features, dtype=torch.float64, device=like.device)
+    weight, bias = module.weight, module.bias
+    gamma = weight.detach().double() if isinstance(weight, torch.Tensor) else ones
+    beta = bias.detach().double() if isinstance(bias, torch.Tensor) else torch.zeros_like(ones)
+    return gamma, beta, like
+
+
+def _anchor(
+    module: nn.Module, gamma: torch.Tensor, like: torch.Tensor, anchor: float
+) -> tuple[float, str]:
+    """Anchor a dressed norm; return what its weight was multiplied by, and what to say."""
+    if anchor == 0:
+        return 1.0, ""
+    trainable = isinstance(module.weight, nn.Parameter) and module.weight.requires_grad
+    chosen = largest_anchor(gamma.to(like), anchor)
+    note = f"anchor {chosen:.3g}"
+    if chosen < anchor:
+        note += f" instead of {anchor:.3g}, the largest that {like.dtype} holds"
+    if module.weight is None:
+        note += ", γ filled in"
+    new = nn.Parameter((gamma * gain(chosen)).to(like), requires_grad=trainable)
+    module.register_parameter("weight", new)
+    for flag in ("affine", "elementwise_affine"):
+        if hasattr(module, flag):
+            setattr(module, flag, True)
+    module.eps = float(module.eps) + chosen * chosen  # type: ignore[arg-type, assignment]
+    return gain(chosen), note
+
+
+def _behind_prefix(moved: Standardized, module: nn.Module, like: torch.Tensor) -> nn.Sequential:
+    assert moved.prefix is not None
+    scale, shift = moved.prefix.scale.to(like), moved.prefix.shift.to(like)
+    return nn.Sequential(OrderedDict(affine=ChannelAffine(scale, shift), norm=module))
+
+
+def _reset(module: nn.Module) -> None:
+    for key, value in (("weight", 1.0), ("bias", 0.0)):
+        old = getattr(module, key)
+        if isinstance(old, nn.Parameter):
+            new = torch.full_like(old, value)
+            module.register_parameter(key, nn.Parameter(new, requires_grad=old.requires_grad))

@@ -1,0 +1,1 @@
+"""A layer's weight: its layout, its fans, and what computes it."""

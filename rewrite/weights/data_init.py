@@ -1,0 +1,101 @@
+"""Data-dependent initialization of a weight norm: magnitudes and biases from one batch."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewrite.graph.captured import Captured
+from rewrite.nn.mean_only import MeanOnlyBatchNorm
+from rewrite.outcomes import Change, Site
+from rewrite.runtime.layerwise import fit_in_lockstep
+from rewrite.weights.fans import layer_kind
+from rewrite.weights.unit_statistics import unit_statistics
+from rewrite.weights.units import unit_axis
+
+# Layers whose output is one pre-activation that a hook can see, with one bias a unit.
+FITTED = ("linear", "conv", "conv_transpose", "bilinear")
+
+
+@dataclass
+class Draft:
+    """A change while further steps still add to it."""
+
+    change: Change
+    notes: list[str] = field(default_factory=list)
+    touched: list[str] = field(default_factory=list)
+    keys: dict[str, str | None] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    centred: MeanOnlyBatchNorm | None = None
+
+    def finished(self) -> Change:
+        """Return the change with everything that was added."""
+        old = self.change
+        return Change(
+            old.target,
+            old.before,
+            old.after,
+            "; ".join([*filter(None, [old.note]), *self.notes]),
+            (*old.touched, *self.touched),
+            old.keys if self.keys is None else self.keys,
+            self.metrics,
+        )
+
+
+def fit_magnitudes(
+    captured: Captured, sites: list[Site], drafts: dict[str, Draft], batch: Any
+) -> None:
+    """Set g and b of every site in one forward."""
+    layers: dict[str, nn.Module] = {}
+    for site in sites:
+        kind = layer_kind(site.plan.module)
+        if kind not in FITTED:
+            drafts[site.target].notes.append(f"not fitted: {kind} has no single pre-activation")
+        elif any(site.plan.ties.values()):
+            drafts[site.target].notes.append("not fitted: its weight is tied")
+        else:
+            layers[site.target] = site.plan.module
+
+    def fit(name: str, layer: nn.Module, output: torch.Tensor, again: Any) -> torch.Tensor:
+        return _standardize(name, layer, output, drafts[name])
+
+    for name in fit_in_lockstep(captured.model, batch, layers, fit):
+        drafts[name].notes.append("not fitted: the batch did not reach it")
+
+
+def _standardize(name: str, layer: nn.Module, output: torch.Tensor, draft: Draft) -> torch.Tensor:
+    units = unit_statistics(layer, output)
+    if units.complaint is not None:
+        warnings.warn(f"{name}: {units.complaint}", stacklevel=2)
+        draft.notes.append(units.complaint)
+    if units.samples < 2 or not bool(units.usable.any()):
+        return output
+    scale = torch.where(units.usable, 1 / units.std, 1.0)
+    shift = torch.where(units.usable, -units.mean / units.std, 0.0)
+    draft.metrics |= {
+        "std before": float(units.std.mean()),
+        "mean before": float(units.mean.abs().mean()),
+    }
+    chain: Any = layer.parametrizations["weight"]  # type: ignore[index]
+    g = chain.original0
+    flat = g.detach().flatten().to(scale.dtype) * scale
+    chain.original0 = nn.Parameter(flat.to(g.dtype).reshape(g.shape), g.requires_grad)
+    axis = unit_axis(layer, output)
+    scaled = output * units.along(axis, output, scale)
+    if draft.centred is not None:
+        norm = draft.centred
+        mean = torch.where(units.usable, units.mean / units.std, norm.running_mean)
+        norm.running_mean = mean.to(norm.running_mean)
+        bias = torch.where(units.usable, 0.0, norm.bias.detach())
+        norm.bias = nn.Parameter(bias.to(norm.bias.dtype), norm.bias.requires_grad)
+        return scaled
+    old = layer.bias
+    if old is None:
+        draft.notes.append("a bias was added")
+    bias = shift if old is None else old.detach().to(scale.dtype) * scale + shift  # type: ignore[operator]
+    layer.bias = nn.Parameter(bias.to(g.dtype), g.requires_grad)
+    return scaled + units.along(axis, output, shift)

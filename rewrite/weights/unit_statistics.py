@@ -1,0 +1,62 @@
+"""Statistics of a pre-activation by unit, and the data-dependent initialization on top of them.
+
+    t = v . x / ||v||  ->  g = 1 / std[t],  b = -mean[t] / std[t]
+
+over batch and space, one layer after the other (Salimans & Kingma 2016, equations 5 and 6). For a
+layer that already has some g and b the same is  g <- g / std,  b <- (b - mean) / std.  A unit that
+is constant over the batch has no scale: it keeps its g and b, and is named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rewrite.weights.units import unit_axis
+
+# Below this multiple of its mean a deviation is rounding of the forward, not signal.
+_RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class Units:
+    """Mean and standard deviation of each unit of an output; `usable` where there is a scale."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    usable: torch.Tensor
+    samples: int
+
+    @property
+    def complaint(self) -> str | None:
+        """What is wrong with these statistics, in words, or None."""
+        if self.samples < 2:
+            return "the batch holds one value a unit; g is left as it was, pass a larger batch"
+        unusable = torch.nonzero(~self.usable).flatten().tolist()
+        if not unusable:
+            return None
+        shown = ", ".join(map(str, unusable[:8])) + (", ..." if len(unusable) > 8 else "")
+        return (
+            f"{len(unusable)} of {self.usable.numel()} units are constant over the batch "
+            f"({shown}); their g is left as it was"
+        )
+
+    def along(self, axis: int, output: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Return one value a unit, shaped to broadcast over `output`."""
+        shape = [1] * output.dim()
+        shape[axis] = values.numel()
+        return values.to(output.dtype).reshape(shape)
+
+
+def unit_statistics(layer: nn.Module, output: torch.Tensor) -> Units:
+    """Return mean and standard deviation of each unit of a layer's output."""
+    axis = unit_axis(layer, output)
+    values = output.movedim(axis, 0).flatten(1).double()
+    samples = values.shape[1]
+    mean = values.mean(1)
+    std = values.std(1, correction=0) if samples > 1 else torch.zeros_like(mean)
+    floor = _RELATIVE.get(output.dtype, 1e-2) * mean.abs()
+    usable = torch.isfinite(std) & torch.isfinite(mean) & (std > floor) & (std > 0)
+    return Units(mean, std, usable, samples)

@@ -1,0 +1,276 @@
+"""Weight normalization by output unit, for every layout, and back again.
+
+    w = v * (g / ||v||)        the norm over the inputs and the kernel of each output unit
+    dL/dg = (dL/dw . v) / ||v||
+    dL/dv = g / ||v|| * dL/dw - g * (dL/dg) / ||v||^2 * v
+
+(Salimans & Kingma 2016, equations 2 and 3.) It sits in PyTorch's own parametrization machinery,
+under the keys that `torch.nn.utils.parametrizations.weight_norm` uses (`original0` is g,
+`original1` is v), so checkpoints of the two load into each other. The computation is our own,
+because PyTorch's differs from the weight it was given by 2 ulp in float32, normalizes the input
+channels of a transposed convolution, and divides a zero row by zero. Here:
+
+1. g / ||v|| is exactly 1 after registration, in every dtype: the norm in the forward is the same
+   rounded number as the g that was stored, and w comes back bit for bit.
+2. A zero row gets g = 0 and a random direction v, so that w is zero and can still learn. (With
+   v = 0 the gradient of g would be 0 / 0, and with v = 1 it would vanish behind a LayerNorm.)
+3. A row whose squares underflow or overflow is rescaled before its norm is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
+from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook
+
+from rewrite.nn.weight_norm import WeightNorm
+from rewrite.weights.fans import linear_maps
+from rewrite.weights.layout import Layout
+
+
+def weight_refusal(module: nn.Module, key: str) -> str | None:
+    """Return why weight `key` of a layer cannot be weight-normed, or None."""
+    if has_weight_norm(module, key):
+        return "is weight-normed already"
+    if parametrize.is_parametrized(module, key):
+        return "has another parametrization"
+    weight = module._parameters.get(key)
+    if weight is None:
+        return "is no parameter of the layer"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "is lazy; run the model once first"
+    if type(weight.data) is not torch.Tensor or weight.is_quantized:
+        return "is quantized, or of another tensor class; weight norm needs a plain tensor"
+    if not weight.is_floating_point():
+        return f"is {str(weight.dtype).removeprefix('torch.')}; weight norm needs floating point"
+    if weight.numel() == 0:
+        return "is empty"
+    if getattr(module, "sparse", False):
+        return "has sparse gradients"
+    if getattr(module, "max_norm", None) is not None:
+        return "is rescaled in place by max_norm"
+    return None
+
+
+# -- one weight of one module ----------------------------------------------------------------------
+
+
+def weight_layouts(module: nn.Module) -> dict[str, Layout]:
+    """Return the layout of each weight of `module` that has output units, by parameter name."""
+    return {m.parameter: m.layout for m in linear_maps(module)}
+
+
+def has_weight_norm(module: nn.Module, name: str) -> bool:
+    """Return whether weight `name` is weight-normed in the new form (ours or PyTorch's)."""
+    if not parametrize.is_parametrized(module, name):
+        return False
+    return isinstance(_chain(module, name)[0], WeightNorm | TorchWeightNorm)
+
+
+def _chain(module: nn.Module, name: str) -> parametrize.ParametrizationList:
+    chain = module.parametrizations[name]  # type: ignore[index]
+    assert isinstance(chain, parametrize.ParametrizationList)
+    return chain
+
+
+def weight_normed(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the weights of `module` that are weight-normed, in either form."""
+    new = [name for name in _parametrized(module) if has_weight_norm(module, name)]
+    return (*new, *has_old_weight_norm(module))
+
+
+def has_old_weight_norm(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the weights of `module` that are weight-normed in the old form."""
+    return tuple(hook.name for hook in _old_hooks(module).values())
+
+
+def weight_norm_sources(module: nn.Module, name: str) -> tuple[int, int]:
+    """Return the identities of the g and v behind a weight-normed weight."""
+    if name in has_old_weight_norm(module):
+        return id(getattr(module, f"{name}_g")), id(getattr(module, f"{name}_v"))
+    chain = _chain(module, name)
+    return id(chain.original0), id(chain.original1)
+
+
+def _parametrized(module: nn.Module) -> tuple[str, ...]:
+    if not parametrize.is_parametrized(module):
+        return ()
+    return tuple(module.parametrizations)  # type: ignore[arg-type]
+
+
+def _old_hooks(module: nn.Module) -> dict[int, WeightNormHook]:
+    return {k: h for k, h in module._forward_pre_hooks.items() if isinstance(h, WeightNormHook)}
+
+
+def add_weight_norm(module: nn.Module, name: str, layout: Layout) -> None:
+    """Reparameterize weight `name` of `module`; its value does not change.
+
+    The new g and v require a gradient if the weight did.
+    """
+    requires_grad = getattr(module, name).requires_grad
+    # With the outputs on axis 0 the groups are blocks of rows, and every row is a unit anyway.
+    groups = layout.groups if layout.inputs_first else 1
+    _register(module, name, WeightNorm(groups, layout.inputs_first), requires_grad)
+
+
+def _register(
+    module: nn.Module, name: str, parametrization: nn.Module, requires_grad: bool
+) -> None:
+    _own_class(module, _parametrized(module))
+    # `unsafe` skips a trial run on the live parameter; shapes and dtypes are ours to get right.
+    parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+    for parameter in _chain(module, name).parameters():
+        parameter.requires_grad_(requires_grad)
+    complete_weight_norm(module, name)
+
+
+def complete_weight_norm(module: nn.Module, name: str) -> None:
+    """Give a module with a weight-normed `name` what no file holds: hook and property."""
+    if isinstance(module, nn.RNNBase):
+        _track_flat_weights(module)
+    module.register_load_state_dict_pre_hook(_LoadsOldKeys(name))  # type: ignore[no-untyped-call]
+
+
+def is_weight_norm_hook(hook: Any) -> bool:
+    """Return whether a load hook of a module is one that `complete_weight_norm` makes."""
+    return isinstance(getattr(hook, "hook", hook), _LoadsOldKeys)
+
+
+def share_weight_norm(first: nn.Module, name: str, second: nn.Module, other: str) -> None:
+    """Tie weight `other` of `second` to the weight-normed weight `name` of `first`."""
+    source, copied = _chain(first, name), copy.deepcopy(_chain(first, name)[0])
+    _register(second, other, copied, False)
+    for key in ("original0", "original1"):
+        _chain(second, other)._parameters[key] = source._parameters[key]
+
+
+def remove_weight_norm(module: nn.Module, name: str) -> nn.Parameter:
+    """Bake the weight-normed weight `name` of `module` into a plain parameter, and return it."""
+    for key, hook in _old_hooks(module).items():
+        if hook.name == name:
+            return _remove_old(module, key, hook)
+    requires_grad = any(p.requires_grad for p in _chain(module, name).parameters())
+    with torch.no_grad():
+        weight = nn.Parameter(getattr(module, name).clone(), requires_grad=requires_grad)
+    _drop_load_hook(module, name)
+    left = tuple(key for key in _parametrized(module) if key != name)
+    del module.parametrizations[name]  # type: ignore[union-attr, operator]
+    _own_class(module, left)
+    module._parameters[name] = weight
+    if isinstance(module, nn.RNNBase) and not left:
+        module._init_flat_weights()
+    return weight
+
+
+def _own_class(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Give a parametrized module a class of its own, with properties for `names` alone.
+
+    PyTorch makes a class for each parametrized module, but a deep copy shares it with the original,
+    and `register_parametrization` and `remove_parametrizations` edit it: they would break the
+    original, which is why neither is called on a module that is parametrized already.
+    """
+    if not isinstance(module._modules.get("parametrizations"), nn.ModuleDict):
+        return
+    module.__class__ = type(module).__mro__[1]
+    if not names:
+        del module._modules["parametrizations"]
+        return
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)
+    if isinstance(module, nn.RNNBase):
+        _track_flat_weights(module)
+
+
+def _drop_load_hook(module: nn.Module, name: str) -> None:
+    hooks = module._load_state_dict_pre_hooks
+    for key, wrapped in list(hooks.items()):
+        hook = getattr(wrapped, "hook", wrapped)
+        ours = isinstance(hook, _LoadsOldKeys) and hook.name == name
+        # PyTorch's own hook is a closure over the name.
+        theirs = getattr(hook, "__name__", "") == "_weight_norm_compat_hook" and name in (
+            cell.cell_contents for cell in hook.__closure__ or ()
+        )
+        if ours or theirs:
+            del hooks[key]
+
+
+def _remove_old(module: nn.Module, key: int, hook: WeightNormHook) -> nn.Parameter:
+    g, v = _take_old(module, key, hook)
+    with torch.no_grad():
+        value = _of_dim(hook.dim)(g, v)
+    weight = nn.Parameter(value.clone(), requires_grad=g.requires_grad or v.requires_grad)
+    module.register_parameter(hook.name, weight)
+    return weight
+
+
+def _take_old(
+    module: nn.Module, key: int, hook: WeightNormHook
+) -> tuple[nn.Parameter, nn.Parameter]:
+    del module._forward_pre_hooks[key]
+    module.__dict__.pop(hook.name, None)
+    g = module._parameters.pop(f"{hook.name}_g")
+    v = module._parameters.pop(f"{hook.name}_v")
+    assert g is not None and v is not None  # the old style registers both
+    return g, v
+
+
+def _of_dim(dim: int) -> nn.Module:
+    """Return the parametrization of an old-style `dim`."""
+    if dim in (0, 1):
+        return WeightNorm(inputs_first=dim == 1)
+    return TorchWeightNorm(dim)
+
+
+def convert_old_weight_norm(module: nn.Module, name: str) -> None:
+    """Turn an old-style weight norm of `name` into the new form, on the same two parameters."""
+    for key, hook in _old_hooks(module).items():
+        if hook.name == name:
+            g, v = _take_old(module, key, hook)
+            module.register_parameter(name, nn.Parameter(torch.ones_like(v)))
+            _register(module, name, _of_dim(hook.dim), True)
+            _chain(module, name)._parameters.update(original0=g, original1=v)
+            return
+    raise KeyError(name)
+
+
+class _LoadsOldKeys:
+    """Lets `weight_g` and `weight_v` of an old checkpoint load into the new form.
+
+    PyTorch uses a closure here, which no pickle holds.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        g, v = f"{prefix}{self.name}_g", f"{prefix}{self.name}_v"
+        if g in state_dict and v in state_dict:
+            new = f"{prefix}parametrizations.{self.name}.original"
+            state_dict[f"{new}0"] = state_dict.pop(g)
+            state_dict[f"{new}1"] = state_dict.pop(v)
+
+
+def _flat_weights(module: nn.RNNBase) -> list[torch.Tensor | None]:
+    return [getattr(module, name, None) for name in module._flat_weights_names]
+
+
+def _ignore(module: nn.RNNBase, value: Any) -> None:
+    """Ignore what RNNBase keeps: it would be the weights of before the last step."""
+
+
+def _track_flat_weights(module: nn.RNNBase) -> None:
+    """Make a recurrent layer compute its weights at each call.
+
+    RNNBase keeps a list of its weights beside the parameters; with a parametrization the list
+    would hold the tensors of the day of registration, and training would change nothing.
+    """
+    type(module)._flat_weights = property(_flat_weights, _ignore)  # type: ignore[assignment]
+    unknown = [None] * len(module._flat_weights_names)
+    module.__dict__["_flat_weights"] = unknown  # read by RNNBase.__setstate__ alone
+    module._flat_weight_refs = list(unknown)
