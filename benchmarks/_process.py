@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 # The console script `rewrite`, in the interpreter that runs the benchmark.
-REWRITE = (sys.executable, "-c", "import sys; from rewrite.cli import main; sys.exit(main())")
+REWRITE = (sys.executable, "-c", "import sys; from rewrite.cli.main import main; sys.exit(main())")
 
 
 @dataclass(frozen=True)

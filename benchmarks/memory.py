@@ -33,7 +33,7 @@ print(sum(tensor.nbytes for tensor in tensors) / 1e6)
 IMPORTS = """
 import copy, sys
 import torch, torchvision
-import rewrite, rewrite.cli
+import rewrite, rewrite.cli.main
 from rewrite import convert, load
 from passes import BatchNormToGroupNorm
 
@@ -63,7 +63,7 @@ BODIES = {
     "load, `convert`": CONVERT.format("", ""),
     "load, `convert` with an example input": CONVERT.format("", EXAMPLE),
     "the command `rewrite convert --bn-to-gn model.pt`": (
-        'rewrite.cli.main(["convert", "--bn-to-gn", "--force", "--quiet", "model.pt"])'
+        'rewrite.cli.main.main(["convert", "--bn-to-gn", "--force", "--quiet", "model.pt"])'
     ),
 }
 

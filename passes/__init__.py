@@ -1,6 +1,18 @@
 """The passes that come with the toolkit, one file each."""
 
-from __future__ import annotations
+from passes.bn_to_gn import BatchNormToGroupNorm
+from passes.bn_to_in import BatchNormToInstanceNorm
+from passes.bn_to_ln import BatchNormToLayerNorm
+from passes.bn_to_sync_bn import BatchNormToSyncBatchNorm
+from passes.bn_to_weight_norm import BatchNormToWeightNorm
+from passes.fold import FoldNorm
+from passes.freeze_bn import FreezeBatchNorm
+from passes.merge_branches import MergeBranches
+from passes.recalibrate_bn import RecalibrateBatchNorm
+from passes.reinit import Reinitialize
+from passes.remove_weight_norm import RemoveWeightNorm
+from passes.sync_bn_to_bn import SyncBatchNormToBatchNorm
+from passes.weight_norm import WeightNorm
 
 __all__ = [
     "BatchNormToGroupNorm",

@@ -1,4 +1,4 @@
-"""rewrite.algebra: each identity against the layer it describes, in float64."""
+"""rewrite.affine.algebra: each identity against the layer it describes, in float64."""
 
 from __future__ import annotations
 

@@ -421,7 +421,7 @@ def test_loading_a_large_state_dict_holds_it_once(tmp_path):
         """
         import re, sys
         from pathlib import Path
-        from rewrite.checkpoint import load
+        from rewrite.checkpoint.load import load
         status = Path("/proc/self/status")
         peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1]) * 1024
         before = peak()

@@ -253,7 +253,7 @@ def test_passes_lists_options_and_contracts(capsys) -> None:
 
 def test_help_needs_no_torch() -> None:
     code = (
-        "import sys\nfrom rewrite.cli import main\n"
+        "import sys\nfrom rewrite.cli.main import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "assert not {'torch', 'numpy', 'rich'} & set(sys.modules), 'imported too much'"
     )

@@ -108,7 +108,7 @@ def test_a_full_disk_in_a_real_process(tmp_path):
         """
         import resource, signal, sys
         from torch import nn
-        from rewrite.checkpoint import save
+        from rewrite.checkpoint.load import save
         from rewrite.errors import CheckpointError
         model = nn.Linear(100, 100)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""rewrite.keymap: the recipes of one fold, repeated on another checkpoint."""
+"""rewrite.fold.replay: the recipes of one fold, repeated on another checkpoint."""
 
 from __future__ import annotations
 

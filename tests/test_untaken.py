@@ -1,4 +1,4 @@
-"""rewrite.untaken: what a forward does for other values of its arguments.
+"""rewrite.graph.untraced_branches: what a forward does for other values of its arguments.
 
 Each model is folded and run with the value that was not traced: a fold that does not know of it is
 another function there. The twins have the same code without the choice, and fold.
