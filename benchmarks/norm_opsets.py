@@ -69,7 +69,7 @@ def measured(name: str, repeats: int) -> list[list[Any]]:
     fastest = min(best.values())
     return [
         [
-            name, opset, _operators(found[opset].census), f"{found[opset].max_rel:.0e}",
+            name, opset, _operators(found[opset].operator_counts), f"{found[opset].max_rel:.0e}",
             f"{found[opset].noise:.0e}", "yes" if found[opset].ok else "no",
             f"{best[opset] / fastest:.2f}",
         ]

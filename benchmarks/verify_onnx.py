@@ -131,7 +131,7 @@ def _export_and_verify(model: nn.Module, inputs: Any, folder: Path) -> dict[str,
     done = time.process_time()
     return {
         "status": "verified" if found.ok else "wrong",
-        "nodes": sum(found.census.values()),
+        "nodes": sum(found.operator_counts.values()),
         "export": exported - begin,
         "verify": done - exported,
         "max_rel": found.max_rel,

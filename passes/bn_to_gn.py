@@ -25,7 +25,7 @@ from rewrite.protocol import Pass
 from rewrite.swap import batch_norms as swap
 from rewrite.swap import swap as keeping
 from rewrite.swap.anchor import gain
-from rewrite.swap.keep_function import SIZES_FROM, Settings
+from rewrite.swap.keep_function import SIZES_FROM, SwapOptions
 
 _LEAST = 4
 """Channels a group has at least where the function is to be kept and no number was asked for: a
@@ -120,7 +120,7 @@ class BatchNormToGroupNorm(Pass):
         Hidden channels may change their order then, so that the groups lose less of the model; with
         `mix`, maps stand around the norms instead (`rewrite.between`).
         """
-        settings = Settings(self.keep, self.anchor, self.mix)
+        settings = SwapOptions(self.keep, self.anchor, self.mix)
         return keeping.swap_all(captured, sites, settings, _make, calibration)
 
     def groups(self, candidate: swap.Candidate) -> Groups | str:

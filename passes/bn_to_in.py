@@ -20,7 +20,7 @@ from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
 from rewrite.swap import batch_norms as swap
 from rewrite.swap import swap as keeping
-from rewrite.swap.keep_function import Settings
+from rewrite.swap.keep_function import SwapOptions
 
 _LAYERS: dict[int, type[nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d]] = {
     1: nn.InstanceNorm1d,
@@ -61,7 +61,7 @@ class BatchNormToInstanceNorm(Pass):
         self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
         """Replace all norms; keep="function" fits them in one pass over `calibration`."""
-        settings = Settings(self.keep, self.anchor)
+        settings = SwapOptions(self.keep, self.anchor)
         return keeping.swap_all(captured, sites, settings, _make, calibration)
 
 

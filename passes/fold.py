@@ -29,7 +29,7 @@ from rewrite.fold.input_norm import InputNorm, fold_input, parse_input_norm
 from rewrite.fold.merge import merge_site
 from rewrite.fold.merged_kernel import Merge
 from rewrite.fold.recipes import fold_recipe
-from rewrite.fold.unfolded import Leftover
+from rewrite.fold.unfolded import UnfoldedNorm
 from rewrite.graph.captured import Captured
 from rewrite.graph.editor import Editor
 from rewrite.outcomes import Change, Contract, Site, Skip
@@ -126,7 +126,7 @@ class FoldNorm(Pass):
             elif merge := next((m for m in merges if m.inside.issuperset(source.nodes)), None):
                 plan = merge
             elif self.leftover == "affine" and source.kind == "norm" and not source.refusal:
-                plan = Leftover(source, outcome.reason)
+                plan = UnfoldedNorm(source, outcome.reason)
             else:
                 decided.outcomes.append(Skip(source.target, source.before, outcome.reason))
                 continue
@@ -167,7 +167,7 @@ class FoldNorm(Pass):
         leftovers = {
             site.target: site.plan.take(decided.folder.ledger)
             for site in plans
-            if isinstance(site.plan, Leftover)
+            if isinstance(site.plan, UnfoldedNorm)
         }
         baked = _bake_all(captured, decided.folder.ledger, plans)
         clones = write_ledger(captured.editor, decided.folder.ledger)
@@ -178,7 +178,7 @@ class FoldNorm(Pass):
             if isinstance(site.plan, Fold):
                 change = _remove(captured, site.plan, inside, clones)
                 changes.append(_with_baked(change, site.plan, baked))
-            elif isinstance(site.plan, Leftover):
+            elif isinstance(site.plan, UnfoldedNorm):
                 changes.append(site.plan.write(captured.editor, leftovers[site.target]))
             elif isinstance(site.plan, Merge):
                 changes.append(_merged_change(site, merged[site.plan]))
@@ -198,13 +198,13 @@ class _Decided:
 class _Planned:
     """The plan of a site as `find` yields it, and the look at the model that it is part of."""
 
-    what: Fold | Leftover | Merge
+    what: Fold | UnfoldedNorm | Merge
     decided: _Decided
 
 
 def _bake_all(captured: Captured, ledger: Ledger, plans: Sequence[Site]) -> dict[str, Baked]:
     """Make plain what takes up a map, or loses its own, and computes its weight."""
-    folds = [site.plan.source.layer for site in plans if isinstance(site.plan, Fold | Leftover)]
+    folds = [site.plan.source.layer for site in plans if isinstance(site.plan, Fold | UnfoldedNorm)]
     modules = [layer.module for layer in (*ledger.layers(), *folds) if layer is not None]
     found = {name: bake(captured, name) for name in dict.fromkeys(modules) if name is not None}
     return {name: baked for name, baked in found.items() if baked is not None}

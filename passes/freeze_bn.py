@@ -52,7 +52,7 @@ class FreezeBatchNorm(Pass):
         like = captured.tensor(norm.weight or norm.running_mean)
         module = ChannelAffine(affine.scale.to(like), affine.shift.to(like))
         module.requires_grad_(self.trainable)
-        name, kept = swap.place(captured, norm, module)
+        name, kept = swap.install(captured, norm, module)
         after = f"ChannelAffine({len(affine.scale)})"
         return Change(site.target, site.before, after, kept, (site.target, name))
 

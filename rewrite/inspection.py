@@ -137,8 +137,8 @@ def _norms(captured: Captured) -> Iterator[NormRow]:
         norm = norm_of(captured, node)
         if norm is None or node in met:
             continue
-        twins = captured.twins(node)
-        met.update(twins)
+        calls = captured.call_sites(node)
+        met.update(calls)
         kind = (
             type(captured.module(norm.target)).__name__
             if norm.module is not None
@@ -146,7 +146,7 @@ def _norms(captured: Captured) -> Iterator[NormRow]:
         )
         yield NormRow(
             norm.target, kind, norm.num_features, fed_by(captured, norm.input),
-            "of the input" if norm.training else "running", len(twins), captured.source(node),
+            "of the input" if norm.training else "running", len(calls), captured.source(node),
         )  # fmt: skip
 
 

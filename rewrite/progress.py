@@ -39,7 +39,7 @@ class Announced:
         return list(getattr(self.source, "left_out", ()))
 
 
-class Steps:
+class ProgressLine:
     """Show the step that is running on standard error, from the second second on.
 
     Use as a context manager; call it with the name of each step as it begins.
@@ -53,7 +53,7 @@ class Steps:
         self._timer = threading.Timer(_PATIENCE, self._show)
         self._timer.daemon = True
 
-    def __enter__(self) -> Steps:
+    def __enter__(self) -> ProgressLine:
         if self._enabled:
             self._timer.start()
         return self

@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from rewrite.errors import OptionError, PassError, RewriteError
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
-from rewrite.outcomes import Selection, Skip
+from rewrite.outcomes import Change, Contract, Selection, Site, Skip
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.fx import GraphModule
     from torch.fx.passes.infra.pass_base import PassResult
-
-    from rewrite.outcomes import Change, Contract, Site
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import rewrite
 from passes import BatchNormToGroupNorm
 from rewrite.errors import OptionError
 from rewrite.grouping import regroup
-from rewrite.grouping.low_rank import Maps, maps_of
+from rewrite.grouping.low_rank import Maps, low_rank_maps
 from rewrite.nn.modules import ChannelMix
 from rewrite.swap.anchor import gain
 
@@ -37,7 +37,7 @@ def lost(maps: Maps, covariance: Tensor, metric: Tensor, rank: int) -> Tensor:
 @pytest.mark.parametrize(("size", "rank"), [(12, 1), (12, 2), (12, 6), (16, 4), (7, 1)])
 def test_the_groups_between_lose_the_least_eigenvalues(size: int, rank: int) -> None:
     covariance, metric = positive(3, size, 0), positive(3, size, 1)
-    maps = maps_of(covariance, metric, rank)
+    maps = low_rank_maps(covariance, metric, rank)
     eye = torch.eye(size, dtype=torch.float64)
     product = maps.matrix @ (eye - maps.back @ maps.down)
     assert (product - eye).abs().max() < 1e-12
@@ -45,7 +45,7 @@ def test_the_groups_between_lose_the_least_eigenvalues(size: int, rank: int) -> 
     least = values[:, :rank].sum(1)
     torch.testing.assert_close(lost(maps, covariance, metric, rank), least, rtol=1e-4, atol=0)
     # The negative twin: fitted to another covariance, more is lost.
-    other = maps_of(positive(3, size, 2), metric, rank)
+    other = low_rank_maps(positive(3, size, 2), metric, rank)
     assert bool((lost(other, covariance, metric, rank) > 1.01 * least).all())
 
 
@@ -54,7 +54,7 @@ def test_degenerate_statistics_give_finite_maps() -> None:
     ones = torch.ones(2, 8, 8, dtype=torch.float64)
     for covariance in (nothing, ones):
         for metric in (nothing, ones):
-            maps = maps_of(covariance, metric, 2)
+            maps = low_rank_maps(covariance, metric, 2)
             assert all(bool(torch.isfinite(t).all()) for t in (maps.up, maps.down, maps.back))
             assert torch.linalg.cond(maps.matrix).max() < 1e4
 

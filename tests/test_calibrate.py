@@ -91,7 +91,7 @@ def test_variations_depend_on_the_batch_alone() -> None:
 
 
 def _fit_as(rank: int, port: int, mix: int) -> rewrite.Result[nn.Sequential]:
-    """Fit on every second batch of 5 samples, of which the last is held out."""
+    """NormFit on every second batch of 5 samples, of which the last is held out."""
     distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )

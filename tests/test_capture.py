@@ -338,7 +338,7 @@ def test_two_invocations_of_one_forward_are_two_frames():
     captured = capture(models.build("recursion")[0])
     first, second = captured.calls("conv")
     assert captured.owner(first) == captured.owner(second) == ""
-    assert captured.twins(first) == (first, second)
+    assert captured.call_sites(first) == (first, second)
     assert captured.source(first) == captured.source(second)
 
 

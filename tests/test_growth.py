@@ -8,7 +8,7 @@ from torch import nn
 
 import models
 from passes import BatchNormToGroupNorm, FoldNorm
-from rewrite.affine.search import Growth
+from rewrite.affine.search import PropagationSearch
 from rewrite.protocol import apply_pass
 
 
@@ -37,14 +37,14 @@ def stream(blocks: int) -> nn.Module:
 @pytest.mark.parametrize("rewriting", [FoldNorm, BatchNormToGroupNorm])
 def test_work_is_linear_in_the_blocks(rewriting, monkeypatch):
     visits = 0
-    original = Growth._visit
+    original = PropagationSearch._visit
 
     def counted(self, *arguments):
         nonlocal visits
         visits += 1
         return original(self, *arguments)
 
-    monkeypatch.setattr(Growth, "_visit", counted)
+    monkeypatch.setattr(PropagationSearch, "_visit", counted)
     found = []
     for blocks in (10, 40):
         visits = 0
@@ -56,7 +56,7 @@ def test_work_is_linear_in_the_blocks(rewriting, monkeypatch):
 def test_a_stream_folds_what_it_did(monkeypatch):
     """Looking ahead changes when a growth is refused, never whether."""
     ahead = apply_pass(FoldNorm(), stream(6))
-    monkeypatch.setattr(Growth, "_check_far", lambda self, value: None)
+    monkeypatch.setattr(PropagationSearch, "_check_far", lambda self, value: None)
     whole = apply_pass(FoldNorm(), stream(6))
     assert [c.target for c in ahead.changes] == [c.target for c in whole.changes]
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -70,5 +70,5 @@ def test_looking_ahead_changes_no_decision(name, monkeypatch):
         return [(change.target, change.touched) for change in result.changes]
 
     ahead = [changes(rewriting) for rewriting in (FoldNorm, BatchNormToGroupNorm)]
-    monkeypatch.setattr(Growth, "_check_far", lambda self, value: None)
+    monkeypatch.setattr(PropagationSearch, "_check_far", lambda self, value: None)
     assert ahead == [changes(rewriting) for rewriting in (FoldNorm, BatchNormToGroupNorm)]

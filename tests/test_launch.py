@@ -105,7 +105,9 @@ def test_the_command_says_which_batch_it_is_at(
     checkpoint: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("rewrite.progress.Steps.__call__", lambda self, step: said.append(step))
+    monkeypatch.setattr(
+        "rewrite.progress.ProgressLine.__call__", lambda self, step: said.append(step)
+    )
     assert main([*command(checkpoint, photos, "one"), "--quiet"]) == 0
     assert [step for step in said if "batch" in step] == [
         f"bn-to-gn: calibration batch {number} of 3" for number in (1, 2, 3)

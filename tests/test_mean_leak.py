@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rewrite.grouping.mean_removal import RANGE, factors, leak
+from rewrite.grouping.mean_removal import RANGE, factors, removal_error
 
 
 def covariance(groups: int, size: int, rank: int | None = None, seed: int = 0) -> np.ndarray:
@@ -25,23 +25,28 @@ def test_the_formula_is_the_error() -> None:
     second, gamma = covariance(1, 4), np.array([[1.0, -2.0, 0.5, 3.0]])
     factor = np.array([[1.0, -0.5, 2.0, 1.5]])
     simulated = error_by_simulation(second[0], gamma[0], factor[0])
-    assert leak(second, gamma, factor)[0] / 16 == pytest.approx(simulated, rel=0.02)
-    assert leak(second, gamma, np.ones_like(factor))[0] / 16 != pytest.approx(simulated, rel=0.1)
+    assert removal_error(second, gamma, factor)[0] / 16 == pytest.approx(simulated, rel=0.02)
+    assert removal_error(second, gamma, np.ones_like(factor))[0] / 16 != pytest.approx(
+        simulated, rel=0.1
+    )
 
 
 @pytest.mark.parametrize("size", [2, 5, 16])
 def test_factors_lower_the_error(size: int) -> None:
     second, gamma = covariance(3, size), np.random.default_rng(1).uniform(0.2, 2, (3, size))
-    plain = leak(second, gamma, np.ones_like(gamma))
-    signs = leak(second, gamma, factors(second, gamma, sizes=1.0))
-    both = leak(second, gamma, factors(second, gamma))
+    plain = removal_error(second, gamma, np.ones_like(gamma))
+    signs = removal_error(second, gamma, factors(second, gamma, sizes=1.0))
+    both = removal_error(second, gamma, factors(second, gamma))
     assert (signs <= plain * 1.0001).all() and both.sum() < signs.sum() < plain.sum()
 
 
 def test_directions_that_never_vary_are_found() -> None:
     second, gamma = covariance(1, 16, rank=4), np.ones((1, 16))
     found = factors(second, gamma, shrinkage=0.0)
-    assert leak(second, gamma, found)[0] < 0.02 * leak(second, gamma, np.ones_like(found))[0]
+    assert (
+        removal_error(second, gamma, found)[0]
+        < 0.02 * removal_error(second, gamma, np.ones_like(found))[0]
+    )
 
 
 def test_factors_stay_in_range_and_keep_their_sign() -> None:

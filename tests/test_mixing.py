@@ -11,13 +11,13 @@ from torch import Tensor, nn
 import models
 import rewrite
 from passes import BatchNormToGroupNorm
-from rewrite.affine.context import Surroundings
+from rewrite.affine.context import AnalysisContext
 from rewrite.calibration.batches import Batches
 from rewrite.graph.capture import capture
 from rewrite.graph.operators import norm_of
 from rewrite.grouping import basis as mixing
 from rewrite.grouping import fit, regroup
-from rewrite.grouping.fit import Fit
+from rewrite.grouping.fit import NormFit
 from rewrite.grouping.permutation import Order, order_of
 from rewrite.swap import keep_function as keep
 
@@ -87,9 +87,9 @@ def in_the_old_place(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> tuple[nn.Module, int]:
     """Return the converted model with the old function in the place of each new norm."""
-    seen: list[Fit] = []
+    seen: list[NormFit] = []
 
-    def collect(changed: nn.Module, fits: Sequence[Fit], batches: Batches) -> None:
+    def collect(changed: nn.Module, fits: Sequence[NormFit], batches: Batches) -> None:
         fit.collect(changed, fits, batches)
         seen.extend(fits)
 
@@ -171,7 +171,7 @@ def test_an_order_says_whether_its_values_are_only_summed(way: str, linear: bool
     model = stream(way)
     captured = capture(model)
     norm = next(node for node in captured.nodes() if norm_of(captured, node) is not None)
-    order = order_of(Surroundings(captured, {}), norm, ())
+    order = order_of(AnalysisContext(captured, {}), norm, ())
     assert isinstance(order, Order)
     assert order.linear == linear
     writes = {row.ref.name for row in order.rows if row.side == "writes"}

@@ -197,7 +197,7 @@ def test_the_census_is_checked(tmp_path, net):
     path = saved(tmp_path, graph(net))
     found = verify_onnx(path, expect={"Conv": 2}, expect_no=["BatchNormalization"])
     assert found.ok
-    assert found.census["Conv"] == 2
+    assert found.operator_counts["Conv"] == 2
     assert not verify_onnx(path, expect={"Conv": 3}, level=Level.QUICK).ok
     assert not verify_onnx(path, expect_no=["Relu"], level=Level.QUICK).ok
 

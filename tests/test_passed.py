@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rewrite.graph.capture import capture
 from rewrite.graph.operators import norm_of
-from rewrite.grouping.activation_slope import passed
+from rewrite.grouping.activation_slope import activation_slope
 
 CHANNELS = 6
 
@@ -29,7 +29,7 @@ class Net(nn.Module):
 def share(rest: Callable[[Tensor], Tensor], scale: Tensor, bias: Tensor) -> Tensor:
     captured = capture(Net(rest).double().eval())
     norm = next(node for node in captured.nodes() if norm_of(captured, node) is not None)
-    return passed(captured, norm, scale, bias)
+    return activation_slope(captured, norm, scale, bias)
 
 
 def given() -> tuple[Tensor, Tensor]:

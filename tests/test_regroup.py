@@ -15,8 +15,8 @@ from rewrite.calibration.batches import Batches
 from rewrite.graph.capture import capture
 from rewrite.grouping import fit
 from rewrite.grouping.assignment import Means, Sums, regrouped
-from rewrite.grouping.fit import Fit
-from rewrite.grouping.mean_removal import factors, leak
+from rewrite.grouping.fit import NormFit
+from rewrite.grouping.mean_removal import factors, removal_error
 from rewrite.grouping.statistics import MeanStatistics
 from rewrite.swap import keep_function as keep
 
@@ -32,7 +32,7 @@ def lost(item: Means, order: np.ndarray, groups: int) -> float:
     rows = order.reshape(groups, -1)
     second = item.covariance[rows[:, :, None], rows[:, None, :]]
     weight = item.weight[rows]
-    return float(leak(second, weight, factors(second, weight, shrinkage=0.0)).sum())
+    return float(removal_error(second, weight, factors(second, weight, shrinkage=0.0)).sum())
 
 
 # -- which channels share a group -------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_only_the_groups_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the old function in the place of each new norm it is the model, in another order."""
     model, seen = bottleneck().double(), {}
 
-    def collect(changed: nn.Module, fits: Sequence[Fit], batches: Batches) -> None:
+    def collect(changed: nn.Module, fits: Sequence[NormFit], batches: Batches) -> None:
         fit.collect(changed, fits, batches)
         seen.update({item.probe.target: item.probe for item in fits})
 
@@ -199,7 +199,7 @@ def test_a_depthwise_layer_hands_on_what_the_weights_say() -> None:
         nn.Conv2d(6, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1, groups=8), nn.GroupNorm(2, 8)
     ).double()
     ones, zeros = torch.ones(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
-    probes = [keep.Probe(str(i), model[i], ones, zeros) for i in (1, 3)]
+    probes = [keep.SwappedNorm(str(i), model[i], ones, zeros) for i in (1, 3)]
     captured = capture(model)
     fits = fit.fits_of(captured, Planner(captured), probes)
     with torch.no_grad():

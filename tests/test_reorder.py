@@ -9,7 +9,7 @@ from torch.fx import Node
 
 import models
 from models.digits_resnet import digits_resnet
-from rewrite.affine.context import Surroundings
+from rewrite.affine.context import AnalysisContext
 from rewrite.affine.plan import Refusal
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
@@ -23,7 +23,7 @@ def norms(captured: Captured) -> list[Node]:
 
 def orders(model: nn.Module) -> tuple[Captured, list[Order | Refusal]]:
     captured = capture(model)
-    around = Surroundings(captured, {})
+    around = AnalysisContext(captured, {})
     return captured, [order_of(around, node, ()) for node in norms(captured)]
 
 
@@ -150,7 +150,7 @@ class Reads(nn.Module):
 def test_what_is_not_understood_keeps_its_order(what: str) -> None:
     model = Reads(what).eval()
     captured = capture(model)
-    around = Surroundings(captured, {})
+    around = AnalysisContext(captured, {})
     found = order_of(around, norms(captured)[0], ())
     assert isinstance(found, Refusal)
     assert found.reason

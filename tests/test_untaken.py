@@ -430,8 +430,8 @@ def test_the_fold_without_this_knowledge_would_show(monkeypatch: pytest.MonkeyPa
     """The negative twin: with nothing known of untaken code, each of these is another function."""
     from rewrite.graph import untraced_branches as untaken
 
-    monkeypatch.setattr(untaken.Untaken, "caller", lambda self, place: None)
-    monkeypatch.setattr(untaken.Untaken, "reader", lambda self, region, node: None)
+    monkeypatch.setattr(untaken.UntracedBranches, "caller", lambda self, place: None)
+    monkeypatch.setattr(untaken.UntracedBranches, "reader", lambda self, region, node: None)
     x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
     for kind in (CallsAnItem, CallsInAMethod, CallsByName, GivesItOn, GivesItOnInALoop):
         model = prepare(kind)

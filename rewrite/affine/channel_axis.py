@@ -1,6 +1,6 @@
 """Where the channels of a norm lie in a value, followed through operations that only move data.
 
-A `Lane` says: position i of `axis` carries channel index[i] of the norm (-1: none of them).
+A `ChannelMap` says: position i of `axis` carries channel index[i] of the norm (-1: none of them).
 
     flatten, view      the axis merges with its neighbours: each channel is repeated, or not
     permute, squeeze   the axis has another number
@@ -25,7 +25,7 @@ from rewrite.graph.ranks import Ranks
 from rewrite.graph.spellings import function_name, is_getitem
 
 if TYPE_CHECKING:
-    from rewrite.affine.channel_map import Lane
+    from rewrite.affine.channel_map import ChannelMap
 
 
 class Channels:
@@ -35,7 +35,7 @@ class Channels:
         self._captured = captured
         self._ranks = ranks
 
-    def follow(self, node: Node, lane: Lane, backward: bool) -> Lane | None:
+    def follow(self, node: Node, lane: ChannelMap, backward: bool) -> ChannelMap | None:
         """Return the lane at the input of `node` (backward) or at its value; None: not my kind.
 
         Raises:
@@ -92,8 +92,8 @@ class Channels:
     # -- flatten and view ---------------------------------------------------------------------
 
     def _flatten(
-        self, node: Node, source: Node, lane: Lane, backward: bool, start: int, end: int
-    ) -> Lane:
+        self, node: Node, source: Node, lane: ChannelMap, backward: bool, start: int, end: int
+    ) -> ChannelMap:
         rank = self._ranks.rank(source)
         if rank is None:
             raise Refused(UNKNOWN_RANK.format(source.name))
@@ -114,8 +114,15 @@ class Channels:
         return self._merge(source, lane, axis, first, last, rank, flat_rank)
 
     def _merge(
-        self, source: Node, lane: Lane, axis: int, first: int, last: int, rank: int, flat_rank: int
-    ) -> Lane:
+        self,
+        source: Node,
+        lane: ChannelMap,
+        axis: int,
+        first: int,
+        last: int,
+        rank: int,
+        flat_rank: int,
+    ) -> ChannelMap:
         before = self._product(source, range(first, axis), rank)
         after = self._product(source, range(axis + 1, last + 1), rank)
         if before is None:
@@ -129,7 +136,9 @@ class Channels:
             return replace(lane.moved(first - flat_rank, index), spread=True)
         return lane.moved(first - flat_rank, index.repeat_interleave(after))
 
-    def _unmerge(self, source: Node, lane: Lane, first: int, last: int, rank: int) -> Lane:
+    def _unmerge(
+        self, source: Node, lane: ChannelMap, first: int, last: int, rank: int
+    ) -> ChannelMap:
         """Find the one axis of `first` to `last` that carries channels, behind a flatten."""
         if lane.spread:
             raise Refused(f"the channels of {source.name} are merged twice")
@@ -153,7 +162,7 @@ class Channels:
             "norm maps each of those differently"
         )
 
-    def _only_axis(self, source: Node, lane: Lane, labels: Tensor, first: int) -> Lane:
+    def _only_axis(self, source: Node, lane: ChannelMap, labels: Tensor, first: int) -> ChannelMap:
         """Return the lane on the only axis along which `labels` vary; their first is `first`."""
         varying = [
             axis
@@ -169,7 +178,7 @@ class Channels:
         index = labels.movedim(kept, 0).reshape(labels.shape[kept], -1)[:, 0].contiguous()
         return lane.moved(first + kept, index)
 
-    def _view(self, node: Node, source: Node, lane: Lane, backward: bool) -> Lane:
+    def _view(self, node: Node, source: Node, lane: ChannelMap, backward: bool) -> ChannelMap:
         if _flattens_from_one(node, source):
             return self._flatten(node, source, lane, backward, 1, -1)
         old, new = self._captured.shape(source), self._captured.shape(node)
@@ -196,7 +205,9 @@ class Channels:
 
     # -- the order of the axes ----------------------------------------------------------------
 
-    def _permute(self, source: Node, lane: Lane, backward: bool, dims: tuple[Any, ...]) -> Lane:
+    def _permute(
+        self, source: Node, lane: ChannelMap, backward: bool, dims: tuple[Any, ...]
+    ) -> ChannelMap:
         if not all(isinstance(dim, int) for dim in dims):
             raise Refused(f"the order of the axes of {source.name} is computed")
         rank = len(dims)
@@ -204,7 +215,9 @@ class Channels:
         axis = from_front(lane.axis, rank)
         return lane.moved((order[axis] if backward else order.index(axis)) - rank)
 
-    def _transpose(self, source: Node, lane: Lane, backward: bool, one: int, other: int) -> Lane:
+    def _transpose(
+        self, source: Node, lane: ChannelMap, backward: bool, one: int, other: int
+    ) -> ChannelMap:
         rank = self._ranks.rank(source)
         if rank is None:
             raise Refused(UNKNOWN_RANK.format(source.name))
@@ -212,7 +225,7 @@ class Channels:
         axis = from_front(lane.axis, rank)
         return lane.moved(swap.get(axis, axis) - rank)
 
-    def _unsqueeze(self, source: Node, lane: Lane, backward: bool, dim: int) -> Lane:
+    def _unsqueeze(self, source: Node, lane: ChannelMap, backward: bool, dim: int) -> ChannelMap:
         rank = self._ranks.rank(source)
         if rank is None:
             raise Refused(UNKNOWN_RANK.format(source.name))
@@ -225,7 +238,9 @@ class Channels:
         axis = from_front(lane.axis, rank)
         return lane.moved((axis + (axis >= new)) - (rank + 1))
 
-    def _squeeze(self, source: Node, lane: Lane, backward: bool, dims: tuple[Any, ...]) -> Lane:
+    def _squeeze(
+        self, source: Node, lane: ChannelMap, backward: bool, dims: tuple[Any, ...]
+    ) -> ChannelMap:
         rank = self._ranks.rank(source)
         given = dims[0] if len(dims) == 1 else dims
         given = (given,) if isinstance(given, int) else tuple(given or ())
@@ -243,7 +258,7 @@ class Channels:
         return lane.moved(kept.index(axis) - len(kept))
 
 
-def _shuffle(lane: Lane, size: int, backward: bool) -> Lane:
+def _shuffle(lane: ChannelMap, size: int, backward: bool) -> ChannelMap:
     """Follow a pixel shuffle: `size` neighbouring channels become the pixels of one."""
     if lane.axis != -3:
         raise Refused("the channels are not the axis that a pixel shuffle takes apart")

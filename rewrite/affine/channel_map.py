@@ -13,7 +13,7 @@ class Refused(Exception):  # noqa: N818 - control flow inside the planner, never
 
 
 @dataclass(frozen=True, eq=False)
-class Lane:
+class ChannelMap:
     """Where channels lie in a value, and which part of their map the value takes.
 
     Attributes:
@@ -34,7 +34,7 @@ class Lane:
         """Whether nothing happens to the value."""
         return not (self.scale or self.shift) or bool((self.index < 0).all())
 
-    def same(self, other: Lane) -> bool:
+    def same(self, other: ChannelMap) -> bool:
         """Return whether both say the same."""
         return (
             self.axis == other.axis
@@ -44,7 +44,7 @@ class Lane:
             and torch.equal(self.index, other.index)
         )
 
-    def moved(self, axis: int, index: Tensor | None = None) -> Lane:
+    def moved(self, axis: int, index: Tensor | None = None) -> ChannelMap:
         """Return the lane on another axis, or with another index."""
         return replace(self, axis=axis, index=self.index if index is None else index)
 

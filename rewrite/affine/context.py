@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from rewrite.affine.layers import Layer, layer_of
-from rewrite.affine.rules import Steps
-from rewrite.affine.tensor_readers import Uses
+from rewrite.affine.rules import PropagationRules
+from rewrite.affine.tensor_readers import TensorReaders
 from rewrite.graph.captured import Captured
 from rewrite.graph.ranks import Ranks
 
 
 @dataclass
-class Surroundings:
+class AnalysisContext:
     """A captured model as growths read it. `folded` are nodes whose map has moved elsewhere."""
 
     captured: Captured
@@ -24,8 +24,8 @@ class Surroundings:
 
     def __post_init__(self) -> None:
         self.ranks = Ranks(self.captured)
-        self.uses = Uses(self.captured, self.bake)
-        self.steps = Steps(self.captured, self.ranks, self.folded)
+        self.tensor_readers = TensorReaders(self.captured, self.bake)
+        self.rules = PropagationRules(self.captured, self.ranks, self.folded)
         self.order = {node: place for place, node in enumerate(self.captured.nodes())}
         self._layers: dict[Node, Layer | None] = {}
 

@@ -6,7 +6,7 @@ To remove a map between x and y, one of the two changes its meaning:
     forward     y' = x takes the place of y = s.y' + t: what reads y takes up (s, t)
 
 The change spreads from value to value: each operation next to a changed value says which other
-values have to change with it (`rewrite.steps`), until layers take it up (`rewrite.absorb`). The
+values have to change with it (`rewrite.rules`), until layers take it up (`rewrite.absorb`). The
 result is exact for every input or it is refused; nothing is approximated. A producer on the way
 forward, or another reader on the way backward, would need the inverse map: that is refused too,
 unless `compensate` allows it.
@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
-from rewrite.affine.channel_map import Lane, Refused
-from rewrite.affine.context import Surroundings
+from rewrite.affine.channel_map import ChannelMap, Refused
+from rewrite.affine.context import AnalysisContext
 from rewrite.affine.layers import Layer
 from rewrite.affine.plan import Absorption, Refusal
-from rewrite.affine.search import Growth
+from rewrite.affine.search import PropagationSearch
 from rewrite.graph.captured import Captured
 from rewrite.graph.operators import norm_of
 
@@ -51,7 +51,7 @@ class Planner:
     bake: bool = False
 
     def __post_init__(self) -> None:
-        self.surroundings = Surroundings(self.captured, self.folded, self.unshare, self.bake)
+        self.surroundings = AnalysisContext(self.captured, self.folded, self.unshare, self.bake)
 
     def layer(self, node: Node) -> Layer | None:
         """Return the layer that `node` calls, or None."""
@@ -59,18 +59,20 @@ class Planner:
 
     def more_than_a_layer(self, name: str) -> str | None:
         """Return why a call of a module is more than that of a plain layer, or None."""
-        return self.surroundings.uses.more_than_a_layer(name)
+        return self.surroundings.tensor_readers.more_than_a_layer(name)
 
     def reader(self, layer: Layer, calls: tuple[Node, ...]) -> str | None:
         """Return what else reads the tensors of a norm that may go, in words, or None."""
         own = calls if layer.module is None else ()
         refs = (layer.weight, layer.bias, layer.mean, layer.var)
-        found = (self.surroundings.uses.reader(ref, own) for ref in refs if ref is not None)
+        found = (
+            self.surroundings.tensor_readers.reader(ref, own) for ref in refs if ref is not None
+        )
         return next((reader for reader in found if reader is not None), None)
 
     def called(self, node: Node) -> str:
         """Return a call in words."""
-        return self.surroundings.steps.called(node)
+        return self.surroundings.rules.called(node)
 
     def channel_axis_of_input(self, node: Node) -> int | None:
         """Return the channel axis of an input from the end, by its rank or by what reads it."""
@@ -124,9 +126,9 @@ class Planner:
         first: Refusal | None = None
         ways: list[int] = []
         for _ in range(_FORKS):
-            growth = Growth(self.surroundings, sign, positive, compensate, ways)
+            growth = PropagationSearch(self.surroundings, sign, positive, compensate, ways)
             try:
-                lane = Lane(axis, torch.arange(channels), scale, shift)
+                lane = ChannelMap(axis, torch.arange(channels), scale, shift)
                 return growth.run(seeds, lane)
             except Refused as refused:
                 first = first or Refusal(str(refused))
@@ -184,7 +186,7 @@ def _plan_at(
             return Refusal(f"{norm.module} {reason}")
         if (caller := captured.unknown_caller(norm.module)) is not None:
             return Refusal(caller)
-    calls = captured.twins(node)
+    calls = captured.call_sites(node)
     axis, channels = norm.channel_axis, norm.num_features
     if way == "backward":
         inputs = {call: call.all_input_nodes[0] for call in calls}

@@ -10,7 +10,7 @@
     maximum      y = max_k x_k                   s > 0 and any t: alike
     join         y = [x, z]                      each its own part
 
-`Steps.around` returns the lane of every value that has to change with a given one.
+`PropagationRules.around` returns the lane of every value that has to change with a given one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch.fx import Node
 
 from rewrite.affine.channel_axis import Channels
-from rewrite.affine.channel_map import Lane, Refused
+from rewrite.affine.channel_map import ChannelMap, Refused
 from rewrite.affine.slices import Parts
 from rewrite.graph.arguments import argument
 from rewrite.graph.captured import Captured
@@ -67,7 +67,7 @@ _LIKE_SECOND = frozenset({"reshape_as", "view_as", "expand_as", "type_as"})
 
 
 @dataclass
-class Demand:
+class Constraints:
     """What a growth has to know of the numbers, and the ways it may still try.
 
     Attributes:
@@ -81,7 +81,7 @@ class Demand:
     relied_on_sign: bool = False
 
 
-class Steps:
+class PropagationRules:
     """The operations of one captured model, as demands on lanes.
 
     `folded` are nodes (norms, multiplications by a constant) whose map has moved elsewhere, and the
@@ -110,7 +110,9 @@ class Steps:
             and (node.args[1] is value and node.args[0] is not value)
         )
 
-    def around(self, node: Node, value: Node, lane: Lane, demand: Demand) -> dict[Node, Lane]:
+    def around(
+        self, node: Node, value: Node, lane: ChannelMap, demand: Constraints
+    ) -> dict[Node, ChannelMap]:
         """Return the lanes that `node` demands of its inputs and value, given one of them.
 
         Raises:
@@ -140,7 +142,9 @@ class Steps:
 
     # -- what computes ------------------------------------------------------------------------
 
-    def _compute(self, node: Node, value: Node, lane: Lane, demand: Demand) -> dict[Node, Lane]:
+    def _compute(
+        self, node: Node, value: Node, lane: ChannelMap, demand: Constraints
+    ) -> dict[Node, ChannelMap]:
         name = self._name(node)
         backward = value is node
         if name in ("add", "iadd", "sub", "isub"):
@@ -164,7 +168,7 @@ class Steps:
             return _unary(node, backward, lane)
         raise Refused(f"{self.called(node)} does not commute with a map per channel")
 
-    def _commutes(self, node: Node, name: str, lane: Lane) -> bool:
+    def _commutes(self, node: Node, name: str, lane: ChannelMap) -> bool:
         if name in _PASS_ON or name in _SUMMING_TO_ONE or name.startswith("adaptive"):
             return True
         if name == "neg":
@@ -199,11 +203,11 @@ class Steps:
     def _length(self, node: Node) -> int:
         return self._ranks.rank(node) or 0
 
-    def _only_scale(self, node: Node, lane: Lane, does: str) -> None:
+    def _only_scale(self, node: Node, lane: ChannelMap, does: str) -> None:
         if lane.shift:
             raise Refused(f"{self.called(node)} {does}: a shift does not pass through it")
 
-    def _needs_sign(self, node: Node, lane: Lane, demand: Demand) -> None:
+    def _needs_sign(self, node: Node, lane: ChannelMap, demand: Constraints) -> None:
         if lane.scale:
             if not demand.positive:
                 raise Refused(f"{self.called(node)} passes only positive scales, and some are not")
@@ -232,7 +236,7 @@ class Steps:
             return "divides by another number than that of its inputs"
         return "averages over zeros of its padding" if pads and counted else ""
 
-    def _pads(self, node: Node, name: str, lane: Lane) -> bool:
+    def _pads(self, node: Node, name: str, lane: ChannelMap) -> bool:
         if node.op == "call_module":
             module: Any = self._captured.module(str(node.target))
             sizes, zeros = module.padding, name.startswith(("zeropad", "constantpad"))
@@ -255,7 +259,9 @@ class Steps:
             self._only_scale(node, lane, "pads with zeros")
         return True
 
-    def _reduce(self, node: Node, name: str, lane: Lane, backward: bool) -> dict[Node, Lane]:
+    def _reduce(
+        self, node: Node, name: str, lane: ChannelMap, backward: bool
+    ) -> dict[Node, ChannelMap]:
         source = _first(node)
         dims = argument(node, 1, "dim")
         dims = (dims,) if isinstance(dims, int) else dims
@@ -277,7 +283,7 @@ class Steps:
 
     # -- two operands -------------------------------------------------------------------------
 
-    def _operands(self, node: Node, lane: Lane) -> tuple[Any, Any]:
+    def _operands(self, node: Node, lane: ChannelMap) -> tuple[Any, Any]:
         one = node.args[0] if node.args else node.kwargs.get("input")
         other = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
         if one is other:
@@ -292,14 +298,16 @@ class Steps:
     def _is_constant(self, value: Any) -> bool:
         return not isinstance(value, Node) or value.op == "get_attr"
 
-    def _fits(self, node: Node, value: Any, lane: Lane) -> None:
+    def _fits(self, node: Node, value: Any, lane: ChannelMap) -> None:
         """Refuse a value that is broadcast along the channels."""
         if isinstance(value, Node):
             size = self._ranks.size(value, lane.axis)
             if size is not None and size != len(lane.index):
                 raise Refused(f"{self.called(node)} broadcasts {value.name} over the channels")
 
-    def _add(self, node: Node, value: Node, lane: Lane, demand: Demand) -> dict[Node, Lane]:
+    def _add(
+        self, node: Node, value: Node, lane: ChannelMap, demand: Constraints
+    ) -> dict[Node, ChannelMap]:
         one, other = self._operands(node, lane)
         name = self._name(node)
         if argument(node, 2, "alpha", 1) != 1:
@@ -307,7 +315,7 @@ class Steps:
         subtracts = name in ("sub", "isub")
         if subtracts and value is other and lane.shift:
             raise Refused(f"{self.called(node)} subtracts, and a shift would change its sign")
-        demands: dict[Node, Lane] = {node: lane}
+        demands: dict[Node, ChannelMap] = {node: lane}
         operands = [v for v in (one, other) if not self._is_constant(v)]
         if lane.scale and len(operands) < 2:
             constant = other if operands and operands[0] is one else one
@@ -324,7 +332,9 @@ class Steps:
             demands[operand] = replace(lane, shift=lane.shift and operand is taker)
         return demands
 
-    def _multiply(self, node: Node, value: Node, lane: Lane, demand: Demand) -> dict[Node, Lane]:
+    def _multiply(
+        self, node: Node, value: Node, lane: ChannelMap, demand: Constraints
+    ) -> dict[Node, ChannelMap]:
         one, other = self._operands(node, lane)
         self._only_scale(node, lane, "multiplies")
         operands = [v for v in (one, other) if not self._is_constant(v)]
@@ -337,8 +347,8 @@ class Steps:
     # -- joining and parting ------------------------------------------------------------------
 
     def _join(
-        self, node: Node, value: Node, lane: Lane, parts: list[Node], axis: int
-    ) -> dict[Node, Lane]:
+        self, node: Node, value: Node, lane: ChannelMap, parts: list[Node], axis: int
+    ) -> dict[Node, ChannelMap]:
         if (axis < 0) != (lane.axis < 0):
             raise Refused(
                 f"the number of axes of {node.name} is unknown without example inputs "
@@ -353,7 +363,7 @@ class Steps:
                 f"the number of channels of {unknown.name}, a part of {node.name}, is unknown "
                 "without example inputs (pass example_inputs)"
             )
-        demands: dict[Node, Lane] = {}
+        demands: dict[Node, ChannelMap] = {}
         if value is not node:
             pieces = [
                 lane.index if part is value else lane.index.new_full((size or 0,), -1)
@@ -374,8 +384,8 @@ class Steps:
             raise Refused(f"{node.name} has {start} channels where {len(whole.index)} are mapped")
         return {node: whole, **demands}
 
-    def _parts(self, node: Node, lane: Lane) -> dict[Node, Lane]:
-        demands: dict[Node, Lane] = {}
+    def _parts(self, node: Node, lane: ChannelMap) -> dict[Node, ChannelMap]:
+        demands: dict[Node, ChannelMap] = {}
         for user in node.users:
             part = self.parts.part(user, lane, False)
             if part is None:
@@ -413,5 +423,5 @@ def _first(node: Node) -> Node:
     return source
 
 
-def _unary(node: Node, backward: bool, lane: Lane) -> dict[Node, Lane]:
+def _unary(node: Node, backward: bool, lane: ChannelMap) -> dict[Node, ChannelMap]:
     return {_first(node) if backward else node: lane}

@@ -4,7 +4,7 @@
     forward     y' = x takes the place of y = s.y' + t: what reads y takes up (s, t)
 
 Every operation next to a changed value says which other values have to change with it
-(`rewrite.steps`); a layer ends the growth by taking up the map (`rewrite.absorb`).
+(`rewrite.rules`); a layer ends the growth by taking up the map (`rewrite.absorb`).
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
-from rewrite.affine.channel_map import Lane, Refused
+from rewrite.affine.channel_map import ChannelMap, Refused
 from rewrite.affine.layers import Layer, Side
 from rewrite.affine.plan import Absorption, Edit
-from rewrite.affine.rules import Demand
+from rewrite.affine.rules import Constraints
 from rewrite.graph.inplace import changes_in_place
 from rewrite.graph.operators import norm_of
 from rewrite.graph.spellings import function_name
 
 if TYPE_CHECKING:
-    from rewrite.affine.context import Surroundings
+    from rewrite.affine.context import AnalysisContext
 
 
 _VALUES = 400
 """Values that one growth may change: a bound on the work."""
 
 
-class Growth:
+class PropagationSearch:
     """One attempt: the values that change, and the layers that take the change up."""
 
     def __init__(
-        self, around: Surroundings, sign: int, positive: bool, compensate: bool, ways: list[int]
+        self, around: AnalysisContext, sign: int, positive: bool, compensate: bool, ways: list[int]
     ) -> None:
         self.around = around
         self.captured = around.captured
         self.sign = sign
         self.compensate = compensate
-        self.demand = Demand(positive, self._choose)
+        self.demand = Constraints(positive, self._choose)
         self._ways = ways
         self._seeds: frozenset[Node] = frozenset()
         self._taken: list[tuple[int, int]] = []
-        self._lanes: dict[Node, Lane] = {}
+        self._lanes: dict[Node, ChannelMap] = {}
         self._untouched: set[Node] = set()
-        self._done: dict[tuple[Node, str], dict[Node, Lane]] = {}
+        self._done: dict[tuple[Node, str], dict[Node, ChannelMap]] = {}
         self._edits: dict[tuple[str, Side], dict[Node, Edit]] = {}
         self._near: deque[tuple[Node, Node, str]] = deque()
         self._far: deque[tuple[Node, Node, str]] = deque()
@@ -71,7 +71,7 @@ class Growth:
 
     # -- growing ------------------------------------------------------------------------------
 
-    def run(self, seeds: dict[Node, tuple[Node, str]], lane: Lane) -> Absorption:
+    def run(self, seeds: dict[Node, tuple[Node, str]], lane: ChannelMap) -> Absorption:
         """Grow from the values of `seeds` until layers have taken up everything."""
         self._seeds = frozenset(seeds)
         for node, (value, side) in seeds.items():
@@ -85,7 +85,7 @@ class Growth:
             self._visit(node, value, side, near)
         return Absorption(self._collect(), self.demand.relied_on_sign)
 
-    def _change(self, value: Node, lane: Lane) -> None:
+    def _change(self, value: Node, lane: ChannelMap) -> None:
         if lane.trivial:
             if value in self._lanes:
                 raise Refused(f"{value.name} would have to change and not to change")
@@ -111,7 +111,7 @@ class Growth:
 
     def _check_readers(self, value: Node) -> None:
         readers = self.captured.readers(value)
-        called = self.around.steps.called(value)
+        called = self.around.rules.called(value)
         if not readers.known:
             raise Refused(
                 f"the output of {called} has readers that were not traced: {readers.reason}"
@@ -121,7 +121,7 @@ class Growth:
                 if changes_in_place(self.captured, reader):
                     raise Refused(
                         f"the output of {called} is changed in place by "
-                        f"{self.around.steps.called(reader)} and read elsewhere"
+                        f"{self.around.rules.called(reader)} and read elsewhere"
                     )
 
     def _check_far(self, value: Node) -> None:
@@ -169,7 +169,7 @@ class Growth:
             if expected is None or not expected.same(lane):
                 raise Refused(f"{value.name} would have to change in two different ways")
             return
-        if side == "in front" and self.around.steps.reads_only_shape(node, value):
+        if side == "in front" and self.around.rules.reads_only_shape(node, value):
             return
         if not near and not self.compensate:
             self._agree(node, value, lane, absorbs)
@@ -182,7 +182,7 @@ class Growth:
         if side == "behind" and node.op in ("placeholder", "get_attr"):
             what = "an input" if node.op == "placeholder" else "a constant"
             raise Refused(f"{node.name} is {what} of the model, not the output of a layer")
-        demands = self.around.steps.around(node, value, lane, self.demand)
+        demands = self.around.rules.around(node, value, lane, self.demand)
         demands.setdefault(value, lane)
         self._done[key] = demands
         for other, needed in demands.items():
@@ -191,7 +191,7 @@ class Growth:
             elif not needed.same(lane):
                 raise Refused(f"{value.name} would have to change in two different ways")
 
-    def _agree(self, node: Node, value: Node, lane: Lane, absorbs: bool) -> None:
+    def _agree(self, node: Node, value: Node, lane: ChannelMap, absorbs: bool) -> None:
         """Accept another neighbour of a changed value if nothing else has to change for it.
 
         A chunk whose other parts stay what they are is one.
@@ -200,7 +200,7 @@ class Growth:
         if absorbs or node.op in ("placeholder", "get_attr", "output"):
             raise Refused(reason)
         try:
-            demands = self.around.steps.around(node, value, lane, self.demand)
+            demands = self.around.rules.around(node, value, lane, self.demand)
         except Refused:
             raise Refused(reason) from None
         for other, needed in demands.items():
@@ -212,7 +212,7 @@ class Growth:
         self._done[(node, "through")] = {**demands, value: lane}
 
     def _far_reason(self, node: Node, value: Node) -> str:
-        called = self.around.steps.called
+        called = self.around.rules.called
         if self.sign < 0:
             return f"the output of {called(value)} is also read by {called(node)}"
         return (
@@ -222,7 +222,7 @@ class Growth:
 
     # -- absorbing ----------------------------------------------------------------------------
 
-    def _absorb(self, layer: Layer, node: Node, side: Side, lane: Lane) -> None:
+    def _absorb(self, layer: Layer, node: Node, side: Side, lane: ChannelMap) -> None:
         channels = layer.channels_out if side == "behind" else layer.channels_in
         index = lane.index
         if lane.spread and side == "in front" and len(index) and channels % len(index) == 0:
@@ -245,7 +245,7 @@ class Growth:
         edit = Edit(layer, side, index, lane.scale, lane.shift, inverse)
         self._edits.setdefault((layer.key, side), {})[node] = edit
 
-    def _axis(self, layer: Layer, node: Node, lane: Lane) -> int:
+    def _axis(self, layer: Layer, node: Node, lane: ChannelMap) -> int:
         """Return the axis of the lane as the layer counts its own."""
         if lane.axis < 0 or layer.axis >= 0:
             return lane.axis
@@ -265,9 +265,9 @@ class Growth:
             layer = edit.layer
             if not layer.absorbs:
                 raise Refused(f"{layer.name} has no weight and bias to take up a map")
-            if (reason := self.around.uses.refusal(layer)) is not None:
+            if (reason := self.around.tensor_readers.refusal(layer)) is not None:
                 raise Refused(reason)
-            for call in self.around.uses.calls(layer):
+            for call in self.around.tensor_readers.calls(layer):
                 other = by_call.get(call)
                 if other is None:
                     raise Refused(
@@ -284,7 +284,7 @@ class Growth:
         return tuple(edits)
 
 
-def _is_rms(growth: Growth, node: Node) -> bool:
+def _is_rms(growth: PropagationSearch, node: Node) -> bool:
     norm = norm_of(growth.captured, node)
     return norm is not None and norm.kind == "rms"
 

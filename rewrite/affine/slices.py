@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from rewrite.affine.channel_map import UNKNOWN_RANK, Lane, Refused, from_front
+from rewrite.affine.channel_map import UNKNOWN_RANK, ChannelMap, Refused, from_front
 from rewrite.graph.arguments import argument
 from rewrite.graph.ranks import Ranks
 from rewrite.graph.spellings import function_name, is_getitem
@@ -24,7 +24,7 @@ class Parts:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
 
-    def part(self, node: Node, lane: Lane, backward: bool) -> Lane | None:
+    def part(self, node: Node, lane: ChannelMap, backward: bool) -> ChannelMap | None:
         """Follow an indexing or one result of a chunk or split; None if `node` is neither."""
         if not is_getitem(node) or not isinstance(node.args[0], Node):
             return None
@@ -37,7 +37,7 @@ class Parts:
             raise Refused(f"{node.name} indexes {source.name} by a computed index")
         return self._slice(source, items, lane, backward)
 
-    def _chunk(self, source: Node, item: int, lane: Lane, backward: bool) -> Lane:
+    def _chunk(self, source: Node, item: int, lane: ChannelMap, backward: bool) -> ChannelMap:
         whole = source.args[0]
         assert isinstance(whole, Node)
         dim = argument(source, 2, "dim", 0)
@@ -60,7 +60,9 @@ class Parts:
             return lane.moved(axis, index)
         return lane.moved(axis, lane.index[start:stop])
 
-    def _slice(self, source: Node, items: tuple[Any, ...], lane: Lane, backward: bool) -> Lane:
+    def _slice(
+        self, source: Node, items: tuple[Any, ...], lane: ChannelMap, backward: bool
+    ) -> ChannelMap:
         rank = self._ranks.rank(source)
         if rank is None:
             raise Refused(UNKNOWN_RANK.format(source.name))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rewrite.affine.layers import Layer
 
 
-class Uses:
+class TensorReaders:
     """Which nodes read each tensor of a captured model: a layer's own calls, or other code.
 
     `bake` lets a layer whose weight is computed take up a map: it will be a plain one.

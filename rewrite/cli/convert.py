@@ -102,9 +102,9 @@ def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool
             check_writable(path, overwrite=options.force or path == options.report)
 
     from rewrite.pipeline import convert
-    from rewrite.progress import Steps
+    from rewrite.progress import ProgressLine
 
-    with Steps(enabled=not options.quiet) as progress:
+    with ProgressLine(enabled=not options.quiet) as progress:
         progress("loading")
         model = load_model(options, options.model)
         inputs = example_inputs(options, model)

@@ -4,7 +4,7 @@ A value *agrees* when the other model computes it too, wherever. Rewrites move v
 (after a fold the convolution's output is the old norm's), so a value that disagrees is no error by
 itself: it is excused when everything computed from it agrees again. Hence
 
-    guilty = calls whose inputs all agree and from which a path of values that all disagree
+    divergent = calls whose inputs all agree and from which a path of values that all disagree
              leads to an output
 
 found by walking back from the outputs over disagreeing values only. Branches need no care: another
@@ -32,7 +32,7 @@ from rewrite.runtime.inputs import Inputs
 AGREES = 1e-11
 
 
-HEALED = 4.0
+RECONVERGED = 4.0
 """A value agrees again within this many times its noise; it is wrong beyond `EXPLAINS` times."""
 
 
@@ -101,17 +101,17 @@ def recorded(
         return record(model, own.args, own.kwargs, sketch, keep)
 
 
-def value_noise(original: Record, nudged: Record) -> list[float]:
+def value_noise(original: Record, perturbed: Record) -> list[float]:
     """Return how far each value of the original moves under the rounding of its parameters.
 
     A value of few elements may move little by luck; noise does not halve from one call to the
     next, so half of what came in is the least.
     """
-    if len(original.values) != len(nudged.values):
-        return [max(map(Sketch.distance, original.values, nudged.values), default=0.0)] * len(
+    if len(original.values) != len(perturbed.values):
+        return [max(map(Sketch.distance, original.values, perturbed.values), default=0.0)] * len(
             original.values
         )
-    noise = list(map(Sketch.distance, original.values, nudged.values))
+    noise = list(map(Sketch.distance, original.values, perturbed.values))
     for event in original.events:
         least = max((noise[number] for number in event.inputs), default=0.0) / 2
         for number in event.outputs:
@@ -131,24 +131,24 @@ def compare_records(
     if noise:
         found_a = [near._replace(noise=own) for near, own in zip(found_a, noise, strict=True)]
     found_b = [known_a.nearest(value) for value in b.values]
-    first_a = first_guilty(a, found_a, hidden(a, found_a, b, found_b))
-    first_b = first_guilty(b, found_b, hidden(b, found_b, a, found_a))
+    first_a = first_divergent(a, found_a, masked(a, found_a, b, found_b))
+    first_b = first_divergent(b, found_b, masked(b, found_b, a, found_a))
     chosen = _earlier(a, b, first_a, first_b)
     if chosen is None:
         return None
     return _describe(a, b, chosen, known_b if chosen is first_a else known_a, touched)
 
 
-def first_guilty(
-    subject: Record, nearest: Sequence[Near], hidden: Set[int] = frozenset()
+def first_divergent(
+    subject: Record, nearest: Sequence[Near], masked: Set[int] = frozenset()
 ) -> Event | None:
-    """Return the first guilty call of `subject`, None if there is none.
+    """Return the first divergent call of `subject`, None if there is none.
 
-    `nearest` holds the other model's nearest value for each, `hidden` those that disagree although
+    `nearest` holds the other model's nearest value for each, `masked` those that disagree although
     a clamp makes the same of them.
     """
     ratio = [_ratio(near) for near in nearest]
-    lasting = _lasting(subject, ratio, hidden)
+    lasting = _lasting(subject, ratio, masked)
     for event in subject.events:
         if any(ratio[number] > EXPLAINS for number in event.inputs):
             continue
@@ -157,7 +157,7 @@ def first_guilty(
     return None
 
 
-def hidden(
+def masked(
     subject: Record, nearest: Sequence[Near], other: Record, theirs: Sequence[Near]
 ) -> set[int]:
     """Return the values of `subject` that disagree and that a clamp makes equal to the other's."""
@@ -165,7 +165,7 @@ def hidden(
     for event in subject.events:
         for made in event.outputs if is_clamp(event) else ():
             producer = other.producer[nearest[made].number or 0]
-            if _ratio(nearest[made]) > HEALED or producer is None:
+            if _ratio(nearest[made]) > RECONVERGED or producer is None:
                 continue
             there = other.events[producer]
             apart = [number for number in event.inputs if _ratio(nearest[number]) > EXPLAINS]
@@ -186,7 +186,7 @@ def _ratio(near: Near) -> float:
     return near.distance / near.noise if near.noise else float("inf")
 
 
-def _lasting(subject: Record, ratio: Sequence[float], hidden: Set[int]) -> list[bool]:
+def _lasting(subject: Record, ratio: Sequence[float], masked: Set[int]) -> list[bool]:
     """Return for each value whether it disagrees, and never again agrees on some way onward.
 
     It agrees again where the distance falls sharply, as at the end of a rewrite; one that only
@@ -199,13 +199,13 @@ def _lasting(subject: Record, ratio: Sequence[float], hidden: Set[int]) -> list[
             readers.setdefault(number, []).append(event)
     outputs = set(subject.outputs)
     for number in reversed(range(len(ratio))):
-        if ratio[number] <= HEALED:
+        if ratio[number] <= RECONVERGED:
             continue
         lasting[number] = (
             number in outputs
-            or number in hidden
+            or number in masked
             or any(
-                lasting[made] or ratio[number] / SHARPLY < ratio[made] <= HEALED
+                lasting[made] or ratio[number] / SHARPLY < ratio[made] <= RECONVERGED
                 for event in readers.get(number, ())
                 for made in event.outputs
             )
@@ -214,7 +214,7 @@ def _lasting(subject: Record, ratio: Sequence[float], hidden: Set[int]) -> list[
 
 
 def _earlier(a: Record, b: Record, in_a: Event | None, in_b: Event | None) -> Event | None:
-    """Choose between the guilty call of the original and that of the rewritten model."""
+    """Choose between the divergent call of the original and that of the rewritten model."""
     if in_a is None or in_b is None:
         return in_a or in_b
     if in_a.owner == in_b.owner:

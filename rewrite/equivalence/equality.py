@@ -16,7 +16,7 @@ from torch import nn
 from rewrite.equivalence.compare import Comparison, compare
 from rewrite.equivalence.divergence import Divergence, compare_records, recorded, value_noise
 from rewrite.equivalence.record import Sketcher
-from rewrite.equivalence.rounding import EXPLAINS, Nudge, nudged, stored_rounding
+from rewrite.equivalence.rounding import EXPLAINS, Perturbation, perturbed, stored_rounding
 from rewrite.equivalence.training import judge_training
 from rewrite.equivalence.variations import adversarial
 from rewrite.equivalence.verification import Case, Level
@@ -196,13 +196,13 @@ class _Judge:
         record_a, before = recorded(self.a, wide, sketch, self.seed)
         record_b, after = recorded(self.b, wide, sketch, self.seed)
         if self.stored:
-            with nudged(self.a, self.stored, self.seed):
+            with perturbed(self.a, self.stored, self.seed):
                 record_n, moved = recorded(self.a, wide, sketch, self.seed)
             own = compare(before, moved).max_rel
             self.found.rounding = max(self.found.rounding or 0.0, own)
             noise = value_noise(record_a, record_n)
         else:
-            with nudged(self.a, None, self.seed):
+            with perturbed(self.a, None, self.seed):
                 record_n, _ = recorded(self.a, self._moved(wide), sketch, self.seed)
             noise = [_PROVES_NOTHING * own for own in value_noise(record_a, record_n)]
         parted = compare_records(record_a, record_b, noise, self.touched)
@@ -215,7 +215,7 @@ class _Judge:
         return before, compare(before, after)
 
     def _measure_rounding(self, wide: Inputs, before: Any) -> None:
-        with nudged(self.a, self.stored, self.seed):
+        with perturbed(self.a, self.stored, self.seed):
             moved = compare(before, call(self.a, wide.clone(), self.seed)).max_rel
         self.found.rounding = max(self.found.rounding or 0.0, moved)
 
@@ -245,18 +245,18 @@ class _Judge:
         record_b, _ = recorded(self.b, wide, sketch, self.seed)
         noise: list[float] = []
         if self.stored:
-            with nudged(self.a, self.stored, self.seed):
+            with perturbed(self.a, self.stored, self.seed):
                 noise = value_noise(record_a, recorded(self.a, wide, sketch, self.seed)[0])
         return compare_records(record_a, record_b, noise, self.touched)
 
     def _sensitivity(self, wide: Inputs, before: Any) -> float:
         """Return how far the original moves when all its tensors move by a float64 rounding."""
-        with nudged(self.a, None, self.seed):
+        with perturbed(self.a, None, self.seed):
             return compare(before, call(self.a, self._moved(wide), self.seed)).max_rel
 
     def _moved(self, wide: Inputs) -> Inputs:
         """Return inputs that are a float64 rounding away."""
-        nudge = Nudge(self.seed)
+        nudge = Perturbation(self.seed)
 
         def moved(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor) or leaf.dtype != torch.float64:

@@ -73,14 +73,14 @@ def identical(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 
 @contextlib.contextmanager
-def nudged(
+def perturbed(
     model: nn.Module, eps: Mapping[tuple[str, str], float] | None, seed: int
 ) -> Iterator[None]:
     """Move tensors of `model` by half their eps up or down while the context is open.
 
     `eps` is by module and tensor; None moves every parameter by the rounding of float64.
     """
-    nudge = Nudge(seed)
+    nudge = Perturbation(seed)
     tree = Tree(model)
     saved = [(m, dict(m._parameters), dict(m._buffers)) for _, m in tree.modules()]
     double = torch.finfo(torch.float64).eps
@@ -98,7 +98,7 @@ def nudged(
             module._buffers.update(buffers)
 
 
-class Nudge:
+class Perturbation:
     """Move tensors by half an eps up or down, at random.
 
     The signs are drawn once and gone through again and again, from tensor to tensor: their number

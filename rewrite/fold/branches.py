@@ -67,16 +67,16 @@ class Branches:
     def _alike(self, found: dict[Node, Merge | NoMerge], node: Node) -> Merge | NoMerge | None:
         """Return the outcome of a line that runs several times once, if it is always the same."""
         outcome = found[node]
-        twins = self.captured.twins(node)
-        if isinstance(outcome, NoMerge) or len(twins) == 1:
+        calls = self.captured.call_sites(node)
+        if isinstance(outcome, NoMerge) or len(calls) == 1:
             return outcome
         inside = set(outcome.inside)
-        for twin in twins:
+        for twin in calls:
             other = found.get(twin)
             if not isinstance(other, Merge) or _layers(other) != _layers(outcome):
                 return NoMerge(node, outcome.owner, "its line does something else at another call")
             inside |= other.inside
-        return replace(outcome, inside=frozenset(inside)) if node is twins[0] else None
+        return replace(outcome, inside=frozenset(inside)) if node is calls[0] else None
 
     def again(self, merge: Merge) -> Merge:
         """Return `merge` with the tensors and the folded norms of now."""
@@ -148,7 +148,7 @@ class Branches:
         return function_name(node) in ("dropout", "contiguous") and not self._drops(node)
 
     def _drops(self, node: Node) -> bool:
-        steps = self.planner.surroundings.steps
+        steps = self.planner.surroundings.rules
         return function_name(node) == "dropout" and steps._drops(node)
 
     # -- terms --------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ class Branches:
 
     def _asks_shape(self, root: Node, user: Node, node: Node) -> bool:
         """Return whether `user` only asks for the shape, in a forward that goes with the branch."""
-        asks = self.planner.surroundings.steps.reads_only_shape(user, node)
+        asks = self.planner.surroundings.rules.reads_only_shape(user, node)
         return asks and self.captured.frame(user) != self.captured.frame(root)
 
     def _outer(self, convs: list[Conv], has_identity: bool) -> Conv:

@@ -88,7 +88,7 @@ def sources(planner: Planner) -> Iterator[Source]:
             continue
         norm = norm_of(captured, node)
         if norm is not None:
-            calls = captured.twins(node)
+            calls = captured.call_sites(node)
             seen.update(calls)
             yield _norm_source(planner, norm, calls)
             continue
@@ -161,7 +161,7 @@ def _constant_source(planner: Planner, chain: tuple[ChannelConstant, ...]) -> So
     kind = type(captured.module(owner)).__name__
     root = chain[0].root if len(chain) == 1 else None
     operation = " ".join(str(getattr(link.node.target, "__name__", "")) for link in chain)
-    first, last = captured.twins(node), captured.twins(chain[-1].node)
+    first, last = captured.call_sites(node), captured.call_sites(chain[-1].node)
     refusal = "" if len(first) == 1 else "is called more than once"
     for link in chain:
         if not refusal:

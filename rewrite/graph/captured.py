@@ -29,7 +29,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from rewrite.graph.regions import Region
 from rewrite.graph.tracer import Frame, Opaque, hook_reasons
-from rewrite.graph.untraced_branches import Untaken
+from rewrite.graph.untraced_branches import UntracedBranches
 from rewrite.runtime.tree import Tree
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Captured:
 
     # -- nodes --------------------------------------------------------------------------------
 
-    def twins(self, node: Node) -> tuple[Node, ...]:
+    def call_sites(self, node: Node) -> tuple[Node, ...]:
         """Return every call that the same layer or the same line of code makes, `node` included.
 
         A module that is called twice has two; so has a line of a forward that runs twice.
@@ -250,8 +250,8 @@ class Captured:
         return lines
 
     @cached_property
-    def _untaken(self) -> Untaken:
-        return Untaken(self.tree, self.regions)
+    def _untaken(self) -> UntracedBranches:
+        return UntracedBranches(self.tree, self.regions)
 
     @cached_property
     def _region_of_graph(self) -> dict[Graph, Region]:

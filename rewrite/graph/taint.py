@@ -16,7 +16,7 @@ from typing import Any
 _Comprehension = ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
 
 
-class Reader:
+class TaintAnalysis:
     """One function: which of its names depend on the tainted ones, and what hangs on those.
 
     Attributes:

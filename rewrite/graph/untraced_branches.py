@@ -29,14 +29,14 @@ from torch import nn
 from torch.fx import Node
 
 from rewrite.graph.regions import Region
-from rewrite.graph.taint import Reader, is_super, path_of
+from rewrite.graph.taint import TaintAnalysis, is_super, path_of
 from rewrite.runtime.tree import Tree
 
-_Readers = dict[tuple[Any, frozenset[str]], Reader | None]
+_Readers = dict[tuple[Any, frozenset[str]], TaintAnalysis | None]
 
 
 @dataclass
-class Choices:
+class BranchEffects:
     """What the code of one module does by the value of an argument.
 
     Attributes:
@@ -67,7 +67,7 @@ class Choices:
         return self.anything or parts[-1] in self.used or (not item and parts[-1] in self.called)
 
 
-class Untaken:
+class UntracedBranches:
     """The choices of a captured model, read from its code when somebody first asks."""
 
     def __init__(self, tree: Tree, regions: tuple[Region, ...]) -> None:
@@ -76,9 +76,9 @@ class Untaken:
         self._readers: _Readers = {}
 
     @cached_property
-    def _choices(self) -> dict[str, dict[str, Choices]]:
+    def _choices(self) -> dict[str, dict[str, BranchEffects]]:
         """By region, and by the name of the module whose code chooses."""
-        found: dict[str, dict[str, Choices]] = {}
+        found: dict[str, dict[str, BranchEffects]] = {}
         for region in self._regions:
             search = _Search(self._tree, region.entered, self._readers)
             forward = getattr(type(self._tree.get(region.name)), "forward", None)
@@ -157,7 +157,7 @@ class _Search:
     """Follows arguments through the code of modules, each function once for each set of them."""
 
     def __init__(self, tree: Tree, entered: Set[str], readers: _Readers) -> None:
-        self.found: dict[str, Choices] = {}
+        self.found: dict[str, BranchEffects] = {}
         self._tree = tree
         self._entered = entered
         self._seen: set[tuple[str, Any, frozenset[str], frozenset[str]]] = set()
@@ -207,23 +207,24 @@ class _Search:
             choices.incoming = True
             _spell(part, choices)
 
-    def _read(self, function: Callable[..., Any], tainted: frozenset[str]) -> Reader | None:
+    def _read(self, function: Callable[..., Any], tainted: frozenset[str]) -> TaintAnalysis | None:
         if (function, tainted) not in self._readers:
             try:
                 code = ast.parse(textwrap.dedent(inspect.getsource(function)))
             except (OSError, TypeError, SyntaxError):
                 self._readers[function, tainted] = None
             else:
-                self._readers[function, tainted] = Reader(code, tainted)
+                self._readers[function, tainted] = TaintAnalysis(code, tainted)
         return self._readers[function, tainted]
 
-    def _note(self, owner: str, tainted: Iterable[str]) -> Choices:
-        choices = self.found.setdefault(owner, Choices({}, set(), set()))
+    def _note(self, owner: str, tainted: Iterable[str]) -> BranchEffects:
+        choices = self.found.setdefault(owner, BranchEffects({}, set(), set()))
         choices.arguments.update(dict.fromkeys(sorted(tainted)))
         return choices
 
     def _follow(
-        self, owner: str, function: Callable[..., Any], readers: tuple[Reader, Reader],
+        self, owner: str, function: Callable[..., Any],
+        readers: tuple[TaintAnalysis, TaintAnalysis],
         call: ast.Call,
     ) -> None:  # fmt: skip
         """Go on in what `call` calls; where that is unknown, in each module that it could be."""
@@ -260,7 +261,12 @@ class _Search:
         return owner, path
 
     def _enter(
-        self, owner: str, name: str, readers: tuple[Reader, Reader], call: ast.Call, caller: str
+        self,
+        owner: str,
+        name: str,
+        readers: tuple[TaintAnalysis, TaintAnalysis],
+        call: ast.Call,
+        caller: str,
     ) -> bool:
         """Read the method of a module that `call` calls; return whether it has such a method.
 
@@ -290,7 +296,7 @@ def _is_torch(function: Callable[..., Any]) -> bool:
     return str(function.__module__).partition(".")[0] == "torch"
 
 
-def _spell(code: ast.AST, choices: Choices) -> None:
+def _spell(code: ast.AST, choices: BranchEffects) -> None:
     called = {id(n.func) for n in ast.walk(code) if isinstance(n, ast.Call)}
     for node in ast.walk(code):
         if isinstance(node, ast.Attribute):

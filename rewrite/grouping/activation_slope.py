@@ -24,7 +24,7 @@ _LEAST = 1e-2
 """Standard deviation that a channel is taken to have at least, and the least share."""
 
 
-def passed(captured: Captured, norm: Node, scale: Tensor, bias: Tensor) -> Tensor:
+def activation_slope(captured: Captured, norm: Node, scale: Tensor, bias: Tensor) -> Tensor:
     """Return s, (C,), float64 on the CPU: ones where no single activation reads the norm.
 
     Args:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rewrite.graph.captured import Captured, TensorRef
-from rewrite.grouping.fit import Fit, calls_of, over_channels
+from rewrite.grouping.fit import NormFit, calls_of, over_channels
 from rewrite.grouping.linalg import eigenvectors, square_roots
 from rewrite.grouping.permutation import Order, Row
 
@@ -39,7 +39,7 @@ _SEEN = 0.9
 bounds how badly Q may be conditioned."""
 
 
-def can_mix(captured: Captured, order: Order, fits: Sequence[Fit]) -> bool:
+def can_mix(captured: Captured, order: Order, fits: Sequence[NormFit]) -> bool:
     """Return whether the stream may be in any basis: see above."""
     groups = {fit.probe.groups for fit in fits}
     if not order.linear or len(groups) != 1 or groups.pop() == order.channels:
@@ -55,7 +55,7 @@ def can_mix(captured: Captured, order: Order, fits: Sequence[Fit]) -> bool:
     )
 
 
-def writes_alone(captured: Captured, fit: Fit) -> bool:
+def writes_alone(captured: Captured, fit: NormFit) -> bool:
     """Return whether one dense layer computes the norm's input, and the norm alone reads it."""
     _, inputs = calls_of(captured, fit.probe)
     if fit.kernel is None or fit.plan is None or len(inputs) != 1:
@@ -64,7 +64,7 @@ def writes_alone(captured: Captured, fit: Fit) -> bool:
     return fit.plan.edits[0].layer.node is value and set(value.users) == {norm}
 
 
-def write_through(captured: Captured, fit: Fit, matrix: Tensor) -> None:
+def write_through(captured: Captured, fit: NormFit, matrix: Tensor) -> None:
     """Let the dense layer in front of a norm write `matrix` times its output.
 
     Args:
@@ -78,7 +78,7 @@ def write_through(captured: Captured, fit: Fit, matrix: Tensor) -> None:
         captured.editor.set_tensor(ref, torch.matmul(matrix, rows).reshape(old.shape).to(old))
 
 
-def _tensors(fit: Fit) -> dict[str, TensorRef]:
+def _tensors(fit: NormFit) -> dict[str, TensorRef]:
     """Return weight and bias, by name, of the layer that computes the norm's input."""
     assert fit.plan is not None
     layer = fit.plan.edits[0].layer
@@ -92,7 +92,7 @@ def seen(captured: Captured, row: Row, channels: int) -> Tensor:
     return into.index_add_(0, row.index.cpu(), weight).T
 
 
-def mix(captured: Captured, order: Order, fits: Sequence[Fit]) -> None:
+def mix(captured: Captured, order: Order, fits: Sequence[NormFit]) -> None:
     """Bring the stream into the basis that loses least."""
     reads = [row for row in order.rows if row.side == "reads"]
     spread, inverse = _metric(
@@ -110,7 +110,7 @@ def mix(captured: Captured, order: Order, fits: Sequence[Fit]) -> None:
         captured.editor.set_tensor(row.ref, moved.movedim(-1, row.axis).to(old))
 
 
-def _write(captured: Captured, fit: Fit, forth: Tensor) -> None:
+def _write(captured: Captured, fit: NormFit, forth: Tensor) -> None:
     """Let the layer in front of a norm write Q y, up to the scale that the norm keeps."""
     scale, bias = fit.probe.scale.cpu(), fit.probe.bias.cpu()
     mixed = forth * scale
@@ -121,7 +121,7 @@ def _write(captured: Captured, fit: Fit, forth: Tensor) -> None:
     fit.mix(matrix, sizes, forth @ bias)
 
 
-def _lost(fit: Fit) -> Tensor:
+def _lost(fit: NormFit) -> Tensor:
     """Return Γ S Γ, (C, C)."""
     scale = fit.probe.scale.cpu()
     return scale[:, None] * fit.shrunk(THROUGH_WEIGHTS)[0] * scale

@@ -29,10 +29,10 @@ from rewrite.distributed import all_reduce
 from rewrite.errors import OptionError
 from rewrite.graph.captured import Captured
 from rewrite.graph.operators import activation_of, conv_of, norm_of
-from rewrite.grouping.activation_slope import passed
+from rewrite.grouping.activation_slope import activation_slope
 from rewrite.grouping.mean_removal import SHRINKAGE
 from rewrite.grouping.statistics import MeanStatistics
-from rewrite.grouping.swapped_norm import Probe
+from rewrite.grouping.swapped_norm import SwappedNorm
 from rewrite.runtime.hooks import hooked, run
 
 THROUGH_WEIGHTS = 0.7
@@ -44,7 +44,7 @@ WIDEST = 2048
 
 
 @dataclass(eq=False)
-class Fit:
+class NormFit:
     """One norm on its way to its factors.
 
     Attributes:
@@ -58,11 +58,11 @@ class Fit:
         source: the norm in front of the depthwise layer that produces the norm's input.
         shared: sums of the products of its means and this norm's, per channel.
         latest: the means of the last batch.
-        passed: how much of an error at each channel of its output an activation passes on.
+        slope: how much of an error at each channel of its output an activation passes on.
         mixed: whether the basis of its stream was chosen for it, so that no factors are needed.
     """
 
-    probe: Probe
+    probe: SwappedNorm
     plan: Absorption | None
     signed: bool
     kernel: Tensor | None
@@ -71,8 +71,8 @@ class Fit:
     varied: MeanStatistics
     inputs: MeanStatistics | None
     shared: Tensor
-    passed: Tensor
-    source: Fit | None = None
+    slope: Tensor
+    source: NormFit | None = None
     latest: Tensor | None = None
     mixed: bool = False
 
@@ -84,7 +84,7 @@ class Fit:
     @property
     def weight(self) -> Tensor:
         """What an error of each channel of z counts, up to its sign: γ, where it is passed on."""
-        return self.probe.scale.cpu() * self.passed
+        return self.probe.scale.cpu() * self.slope
 
     @property
     def sized(self) -> bool:
@@ -130,7 +130,7 @@ class Fit:
         before = torch.einsum("gii->gi", other.covariance)
         return torch.where(before > 1e-12, shared / before.clamp(min=1e-12), 0.0)
 
-    def _through_channels(self, source: Fit) -> Tensor | None:
+    def _through_channels(self, source: NormFit) -> Tensor | None:
         inner, slopes = source.prior(), self.slopes()
         if inner is None or slopes is None:
             return None
@@ -145,7 +145,7 @@ class Fit:
         probe.scale, probe.bias = probe.scale[moved], probe.bias[moved]
         self.kernel = None if self.kernel is None else self.kernel[order]
         self.shared = self.shared[order]
-        self.passed = self.passed[order]
+        self.slope = self.slope[order]
         self.plain = self.plain.grouped(order, self.channels)
         self.varied = self.varied.grouped(order, probe.groups)
 
@@ -157,7 +157,7 @@ class Fit:
         self.mixed = True
 
 
-def fits_of(captured: Captured, planner: Planner, probes: Sequence[Probe]) -> list[Fit]:
+def fits_of(captured: Captured, planner: Planner, probes: Sequence[SwappedNorm]) -> list[NormFit]:
     """Return what to sum up for each of the norms."""
     fits = [_fit_of(captured, planner, probe) for probe in probes]
     by_module = {id(fit.probe.module): fit for fit in fits}
@@ -166,26 +166,28 @@ def fits_of(captured: Captured, planner: Planner, probes: Sequence[Probe]) -> li
     return fits
 
 
-def _fit_of(captured: Captured, planner: Planner, probe: Probe) -> Fit:
+def _fit_of(captured: Captured, planner: Planner, probe: SwappedNorm) -> NormFit:
     plan, signed = _plan(captured, planner, probe)
     kernel, reads = _kernel(captured, plan)
     channels, groups = len(probe.scale), probe.groups
     wide = None if kernel is None else MeanStatistics.zeros(kernel.shape[1], kernel.shape[1])
-    return Fit(
+    return NormFit(
         probe, plan, signed, kernel, reads,
         MeanStatistics.zeros(channels, channels), MeanStatistics.zeros(channels, groups), wide,
-        torch.zeros(channels, dtype=torch.float64), _passed(captured, probe),
+        torch.zeros(channels, dtype=torch.float64), _slope_of(captured, probe),
     )  # fmt: skip
 
 
-def _passed(captured: Captured, probe: Probe) -> Tensor:
+def _slope_of(captured: Captured, probe: SwappedNorm) -> Tensor:
     _, inputs = calls_of(captured, probe)
     if len(inputs) != 1:
         return torch.ones(len(probe.scale), dtype=torch.float64)
-    return passed(captured, next(iter(inputs)), probe.scale, probe.bias)
+    return activation_slope(captured, next(iter(inputs)), probe.scale, probe.bias)
 
 
-def _plan(captured: Captured, planner: Planner, probe: Probe) -> tuple[Absorption | None, bool]:
+def _plan(
+    captured: Captured, planner: Planner, probe: SwappedNorm
+) -> tuple[Absorption | None, bool]:
     """Return who takes up factors of the norm's input, and whether they may be negative."""
     if probe.prefix is not None or probe.groups == len(probe.scale):
         return None, True
@@ -202,7 +204,7 @@ def _plan(captured: Captured, planner: Planner, probe: Probe) -> tuple[Absorptio
     return None, True
 
 
-def calls_of(captured: Captured, probe: Probe) -> tuple[int, dict[Node, Node]]:
+def calls_of(captured: Captured, probe: SwappedNorm) -> tuple[int, dict[Node, Node]]:
     """Return the axis of the channels and the input of each call of a norm."""
     name = captured.tree.name(probe.module)
     calls = captured.calls(name)
@@ -237,7 +239,7 @@ def over_channels(weight: Tensor) -> Tensor:
     return exact.flatten(2).sum(2) if exact.dim() > 2 else exact
 
 
-def _in_front_of_depthwise(captured: Captured, probe: Probe) -> nn.Module | None:
+def _in_front_of_depthwise(captured: Captured, probe: SwappedNorm) -> nn.Module | None:
     """Return the norm that a depthwise layer in front of this one reads, through activations."""
     _, inputs = calls_of(captured, probe)
     if len(inputs) != 1:
@@ -254,7 +256,7 @@ def _in_front_of_depthwise(captured: Captured, probe: Probe) -> nn.Module | None
     return None if norm is None or norm.module is None else captured.module(norm.module)
 
 
-def collect(model: nn.Module, fits: Sequence[Fit], batches: Batches) -> None:
+def collect(model: nn.Module, fits: Sequence[NormFit], batches: Batches) -> None:
     """Sum up the original model's channel means at each norm, in one pass over the data."""
     plain = True
 

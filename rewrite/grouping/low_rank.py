@@ -1,7 +1,7 @@
 """A group norm between two maps, so that its groups take away what says least.
 
 An anchored norm of z takes the mean of each group from all of its channels (`rewrite.mean_leak`).
-Between M and M⁻¹ it takes whatever one likes. For k groups in a block of channels, with L the
+Conjugation M and M⁻¹ it takes whatever one likes. For k groups in a block of channels, with L the
 channels of each group as columns and E = L⁺ their means,
 
     M = I + (L − D)(I − E D)⁻¹ (Qᵀ − E)      M⁻¹ = I − (L − D)(Qᵀ L − I)⁻¹ (Qᵀ − E)      Qᵀ D = I
@@ -25,11 +25,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rewrite.affine.context import Surroundings
+from rewrite.affine.context import AnalysisContext
 from rewrite.affine.plan import Refusal
 from rewrite.graph.captured import Captured
 from rewrite.grouping.basis import seen, write_through, writes_alone
-from rewrite.grouping.fit import WIDEST, Fit, calls_of
+from rewrite.grouping.fit import WIDEST, NormFit, calls_of
 from rewrite.grouping.linalg import eigenvectors, square_roots
 from rewrite.grouping.permutation import Row, order_of
 from rewrite.grouping.statistics import MeanStatistics
@@ -45,7 +45,7 @@ _FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
-class Between:
+class Conjugation:
     """A norm that maps can be put around.
 
     Attributes:
@@ -56,16 +56,16 @@ class Between:
         behind: the norm behind a depthwise layer that reads this one, if there is one.
     """
 
-    fit: Fit
+    fit: NormFit
     blocks: int
     rank: int
     reads: tuple[Row, ...]
-    behind: Fit | None
+    behind: NormFit | None
 
 
-def between(
-    captured: Captured, around: Surroundings, fits: Sequence[Fit], rank: int
-) -> list[Between]:
+def conjugations(
+    captured: Captured, around: AnalysisContext, fits: Sequence[NormFit], rank: int
+) -> list[Conjugation]:
     """Return the norms that can stand between maps, and prepare their sums.
 
     Args:
@@ -83,14 +83,14 @@ def between(
             continue
         size = largest_divisor(groups, max(1, min(rank, WIDEST * groups // fit.channels)))
         blocks = groups // size
-        found.append(Between(fit, blocks, size, reads.get(id(fit), ()), behind.get(id(fit))))
+        found.append(Conjugation(fit, blocks, size, reads.get(id(fit), ()), behind.get(id(fit))))
     for one in found:
         one.fit.varied = MeanStatistics.zeros(one.fit.channels, one.blocks)
     return found
 
 
 def _reads(
-    captured: Captured, around: Surroundings, fits: Sequence[Fit]
+    captured: Captured, around: AnalysisContext, fits: Sequence[NormFit]
 ) -> dict[int, tuple[Row, ...]]:
     """Return the weights of all that reads each norm's channels, where that is dense layers."""
     ours = [fit.probe.module for fit in fits]
@@ -110,11 +110,11 @@ def _reads(
     return found
 
 
-def surround(captured: Captured, one: Between) -> tuple[str, ...]:
+def conjugate(captured: Captured, one: Conjugation) -> tuple[str, ...]:
     """Put maps around the norm; return the layers that took one up."""
     probe = one.fit.probe
     assert isinstance(probe.module, nn.GroupNorm)
-    maps = maps_of(one.fit.shrunk(), _metric(captured, one), one.rank)
+    maps = low_rank_maps(one.fit.shrunk(), _metric(captured, one), one.rank)
     scale, bias = probe.scale.cpu(), probe.bias.cpu()
     after = _mix(probe.module, scale, bias, maps.down, -scale.reshape(maps.rows) * maps.back)
     _fill(one.fit, maps)
@@ -145,7 +145,7 @@ def _mix(norm: nn.Module, *values: Tensor) -> ChannelMix:
     return mix.requires_grad_(like.requires_grad).train(norm.training)
 
 
-def _fill(fit: Fit, maps: Maps) -> None:
+def _fill(fit: NormFit, maps: ConjugationMaps) -> None:
     """Give the norm the weight and bias with which it takes no more than it has to."""
     norm = fit.probe.module
     means = torch.einsum("bkn,bn->bk", maps.functionals, fit.plain.mean.reshape(maps.rows[:2]))
@@ -161,7 +161,7 @@ def _fill(fit: Fit, maps: Maps) -> None:
 
 
 @dataclass(frozen=True)
-class Maps:
+class ConjugationMaps:
     """M = I + up down and M⁻¹ = I − back down, block by block.
 
     Attributes:
@@ -198,7 +198,7 @@ class Maps:
         return groups.sqrt().clamp(min=1e-6).repeat_interleave(size // rank, dim=1)
 
 
-def maps_of(covariance: Tensor, metric: Tensor, rank: int) -> Maps:
+def low_rank_maps(covariance: Tensor, metric: Tensor, rank: int) -> ConjugationMaps:
     """Return the maps that lose least.
 
     Args:
@@ -223,10 +223,10 @@ def maps_of(covariance: Tensor, metric: Tensor, rank: int) -> Maps:
     down, apart = left.mT - means, groups - right
     up = apart @ torch.linalg.inv(eye - means @ right)
     back = apart @ torch.linalg.inv(left.mT @ groups - eye)
-    return Maps(down, up, back, left.mT)
+    return ConjugationMaps(down, up, back, left.mT)
 
 
-def _metric(captured: Captured, one: Between) -> Tensor:
+def _metric(captured: Captured, one: Conjugation) -> Tensor:
     """Return H², (blocks, n, n): what an error of z does to the readers, or else to the output."""
     fit = one.fit
     own = fit.weight.reshape(one.blocks, -1)

@@ -81,7 +81,7 @@ def factors(
     return chosen
 
 
-def leak(second: Array, weight: Array, factor: Array) -> Array:
+def removal_error(second: Array, weight: Array, factor: Array) -> Array:
     """Return E error² of each group by the formula above, times n²."""
     quadratic = np.einsum("gi,gij,gj->g", factor, second, factor)
     return np.asarray(quadratic * (weight**2 / factor**2).sum(1))

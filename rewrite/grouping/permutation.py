@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from rewrite.affine.channel_map import Lane, Refused
-from rewrite.affine.context import Surroundings
+from rewrite.affine.channel_map import ChannelMap, Refused
+from rewrite.affine.context import AnalysisContext
 from rewrite.affine.layers import Layer, Side
 from rewrite.affine.plan import Refusal
-from rewrite.affine.rules import Demand
+from rewrite.affine.rules import Constraints
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.operators import activation_of, norm_of
 from rewrite.graph.spellings import function_name
@@ -93,7 +93,7 @@ class Order:
             captured.editor.set_tensor(row.ref, new)
 
 
-def order_of(around: Surroundings, norm: Node, ours: Collection[nn.Module]) -> Order | Refusal:
+def order_of(around: AnalysisContext, norm: Node, ours: Collection[nn.Module]) -> Order | Refusal:
     """Return what shares the order of the channels of a norm's input, or why it has to stay.
 
     Args:
@@ -109,9 +109,9 @@ def order_of(around: Surroundings, norm: Node, ours: Collection[nn.Module]) -> O
 
 @dataclass(eq=False)
 class _Closure:
-    around: Surroundings
+    around: AnalysisContext
     ours: Collection[nn.Module]
-    lanes: dict[Node, Lane] = field(default_factory=dict)
+    lanes: dict[Node, ChannelMap] = field(default_factory=dict)
     rows: dict[tuple[str, int], Row] = field(default_factory=dict)
     layers: dict[str, None] = field(default_factory=dict)
     norms: dict[str, None] = field(default_factory=dict)
@@ -129,7 +129,7 @@ class _Closure:
             raise Refused(f"{node.name} is no norm with a known number of channels")
         channels = norm.num_features
         axis = self.around.ranks.from_end(norm.input, norm.channel_axis)
-        lane = Lane(axis, torch.arange(channels), scale=True, shift=False)
+        lane = ChannelMap(axis, torch.arange(channels), scale=True, shift=False)
         self.change(norm.input, lane)
         while self.near:
             self.visit(*self.near.popleft())
@@ -137,7 +137,7 @@ class _Closure:
             channels, tuple(self.rows.values()), tuple(self.layers), tuple(self.norms), self.linear
         )
 
-    def change(self, value: Node, lane: Lane) -> None:
+    def change(self, value: Node, lane: ChannelMap) -> None:
         held = self.lanes.get(value)
         if held is not None:
             if not held.same(lane):
@@ -150,7 +150,7 @@ class _Closure:
         readers = self.captured.readers(value)
         if not readers.known:
             raise Refused(
-                f"the output of {self.around.steps.called(value)} has readers that were not "
+                f"the output of {self.around.rules.called(value)} has readers that were not "
                 f"traced: {readers.reason}"
             )
         self.lanes[value] = lane
@@ -161,7 +161,7 @@ class _Closure:
         """Follow the order from a value through the node that writes it or one that reads it."""
         lane = self.lanes[value]
         behind = value is node
-        if not behind and self.around.steps.reads_only_shape(node, value):
+        if not behind and self.around.rules.reads_only_shape(node, value):
             return
         layer = self.around.layer(node)
         if layer is not None:
@@ -170,14 +170,14 @@ class _Closure:
             self.at_layer(layer, node, lane, "behind" if behind else "in front")
             return
         if node.op in ("placeholder", "get_attr", "output"):
-            raise Refused(f"it reaches {self.around.steps.called(node)}")
+            raise Refused(f"it reaches {self.around.rules.called(node)}")
         if value not in self.passed.get(node, ()):
             demands = self.around_operation(node, value, lane)
             self.passed[node] = frozenset((value, *demands))
             for other, needed in demands.items():
                 self.change(other, needed)
 
-    def around_operation(self, node: Node, value: Node, lane: Lane) -> dict[Node, Lane]:
+    def around_operation(self, node: Node, value: Node, lane: ChannelMap) -> dict[Node, ChannelMap]:
         name = function_name(node) or ""
         self.linear &= name in _SUMS | _WHOLE or self.is_a(node, nn.Identity)
         if name in _PAIRWISE:
@@ -186,30 +186,30 @@ class _Closure:
         if activation is not None and activation.by_value:
             return {activation.input: lane, node: lane}
         if "prelu" in name or self.is_a(node, nn.PReLU):
-            raise Refused(f"{self.around.steps.called(node)} may have a slope for each channel")
+            raise Refused(f"{self.around.rules.called(node)} may have a slope for each channel")
         # What passes any positive scales of the channels works channel by channel.
-        return self.around.steps.around(node, value, lane, Demand(True, lambda ways: 0))
+        return self.around.rules.around(node, value, lane, Constraints(True, lambda ways: 0))
 
     def is_a(self, node: Node, kind: type[nn.Module]) -> bool:
         return node.op == "call_module" and isinstance(self.captured.module(str(node.target)), kind)
 
-    def pairwise(self, node: Node, lane: Lane) -> dict[Node, Lane]:
+    def pairwise(self, node: Node, lane: ChannelMap) -> dict[Node, ChannelMap]:
         ranks = self.around.ranks
         demands = {node: lane}
         for operand in node.all_input_nodes:
             if operand.op == "get_attr":
-                raise Refused(f"{self.around.steps.called(node)} reads the constant {operand.name}")
+                raise Refused(f"{self.around.rules.called(node)} reads the constant {operand.name}")
             if ranks.rank(operand) is None or ranks.rank(operand) != ranks.rank(node):
-                raise Refused(f"{self.around.steps.called(node)} may broadcast {operand.name}")
+                raise Refused(f"{self.around.rules.called(node)} may broadcast {operand.name}")
             demands[operand] = lane
         return demands
 
     # -- layers -------------------------------------------------------------------------------
 
-    def at_layer(self, layer: Layer, node: Node, lane: Lane, side: Side) -> None:
-        if (reason := self.around.uses.refusal(layer)) is not None:
+    def at_layer(self, layer: Layer, node: Node, lane: ChannelMap, side: Side) -> None:
+        if (reason := self.around.tensor_readers.refusal(layer)) is not None:
             raise Refused(reason)
-        if len(self.around.uses.calls(layer)) != 1:
+        if len(self.around.tensor_readers.calls(layer)) != 1:
             raise Refused(f"{layer.name} is called more than once")
         if layer.axis != lane.axis:
             raise Refused(f"{layer.name} has its channels along another axis")
@@ -240,7 +240,7 @@ class _Closure:
                 self.row(ref, 0, lane, "along")
         self.through(node, lane)
 
-    def at_norm(self, layer: Layer, node: Node, lane: Lane) -> None:
+    def at_norm(self, layer: Layer, node: Node, lane: ChannelMap) -> None:
         norm = norm_of(self.captured, node)
         assert norm is not None
         module = None if norm.module is None else self.captured.module(norm.module)
@@ -253,12 +253,12 @@ class _Closure:
                 self.row(ref, 0, lane, "along")
         self.through(node, lane)
 
-    def through(self, node: Node, lane: Lane) -> None:
+    def through(self, node: Node, lane: ChannelMap) -> None:
         self.change(node, lane)
         self.change(node.all_input_nodes[0], lane)
 
     def row(
-        self, ref: TensorRef, axis: int, lane: Lane, side: Literal["writes", "reads", "along"]
+        self, ref: TensorRef, axis: int, lane: ChannelMap, side: Literal["writes", "reads", "along"]
     ) -> None:
         self.rows[(ref.name, axis)] = Row(ref, axis, lane.index, side)
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
-from rewrite.affine.context import Surroundings
+from rewrite.affine.context import AnalysisContext
 from rewrite.affine.plan import Refusal
 from rewrite.graph.captured import Captured
 from rewrite.grouping.assignment import Means, regrouped
 from rewrite.grouping.basis import can_mix, mix
-from rewrite.grouping.fit import WIDEST, Fit, calls_of
+from rewrite.grouping.fit import WIDEST, NormFit, calls_of
 from rewrite.grouping.permutation import Order, order_of
 from rewrite.grouping.statistics import MeanStatistics
 
@@ -30,7 +30,7 @@ class Shared:
     """An order of channels, the norms that have it, and whether any basis would do as well."""
 
     order: Order
-    fits: tuple[Fit, ...]
+    fits: tuple[NormFit, ...]
     mixes: bool
 
     @property
@@ -41,9 +41,9 @@ class Shared:
 
 def shared_orders(
     captured: Captured,
-    around: Surroundings,
-    wanted: Sequence[Fit],
-    fits: Sequence[Fit],
+    around: AnalysisContext,
+    wanted: Sequence[NormFit],
+    fits: Sequence[NormFit],
     *,
     bases_only: bool = False,
 ) -> list[Shared]:
@@ -79,7 +79,7 @@ def shared_orders(
     return found
 
 
-def _can_gain(fit: Fit) -> bool:
+def _can_gain(fit: NormFit) -> bool:
     return fit.probe.groups < fit.channels
 
 
@@ -100,6 +100,6 @@ def rearrange(captured: Captured, shared: Shared) -> bool:
     return fitted
 
 
-def _means(fit: Fit) -> Means:
+def _means(fit: NormFit) -> Means:
     weight = fit.weight.numpy()
     return Means(fit.shrunk()[0].numpy(), weight, fit.signed, fit.sized)

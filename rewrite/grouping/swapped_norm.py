@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 @dataclass(eq=False)
-class Probe:
+class SwappedNorm:
     """A new norm, and the old function in terms of its input: y = scale·z + bias.
 
     Attributes:

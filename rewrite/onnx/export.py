@@ -24,7 +24,7 @@ from torch import nn
 from rewrite.equivalence.verification import Level
 from rewrite.errors import ExportError, VerificationError, system_reason
 from rewrite.files import check_writable
-from rewrite.onnx.exporters import Asked, Exporter, export_program
+from rewrite.onnx.exporters import Exporter, ExportRequest, export_program
 from rewrite.onnx.file import LARGE
 from rewrite.onnx.report import OnnxVerification
 from rewrite.onnx.verify import verify_onnx
@@ -92,7 +92,7 @@ def export(
     inputs = _inputs(model, example_inputs, seed)
     notes: list[str] = []
     ready = _baked(model, notes) if bake_weight_norm else model
-    asked = Asked(opset, dynamic_shapes or {}, dynamic_batch, seed)
+    asked = ExportRequest(opset, dynamic_shapes or {}, dynamic_batch, seed)
     program = export_program(ready, inputs, asked, exporter, notes)
     _describe(program.model, metadata or {})
     if shared := _share(program.model, {name for name, _ in ready.named_parameters()}):

@@ -27,7 +27,7 @@ _BATCH = "batch"
 
 
 @dataclass(frozen=True)
-class Asked:
+class ExportRequest:
     """What an export should be like."""
 
     opset: int
@@ -37,7 +37,7 @@ class Asked:
 
 
 def export_program(
-    model: nn.Module, inputs: Inputs, asked: Asked, exporter: Exporter, notes: list[str]
+    model: nn.Module, inputs: Inputs, asked: ExportRequest, exporter: Exporter, notes: list[str]
 ) -> Any:
     """Return a graph with `.model` (of onnx_ir) and `.save`; `notes` takes up what to know of it.
 
@@ -85,7 +85,7 @@ def _exported(model: nn.Module, inputs: Inputs, arguments: dict[str, Any]) -> An
 def _traced(
     model: nn.Module,
     inputs: Inputs,
-    asked: Asked,
+    asked: ExportRequest,
     output_names: list[str],
     shapes: Mapping[str, Any],
 ) -> Any:
@@ -126,7 +126,9 @@ def _quiet() -> Iterator[None]:
             logging.disable(before)
 
 
-def _dynamic_shapes(model: nn.Module, inputs: Inputs, asked: Asked) -> dict[str, Any] | None:
+def _dynamic_shapes(
+    model: nn.Module, inputs: Inputs, asked: ExportRequest
+) -> dict[str, Any] | None:
     """Return what may vary of each input, None where nothing does."""
     axes = asked.axes
     names = _input_names(model, inputs)

@@ -56,7 +56,7 @@ class OnnxFile:
         return max(versions, default=0)
 
     @property
-    def census(self) -> dict[str, int]:
+    def operator_counts(self) -> dict[str, int]:
         """How often each operator occurs, subgraphs included."""
         counts = Counter(node.op_type for node in all_nodes(self.model.graph))
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

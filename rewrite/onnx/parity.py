@@ -12,16 +12,22 @@ import torch
 from torch import nn
 
 from rewrite.equivalence.compare import compare
-from rewrite.equivalence.divergence import Divergence, first_guilty, hidden, recorded, value_noise
+from rewrite.equivalence.divergence import (
+    Divergence,
+    first_divergent,
+    masked,
+    recorded,
+    value_noise,
+)
 from rewrite.equivalence.equality import original_takes, run_original
 from rewrite.equivalence.record import Event, Known, Record, Sketch, Sketcher
-from rewrite.equivalence.rounding import EXPLAINS, all_rounding, nudged
+from rewrite.equivalence.rounding import EXPLAINS, all_rounding, perturbed
 from rewrite.equivalence.verification import Level
 from rewrite.errors import VerificationError, one_line
 from rewrite.onnx.file import OnnxFile
 from rewrite.onnx.report import Check
 from rewrite.onnx.repro import write_repro
-from rewrite.onnx.runtime import Feed, as_array, feed_of, nudged_graph, run, session
+from rewrite.onnx.runtime import Feed, as_array, feed_of, run, session, with_perturbed_weights
 from rewrite.onnx.values import record_graph, values_of
 from rewrite.runtime.float64 import in_float64, short_of_memory
 from rewrite.runtime.inputs import Inputs, call, device_of
@@ -127,7 +133,11 @@ def against_model(
             parity.failed.append(f"{name}: {one_line(error)}")
             continue
         own_list, got = _paired(opened, own, got)
-        first = None if native is None else _First(opened, nudged_graph(opened, seed), native, feed)
+        first = (
+            None
+            if native is None
+            else _First(opened, with_perturbed_weights(opened, seed), native, feed)
+        )
         with in_float64(model, streamed=short_of_memory(model)):
             if first is None:
                 exact = call(model, inputs.map(widen), seed)
@@ -159,7 +169,7 @@ class _First:
     values of the model in its own dtype."""
 
     opened: OnnxFile
-    shaken: OnnxFile
+    perturbed_graph: OnnxFile
     native: Record
     feed: Feed
 
@@ -187,11 +197,11 @@ def _compare_values(
     opened, feed, sketch = first.opened, first.feed, Sketcher(seed)
     wide = inputs.map(widen)
     exact_record, exact = recorded(model, wide, sketch, seed)
-    with nudged(model, rounding, seed):
-        nudged_record, moved = recorded(model, wide, sketch, seed)
+    with perturbed(model, rounding, seed):
+        perturbed_record, moved = recorded(model, wide, sketch, seed)
     graph = record_graph(opened, feed, sketch)
-    own = _own_noise(first.shaken, graph, feed, sketch)
-    noise = _with_native(value_noise(exact_record, nudged_record), exact_record, first.native)
+    own = _own_noise(first.perturbed_graph, graph, feed, sketch)
+    noise = _with_native(value_noise(exact_record, perturbed_record), exact_record, first.native)
     parity.divergence, there = _diverging(graph, exact_record, noise, own)
     if parity.divergence is not None:
         parity.failed.append(f"value on the way: {parity.divergence.note}")
@@ -214,12 +224,14 @@ def _with_native(noise: list[float], exact: Record, native: Record) -> list[floa
     return [max(*values, _EPS / 4) for values in zip(noise, own, strict=True)]
 
 
-def _own_noise(shaken: OnnxFile, graph: Record, feed: Feed, sketch: Sketcher) -> list[float]:
+def _own_noise(
+    perturbed_graph: OnnxFile, graph: Record, feed: Feed, sketch: Sketcher
+) -> list[float]:
     """Return how far rounding each weight moves the graph's own values in onnxruntime.
 
     Its kernels round in their own way: an instance norm may lose ten times what PyTorch's does.
     """
-    return value_noise(graph, record_graph(shaken, feed, sketch))
+    return value_noise(graph, record_graph(perturbed_graph, feed, sketch))
 
 
 def _diverging(
@@ -239,10 +251,10 @@ def _diverging(
         seen.nearest(value)._replace(noise=mine)
         for value, mine in zip(reference.values, noise, strict=True)
     ]
-    event = first_guilty(graph, found, hidden(graph, found, reference, theirs))
+    event = first_divergent(graph, found, masked(graph, found, reference, theirs))
     if event is None:
         return None, None
-    there = first_guilty(reference, theirs, hidden(reference, theirs, graph, found))
+    there = first_divergent(reference, theirs, masked(reference, theirs, graph, found))
     far = max((found[number].distance for number in event.outputs), default=math.inf)
     near = max((found[number].distance for number in event.inputs), default=0.0)
     node = event.owner
@@ -278,8 +290,8 @@ def against_graph(
     """Compare a graph with another one: outputs on every input, values on the first."""
     parity = Parity()
     theirs = session(reference, "disabled")
-    shaken = nudged_graph(reference, seed)
-    moved_live = session(shaken, "disabled")
+    perturbed_graph = with_perturbed_weights(reference, seed)
+    moved_live = session(perturbed_graph, "disabled")
     for index, feed in enumerate(feeds):
         renamed = _renamed(reference, feed)
         try:
@@ -301,7 +313,7 @@ def against_graph(
         right = parity.add(f"input {index}", exact, moved, got, 0.0)
         if index == 0 or (not right and parity.divergence is None):
             parity.divergence, there = _compare_graphs(
-                opened, (reference, shaken), feed, renamed, seed
+                opened, (reference, perturbed_graph), feed, renamed, seed
             )
             if parity.divergence is None:
                 continue
@@ -318,13 +330,13 @@ def _compare_graphs(
     opened: OnnxFile, references: tuple[OnnxFile, OnnxFile], feed: Feed, renamed: Feed, seed: int
 ) -> tuple[Divergence | None, Event | None]:
     """Compare every value; `references` are a graph and itself with every weight rounded once."""
-    reference, shaken = references
+    reference, perturbed_graph = references
     sketch = Sketcher(seed)
     base = record_graph(reference, renamed, sketch)
     graph = record_graph(opened, feed, sketch)
-    theirs = _own_noise(shaken, base, renamed, sketch)
+    theirs = _own_noise(perturbed_graph, base, renamed, sketch)
     noise = [max(value, _EPS / 4) for value in theirs]
-    own = _own_noise(nudged_graph(opened, seed), graph, feed, sketch)
+    own = _own_noise(with_perturbed_weights(opened, seed), graph, feed, sketch)
     return _diverging(graph, base, noise, own)
 
 

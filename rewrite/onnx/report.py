@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ class OnnxVerification:
     Attributes:
         path: the file.
         checks: everything that was looked at.
-        census: how often each operator occurs.
+        operator_counts: how often each operator occurs.
         opset: the version of the standard operators.
         max_abs: the largest distance to the reference's exact (float64) output, None without one.
         max_rel: likewise, relative to the output's largest magnitude.
@@ -44,7 +45,7 @@ class OnnxVerification:
 
     path: str
     checks: tuple[Check, ...]
-    census: Mapping[str, int] = field(default_factory=dict)
+    operator_counts: Mapping[str, int] = field(default_factory=dict)
     opset: int = 0
     max_abs: float | None = None
     max_rel: float | None = None
@@ -78,12 +79,18 @@ class OnnxVerification:
             "ok": self.ok,
             **values,
             "checks": [asdict(check) for check in self.checks],
-            "census": dict(self.census),
+            "operator_counts": dict(self.operator_counts),
             "notes": list(self.notes),
             "reasons": list(self.reasons),
             "divergence": None if self.divergence is None else self.divergence.to_dict(),
             "seconds": round(self.seconds, 3),
         }
+
+    @property
+    def census(self) -> Mapping[str, int]:
+        """Deprecated name of `operator_counts`."""
+        warnings.warn("census is now operator_counts", DeprecationWarning, stacklevel=2)
+        return self.operator_counts
 
     def to_json(self) -> str:
         """Return everything as JSON."""

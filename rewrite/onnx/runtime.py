@@ -14,7 +14,7 @@ import onnxruntime
 import torch
 from onnx import numpy_helper
 
-from rewrite.equivalence.rounding import Nudge
+from rewrite.equivalence.rounding import Perturbation
 from rewrite.errors import VerificationError, one_line
 from rewrite.onnx.file import Array, OnnxFile, all_nodes
 from rewrite.runtime.inputs import Inputs
@@ -200,7 +200,7 @@ def dynamic_axes(opened: OnnxFile) -> dict[str, dict[int, str]]:
     }
 
 
-def made_up(opened: OnnxFile, batch: int = 1, seed: int = 0) -> Feed:
+def synthetic_feed(opened: OnnxFile, batch: int = 1, seed: int = 0) -> Feed:
     """Return random inputs for a graph: what it declares, and likely sizes where it leaves them."""
     random = np.random.default_rng(seed)
     feed: Feed = {}
@@ -222,12 +222,12 @@ def made_up(opened: OnnxFile, batch: int = 1, seed: int = 0) -> Feed:
     return feed
 
 
-def nudged_graph(opened: OnnxFile, seed: int = 0) -> OnnxFile:
+def with_perturbed_weights(opened: OnnxFile, seed: int = 0) -> OnnxFile:
     """Return a copy whose float32 initializers are half an eps off, at random.
 
     Those that say how large a value is are left: 15 rows instead of 16 are no rounding.
     """
-    nudge = Nudge(seed)
+    nudge = Perturbation(seed)
     copy = onnx.ModelProto()
     copy.CopyFrom(opened.model)
     weights = {}

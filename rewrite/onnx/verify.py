@@ -36,10 +36,10 @@ from rewrite.onnx.runtime import (
     accepts,
     dynamic_axes,
     feed_of,
-    made_up,
-    nudged_graph,
     run,
     session,
+    synthetic_feed,
+    with_perturbed_weights,
 )
 from rewrite.onnx.structure import structure_problems
 from rewrite.runtime.inputs import Inputs
@@ -79,7 +79,7 @@ def verify_onnx(
     """
     begin = time.perf_counter()
     opened = open_onnx(path)
-    checks = [*_structure(opened), *_census(opened, expect or {}, expect_no)]
+    checks = [*_structure(opened), *_check_operator_counts(opened, expect or {}, expect_no)]
     live = session(opened.path)
     feed = _given(opened, example_inputs, seed)
     checks += _behaviour(opened, live, feed, level, seed)
@@ -98,7 +98,7 @@ def verify_onnx(
     return OnnxVerification(
         path=str(path),
         checks=(*checks, *(parity.checks if parity is not None else ())),
-        census=opened.census,
+        operator_counts=opened.operator_counts,
         opset=opened.opset,
         seconds=time.perf_counter() - begin,
         **found,
@@ -107,20 +107,22 @@ def verify_onnx(
 
 def _structure(opened: OnnxFile) -> list[Check]:
     problems = structure_problems(opened)
-    nodes = sum(opened.census.values())
+    nodes = sum(opened.operator_counts.values())
     domains = sorted({node.domain for node in opened.model.graph.node if node.domain})
     found = f"opset {opened.opset}, {nodes} nodes" + (f", domains {domains}" if domains else "")
     return [Check("graph", found), *(Check("graph", problem, False) for problem in problems)]
 
 
-def _census(opened: OnnxFile, expect: Mapping[str, int], expect_no: Iterable[str]) -> list[Check]:
-    census = opened.census
+def _check_operator_counts(
+    opened: OnnxFile, expect: Mapping[str, int], expect_no: Iterable[str]
+) -> list[Check]:
+    operator_counts = opened.operator_counts
     checks = []
     for kind, count in expect.items():
-        found = census.get(kind, 0)
+        found = operator_counts.get(kind, 0)
         checks.append(Check(f"expect {kind}={count}", f"{found} found", found == count))
     for kind in expect_no:
-        found = census.get(kind, 0)
+        found = operator_counts.get(kind, 0)
         checks.append(Check(f"expect no {kind}", f"{found} found", found == 0))
     return checks
 
@@ -128,7 +130,7 @@ def _census(opened: OnnxFile, expect: Mapping[str, int], expect_no: Iterable[str
 def _given(opened: OnnxFile, example_inputs: Any, seed: int) -> Feed:
     if example_inputs is None:
         try:
-            return made_up(opened, seed=seed)
+            return synthetic_feed(opened, seed=seed)
         except (MemoryError, ValueError) as error:
             raise VerificationError(
                 f"{opened.path}: no inputs of its declared shapes can be made: {one_line(error)}"
@@ -175,7 +177,7 @@ def _behaviour(opened: OnnxFile, live: Any, feed: Feed, level: Level, seed: int)
 def _levels(opened: OnnxFile, optimized: Mapping[str, Any], feed: Feed, seed: int) -> Check:
     """Compare the outputs at every optimization level with those of the graph as it is."""
     plain = run(session(opened, "disabled"), feed)
-    moved = run(session(nudged_graph(opened, seed), "disabled"), feed)
+    moved = run(session(with_perturbed_weights(opened, seed), "disabled"), feed)
     rounding = compare(plain, moved).max_rel
     allowed = EXPLAINS * (rounding + float(np.finfo(np.float32).eps))
     worst, where = 0.0, "disabled"
@@ -205,7 +207,7 @@ def _dynamic(opened: OnnxFile, live: Any, seed: int) -> list[Check]:
     failed = []
     for size in _BATCHES:
         try:
-            outputs = run(live, made_up(opened, size, seed))
+            outputs = run(live, synthetic_feed(opened, size, seed))
         except VerificationError as error:
             failed.append(f"batch {size}: {one_line(error)}")
             continue

@@ -19,11 +19,11 @@ from torch import nn
 
 from rewrite.runtime.inputs import Inputs
 
-Fit = Callable[[str, nn.Module, torch.Tensor, Callable[[], torch.Tensor]], torch.Tensor]
+FitFunction = Callable[[str, nn.Module, torch.Tensor, Callable[[], torch.Tensor]], torch.Tensor]
 
 
 def fit_in_lockstep(
-    model: nn.Module, batch: Any, layers: Mapping[str, nn.Module], fit: Fit
+    model: nn.Module, batch: Any, layers: Mapping[str, nn.Module], fit: FitFunction
 ) -> tuple[str, ...]:
     """Run `batch` through `model` in eval mode, without gradients, fitting `layers` on the way.
 

@@ -29,7 +29,7 @@ from rewrite.runtime.inputs import Inputs
 from rewrite.runtime.leaves import tensors
 from rewrite.signals.jacobian import Jacobian, layer_jacobians
 from rewrite.signals.report import Signal
-from rewrite.signals.rows import Row
+from rewrite.signals.rows import SignalRow
 
 _LAYERS: dict[Any, int] = {
     # Function -> axis of the units in its output.
@@ -256,7 +256,7 @@ class _Watch(_Named):
         self.drafts.append(draft)
         return draft
 
-    def finished(self, jacobians: dict[int, Jacobian]) -> Iterator[Row]:
+    def finished(self, jacobians: dict[int, Jacobian]) -> Iterator[SignalRow]:
         """Yield the rows; `jacobians` belong to layers by their number."""
         number = 0
         for draft in self.drafts:
@@ -264,7 +264,7 @@ class _Watch(_Named):
             if draft.saturated is None:
                 jacobian = jacobians.get(number)
                 number += 1
-            yield Row(
+            yield SignalRow(
                 draft.name, draft.kind, draft.shape, draft.mean, draft.std, draft.saturated,
                 draft.dead, draft.gradients.get("output"), draft.gradients.get("weight"), jacobian,
             )  # fmt: skip

@@ -11,7 +11,7 @@ from rewrite.files import atomic_path
 
 if TYPE_CHECKING:
     from rewrite.signals.report import Signal
-    from rewrite.signals.rows import Row
+    from rewrite.signals.rows import SignalRow
 
 
 _STYLES = {"before": ("tab:gray", "--"), "after": ("tab:blue", "-"), "": ("tab:blue", "-")}
@@ -59,13 +59,13 @@ def check_plot(path: Path) -> None:
         raise OptionError(f"{path}: a plot is a .png or .svg file")
 
 
-def _spectrum(row: Row) -> tuple[float, float] | None:
+def _spectrum(row: SignalRow) -> tuple[float, float] | None:
     if row.jacobian is None:
         return None
     return row.jacobian.largest, row.jacobian.mean
 
 
-def _draw(place: Any, rows: tuple[Row, ...], value: Any, name: str) -> None:
+def _draw(place: Any, rows: tuple[SignalRow, ...], value: Any, name: str) -> None:
     found = [(depth, value(row)) for depth, row in enumerate(rows)]
     known = [(depth, v) for depth, v in found if v is not None]
     if not known:

@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from rewrite.signals.rows import Row
+    from rewrite.signals.rows import SignalRow
 
 
 @dataclass(frozen=True)
 class Signal:
     """How activations and gradients propagate through a model."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[SignalRow, ...]
     notes: tuple[str, ...] = ()
 
     @property
-    def layers(self) -> tuple[Row, ...]:
+    def layers(self) -> tuple[SignalRow, ...]:
         """The rows of layers with a weight."""
         return tuple(row for row in self.rows if row.is_layer)
 
     @property
-    def activations(self) -> tuple[Row, ...]:
+    def activations(self) -> tuple[SignalRow, ...]:
         """The rows of activations."""
         return tuple(row for row in self.rows if not row.is_layer)
 

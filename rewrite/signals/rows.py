@@ -8,7 +8,7 @@ from rewrite.signals.jacobian import Jacobian
 
 
 @dataclass(frozen=True)
-class Row:
+class SignalRow:
     """One call of a layer or an activation, in data-flow order.
 
     `saturated` and `dead` are known for activations, `weight_grad_std` and `jacobian` for layers.

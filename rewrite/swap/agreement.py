@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rewrite.calibration.batches import Batches, batch_size, rows
 from rewrite.distributed import all_gather, all_reduce
-from rewrite.grouping.swapped_norm import Probe
+from rewrite.grouping.swapped_norm import SwappedNorm
 from rewrite.runtime.hooks import hooked, run
 from rewrite.runtime.inputs import Inputs
 from rewrite.runtime.leaves import tensors
@@ -100,7 +100,7 @@ class Sums:
         return float(ab / max(aa * bb, 1e-300) ** 0.5)
 
 
-def measure(model: nn.Module, probes: Sequence[Probe], batches: Batches) -> Agreement:
+def measure(model: nn.Module, probes: Sequence[SwappedNorm], batches: Batches) -> Agreement:
     """Run the held-out samples through the original and the converted model, norm by norm."""
     layers = [Sums() for _ in probes]
     whole = Sums()
@@ -150,7 +150,7 @@ def measure(model: nn.Module, probes: Sequence[Probe], batches: Batches) -> Agre
     return Agreement(int(samples), top1, whole.cosine, error, named, left_out)
 
 
-def _by_name(probes: Sequence[Probe], layers: Sequence[Sums]) -> dict[str, dict[str, float]]:
+def _by_name(probes: Sequence[SwappedNorm], layers: Sequence[Sums]) -> dict[str, dict[str, float]]:
     """Return each norm's metrics, with what it added to the error of the norm before it."""
     named: dict[str, dict[str, float]] = {}
     before = 0.0

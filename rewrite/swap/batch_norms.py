@@ -56,11 +56,11 @@ def find_batch_norms(captured: Captured) -> Iterator[Candidate | Skip]:
         norm = norm_of(captured, node)
         if norm is None or norm.kind != "batch":
             continue
-        twins = captured.twins(node)
+        calls = captured.call_sites(node)
         # A module that only lends its tensors to a function call was met with that call.
         if node in met or norm.module in owners:
             continue
-        met.update(twins)
+        met.update(calls)
         owners.update((norm.target, *_holders(norm)))
         yield _candidate(captured, norm)
     yield from _unseen(captured, owners)
@@ -83,7 +83,9 @@ def _candidate(captured: Captured, norm: Norm) -> Candidate | Skip:
         return Skip(norm.target, before, "has neither parameters nor statistics: channels unknown")
     if (refusal := captured.editor.refusal(norm.node)) is not None:
         return Skip(norm.target, before, refusal)
-    shapes = tuple(captured.shape(call.all_input_nodes[0]) for call in captured.twins(norm.node))
+    shapes = tuple(
+        captured.shape(call.all_input_nodes[0]) for call in captured.call_sites(norm.node)
+    )
     return Candidate(norm, before, norm.num_features, shapes)
 
 
@@ -133,7 +135,7 @@ def describe(captured: Captured, norm: Norm) -> str:
     return f"{norm.node.target.__name__}({channels})"  # type: ignore[union-attr]
 
 
-def dress(captured: Captured, norm: Norm, module: nn.Module) -> None:
+def copy_affine(captured: Captured, norm: Norm, module: nn.Module) -> None:
     """Give `module` the γ and β of `norm`: the very parameters, or None."""
     for key, ref in (("weight", norm.weight), ("bias", norm.bias)):
         module.register_parameter(key, _parameter(captured, ref))
@@ -142,7 +144,7 @@ def dress(captured: Captured, norm: Norm, module: nn.Module) -> None:
             setattr(module, flag, norm.weight is not None)
 
 
-def place(captured: Captured, norm: Norm, module: nn.Module) -> tuple[str, str]:
+def install(captured: Captured, norm: Norm, module: nn.Module) -> tuple[str, str]:
     """Put `module` where `norm` is.
 
     Returns:
@@ -166,7 +168,7 @@ def _parameter(captured: Captured, ref: TensorRef | None) -> nn.Parameter | None
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def show(module: nn.Module) -> str:
+def describe_norm(module: nn.Module) -> str:
     """Return a norm in short: "GroupNorm(32, 64)"."""
     if isinstance(module, nn.GroupNorm):
         return f"GroupNorm({module.num_groups}, {module.num_channels})"
@@ -226,9 +228,9 @@ def exchange_class(
         module = kind(
             norm.num_features, norm.eps, norm.momentum, affine=False, track_running_stats=tracks
         )
-    dress(captured, norm, module)
+    copy_affine(captured, norm, module)
     _give_statistics(captured, norm, module)
-    name, kept = place(captured, norm, module)
+    name, kept = install(captured, norm, module)
     after = f"{kind.__name__}({norm.num_features})"
     return Change(site.target, site.before, after, kept, (site.target, name))
 

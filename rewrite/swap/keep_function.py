@@ -27,12 +27,12 @@ from rewrite.affine.planner import Planner
 from rewrite.calibration.batches import Batches
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
-from rewrite.grouping.fit import Fit, collect, fits_of
-from rewrite.grouping.low_rank import Between, between, surround
+from rewrite.grouping.fit import NormFit, collect, fits_of
+from rewrite.grouping.low_rank import Conjugation, conjugate, conjugations
 from rewrite.grouping.mean_removal import RANGE, factors
 from rewrite.grouping.regroup import Shared, rearrange, shared_orders
 from rewrite.grouping.statistics import MeanStatistics
-from rewrite.grouping.swapped_norm import Probe
+from rewrite.grouping.swapped_norm import SwappedNorm
 from rewrite.nn.modules import ChannelAffine
 from rewrite.runtime.hooks import in_eval_mode
 from rewrite.swap.agreement import Agreement, measure
@@ -43,7 +43,7 @@ variance that the norm divides by, and only signs are fitted; so do maps."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class SwapOptions:
     """How a swap keeps the function.
 
     Attributes:
@@ -58,7 +58,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Kept:
+class FitResult:
     """What the fit did at one norm."""
 
     note: str
@@ -67,9 +67,9 @@ class Kept:
 
 
 def keep_function(
-    model: nn.Module, probes: Sequence[Probe], calibration: Iterable[Any], mix: int = 0
-) -> tuple[list[Kept], Agreement]:
-    """Fit the new norms of `model` to `calibration`, in place.
+    model: nn.Module, probes: Sequence[SwappedNorm], calibration: Iterable[Any], mix: int = 0
+) -> tuple[list[FitResult], Agreement]:
+    """NormFit the new norms of `model` to `calibration`, in place.
 
     Args:
         model: the converted model.
@@ -92,7 +92,7 @@ def keep_function(
         sized = [fit for fit in fits if fit.probe.gain > SIZES_FROM]
         shared = shared_orders(captured, planner.surroundings, sized, fits, bases_only=mix > 0)
         free = [fit for fit in sized if not any(fit in one.fits for one in shared)]
-        mapped = between(captured, planner.surroundings, free, mix) if mix else []
+        mapped = conjugations(captured, planner.surroundings, free, mix) if mix else []
         collect(model, fits, batches)
         shared = [one for one in shared if rearrange(captured, one)]
         notes = _apply(captured, fits, shared, mapped)
@@ -102,7 +102,7 @@ def keep_function(
         note, touched = notes.get(probe.target, ("not fitted", ()))
         if mix and probe.standardized and probe.gain <= SIZES_FROM:
             note += "; no maps around it: its anchor is too small"
-        kept.append(Kept(note, touched, agreement.layers.get(probe.target, {})))
+        kept.append(FitResult(note, touched, agreement.layers.get(probe.target, {})))
     return kept, agreement
 
 
@@ -110,7 +110,10 @@ def keep_function(
 
 
 def _apply(
-    captured: Captured, fits: Sequence[Fit], shared: Sequence[Shared], mapped: Sequence[Between]
+    captured: Captured,
+    fits: Sequence[NormFit],
+    shared: Sequence[Shared],
+    mapped: Sequence[Conjugation],
 ) -> dict[str, tuple[str, tuple[str, ...]]]:
     maps = {id(one.fit): one for one in mapped}
     moved = {id(fit): one for one in shared for fit in one.fits}
@@ -122,7 +125,7 @@ def _apply(
             outcomes[probe.target] = ("not fitted: no finite sample reached it", ())
             continue
         if (around := maps.get(id(fit))) is not None:
-            outcomes[probe.target] = _between_maps(captured, around)
+            outcomes[probe.target] = _conjugate(captured, around)
             continue
         factor = torch.ones_like(probe.scale)
         if fit.sized and not fit.mixed:
@@ -140,13 +143,13 @@ def _apply(
     return outcomes
 
 
-def _between_maps(captured: Captured, one: Between) -> tuple[str, tuple[str, ...]]:
-    layers = surround(captured, one)
+def _conjugate(captured: Captured, one: Conjugation) -> tuple[str, tuple[str, ...]]:
+    layers = conjugate(captured, one)
     place = f"behind it and in {', '.join(layers)}" if layers else "around it"
     return f"maps of rank {one.rank} {place}, {one.blocks} blocks of channels", layers
 
 
-def _factors(fit: Fit) -> Tensor:
+def _factors(fit: NormFit) -> Tensor:
     weight = fit.weight.reshape(fit.probe.groups, -1).numpy()
     sizes = RANGE if fit.probe.gain > SIZES_FROM else 1.0
     covariance = fit.covariance().numpy()
@@ -155,7 +158,7 @@ def _factors(fit: Fit) -> Tensor:
 
 
 def _scale_producers(
-    probe: Probe, plan: Absorption | None, factor: Tensor, ledger: Ledger
+    probe: SwappedNorm, plan: Absorption | None, factor: Tensor, ledger: Ledger
 ) -> tuple[str, ...]:
     if probe.prefix is not None:
         assert isinstance(probe.prefix, ChannelAffine)
@@ -170,7 +173,7 @@ def _scale_producers(
     return plan.layers
 
 
-def _scale_norm(probe: Probe, factor: Tensor, item: MeanStatistics) -> None:
+def _scale_norm(probe: SwappedNorm, factor: Tensor, item: MeanStatistics) -> None:
     """Divide the norm's weight by the factors and give its bias the mean that it will take."""
     module = probe.module
     means = (item.mean.reshape(-1).to(factor) * factor).reshape(probe.groups, -1)
@@ -189,7 +192,7 @@ def _set(module: nn.Module, key: str, value: Tensor) -> None:
     module.register_parameter(key, nn.Parameter(value.to(like), requires_grad=requires_grad))
 
 
-def _note(probe: Probe, plan: Absorption | None) -> str:
+def _note(probe: SwappedNorm, plan: Absorption | None) -> str:
     if probe.groups == len(probe.scale):
         return "the mean of each channel is lost: one channel a group"
     if plan is None and probe.prefix is None:

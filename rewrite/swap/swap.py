@@ -21,12 +21,12 @@ from torch import nn
 from rewrite.errors import OptionError
 from rewrite.graph.captured import Captured
 from rewrite.graph.operators import Norm, norm_of
-from rewrite.grouping.swapped_norm import Probe
+from rewrite.grouping.swapped_norm import SwappedNorm
 from rewrite.nn.modules import ChannelAffine
 from rewrite.outcomes import Change, Site
 from rewrite.swap import batch_norms as swap
 from rewrite.swap.anchor import gain, largest_anchor
-from rewrite.swap.keep_function import Settings, keep_function
+from rewrite.swap.keep_function import SwapOptions, keep_function
 from rewrite.swap.standardize import Standardized, standardize
 
 Keep = Literal["function", "statistics", "affine", "nothing"]
@@ -60,13 +60,13 @@ class Swapped:
     """One norm that was replaced: its change so far, and the new norm as the fit sees it."""
 
     change: Change
-    probe: Probe
+    probe: SwappedNorm
 
 
 def swap_all(
     captured: Captured,
     sites: Sequence[Site],
-    settings: Settings,
+    settings: SwapOptions,
     make: Make,
     calibration: Iterable[Any] | None,
 ) -> list[Change]:
@@ -115,10 +115,10 @@ def _swap(
     site: Site,
     norm: Norm,
     module: nn.Module,
-    settings: Settings,
+    settings: SwapOptions,
     moved: Standardized | None,
 ) -> Swapped:
-    swap.dress(captured, norm, module)
+    swap.copy_affine(captured, norm, module)
     if settings.keep == "nothing":
         _reset(module)
     notes = [getattr(site.plan, "note", ""), swap.affine_note(norm)]
@@ -136,16 +136,16 @@ def _swap(
             notes.append(f"statistics in {', '.join(moved.layers)}")
     elif moved is not None:
         notes.append(moved.reason)
-    name, kept = swap.place(captured, norm, placed)
+    name, kept = swap.install(captured, norm, placed)
     notes.append(kept)
     layers = moved.layers if moved is not None else ()
     change = Change(
-        site.target, site.before, swap.show(module), "; ".join(filter(None, notes)),
+        site.target, site.before, swap.describe_norm(module), "; ".join(filter(None, notes)),
         (site.target, name, *layers),
     )  # fmt: skip
     prefix = placed[0] if isinstance(placed, nn.Sequential) else None
     fits = moved is not None and moved.known
-    return Swapped(change, Probe(site.target, module, gamma, beta, anchored, prefix, fits))
+    return Swapped(change, SwappedNorm(site.target, module, gamma, beta, anchored, prefix, fits))
 
 
 def _affine(
