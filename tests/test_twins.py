@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_diverge import ERRORS, batch_norms, gamma_off_in, norm_models
 from torch import nn
 
 import models
@@ -27,6 +26,7 @@ from rewrite.equivalence.verify import check_untouched, verify
 from rewrite.outcomes import Contract
 from rewrite.runtime.copying import copy_model
 from rewrite.runtime.tree import Tree
+from tests.equivalence.test_divergence import ERRORS, batch_norms, gamma_off_in, norm_models
 
 PASSES = {
     "freeze-bn": FreezeBatchNorm(),

@@ -92,7 +92,7 @@ def test_a_file_of_any_form_loads_into_any_form(source, target, tmp_path, monkey
     written = FORMS[source](model())
     torch.save(written.state_dict(), tmp_path / "state.pt")
     (tmp_path / "normed_makers.py").write_text(
-        "import test_weight_norm_keys as forms\n"
+        f"import sys\nforms = sys.modules[{__name__!r}]\n"
         f"def build():\n    return forms.FORMS[{target!r}](forms.model())\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

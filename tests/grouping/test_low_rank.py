@@ -1,4 +1,4 @@
-"""Maps around a norm: the algebra, and models that keep more by them."""
+"""ConjugationMaps around a norm: the algebra, and models that keep more by them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import rewrite
 from passes import BatchNormToGroupNorm
 from rewrite.errors import OptionError
 from rewrite.grouping import regroup
-from rewrite.grouping.low_rank import Maps, low_rank_maps
+from rewrite.grouping.low_rank import ConjugationMaps, low_rank_maps
 from rewrite.nn.modules import ChannelMix
 from rewrite.swap.anchor import gain
 
@@ -25,7 +25,7 @@ def positive(blocks: int, size: int, seed: int) -> Tensor:
     return factor @ factor.mT / size
 
 
-def lost(maps: Maps, covariance: Tensor, metric: Tensor, rank: int) -> Tensor:
+def lost(maps: ConjugationMaps, covariance: Tensor, metric: Tensor, rank: int) -> Tensor:
     """Return E |H error|² of each block, for the means of groups between the maps."""
     size = covariance.shape[1]
     mean = torch.block_diag(*[torch.full((size // rank,) * 2, rank / size)] * rank).double()

@@ -12,7 +12,10 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from test_onnx_verify import (
+from torch import nn
+
+from rewrite.cli.main import main
+from tests.onnx.test_verify import (
     BAD,
     Net,
     add_to,
@@ -26,9 +29,6 @@ from test_onnx_verify import (
     unknown_operator,
     weight,
 )
-from torch import nn
-
-from rewrite.cli.main import main
 
 SHAPE = "2x3x6x6"
 
@@ -275,7 +275,7 @@ def test_a_data_entry_that_onnxruntime_does_not_know_is_one_line(here, capfd):
 
 def test_the_command_itself_shows_no_traceback(here):
     path = last_byte_lost(here, the_net())
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     ran = subprocess.run(
         [sys.executable, "-m", "rewrite", "verify", path],
         env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True,
