@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -66,13 +66,13 @@ def ratios(names: Sequence[str], repeats: int) -> Iterator[tuple[str, float, flo
         model = make(name)
         traced = copy_model(model)  # symbolic_trace stores constants on the model
         try:
-            _quietly(lambda traced=traced: torch.fx.symbolic_trace(traced))
+            _quietly(partial(torch.fx.symbolic_trace, traced))
         except Exception:  # noqa: BLE001 - only models that it can trace are compared
             continue
         trace, mine = fastest(
             (
-                lambda traced=traced: torch.fx.symbolic_trace(traced),
-                lambda model=model: capture(model),
+                partial(torch.fx.symbolic_trace, traced),
+                partial(capture, model),
             ),
             repeats,
         )
@@ -83,7 +83,7 @@ def growth(repeats: int, sizes: Sequence[int] = SIZES) -> Iterator[tuple[int, in
     """Yield number of blocks, number of regions and seconds of capture."""
     for size in sizes:
         model = chain(size)
-        (seconds,) = fastest((lambda model=model: capture(model),), repeats)
+        (seconds,) = fastest((partial(capture, model),), repeats)
         yield size, len(capture(model).regions), seconds
 
 
@@ -128,4 +128,4 @@ def _quietly(function: Callable[[], object]) -> object:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -19,6 +19,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def session(model: nn.Module, x: torch.Tensor) -> Any:
     """Return an onnxruntime session of a model, all of its optimizations on, two threads."""
     import onnxruntime
 
-    buffer = io.BytesIO()
+    buffer: Any = io.BytesIO()
     torch.onnx.export(
         model, (x,), buffer, dynamo=False, do_constant_folding=False, input_names=["x"],
         output_names=["y"], dynamic_axes={"x": {0: "batch"}},
@@ -89,10 +90,8 @@ def measure(name: str, size: int, batches: Sequence[int], rounds: int) -> list[l
         x = torch.randn(batch, 3, size, size)
         feed = {"x": x.numpy()}
         with torch.inference_mode():
-            eager = speedups({k: lambda m=m, x=x: m(x) for k, m in found.items()}, rounds)
-        onnx = speedups(
-            {k: lambda s=s, feed=feed: s.run(None, feed) for k, s in sessions.items()}, rounds
-        )
+            eager = speedups({k: partial(m, x) for k, m in found.items()}, rounds)
+        onnx = speedups({k: partial(s.run, None, feed) for k, s in sessions.items()}, rounds)
         rows.append(
             [
                 name, batch, left["unfolded"], left.get("fx", ""), left["ours"],

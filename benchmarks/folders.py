@@ -92,7 +92,8 @@ def subclass_walker(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
 def _walk(module: nn.Module, is_norm: Callable[[nn.Module], bool]) -> nn.Module:
     from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-    last: nn.Module | None = None
+    last: Any = None
+    child: Any
     for name, child in list(module.named_children()):
         if is_norm(child) and last is not None:
             weight, bias = fuse_conv_bn_weights(

@@ -113,8 +113,8 @@ def judge_fold(tool: Folder, name: str) -> Outcome:
         try:
             folded = tool(clone(model), inputs)
             after = run(folded, inputs)
-        except Exception as error:  # noqa: BLE001 - a tool may fail in any way; that is its row
-            return Outcome("crashed", type(error).__name__)
+        except Exception as failure:  # noqa: BLE001 - a tool may fail in any way; that is its row
+            return Outcome("crashed", type(failure).__name__)
     error = difference(after.outputs, want)
     if not error <= _TOLERANCE.get(want[0].dtype, 1e-4):
         return Outcome("**wrong**", f"{error:.2g}")

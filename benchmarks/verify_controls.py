@@ -108,6 +108,7 @@ def controls(name: str) -> list[list[str]]:
     """Return a row for each fault in one architecture."""
     model, inputs = subject(name)
     program = torch.onnx.export(model, inputs, dynamo=True, verbose=False)
+    assert program is not None
     gc.freeze()
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -330,6 +330,7 @@ class ExtremeStatistics(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(4, 8, 3, bias=False)
         self.bn = nn.BatchNorm2d(8, eps=1e-3)
+        assert self.bn.running_var is not None
         with torch.no_grad():
             self.conv.weight[:2] *= 1e-3
             self.bn.running_var[0] = 0.0

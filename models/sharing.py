@@ -256,7 +256,7 @@ class BackReference(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.block = _ConvNorm(4, 8)
-        self.block.owner = (self,)
+        self.block.__dict__["owner"] = (self,)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(x)

@@ -10,6 +10,9 @@ from models.sharing import images
 class FunctionalNorm(nn.Module):
     """`F.batch_norm` in a forward, on buffers and parameters with names of their own."""
 
+    mean: Tensor
+    var: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(4, 8, 3)
@@ -46,6 +49,9 @@ class FunctionalNormDeep(nn.Module):
 
 class TorchNorm(nn.Module):
     """`torch.batch_norm`, the spelling of exported and scripted code, without an affine."""
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +103,7 @@ class BatchNormAct(nn.BatchNorm2d):
             self.weight,
             self.bias,
             statistics,
-            self.momentum,
+            self.momentum or 0.0,
             self.eps,
         )
         return self.act(self.drop(x))

@@ -25,7 +25,7 @@ _SIDES = {"tvp": 448}
 
 def candidates(model: nn.Module) -> Iterator[tuple[Any, ...]]:
     """Yield positional inputs with every required or main argument bound by its name."""
-    config = model.config
+    config: Any = model.config
     if config.model_type == "omdet-turbo":
         yield _detection_by_text()
         return
@@ -39,8 +39,9 @@ def candidates(model: nn.Module) -> Iterator[tuple[Any, ...]]:
 def _bind(model: nn.Module, side: int) -> tuple[Any, ...]:
     """Return positional arguments up to the last one that has to be given; None between them."""
     parameters = inspect.signature(model.forward).parameters.values()
+    config: Any = model.config
     main = getattr(model, "main_input_name", "")
-    series = hasattr(model.config, "lags_sequence")
+    series = hasattr(config, "lags_sequence")
     values: list[Any] = []
     needed = 0
     for position, parameter in enumerate(parameters, start=1):
@@ -48,9 +49,9 @@ def _bind(model: nn.Module, side: int) -> tuple[Any, ...]:
             break
         required = parameter.default is parameter.empty or parameter.name in (*_JOINT, main)
         if series and parameter.name in _TIME_SERIES:
-            value = _time_series(parameter.name, model.config)
+            value: Tensor | None = _time_series(parameter.name, config)
         else:
-            value = _value(parameter.name, model.config, side, required=required)
+            value = _value(parameter.name, config, side, required=required)
         values.append(value)
         if value is not None:
             needed = position

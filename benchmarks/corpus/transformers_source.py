@@ -140,6 +140,10 @@ def _models_in(
             and found.__module__ == module_name
             and not found.__name__.endswith("PreTrainedModel")
             and getattr(found, "config_class", None) is config_class
-            and found.forward is not nn.Module.forward
+            and _has_forward(found)
         ):
             yield found
+
+
+def _has_forward(kind: Any) -> bool:
+    return kind.forward is not nn.Module.forward
