@@ -109,8 +109,11 @@ class Inspection:
         yield _table("Passes", ("pass", "contract", "sites", "left alone", "why"), found)
 
 
-def inspect_model(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Inspection:
-    """Return what is inside `model`; it is neither changed nor run."""
+def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
+    """Return what is inside `model`; it is neither changed nor run.
+
+    `example_inputs` is a tensor, a tuple of positional inputs or a dict of keywords.
+    """
     captured = capture(model, example_inputs)
     tensors = [*model.parameters(), *model.buffers()]
     modes = Counter(module.training for module in model.modules())

@@ -15,16 +15,16 @@ from torch import nn
 from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map
 
 from rewrite.graph.captured import Captured
 from rewrite.graph.regions import Region
 from rewrite.graph.tracer import reason_of
+from rewrite.runtime.inputs import Inputs
 
 _NORMS = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm})
 
 
-def propagate_shapes(captured: Captured, example_inputs: tuple[Any, ...]) -> None:
+def propagate_shapes(captured: Captured, inputs: Inputs) -> None:
     """Attach `meta["val"]`, a fake tensor (or what else the value is), to the nodes.
 
     A lazy layer would take its shape from the fake tensors for good: then nothing is attached.
@@ -39,17 +39,16 @@ def propagate_shapes(captured: Captured, example_inputs: tuple[Any, ...]) -> Non
     def fake(value: Any) -> Any:
         return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
 
-    inputs = tree_map(fake, tuple(example_inputs))
     with mode, torch.no_grad():
-        arguments = _run(captured, inputs)
+        arguments = _run(captured, inputs.map(fake))
         for region in captured.regions:
             if region.name in arguments:
                 _interpret(captured, region, *arguments[region.name])
 
 
-def _run(captured: Captured, inputs: tuple[Any, ...]) -> dict[str, tuple[Any, dict[str, Any]]]:
+def _run(captured: Captured, inputs: Inputs) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Return the inputs of each region's root: those of the model are given, the rest observed."""
-    arguments: dict[str, tuple[Any, dict[str, Any]]] = {"": (inputs, {})}
+    arguments: dict[str, tuple[Any, dict[str, Any]]] = {"": (inputs.args, dict(inputs.kwargs))}
     roots = [region.name for region in captured.regions if region.name]
     if not roots:
         return arguments
@@ -65,7 +64,7 @@ def _run(captured: Captured, inputs: tuple[Any, ...]) -> dict[str, tuple[Any, di
         for name in roots
     ]
     try:
-        captured.model(*inputs)
+        captured.model(*inputs.args, **inputs.kwargs)
     except Exception as error:  # noqa: BLE001 - a forward may do anything with fake tensors
         captured.shape_error = reason_of(error)[0]
     finally:
