@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from rewrite import __version__
 from rewrite.cli import apply_map, convert, export, inspect, passes, verify
 from rewrite.cli.common import FAILED, USAGE, complain
 from rewrite.errors import PassError, RewriteError
@@ -49,6 +50,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         prog="rewrite",
         description="Rewrite trained PyTorch models, prove the result, and export it.",
     )
+    parser.add_argument("--version", action="version", version=f"rewrite {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     convert.add_parsers(commands, argv)
     for command in (inspect, passes, verify, export, apply_map):

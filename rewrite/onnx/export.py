@@ -21,6 +21,7 @@ import torch
 from onnx_ir.convenience import replace_all_uses_with
 from torch import nn
 
+from rewrite import __version__
 from rewrite.equivalence.verification import Level
 from rewrite.errors import ExportError, VerificationError, system_reason
 from rewrite.files import check_writable
@@ -159,11 +160,9 @@ def _baked(model: nn.Module, notes: list[str]) -> nn.Module:
 
 def _describe(model: Any, metadata: Mapping[str, str]) -> None:
     """Write what made the file into it, and keep only names of modules on the nodes."""
-    import rewrite
-
     model.metadata_props.update(
         {
-            "rewrite.version": str(getattr(rewrite, "__version__", "")) or "unreleased",
+            "rewrite.version": __version__,
             "torch.version": torch.__version__,
             "onnx.version": onnx.__version__,
             **{f"rewrite.{key}": value for key, value in metadata.items()},

@@ -1,0 +1,63 @@
+"""The architecture page names every file of the packages by its docstring's first sentence.
+
+`python tests/test_architecture.py` writes the lists of the page anew.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "architecture.md"
+BEGIN, END = "<!-- files -->\n", "<!-- end of files -->\n"
+
+PACKAGES = (
+    "",
+    *sorted(p.parent.name for p in (ROOT / "rewrite").glob("*/__init__.py")),
+)
+
+
+def first_sentence(path: Path) -> str:
+    """Return the first paragraph of a module's docstring, without its full stop."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split()).rstrip(".")
+
+
+def lists() -> str:
+    """Return a heading and a table for each package, and for the passes."""
+    parts = []
+    for folder in (*(ROOT / "rewrite" / name for name in PACKAGES), ROOT / "passes"):
+        name = folder.relative_to(ROOT).as_posix()
+        files = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
+        rows = [
+            f"| `{path.relative_to(ROOT).as_posix()}` | {first_sentence(path)} |" for path in files
+        ]
+        parts.append(
+            f"### `{name}/`\n\n{first_sentence(folder / '__init__.py')}.\n\n"
+            + "\n".join(["| file | one idea |", "|---|---|", *rows])
+            + "\n"
+        )
+    return "\n".join(parts)
+
+
+def test_the_page_names_every_file() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    shown = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
+    assert shown == lists().strip(), "run: python tests/test_architecture.py"
+
+
+def test_no_package_has_more_than_sixteen_files() -> None:
+    for name in PACKAGES:
+        files = [p.name for p in (ROOT / "rewrite" / name).glob("*.py") if "__" not in p.name]
+        assert len(files) <= 16, (name, sorted(files))
+
+
+def test_every_docstring_begins_with_one_sentence() -> None:
+    for path in [*ROOT.glob("rewrite/**/*.py"), *ROOT.glob("passes/*.py")]:
+        assert re.match(r"[`A-Z\w]", first_sentence(path)), path
+
+
+if __name__ == "__main__":
+    whole = PAGE.read_text(encoding="utf-8")
+    before, after = whole[: whole.index(BEGIN) + len(BEGIN)], whole[whole.index(END) :]
+    PAGE.write_text(f"{before}\n{lists()}\n{after}", encoding="utf-8")
