@@ -118,7 +118,7 @@ class BatchNormToGroupNorm(Pass):
         """Replace all norms; keep="function" fits them in one pass over `calibration`.
 
         Hidden channels may change their order then, so that the groups lose less of the model; with
-        `mix`, maps stand around the norms instead (`rewrite.between`).
+        `mix`, maps stand around the norms instead (`rewrite.grouping.low_rank`).
         """
         settings = SwapOptions(self.keep, self.anchor, self.mix)
         return keeping.swap_all(captured, sites, settings, _make, calibration)

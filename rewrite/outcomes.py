@@ -46,7 +46,7 @@ class Change:
     `touched` names every module whose parameters, buffers or class changed, `target` included.
     `keys` maps old state-dict keys to new ones (None: the key is gone). `metrics` are numbers a
     pass measured at this site. `recipe` is what it takes to repeat the change on the state dict of
-    another checkpoint (`rewrite.keymap`), as plain data.
+    another checkpoint (`rewrite.fold.recipes`), as plain data.
     """
 
     target: str

@@ -20,7 +20,7 @@ PACKAGES = (
 def first_sentence(path: Path) -> str:
     """Return the first paragraph of a module's docstring, without its full stop."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return " ".join(text.split("\n\n")[0].split()).rstrip(".")
+    return " ".join(text.split("\n\n")[0].split()).rstrip(".").replace("|", "\\|")
 
 
 def lists() -> str:
@@ -55,6 +55,21 @@ def test_no_package_has_more_than_sixteen_files() -> None:
 def test_every_docstring_begins_with_one_sentence() -> None:
     for path in [*ROOT.glob("rewrite/**/*.py"), *ROOT.glob("passes/*.py")]:
         assert re.match(r"[`A-Z\w]", first_sentence(path)), path
+
+
+def test_docstrings_and_pages_name_modules_that_exist() -> None:
+    import rewrite
+
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in ROOT.glob("rewrite/**/*.py")
+    }
+    public = {f"rewrite.{name}" for name in dir(rewrite)} | {"rewrite.passes"}
+    known = modules | public
+    texts = [*ROOT.glob("rewrite/**/*.py"), *ROOT.glob("passes/*.py"), *ROOT.glob("docs/**/*.md")]
+    for path in (*texts, ROOT / "README.md"):
+        for name in re.findall(r"`(rewrite(?:\.\w+)+)", path.read_text(encoding="utf-8")):
+            assert name in known or name.rpartition(".")[0] in known - {"rewrite"}, (path, name)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class ChannelConstant:
     """A call that multiplies, or adds to, each channel of `operand` a constant of its own.
 
     `axis` counts the channels from the end; `root` is the parameter it is made of, if one only;
-    `recipe` says how to make it of another checkpoint's tensors (`rewrite.keymap`).
+    `recipe` says how to make it of another checkpoint's tensors (`rewrite.fold.recipes`).
     """
 
     node: Node

@@ -1,4 +1,4 @@
-"""Layers that take up an affine map, and the ledger of the maps that they have taken up.
+"""Layers that absorb an affine map per channel, on their input side or their output side.
 
     kernel   y = W*x + b        behind it: any map; in front of it: any, unless padding adds zeros
     norm     y = s.x + t        a batch norm in eval mode: any map on either side

@@ -4,7 +4,7 @@
     forward     y' = x takes the place of y = s.y' + t: what reads y takes up (s, t)
 
 Every operation next to a changed value says which other values have to change with it
-(`rewrite.rules`); a layer ends the growth by taking up the map (`rewrite.absorb`).
+(`rewrite.affine.rules`); a layer ends the growth by taking up the map (`rewrite.affine.layers`).
 """
 
 from __future__ import annotations

@@ -1,14 +1,8 @@
-"""Statistics of a model over unlabelled batches: one pass, float64, additive.
+"""Batches of a user's data as inputs of a model: checked, held out, fed in one pass.
 
-For each norm, over the samples s with channel means z̄_s (means over space; for a norm that works
-position by position, each position is a sample):
-
-    count = Σ 1      total = Σ z̄_s      second = Σ z̄_s z̄_sᵀ within each group
-
-All three are sums, so batches stream, and under `torch.distributed` the ranks' sums are added:
-every rank ends with the numbers of the whole data, up to float64 rounding. A fifth of the samples
-is kept out of the fit, to measure what it gave: which ones follows from the number of their batch,
-where batch n of rank r of w is the batch r + n w of the data, as if one process had read them all.
+A fifth of the samples is kept out of the fit, to measure what it gave: which ones follows from the
+number of their batch, where batch n of rank r of w is the batch r + n w of the data, as if one
+process had read them all.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
     load(save(model)) == model                         tensors, ties, modes, classes, names
 
 A file that exists is always a path; a name is tried afterwards. What a file may ask for is the
-business of `rewrite.safeload`. Code of a factory runs, because the user named it. A pickled module
+business of `rewrite.checkpoint.unpickle`. Code of a factory runs, because the user named it. A pickled module
 keeps the mode it was saved in; a model that is built here (a name, a factory) is in eval mode.
 """
 

@@ -1,4 +1,13 @@
-"""Inputs that find errors: the given one with other values, order, batch and image sizes."""
+"""Inputs that find errors: the given one with other values, order, batch and image sizes.
+
+An equality that holds on one random batch may fail on another: zeros hide biases, one scale hides
+eps, batch size 1 hides a mixed-up batch axis, one spatial size hides a baked-in shape. The cases
+made here vary one thing at a time:
+
+    value   normal x {1, 0.1, 10}, uniform, zeros, ones, tiny (1e-6), large (1e3), one impulse
+    batch   1, 2, 7
+    space   another height and width, where the model takes it
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from rewrite.graph.operators import Conv
 class Term:
     """One branch: `affine` after the convolution `conv`, or after nothing.
 
-    `links` says of which tensors `affine` is made, first to last (`rewrite.keymap`).
+    `links` says of which tensors `affine` is made, first to last (`rewrite.fold.recipes`).
     """
 
     conv: Conv | None

@@ -8,7 +8,7 @@ and where only dense layers read it, Q y can take its place for any invertible Q
 
 That is exact. What a norm with G groups then takes from y is the mean of each group of Q y, one
 functional of the channel means each, the same for all norms of the stream. With M = H² for what the
-readers see of an error, S the covariance of the channel means (`rewrite.fit`), and
+readers see of an error, S the covariance of the channel means (`rewrite.grouping.fit`), and
 
     K = Σ H Γ S Γ H = V Λ Vᵀ, Λ rising     Q = B Vᵀ H,   Σ over the norms of the stream
 

@@ -1,6 +1,6 @@
 """A group norm between two maps, so that its groups take away what says least.
 
-An anchored norm of z takes the mean of each group from all of its channels (`rewrite.mean_leak`).
+An anchored norm of z takes the mean of each group from all of its channels (`rewrite.grouping.mean_removal`).
 Conjugation M and M⁻¹ it takes whatever one likes. For k groups in a block of channels, with L the
 channels of each group as columns and E = L⁺ their means,
 

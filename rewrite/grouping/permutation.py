@@ -10,7 +10,7 @@ one. It can change only if everything that writes or reads any of these values i
 that is returned, concatenated, split or read by a layer with groups of its own keeps its order.
 
 What does notice is a norm that treats groups of channels alike: changing which channels share a
-group is what this is for (`rewrite.regroup`).
+group is what this is for (`rewrite.grouping.regroup`).
 """
 
 from __future__ import annotations

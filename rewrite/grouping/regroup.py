@@ -1,8 +1,8 @@
 """Channels change groups, where the graph allows it: the function stays, the groups' means change.
 
-    an order that norms share (`rewrite.reorder`)
-        ×  a basis for it, where it is linear (`rewrite.mixing`)
-        or which channels a group should hold (`rewrite.exchange`), where there are several
+    an order that norms share (`rewrite.grouping.permutation`)
+        ×  a basis for it, where it is linear (`rewrite.grouping.basis`)
+        or which channels a group should hold (`rewrite.grouping.assignment`), where there are several
     →  the same model, whose groups lose less of it
 
 Both need the covariance over all channels, not that within the groups which they happen to have.

@@ -1,4 +1,13 @@
-"""Means and second moments of a norm's input by channel, summed over batches in float64."""
+"""Means and second moments of a norm's input by channel, summed over batches in float64.
+
+For each norm, over the samples s with channel means z̄_s (means over space; for a norm that works
+position by position, each position is a sample):
+
+    count = Σ 1      total = Σ z̄_s      second = Σ z̄_s z̄_sᵀ within each group
+
+All three are sums, so batches stream, and under `torch.distributed` the ranks' sums are added:
+every rank ends with the numbers of the whole data, up to float64 rounding.
+"""
 
 from __future__ import annotations
 

@@ -1,13 +1,4 @@
-"""Inputs that find errors, and inputs for a model that comes without any.
-
-An equality that holds on one random batch may fail on another: zeros hide biases, one scale hides
-eps, batch size 1 hides a mixed-up batch axis, one spatial size hides a baked-in shape. The cases
-made here vary one thing at a time:
-
-    value   normal x {1, 0.1, 10}, uniform, zeros, ones, tiny (1e-6), large (1e3), one impulse
-    batch   1, 2, 7
-    space   another height and width, where the model takes it
-"""
+"""What a model is called with: positional and keyword inputs, their batch, device and dtype."""
 
 from __future__ import annotations
 

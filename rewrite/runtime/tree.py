@@ -1,4 +1,4 @@
-"""The tree of a model's modules: names, aliases, replacement, and a copy that copies no tensor.
+"""The tree of a model's modules: names, aliases, replacement.
 
 PyTorch registers modules in `_modules`; people also keep them in plain lists, tuples and dicts,
 where `named_modules` does not see them. Both are named here: `layers.0.conv` for the registered

@@ -1,4 +1,11 @@
-"""Data-dependent initialization of a weight norm: magnitudes and biases from one batch."""
+"""Data-dependent initialization of a weight norm: magnitudes and biases from one batch.
+
+    t = v . x / ||v||  ->  g = 1 / std[t],  b = -mean[t] / std[t]
+
+over batch and space, one layer after the other (Salimans & Kingma 2016, equations 5 and 6). For a
+layer that already has some g and b the same is  g <- g / std,  b <- (b - mean) / std.  A unit that
+is constant over the batch keeps its g and b, and is named.
+"""
 
 from __future__ import annotations
 

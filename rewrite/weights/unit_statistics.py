@@ -1,10 +1,6 @@
-"""Statistics of a pre-activation by unit, and the data-dependent initialization on top of them.
+"""Mean and standard deviation of each unit's pre-activation, over the batch and space.
 
-    t = v . x / ||v||  ->  g = 1 / std[t],  b = -mean[t] / std[t]
-
-over batch and space, one layer after the other (Salimans & Kingma 2016, equations 5 and 6). For a
-layer that already has some g and b the same is  g <- g / std,  b <- (b - mean) / std.  A unit that
-is constant over the batch has no scale: it keeps its g and b, and is named.
+A unit that is constant over the batch has no scale: it is marked as not usable.
 """
 
 from __future__ import annotations
