@@ -6,10 +6,10 @@ To remove a map between x and y, one of the two changes its meaning:
     forward     y' = x takes the place of y = s.y' + t: what reads y takes up (s, t)
 
 The change spreads from value to value: each operation next to a changed value says which other
-values have to change with it (`rewrite.affine.rules`), until layers take it up (`rewrite.affine.layers`). The
-result is exact for every input or it is refused; nothing is approximated. A producer on the way
-forward, or another reader on the way backward, would need the inverse map: that is refused too,
-unless `compensate` allows it.
+values have to change with it (`rewrite.affine.rules`), until layers take it up
+(`rewrite.affine.layers`). The result is exact for every input or it is refused; nothing is
+approximated. A producer on the way forward, or another reader on the way backward, would need the
+inverse map: that is refused too, unless `compensate` allows it.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
 `torch.export.load` is no safe loader: it unpickles weights and sample inputs, imports the modules
 that a signature names, parses symbolic sizes with `sympify` (which evaluates its text), runs guards
 as source and loads compiled libraries. So the archive is read first, as zip and JSON, and only one
-that needs none of this is opened: tensors as raw bytes, operators that `rewrite.checkpoint.allowed_functions` lists,
-signatures of tuples, lists and dicts, sizes that are sums and products of symbols. Guards are
-dropped: they check inputs, and are no part of the model.
+that needs none of this is opened: tensors as raw bytes, operators that
+`rewrite.checkpoint.allowed_functions` lists, signatures of tuples, lists and dicts, sizes that are
+sums and products of symbols. Guards are dropped: they check inputs, and are no part of the model.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ Python pickles a GraphModule as source code, which no safe loader may run, and c
 parametrized module at all. Here the saving side writes nodes as lists, dicts and strings, and the
 loading side builds an fx graph from them. fx then generates source from that graph, so each text
 that ends up in the source is checked first: names are identifiers, a function is one that
-`rewrite.checkpoint.allowed_functions` lists, a method is one that computes on tensors, an argument is a node or a
-constant. Nothing that a file says is run as it stands.
+`rewrite.checkpoint.allowed_functions` lists, a method is one that computes on tensors, an argument
+is a node or a constant. Nothing that a file says is run as it stands.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@
     load(save(model)) == model                         tensors, ties, modes, classes, names
 
 A file that exists is always a path; a name is tried afterwards. What a file may ask for is the
-business of `rewrite.checkpoint.unpickle`. Code of a factory runs, because the user named it. A pickled module
-keeps the mode it was saved in; a model that is built here (a name, a factory) is in eval mode.
+business of `rewrite.checkpoint.unpickle`. Code of a factory runs, because the user named it. A
+pickled module keeps the mode it was saved in; a model that is built here (a name, a factory) is in
+eval mode.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 
 A right rewrite differs by about 1e-13 in float64 and a wrong one by 1e-3 and more, so no tolerance
 has to be chosen between them. Where the rewritten parameters are stored in a narrower type, what
-their rounding explains is measured and allowed (`rewrite.equivalence.rounding`), for each value on the way. A
-drift says nothing by itself and is set against the noise.
+their rounding explains is measured and allowed (`rewrite.equivalence.rounding`), for each value on
+the way. A drift says nothing by itself and is set against the noise.
 
 1. `exact`: equal in eval and in train mode, with equal gradients and running statistics.
 2. `exact-in-eval`: equal in eval mode.

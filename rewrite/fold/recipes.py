@@ -1,8 +1,9 @@
 """The map from old state-dict keys to new ones, as data: fold another checkpoint without a model.
 
-Each change of a fold carries a recipe: which tensors make the map y = s.x + t, which layers take
-up which part of it, and which keys go. Replaying the recipes on the state dict of the same
-architecture gives the state dict of its folded form, by the same arithmetic (`rewrite.affine.layers`).
+Each change of a fold carries a recipe: which tensors make the map y = s.x + t, which layers take up
+which part of it, and which keys go. Replaying the recipes on the state dict of the same
+architecture gives the state dict of its folded form, by the same arithmetic
+(`rewrite.affine.layers`).
 
 What a plan relied on is part of its recipe (no shift, no scale, positive scales): a checkpoint that
 breaks it is refused, not folded wrongly.

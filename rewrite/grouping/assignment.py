@@ -1,7 +1,7 @@
 """Which channels share a group, so that the mean which a group loses says least.
 
-A group of n channels with factors a loses (Σ w/a²)(aᵀ S a)/n² (`rewrite.grouping.mean_removal`). With the
-sizes that would be best for uncorrelated means, |a|⁴ = w/S_cc, that is
+A group of n channels with factors a loses (Σ w/a²)(aᵀ S a)/n² (`rewrite.grouping.mean_removal`).
+With the sizes that would be best for uncorrelated means, |a|⁴ = w/S_cc, that is
 
     loss = Σ_g U_g Q_g,   U_g = Σ w/a²,   Q_g = |Σ b f|²,   b = ±1,   f_i·f_j = |a_i||a_j| S_ij
 

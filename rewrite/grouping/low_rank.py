@@ -1,8 +1,8 @@
 """A group norm between two maps, so that its groups take away what says least.
 
-An anchored norm of z takes the mean of each group from all of its channels (`rewrite.grouping.mean_removal`).
-Conjugation M and M⁻¹ it takes whatever one likes. For k groups in a block of channels, with L the
-channels of each group as columns and E = L⁺ their means,
+An anchored norm of z takes the mean of each group from all of its channels
+(`rewrite.grouping.mean_removal`). Between M and M⁻¹ it takes whatever one likes. For k groups in a
+block of channels, with L the channels of each group as columns and E = L⁺ their means,
 
     M = I + (L − D)(I − E D)⁻¹ (Qᵀ − E)      M⁻¹ = I − (L − D)(Qᵀ L − I)⁻¹ (Qᵀ − E)      Qᵀ D = I
 

@@ -2,7 +2,7 @@
 
     an order that norms share (`rewrite.grouping.permutation`)
         ×  a basis for it, where it is linear (`rewrite.grouping.basis`)
-        or which channels a group should hold (`rewrite.grouping.assignment`), where there are several
+        or which channels a group holds, where there are several (`rewrite.grouping.assignment`)
     →  the same model, whose groups lose less of it
 
 Both need the covariance over all channels, not that within the groups which they happen to have.

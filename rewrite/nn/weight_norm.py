@@ -9,7 +9,8 @@ from torch import nn
 class WeightNorm(nn.Module):
     """The parametrization (g, v) -> w; its inverse gives (||w||, w).
 
-    `groups` and `inputs_first` say where the output units are, as in `rewrite.weights.layout.Layout`.
+    `groups` and `inputs_first` say where the output units are, as in
+    `rewrite.weights.layout.Layout`.
     """
 
     def __init__(self, groups: int = 1, inputs_first: bool = False) -> None:

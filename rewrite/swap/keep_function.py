@@ -5,10 +5,11 @@ The converted model is two models at once. Each new norm reads z, the standardiz
     y = γ z + β       in place of each norm: the original model, exactly
     y = n(z)          the converted model
 
-and one pass over the data with the first gives the channel means that `rewrite.grouping.mean_removal` fits to.
-Then channels change groups, or a stream its basis, where the graph allows it (`rewrite.grouping.regroup`,
-`rewrite.grouping.basis`), each producer is given the factors, each norm the inverse, and the held-out
-samples run through both, value by value, to say how far they are apart.
+and one pass over the data with the first gives the channel means that
+`rewrite.grouping.mean_removal` fits to. Then channels change groups, or a stream its basis, where
+the graph allows it (`rewrite.grouping.regroup`, `rewrite.grouping.basis`), each producer is given
+the factors, each norm the inverse, and the held-out samples run through both, value by value, to
+say how far they are apart.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
     statistics   y = γ g n_B((x − μ)/σ) + β      running statistics moved to the producers, anchored
     function     the same, and what n still takes away made as constant as data can tell
 
-n is the new norm without affine, n_B the same with eps = B² and g = √(1 + B²) (`rewrite.swap.anchor`).
+n is the new norm without affine, n_B the same with eps = B² and g = √(1 + B²)
+(`rewrite.swap.anchor`).
 """
 
 from __future__ import annotations
