@@ -1,4 +1,5 @@
 from . import graph as graph
+from . import training as training
 from .calibration.data import open_calibration as open_calibration
 from .checkpoint.load import load as load
 from .checkpoint.load import save as save
@@ -29,5 +30,6 @@ from .report import Report as Report
 from .signals.measure import signal as signal
 from .signals.report import Signal as Signal
 from .swap.anchor import Recentering as Recentering
+from .training.parameter_groups import parameter_groups as parameter_groups
 
 __version__: str

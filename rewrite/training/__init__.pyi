@@ -1,0 +1,10 @@
+from .calibration_error import calibration_error as calibration_error
+from .calibration_error import fit_temperature as fit_temperature
+from .distillation import Distillation as Distillation
+from .label_smoothing import LabelSmoothing as LabelSmoothing
+from .label_smoothing import OnlineLabelSmoothing as OnlineLabelSmoothing
+from .parameter_groups import normalized_decay as normalized_decay
+from .parameter_groups import parameter_groups as parameter_groups
+from .schedule import correct_momentum as correct_momentum
+from .schedule import linear_scaling as linear_scaling
+from .schedule import warmup as warmup

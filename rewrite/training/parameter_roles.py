@@ -1,0 +1,287 @@
+"""What each parameter of a model is: a matrix of a layer, or anything else.
+
+    matrix    y = W x: a parameter that multiplies and sums over inputs; weight decay shrinks it
+    other     everything that is added, scales, or is looked up by position: norms, biases, layer
+              scales, gains, position and relative-bias tables, class tokens, anchors
+
+The structure says which: the class of a layer, then the calls of the graph that a bare parameter
+goes into, then, where no trace went, the products that the code of its module writes. Names say
+nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import enum
+import inspect
+import operator
+import textwrap
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Node
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
+
+from rewrite.graph.capture import capture
+from rewrite.graph.captured import Captured
+from rewrite.graph.spellings import CONVS, LINEARS, function_name, is_getitem
+from rewrite.runtime.tree import Tree, join
+
+_LAYERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+
+_PRODUCTS = frozenset(
+    {"matmul", "mm", "bmm", "einsum", "addmm", "baddbmm", "tensordot", "linear", "bilinear",
+     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+     "convolution"}
+)  # fmt: skip
+
+_RESHAPES = frozenset(
+    {"view", "reshape", "transpose", "permute", "t", "flatten", "unflatten", "squeeze", "unsqueeze",
+     "contiguous", "to", "type_as", "float", "half", "double", "bfloat16", "chunk", "split",
+     "unbind", "narrow", "select", "getitem", "clone", "expand", "expand_as", "repeat", "cat",
+     "stack", "movedim", "swapaxes", "rearrange", "neg", "batch_norm", "mul", "div", "sub",
+     "view_as"}
+)  # fmt: skip
+"""What stands between a parameter and its product: other layouts of it, and, as in weight
+standardization and in dynamic convolution, the same matrix rescaled."""
+
+_STEPS = 12
+
+
+class Role(enum.StrEnum):
+    """What weight decay does with a parameter."""
+
+    MATRIX = "matrix"
+    OTHER = "other"
+
+
+def roles(model: nn.Module) -> dict[str, Role]:
+    """Return the role of every parameter by its first qualified name; nothing is run.
+
+    A parameter that two modules share is a matrix if it is one in either.
+    """
+    tree = Tree(model)
+    found: dict[int, Role] = {}
+    names: dict[int, str] = {}
+    open_: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for name, module in tree.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            names.setdefault(id(parameter), join(name, key))
+            role = _by_class(tree, name, module, key)
+            if role is None:
+                open_.append((module, key, parameter))
+            elif found.get(id(parameter)) is not Role.MATRIX:
+                found[id(parameter)] = role
+    open_ = [item for item in open_ if id(item[2]) not in found]
+    if open_:
+        captured = capture(model)
+        read = _reads(captured)
+        for module, key, parameter in open_:
+            name = join(tree.name(module), key)
+            nodes = read.get(name)
+            matrix = _multiplies(nodes) if nodes else _is_product_in_code(type(module), key)
+            found[id(parameter)] = Role.MATRIX if matrix else Role.OTHER
+    return {name: found[identity] for identity, name in names.items()}
+
+
+# -- by class ---------------------------------------------------------------------------------
+
+
+def _by_class(tree: Tree, name: str, module: nn.Module, key: str) -> Role | None:
+    """Return the role of `key` if the class of its module, or of the layer around it, says it."""
+    if ".parametrizations." in f".{name}.":
+        return _parametrized(tree, name, module, key)
+    if isinstance(module, _NORMS):
+        return Role.OTHER
+    if isinstance(module, _LAYERS):
+        return _in_layer(module, key)
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return None if isinstance(module, nn.Embedding) else Role.MATRIX
+    return None
+
+
+def _in_layer(layer: nn.Module, key: str) -> Role:
+    """Return the role of a tensor of a layer by the layout that its class documents."""
+    if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+        return Role.MATRIX if key.startswith("weight") else Role.OTHER
+    if isinstance(layer, nn.MultiheadAttention):
+        return Role.MATRIX if key.endswith("proj_weight") else Role.OTHER
+    return Role.MATRIX if key in ("weight", "weight_v", "weight_orig") else Role.OTHER
+
+
+def _parametrized(tree: Tree, name: str, module: nn.Module, key: str) -> Role | None:
+    """Return the role of an original of a parametrized tensor: that of the tensor, gains aside.
+
+    The originals of the tensor's own shape are the matrix; the others scale it.
+    """
+    stem, _, rest = f".{name}".rpartition(".parametrizations.")
+    layer = tree.get(stem.removeprefix("."))
+    attribute = rest.split(".")[0]
+    if isinstance(layer, _NORMS) or not key.startswith("original"):
+        return Role.OTHER
+    if not isinstance(layer, _LAYERS) or not is_parametrized(layer, attribute):
+        return None
+    if _in_layer(layer, attribute) is Role.OTHER:
+        return Role.OTHER
+    shape = module._parameters[key].shape  # type: ignore[union-attr]
+    largest = max(p.numel() for p in module._parameters.values() if p is not None)
+    return Role.MATRIX if shape.numel() == largest and len(shape) > 1 else Role.OTHER
+
+
+# -- by graph ---------------------------------------------------------------------------------
+
+
+def _reads(captured: Captured) -> dict[str, list[Node]]:
+    """Return the nodes that read each bare parameter, and each embedding's calls."""
+    read: dict[str, list[Node]] = {}
+    for node in captured.nodes():
+        if node.op == "get_attr":
+            read.setdefault(str(node.target), []).append(node)
+        elif node.op == "call_module":
+            module = captured.tree.names.get(str(node.target))
+            if isinstance(module, nn.Embedding):
+                read.setdefault(join(str(node.target), "weight"), []).append(node)
+    return read
+
+
+def _multiplies(nodes: list[Node]) -> bool:
+    """Return whether a parameter that `nodes` read is a factor of a product that sums."""
+    return any(
+        _looks_up_input(node) if node.op == "call_module" else _reaches_product(node)
+        for node in nodes
+    )
+
+
+def _looks_up_input(call: Node) -> bool:
+    """Return whether an embedding is looked up by data, and not by constant positions."""
+    pending, seen = list(call.all_input_nodes), set[Node]()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if function_name(node) in (
+            "size",
+            "getattr",
+            "arange",
+            "zeros_like",
+            "ones_like",
+            "cumsum",
+        ):
+            continue
+        if node.op == "placeholder":
+            return True
+        pending.extend(node.all_input_nodes)
+    return False
+
+
+def _reaches_product(read: Node) -> bool:
+    pending = [(read, user, 0) for user in read.users]
+    while pending:
+        value, user, steps = pending.pop()
+        if _is_matrix_of(user, value):
+            return True
+        if function_name(user) not in _RESHAPES or steps >= _STEPS or _is_look_up(user):
+            continue
+        if _only_parameters(user):
+            pending.extend((user, later, steps + 1) for later in user.users)
+    return False
+
+
+def _is_look_up(node: Node) -> bool:
+    """Return whether `node` takes rows of a table by a tensor of positions."""
+    return is_getitem(node) and any(n is not node.args[0] for n in node.all_input_nodes)
+
+
+def _only_parameters(node: Node) -> bool:
+    """Return whether a value depends on no input of the model."""
+    pending, seen = [node], set[Node]()
+    while pending:
+        one = pending.pop()
+        if one.op in ("placeholder", "call_module"):
+            return False
+        if one not in seen:
+            seen.add(one)
+            pending.extend(one.all_input_nodes)
+    return True
+
+
+def _is_matrix_of(user: Node, value: Node) -> bool:
+    """Return whether `user` is a product with `value` for its matrix: not its input, no bias."""
+    if user.op not in ("call_function", "call_method"):
+        return False
+    if user.target in CONVS or user.target in LINEARS or user.target is F.bilinear:
+        place = 2 if user.target is F.bilinear else 1
+        given = user.args[place] if len(user.args) > place else user.kwargs.get("weight")
+        return given is value
+    if user.target is operator.matmul:
+        return True
+    name = function_name(user)
+    if name in ("addmm", "baddbmm"):
+        return value in user.args[1:]
+    return name in _PRODUCTS
+
+
+# -- by code ----------------------------------------------------------------------------------
+
+
+def _is_product_in_code(kind: type[nn.Module], key: str) -> bool:
+    """Return whether the code of a class writes a product with `self.key`, or a name made of it."""
+    return any(_writes_product(function, key) for function in _methods(kind))
+
+
+def _methods(kind: type[nn.Module]) -> Iterator[ast.FunctionDef]:
+    for base in kind.__mro__:
+        if base.__module__.startswith("torch.nn.modules.module") or base is object:
+            continue
+        try:
+            code = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        for node in ast.walk(code):
+            if isinstance(node, ast.FunctionDef) and node.name != "__init__":
+                yield node
+
+
+def _writes_product(function: ast.FunctionDef, key: str) -> bool:
+    names: set[str] = set()
+
+    def mentions(node: ast.AST) -> bool:
+        if isinstance(node, ast.Attribute) and node.attr == key:
+            return isinstance(node.value, ast.Name) and node.value.id == "self"
+        if isinstance(node, ast.Name):
+            return node.id in names
+        if isinstance(node, ast.Call):
+            return isinstance(node.func, ast.Attribute) and mentions(node.func.value)
+        return isinstance(node, ast.Attribute | ast.Subscript) and mentions(node.value)
+
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and mentions(node.value):
+            names |= {n.id for target in node.targets for n in ast.walk(target)
+                      if isinstance(n, ast.Name) and n.id != "self"}  # fmt: skip
+    for node in ast.walk(function):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
+            if mentions(node.left) or mentions(node.right):
+                return True
+        elif isinstance(node, ast.Call):
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if called in _PRODUCTS and any(
+                mentions(argument) for argument in _factors(node, called)
+            ):
+                return True
+    return False
+
+
+def _factors(call: ast.Call, called: str) -> list[ast.expr]:
+    """Return the arguments of a product that can be its matrix."""
+    named = [keyword.value for keyword in call.keywords if keyword.arg in ("weight", "other")]
+    if called == "linear" or called.startswith("conv"):
+        return [*call.args[1:2], *named]
+    return [*call.args, *named]
