@@ -12,7 +12,7 @@ Kingma 2016). With `mean_only` the mean stays a statistic of the batch (section 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -75,7 +75,7 @@ class BatchNormToWeightNorm(Pass):
         return self.rewrite_all(captured, [site])[0]
 
     def rewrite_all(
-        self, captured: Captured, sites: list[Site], calibration: Any = None
+        self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
         """Fold every norm, then reparameterize every layer that took one up, once."""
         centres = {s.target: _shift(captured, s) for s in sites} if self.mean_only else {}

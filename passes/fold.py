@@ -153,7 +153,7 @@ class FoldNorm(Pass):
         return self.rewrite_all(captured, [site])[0]
 
     def rewrite_all(
-        self, captured: Captured, sites: Sequence[Site], calibration: Any = None
+        self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
         """Fold all sites: each layer's new weight is computed once, from all that it takes up."""
         decided = self._decided(captured, sites)

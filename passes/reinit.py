@@ -161,7 +161,7 @@ class Reinitialize(Pass):
         return Change(site.target, site.before, after, plan.note, touched, {}, metrics)
 
     def rewrite_all(
-        self, captured: Captured, sites: list[Site], calibration: Iterable[Any] | None
+        self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
         """Initialize every site, then fit to data and see to the residual branches."""
         batch = self._batch(calibration) if self.lsuv else None

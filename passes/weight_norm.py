@@ -12,7 +12,7 @@ is the geometry that an optimizer sees. Two options change the function on purpo
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -178,7 +178,7 @@ class WeightNorm(Pass):
         return Change(site.target, site.before, after, note, tuple(touched), keys)
 
     def rewrite_all(
-        self, captured: Captured, sites: list[Site], calibration: Iterable[Any] | None
+        self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
         """Reparameterize every site, then add means and fit to data where that is asked for."""
         batch = self._batch(calibration) if self.data_init else None

@@ -8,6 +8,7 @@ from .equivalence.verification import Verification as Verification
 from .equivalence.verify import verify as verify
 from .errors import CaptureError as CaptureError
 from .errors import CheckpointError as CheckpointError
+from .errors import ContractError as ContractError
 from .errors import ExportError as ExportError
 from .errors import OptionError as OptionError
 from .errors import PassError as PassError

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rewrite.pipeline import Result
+
 
 class RewriteError(Exception):
     """The root of every error that the toolkit raises on purpose."""
@@ -20,11 +25,31 @@ class CheckpointError(RewriteError):
 
 
 class PassError(RewriteError):
-    """A pass failed while it was rewriting; names the passes that had run."""
+    """A pass failed while it was rewriting; names the passes that had run.
+
+    Attributes:
+        target: the qualified name of the site that it failed at, "" if that is unknown.
+    """
+
+    def __init__(self, message: str, target: str = "") -> None:
+        super().__init__(message)
+        self.target = target
 
 
 class VerificationError(RewriteError):
     """A model could not be run for comparison, or an input does not fit it."""
+
+
+class ContractError(VerificationError):
+    """A rewritten model breaks the contract of a pass, also without the sites that were suspected.
+
+    Attributes:
+        result: the model that was made, with its report.
+    """
+
+    def __init__(self, message: str, result: Result[Any]) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class ExportError(RewriteError):

@@ -6,10 +6,27 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rewrite.errors import OptionError
 
 if TYPE_CHECKING:
     from torch.fx import Node
+
+
+Choice = TypeVar("Choice", bound=enum.StrEnum)
+
+
+def as_choice(kind: type[Choice], value: str, option: str) -> Choice:
+    """Return the member of `kind` that `value` is or spells.
+
+    Raises:
+        OptionError: it is none; the message names `option` and every member.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        raise OptionError(f"{option} is {value!r}; pass {', '.join(kind)}") from None
 
 
 class Contract(enum.StrEnum):
@@ -70,10 +87,16 @@ class Skip:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which sites the user wants, by shell patterns on qualified names; `skip` wins over `only`."""
+    """Which sites are wanted.
+
+    Attributes:
+        only, skip: shell patterns on qualified names; `skip` wins.
+        left_out: qualified names of sites that are left out, each with the reason.
+    """
 
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def refusal(self, target: str) -> str | None:
         """Return why `target` is not wanted, or None if it is."""
@@ -82,4 +105,4 @@ class Selection:
         for pattern in self.skip:
             if fnmatchcase(target, pattern):
                 return f"matched by --skip {pattern}"
-        return None
+        return self.left_out.get(target)

@@ -1,22 +1,29 @@
-"""`convert`: copy the model, apply each pass, hold each to its contract, report."""
+"""`convert`: copy the model, apply each pass, hold each to its contract, report.
+
+A site that breaks the contract of its pass is found, left out with the reason, and the rest is done
+again: one bad site does not cost a model the others.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import nn
 
 from rewrite import registry
-from rewrite.errors import OptionError, PassError, RewriteError
-from rewrite.outcomes import Change, Contract, Selection
+from rewrite.errors import ContractError, PassError
+from rewrite.graph.capture import capture
+from rewrite.offenders import offenders
+from rewrite.outcomes import Contract, Selection
 from rewrite.preconditions import check_convertible, why_not_run
 from rewrite.progress import Announced
-from rewrite.protocol import Pass, apply_pass
+from rewrite.protocol import Applied, Pass, apply_pass, find_sites
 from rewrite.report import PassReport, Report
 from rewrite.runtime.copying import copy_model
+from rewrite.runtime.inputs import Inputs
 from rewrite.snapshot import Snapshot, take_snapshot
 
 if TYPE_CHECKING:
@@ -47,13 +54,14 @@ class Result(Generic[Model]):
 
 def convert(
     model: Model,
-    passes: Sequence[Pass | str],
+    passes: Pass | type[Pass] | str | Iterable[Pass | type[Pass] | str],
     *,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Any = None,
     calibration: Iterable[Any] | None = None,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     verify: bool = True,
+    check: bool = True,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
     consume: bool = False,
@@ -65,13 +73,14 @@ def convert(
 
     Args:
         model: any module, in any mode and dtype, on any device.
-        passes: passes, or their text form, applied in this order.
-        example_inputs: positional inputs of the forward. They make shapes known to the passes and
-            are what verification runs on; without them the first batch of `calibration` is taken,
-            or an input is inferred where possible.
+        passes: a pass, its class or its text form, or several of these, applied in this order.
+        example_inputs: what the forward takes: a tensor, a tuple of positional inputs or a dict of
+            keywords. They make shapes known to the passes and are what verification runs on;
+            without them the first batch of `calibration` is taken, or an input is inferred.
         calibration: batches for passes that fit to data.
         only, skip: shell patterns on qualified names; `skip` wins.
         verify: whether to run both models and check each pass's contract.
+        check: whether a broken contract is an error; without, `report.ok` says it.
         seed: of everything random here.
         progress: called with the name of each step as it begins.
         consume: the argument is given up: where a single pass promises no equality, it is rewritten
@@ -79,124 +88,260 @@ def convert(
 
     Raises:
         CaptureError: the model is TorchScript.
-        OptionError: an empty list of passes, an unknown pass, or options that do not fit.
+        ContractError: the result breaks a contract, also without the sites that are suspected.
+        OptionError: no pass, an unknown one, or options that do not fit.
         PassError: a pass failed; the message names the passes that had run.
+        VerificationError: the model does not run on the example inputs.
     """
-    chosen = [registry.parse(item) if isinstance(item, str) else item for item in passes]
-    if not chosen:
-        raise OptionError("no pass given; see `rewrite passes`")
+    chosen = registry.as_passes(passes)
     check_convertible(model)
-    selection = Selection(tuple(only), tuple(skip))
-    say = progress or (lambda step: None)
-    inputs: tuple[Any, ...] | None = example_inputs
+    inputs = None if example_inputs is None else Inputs.of(example_inputs)
     notes: tuple[str, ...] = ()
     runs = verify
     if verify and (reason := why_not_run(model)):
         runs, notes = False, (f"{reason}: nothing was run",)
     elif verify:
-        inputs, notes = _inputs(model, example_inputs, calibration)
+        inputs, notes = _inputs(model, inputs, calibration)
+    work = _Conversion(
+        inputs, runs and inputs is not None, verify, calibration, seed, progress or (lambda _: None)
+    )
+    selection = Selection(tuple(only), tuple(skip))
     before: nn.Module = model
-    expected: nn.Module
     reports: list[PassReport] = []
-    for item in chosen:
-        say(item.name)
-        start = time.perf_counter()
-        original = None
-        if consume and len(chosen) == 1 and item.contract not in _EQUAL:
-            original = take_snapshot(before, inputs if runs else None, seed)
-        after = before if original is not None else copy_model(before)
-        try:
-            batches = None if calibration is None else Announced(calibration, say, item.name)
-            applied = apply_pass(item, after, inputs, batches, selection)
-        except RewriteError as error:
-            if reports and isinstance(error, PassError):
-                done = ", ".join(report.spec for report in reports)
-                raise PassError(f"{error} (after {done})") from error
-            raise
-        seconds = time.perf_counter() - start
-        after = applied.model
-        notes = (*notes, *applied.notes)
-        checked = None
-        if runs and inputs is not None and applied.changes:
-            say(f"verifying {item.name}")
-            expected = item.reference(before) if original is None else original
-            touched = dict.fromkeys(_touched(applied.changes), item.name)
-            checked = _check(expected, after, inputs, item.contract, touched, seed)
-        reports.append(
-            PassReport(
-                registry.spec(item), str(item.contract), applied.changes, applied.skips, seconds,
-                _violations(original or before, after, applied.changes) if verify else (),
-                checked,
-            )
-        )  # fmt: skip
-        before = after
-    whole = reports[-1].verification if len(reports) == 1 else None
-    if len(reports) > 1 and runs and inputs is not None:
-        contract = max((item.contract for item in chosen), key=_WEAKEST_LAST.index)
-        expected = model
-        for item in chosen:
-            expected = item.reference(expected)
-        whole = _check(expected, before, inputs, contract, _passes_of(chosen, reports), seed)
-    return Result(before, Report(tuple(reports), notes, whole))  # type: ignore[arg-type]
+    for pass_ in chosen:
+        attempt = work.apply(pass_, before, selection, reports, consume and len(chosen) == 1)
+        before = attempt.applied.model
+        notes = (*notes, *attempt.applied.notes)
+        reports.append(attempt.report(pass_))
+    whole = reports[-1].verification
+    if len(reports) > 1:
+        whole = work.verify_whole(model, before, chosen, reports)
+    result: Result[Model] = Result(before, Report(tuple(reports), notes, whole))  # type: ignore[arg-type]
+    if check and not result.report.ok:
+        raise ContractError(f"{result.report.failure}; check=False returns the result", result)
+    return result
 
 
 def _inputs(
-    model: nn.Module, given: tuple[Any, ...] | None, calibration: Iterable[Any] | None
-) -> tuple[tuple[Any, ...] | None, tuple[str, ...]]:
+    model: nn.Module, given: Inputs | None, calibration: Iterable[Any] | None
+) -> tuple[Inputs | None, tuple[str, ...]]:
     """Return what to verify on: the given input, a batch of the data, or one that is made up."""
     if given is not None:
-        return tuple(given), ()
+        return given, ()
     from rewrite.calibration.batches import first_usable
     from rewrite.runtime.infer_inputs import infer_example_inputs
 
     # An iterator can be read once only, and its batches are for the fit.
     if calibration is not None and not isinstance(calibration, Iterator):
-        inputs = first_usable(model, calibration)
-        if inputs is not None and not inputs.kwargs:
-            return tuple(inputs.args), ("verified on the first batch of the calibration data",)
+        found = first_usable(model, calibration)
+        if found is not None:
+            return found, ("verified on the first batch of the calibration data",)
 
     inferred = infer_example_inputs(model, quick=True)
     if inferred is None:
         return None, ("no input is known, so nothing was run or compared; pass an example input",)
     shapes = ", ".join("×".join(map(str, x.shape)) for x in inferred if hasattr(x, "shape"))
-    return inferred, (f"no input was given: verified on a random one of shape {shapes}",)
+    return Inputs.of(inferred), (f"no input was given: verified on a random one of shape {shapes}",)
 
 
-def _check(
-    before: nn.Module,
-    after: nn.Module,
-    inputs: tuple[Any, ...],
-    contract: Contract,
-    touched: Mapping[str, str],
-    seed: int,
-) -> Verification:
-    from rewrite.equivalence.verification import Level
-    from rewrite.equivalence.verify import verify
+@dataclass(frozen=True)
+class _Attempt:
+    """One pass applied to one model, and what was found when it was held to its contract."""
 
-    return verify(
-        before, after, inputs, contract=contract, level=Level.QUICK, touched=touched, seed=seed,
-    )  # fmt: skip
+    applied: Applied
+    seconds: float
+    violations: tuple[str, ...]
+    verification: Verification | None
+
+    def report(self, pass_: Pass) -> PassReport:
+        """Return it as a part of the report."""
+        return PassReport(
+            registry.spec(pass_), str(pass_.contract), self.applied.changes, self.applied.skips,
+            self.seconds, self.violations, self.verification,
+        )  # fmt: skip
+
+    @property
+    def failure(self) -> str:
+        """Why the contract does not hold, in one line, or ""."""
+        if self.violations:
+            return f"{self.violations[0]} changed although no rewritten site names it"
+        if self.verification is not None and not self.verification.ok:
+            return self.verification.reasons[0]
+        return ""
+
+    def suspects(self) -> tuple[str, ...]:
+        """Return the sites that touched the module in which the models first part."""
+        divergence = None if self.verification is None else self.verification.divergence
+        if divergence is None:
+            return ()
+        touched = {c.target: c.touched for c in self.applied.changes}
+        return tuple(target for target, names in touched.items() if divergence.target in names)
 
 
-def _touched(changes: tuple[Change, ...]) -> set[str]:
-    return {name for change in changes for name in change.touched}
+@dataclass(frozen=True)
+class _Conversion:
+    """What every step of one conversion needs.
+
+    Attributes:
+        inputs: what the models take, if that is known.
+        runs: whether they are run.
+        checks: whether tensors that no change names are held to be untouched.
+    """
+
+    inputs: Inputs | None
+    runs: bool
+    checks: bool
+    calibration: Iterable[Any] | None
+    seed: int
+    say: Callable[[str], None]
+
+    def apply(
+        self,
+        pass_: Pass,
+        before: nn.Module,
+        selection: Selection,
+        done: Sequence[PassReport],
+        consume: bool,
+    ) -> _Attempt:
+        """Apply one pass, without the sites that break its contract.
+
+        Raises:
+            PassError: the pass failed, whichever site was left out.
+        """
+        self.say(pass_.name)
+        consumed = consume and pass_.contract not in _EQUAL
+        try:
+            attempt = self._attempt(pass_, before, selection, consumed)
+            if not attempt.failure or consumed:
+                return attempt
+            return self._without_offenders(pass_, before, selection, attempt) or attempt
+        except PassError as error:
+            mended = None
+            if not consumed:
+                mended = self._without_offenders(pass_, before, selection, error)
+            if mended is not None:
+                return mended
+            if not done:
+                raise
+            names = ", ".join(report.spec for report in done)
+            raise PassError(f"{error} (after {names})", error.target) from error
+
+    def _attempt(
+        self, pass_: Pass, before: nn.Module, selection: Selection, consumed: bool = False
+    ) -> _Attempt:
+        start = time.perf_counter()
+        original: nn.Module = before
+        if consumed:
+            original = take_snapshot(before, self.inputs if self.runs else None, self.seed)
+        after = before if consumed else copy_model(before)
+        calibration = self.calibration
+        if calibration is not None:
+            calibration = Announced(calibration, self.say, pass_.name)
+        applied = apply_pass(pass_, after, self.inputs, calibration, selection)
+        seconds = time.perf_counter() - start
+        verification = None
+        touched = {name: pass_.name for change in applied.changes for name in change.touched}
+        if self.runs and applied.changes:
+            self.say(f"verifying {pass_.name}")
+            expected = original if consumed else pass_.reference(before)
+            verification = self._verify(expected, applied.model, pass_.contract, touched)
+        violations = _violations(original, applied.model, touched) if self.checks else ()
+        return _Attempt(applied, seconds, violations, verification)
+
+    def _without_offenders(
+        self, pass_: Pass, before: nn.Module, selection: Selection, failed: _Attempt | PassError
+    ) -> _Attempt | None:
+        """Return what the pass does without the sites that break it; None if nothing is left."""
+        if isinstance(self.calibration, Iterator):
+            return None  # it can be read once only
+        sites = self._targets(pass_, before, selection)
+        if len(sites) < 2:
+            return None
+        self.say(f"{pass_.name}: looking for the site that breaks it")
+
+        def attempt(left_out: Mapping[str, str]) -> _Attempt | PassError:
+            wanted = replace(selection, left_out={**selection.left_out, **left_out})
+            try:
+                return self._attempt(pass_, before, wanted)
+            except PassError as error:
+                return error
+
+        def broken(some: Sequence[str]) -> str:
+            return _failure(attempt({site: "left out" for site in sites if site not in some}))
+
+        left_out: dict[str, str] = {}
+        outcome = failed
+        while suspects := set(_suspects(outcome)) - left_out.keys():
+            left_out |= dict.fromkeys(suspects, _reason(_failure(outcome)))
+            outcome = attempt(left_out)
+            if isinstance(outcome, _Attempt) and not outcome.failure:
+                return outcome if outcome.applied.changes else None
+        found = offenders(sites, broken)
+        outcome = attempt({site: _reason(why) for site, why in found.items()})
+        if isinstance(outcome, PassError) or outcome.failure or not outcome.applied.changes:
+            return None
+        return outcome
+
+    def _targets(self, pass_: Pass, before: nn.Module, selection: Selection) -> tuple[str, ...]:
+        captured = capture(copy_model(before), self.inputs)
+        sites, _ = find_sites(pass_, captured, selection)
+        return tuple(dict.fromkeys(site.target for site in sites))
+
+    def verify_whole(
+        self,
+        model: nn.Module,
+        after: nn.Module,
+        chosen: Sequence[Pass],
+        reports: Sequence[PassReport],
+    ) -> Verification | None:
+        """Hold the result of all passes to the weakest of their contracts."""
+        if not self.runs:
+            return None
+        expected = model
+        for pass_ in chosen:
+            expected = pass_.reference(expected)
+        contract = max((pass_.contract for pass_ in chosen), key=_WEAKEST_LAST.index)
+        return self._verify(expected, after, contract, _passes_of(chosen, reports))
+
+    def _verify(
+        self, before: nn.Module, after: nn.Module, contract: Contract, touched: Mapping[str, str]
+    ) -> Verification:
+        from rewrite.equivalence.verification import Level
+        from rewrite.equivalence.verify import verify
+
+        return verify(
+            before, after, self.inputs, contract=contract, level=Level.QUICK, touched=touched,
+            seed=self.seed,
+        )  # fmt: skip
+
+
+def _failure(outcome: _Attempt | PassError) -> str:
+    return str(outcome) if isinstance(outcome, PassError) else outcome.failure
+
+
+def _suspects(outcome: _Attempt | PassError) -> tuple[str, ...]:
+    if isinstance(outcome, PassError):
+        return (outcome.target,) if outcome.target else ()
+    return outcome.suspects()
+
+
+def _reason(failure: str) -> str:
+    return f"rewritten, it breaks the contract: {failure}"
 
 
 def _passes_of(chosen: Sequence[Pass], reports: Sequence[PassReport]) -> dict[str, str]:
     """Return by which passes each module was touched, in their order."""
     passes: dict[str, list[str]] = {}
-    for item, report in zip(chosen, reports, strict=True):
-        for name in _touched(report.changes):
-            passes.setdefault(name, []).append(item.name)
+    for pass_, report in zip(chosen, reports, strict=True):
+        for name in {name for change in report.changes for name in change.touched}:
+            passes.setdefault(name, []).append(pass_.name)
     return {name: ", ".join(names) for name, names in passes.items()}
 
 
-def _violations(
-    before: nn.Module, after: nn.Module, changes: tuple[Change, ...]
-) -> tuple[str, ...]:
+def _violations(before: nn.Module, after: nn.Module, touched: Mapping[str, str]) -> tuple[str, ...]:
     """Return the tensors that changed although no change names their module."""
     if isinstance(before, Snapshot):
-        return before.violations(after, _touched(changes))
+        return before.violations(after, set(touched))
     from rewrite.equivalence.verify import check_untouched
 
-    return tuple(check_untouched(before, after, _touched(changes)))
+    return tuple(check_untouched(before, after, touched))

@@ -68,6 +68,33 @@ class Pass(ABC):
     def rewrite(self, captured: Captured, site: Site) -> Change:
         """Rewrite one site in place, through `captured.editor`, and say what changed."""
 
+    def rewrite_all(
+        self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
+    ) -> list[Change]:
+        """Rewrite all sites and return one change each, in their order.
+
+        A pass that fits every site in one run over the data, or makes a tensor of what several
+        sites contribute, overrides this; the others rewrite one site after the other.
+
+        Args:
+            captured: the model that `find` has read.
+            sites: the sites that are wanted, in the order in which `find` yielded them.
+            calibration: batches of the user's data, if there are any.
+
+        Raises:
+            PassError: a site cannot be rewritten; `target` names it.
+        """
+        changes = []
+        for site in sites:
+            try:
+                changes.append(self.rewrite(captured, site))
+            except RewriteError:
+                raise
+            except Exception as error:
+                message = f"{self.name}: {site.target}: {error}"
+                raise PassError(message, site.target) from error
+        return changes
+
     def __call__(self, graph_module: GraphModule) -> PassResult:
         """Apply to a GraphModule in place, as torch.fx's pass managers expect."""
         from torch.fx.passes.infra.pass_base import PassResult
@@ -77,13 +104,13 @@ class Pass(ABC):
 
 
 def find_sites(
-    rewrite: Pass, captured: Captured, selection: Selection | None = None
+    pass_: Pass, captured: Captured, selection: Selection | None = None
 ) -> tuple[list[Site], list[Skip]]:
-    """Return what `rewrite` would do and what it declines; `selection` declines more."""
+    """Return what a pass would do and what it declines; `selection` declines more."""
     selection = selection or Selection()
     sites: list[Site] = []
     skips: list[Skip] = []
-    for outcome in rewrite.find(captured):
+    for outcome in pass_.find(captured):
         if isinstance(outcome, Skip):
             skips.append(outcome)
         elif (reason := selection.refusal(outcome.target)) is not None:
@@ -94,37 +121,33 @@ def find_sites(
 
 
 def apply_pass(
-    rewrite: Pass,
+    pass_: Pass,
     model: nn.Module,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Any = None,
     calibration: Iterable[Any] | None = None,
     selection: Selection | None = None,
 ) -> Applied:
     """Apply one pass to `model` in place and return its changes and skips.
 
-    A pass with a method `rewrite_all(captured, sites, calibration)` is given all sites at once:
-    data-driven passes fit every site in one run over the data.
+    Args:
+        pass_: the pass.
+        model: any module; it is edited in place.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keywords.
+        calibration: batches for passes that fit to data.
+        selection: which sites are wanted; all of them without one.
 
     Raises:
         PassError: the pass itself failed; the cause is chained.
     """
     captured = capture(model, example_inputs)
-    sites, skips = find_sites(rewrite, captured, selection)
-    together = getattr(rewrite, "rewrite_all", None)
-    changes: list[Change] = []
-    target = ""
+    sites, skips = find_sites(pass_, captured, selection)
     try:
-        if together is not None and sites:
-            changes.extend(together(captured, sites, calibration))
-        else:
-            for site in sites:
-                target = site.target
-                changes.append(rewrite.rewrite(captured, site))
+        changes = pass_.rewrite_all(captured, sites, calibration) if sites else []
         captured.editor.commit()
     except RewriteError:
         raise
     except Exception as error:
-        raise PassError(f"{rewrite.name}: {target or 'commit'}: {error}") from error
+        raise PassError(f"{pass_.name}: {error}") from error
     done = tuple(_complete(captured, change) for change in changes)
     return Applied(captured.model, done, tuple(skips), tuple(captured.notes))
 

@@ -13,7 +13,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -99,14 +99,14 @@ def pass_class(name: str) -> type[Pass]:
 def options(kind: type[Pass]) -> Iterator[Option]:
     """Yield the options of a pass that a text can set."""
     hints = typing.get_type_hints(kind)
-    for item in dataclasses.fields(kind):
-        if not item.init:
+    for field in dataclasses.fields(kind):
+        if not field.init:
             continue
-        hint, optional = _value_type(hints[item.name])
+        hint, optional = _value_type(hints[field.name])
         if hint is None:
             continue
-        default = None if item.default is dataclasses.MISSING else item.default
-        yield Option(item.name, hint, optional, default, item.metadata.get("help", ""))
+        default = None if field.default is dataclasses.MISSING else field.default
+        yield Option(field.name, hint, optional, default, field.metadata.get("help", ""))
 
 
 def _value_type(hint: Any) -> tuple[type | None, bool]:
@@ -132,33 +132,73 @@ def parse(text: str) -> Pass:
     kind = pass_class(match[1])
     known = {option.name: option for option in options(kind)}
     values: dict[str, Any] = {}
-    for item in _split(match[2] or ""):
-        key, sign, value = item.partition("=")
+    for setting in _split(match[2] or ""):
+        key, sign, value = setting.partition("=")
         key = key.strip().replace("-", "_")
         if key not in known or not sign:
             names = ", ".join(known) or "none"
-            raise OptionError(f"{match[1]}: {item.strip()!r} is no option=value; options: {names}")
+            raise OptionError(
+                f"{match[1]}: {setting.strip()!r} is no option=value; options: {names}"
+            )
         values[key] = known[key].parse(_unquote(value.strip()))
     return kind(**values)
 
 
 def _split(text: str) -> list[str]:
-    return [item for item in re.findall(r'(?:[^,"]|"(?:[^"\\]|\\.)*")+', text) if item.strip()]
+    parts = re.findall(r'(?:[^,"]|"(?:[^"\\]|\\.)*")+', text)
+    return [part for part in parts if part.strip()]
 
 
 def _unquote(text: str) -> str:
     return str(json.loads(text)) if text.startswith('"') else text
 
 
-def spec(rewrite: Pass) -> str:
+def as_passes(given: object) -> list[Pass]:
+    """Return passes from whatever a user may give for them.
+
+    Args:
+        given: a pass, its class, its text form, or any iterable of these.
+
+    Raises:
+        OptionError: nothing is given, something that is no pass, or an option that does not fit.
+    """
+    from rewrite.protocol import Pass
+
+    if isinstance(given, Iterable) and not isinstance(given, str | Mapping | Pass | type):
+        passes = [_as_pass(each) for each in given]
+    else:
+        passes = [_as_pass(given)]
+    if not passes:
+        raise OptionError("no pass given; see `rewrite passes`")
+    return passes
+
+
+def _as_pass(given: object) -> Pass:
+    from rewrite.protocol import Pass
+
+    if isinstance(given, Pass):
+        return given
+    if isinstance(given, str):
+        return parse(given)
+    if isinstance(given, type) and issubclass(given, Pass):
+        try:
+            return given()
+        except TypeError as error:
+            raise OptionError(f"{given.__name__}: {error}; pass an instance of it") from None
+    raise OptionError(
+        f"{given!r} is no pass; give a pass, its class or its name (see `rewrite passes`)"
+    )
+
+
+def spec(pass_: Pass) -> str:
     """Return the text that `parse` turns into an equal pass; defaults are left out."""
     given = []
-    for option in options(type(rewrite)):
-        value = getattr(rewrite, option.name)
+    for option in options(type(pass_)):
+        value = getattr(pass_, option.name)
         if value == option.default:
             continue
         text = str(value).lower() if isinstance(value, bool) else str(value)
         if isinstance(value, str) and not re.fullmatch(r"[\w.:/*-]+", value):
             text = json.dumps(value)
         given.append(f"{option.name}={text}")
-    return f"{rewrite.name}{{{','.join(given)}}}" if given else rewrite.name
+    return f"{pass_.name}{{{','.join(given)}}}" if given else pass_.name

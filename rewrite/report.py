@@ -69,6 +69,20 @@ class Report:
             self.verification is None or self.verification.ok
         )
 
+    @property
+    def failure(self) -> str:
+        """The first broken contract in one line: the pass, and what is wrong; "" if all hold."""
+        for part in self.passes:
+            if part.violations:
+                return (
+                    f"{part.spec}: {part.violations[0]} changed although no rewritten site names it"
+                )
+            if part.verification is not None and not part.verification.ok:
+                return f"{part.spec} is not {part.contract}: {part.verification.reasons[0]}"
+        if self.verification is not None and not self.verification.ok:
+            return f"all passes together: {self.verification.reasons[0]}"
+        return ""
+
     def to_json(self) -> str:
         """Return the report as JSON text."""
         return json.dumps(self.to_dict(), indent=2) + "\n"

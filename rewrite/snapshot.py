@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+if TYPE_CHECKING:
+    from rewrite.runtime.inputs import Inputs
 
-def take_snapshot(model: nn.Module, inputs: tuple[Any, ...] | None, seed: int) -> Snapshot:
+
+def take_snapshot(model: nn.Module, inputs: Inputs | None, seed: int) -> Snapshot:
     """Return what has to be remembered of a model that is rewritten in place."""
     tensors = _tensor_identities(model)
     if inputs is None:
         return Snapshot(None, tensors)
     from rewrite.equivalence.equality import run_original
-    from rewrite.runtime.inputs import Inputs
     from rewrite.runtime.modes import evaluating
 
     with evaluating(model):
-        return Snapshot(run_original(model, "given", Inputs(inputs), seed), tensors)
+        return Snapshot(run_original(model, "given", inputs, seed), tensors)
 
 
 class Snapshot(nn.Module):
@@ -28,7 +30,7 @@ class Snapshot(nn.Module):
         self.outputs = outputs
         self.tensors = tensors
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """Return what the model answered."""
         return self.outputs
 

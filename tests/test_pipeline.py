@@ -68,7 +68,7 @@ def network() -> nn.Sequential:
 
 def test_a_divergence_names_the_pass_that_touched_the_module() -> None:
     for passes, names in (([Wrong()], "wrong"), ([Wrong(), "freeze-bn"], "wrong, freeze-bn")):
-        report = rewrite.convert(network(), passes, example_inputs=(INPUT,)).report
+        report = rewrite.convert(network(), passes, example_inputs=(INPUT,), check=False).report
         assert report.passes[0].verification.divergence.rewrite == "wrong"
         assert report.verification.divergence.target == "1"
         assert report.verification.divergence.rewrite == names
@@ -123,7 +123,9 @@ def test_without_an_input_one_is_inferred_and_said() -> None:
 
 
 def test_a_pass_that_breaks_its_contract_is_caught_and_so_is_what_it_did_not_name() -> None:
-    report = rewrite.convert(network(), [Careless()]).report
+    with pytest.raises(rewrite.ContractError, match=r"careless: 1\.weight changed") as caught:
+        rewrite.convert(network(), [Careless()])
+    report = caught.value.result.report
     assert not report.ok
     assert report.passes[0].verification is not None and not report.passes[0].verification.ok
     assert report.passes[0].violations == ("1.weight",)
@@ -131,7 +133,8 @@ def test_a_pass_that_breaks_its_contract_is_caught_and_so_is_what_it_did_not_nam
 
 
 def test_the_contract_of_each_pass_is_checked_by_itself() -> None:
-    report = rewrite.convert(network(), [Careless(), BatchNormToGroupNorm(2)]).report
+    passes = [Careless(), BatchNormToGroupNorm(2)]
+    report = rewrite.convert(network(), passes, check=False).report
     assert [item.ok for item in report.passes] == [False, True] and not report.ok
 
 
@@ -189,11 +192,118 @@ def test_a_consumed_model_gives_the_same_result_and_the_same_report() -> None:
 
 def test_consuming_is_no_licence_to_change_what_is_not_named(monkeypatch) -> None:
     monkeypatch.setattr(Careless, "contract", Contract.APPROXIMATE)
-    report = rewrite.convert(network(), [Careless()], example_inputs=(INPUT,), consume=True).report
+    report = rewrite.convert(
+        network(), [Careless()], example_inputs=(INPUT,), consume=True, check=False
+    ).report
     assert report.passes[0].violations == ("1.weight",) and not report.ok
 
 
 def test_an_exact_pass_consumes_nothing() -> None:
     model = network()
-    rewrite.convert(model, [Careless()], example_inputs=(INPUT,), consume=True)
+    rewrite.convert(model, [Careless()], example_inputs=(INPUT,), consume=True, check=False)
     assert torch.equal(model[1].weight, network()[1].weight)
+
+
+@dataclass(frozen=True)
+class Spoiling(Pass):
+    """Doubles and halves every norm's weight, but spoils those called in `bad`."""
+
+    name: ClassVar[str] = "spoiling"
+    contract: ClassVar[Contract] = Contract.EXACT_IN_EVAL
+
+    bad: tuple[str, ...] = ()
+    names: bool = True
+    crash: bool = False
+
+    def find(self, captured):
+        for node in captured.nodes():
+            if norm_of(captured, node) is not None:
+                yield Site(str(node.target), "norm", node)
+
+    def rewrite(self, captured, site):
+        ref = norm_of(captured, site.node).weight
+        spoilt = site.target in self.bad
+        if spoilt and self.crash:
+            raise KeyError("lost")
+        if spoilt and not self.names:
+            other = captured.tensor(norm_of(captured, site.node).bias)
+            captured.model[0].weight.data = captured.model[0].weight.data * (1 + other.abs().max())
+        factor = 1.001 if spoilt else 1.0
+        captured.editor.set_tensor(ref, captured.tensor(ref) * factor)
+        return Change(site.target, "norm", "norm")
+
+
+def deep_network(norms: int = 9) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 1)]
+    for _ in range(norms):
+        layers += [nn.BatchNorm2d(4), nn.SiLU()]
+    return models.randomize_norms_(nn.Sequential(*layers).eval(), 0)
+
+
+@pytest.mark.parametrize("bad", [("5",), ("1", "17")])
+@pytest.mark.parametrize("how", [{}, {"names": False}, {"crash": True}])
+def test_a_site_that_breaks_the_contract_is_left_out_and_the_rest_is_done(bad, how) -> None:
+    result = rewrite.convert(deep_network(), Spoiling(bad, **how), example_inputs=INPUT)
+    left_out = {skip.target: skip.reason for skip in result.report.skips}
+    assert set(left_out) == set(bad) and result.report.ok
+    assert all("breaks the contract" in reason for reason in left_out.values())
+    assert len(result.report.changes) == 9 - len(bad)
+    assert torch.equal(result.model(INPUT), deep_network()(INPUT))
+
+
+def test_when_every_site_breaks_the_contract_it_is_an_error_that_holds_the_result() -> None:
+    bad = tuple(str(index) for index in range(1, 19, 2))
+    with pytest.raises(rewrite.ContractError, match=r"spoiling.*is not exact-in-eval") as caught:
+        rewrite.convert(deep_network(), [Spoiling(bad)], example_inputs=INPUT)
+    assert len(caught.value.result.report.changes) == 9 and not caught.value.result.report.ok
+    result = rewrite.convert(deep_network(), [Spoiling(bad)], example_inputs=INPUT, check=False)
+    assert not result.report.ok
+
+
+@pytest.mark.parametrize(
+    "given", ["bn-to-gn", BatchNormToGroupNorm, BatchNormToGroupNorm(), ("bn-to-gn",)]
+)
+def test_a_pass_is_a_text_a_class_an_instance_or_several(given) -> None:
+    expected = rewrite.convert(network(), ["bn-to-gn"], verify=False).report.changes
+    assert rewrite.convert(network(), given, verify=False).report.changes == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "no pass given"),
+        (None, "None is no pass"),
+        ([3], "3 is no pass"),
+        (nn.ReLU, "is no pass"),
+        ({"fold": {}}, "is no pass"),
+        (Pass, "Pass: Can't instantiate"),
+        ("", "is no pass"),
+    ],
+)
+def test_what_is_no_pass_is_one_clear_error(given, message) -> None:
+    with pytest.raises(rewrite.OptionError, match=message):
+        rewrite.convert(network(), given)
+
+
+class Keywords(nn.Module):
+    """Takes its image by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, image: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        return self.body(image) * factor
+
+
+@pytest.mark.parametrize("given", [INPUT, (INPUT,), [INPUT], {"image": INPUT}])
+def test_example_inputs_are_a_tensor_a_tuple_or_keywords(given) -> None:
+    report = rewrite.convert(Keywords().eval(), "fold", example_inputs=given).report
+    assert [change.target for change in report.changes] == ["body.1"]
+    assert report.verification.cases[0].name == "given"
+    model = Keywords().eval()
+    assert rewrite.verify(model, model, given).ok
+    assert rewrite.inspect_model(model, given).norms[0].name == "body.1"
+    captured = rewrite.capture(model, given)
+    assert {tuple(captured.shape(node) or ()) for node in captured.nodes()} > {(2, 3, 8, 8)}

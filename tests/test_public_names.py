@@ -15,6 +15,7 @@ PUBLIC = {
     "Captured",
     "Change",
     "CheckpointError",
+    "ContractError",
     "Contract",
     "ExportError",
     "Level",

@@ -112,7 +112,7 @@ def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool
             model, chosen, example_inputs=inputs,
             calibration=_calibration(options, model), only=options.only, skip=options.skip,
             verify=not (options.no_verify or options.dry_run), seed=options.seed, progress=progress,
-            consume=True,
+            check=False, consume=True,
         )  # fmt: skip
         code = _judge(result.report, len(chosen), options)
         del model
@@ -154,7 +154,7 @@ def _judge(report: Any, passes: int, options: argparse.Namespace) -> int:
         if options.allow_noop:
             return OK
         return complain("nothing to rewrite; nothing was written", NOTHING)
-    idle = [item.spec for item in report.passes if not item.changes]
+    idle = [part.spec for part in report.passes if not part.changes]
     if idle and passes > 1 and not options.allow_noop:
         raise OptionError(
             f"{', '.join(idle)} found nothing to rewrite beside the other passes; nothing was "

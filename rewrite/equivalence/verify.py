@@ -33,7 +33,7 @@ from rewrite.equivalence.equality import Findings, judge, run_original
 from rewrite.equivalence.rounding import identical
 from rewrite.equivalence.verification import JUDGED, Case, Level, Verification
 from rewrite.errors import VerificationError, one_line
-from rewrite.outcomes import Contract
+from rewrite.outcomes import Contract, as_choice
 from rewrite.runtime.infer_inputs import infer_example_inputs
 from rewrite.runtime.inputs import Inputs, batches_for, call, device_of
 from rewrite.runtime.modes import evaluating, isolated
@@ -48,11 +48,11 @@ _CALIBRATION_BATCHES = 8
 def verify(
     a: nn.Module,
     b: nn.Module,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Any = None,
     *,
     calibration: Iterable[Any] | None = None,
-    contract: Contract = Contract.EXACT_IN_EVAL,
-    level: Level = Level.THOROUGH,
+    contract: Contract | str = Contract.EXACT_IN_EVAL,
+    level: Level | str = Level.THOROUGH,
     touched: Collection[str] = (),
     seed: int = 0,
 ) -> Verification:
@@ -61,7 +61,8 @@ def verify(
     Args:
         a: the original.
         b: the rewritten model.
-        example_inputs: positional inputs; without them some are inferred from the layers of `a`.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keywords; without them
+            some are inferred from the layers of `a`.
         calibration: batches of your own; the first eight are judged too.
         contract: what `b` promises.
         level: quick or thorough.
@@ -70,8 +71,11 @@ def verify(
         seed: of every random number, so that two runs see the same inputs.
 
     Raises:
+        OptionError: no such contract or level.
         VerificationError: no input is known, or the original does not run on the given one.
     """
+    contract = as_choice(Contract, contract, "contract")
+    level = as_choice(Level, level, "level")
     begin = time.perf_counter()
     given = _given(a, example_inputs, calibration, level, contract, seed)
     with evaluating(a, b):
@@ -135,7 +139,7 @@ def _own_tensors(module: nn.Module | None) -> dict[str, torch.Tensor | None]:
 
 def _given(
     model: nn.Module,
-    example_inputs: tuple[Any, ...] | None,
+    example_inputs: Any,
     calibration: Iterable[Any] | None,
     level: Level,
     contract: Contract,

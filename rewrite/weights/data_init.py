@@ -10,6 +10,7 @@ is constant over the batch keeps its g and b, and is named.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +55,7 @@ class Draft:
 
 
 def fit_magnitudes(
-    captured: Captured, sites: list[Site], drafts: dict[str, Draft], batch: Any
+    captured: Captured, sites: Sequence[Site], drafts: dict[str, Draft], batch: Any
 ) -> None:
     """Set g and b of every site in one forward."""
     layers: dict[str, nn.Module] = {}

@@ -254,3 +254,16 @@ def test_check_untouched_follows_replacements(net):
 def test_check_untouched_takes_nan_as_equal_to_itself(net):
     net.norm.running_mean[0] = float("nan")
     assert check_untouched(net, copy_model(net), ()) == []
+
+
+@pytest.mark.parametrize("options", [{"contract": "exactt"}, {"level": "nonsense"}])
+def test_an_unknown_contract_or_level_is_an_error(options) -> None:
+    with pytest.raises(rewrite.OptionError, match=r"is '(exactt|nonsense)'; pass "):
+        verify(nn.Linear(2, 2), nn.Linear(2, 2), torch.ones(1, 2), **options)
+
+
+def test_a_level_and_a_contract_may_be_texts() -> None:
+    model = nn.Linear(2, 2)
+    found = verify(model, model, torch.ones(1, 2), level="thorough", contract="exact")
+    assert found == verify(model, model, torch.ones(1, 2), contract=Contract.EXACT)
+    assert len(found.cases) > 8 and found.level is Level.THOROUGH
