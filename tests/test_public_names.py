@@ -39,8 +39,10 @@ PUBLIC = {
     "inspect_model",
     "load",
     "open_calibration",
+    "parameter_groups",
     "save",
     "signal",
+    "training",
     "verify",
     "verify_onnx",
 }
