@@ -60,7 +60,8 @@ class Site:
 class Change:
     """A site that was rewritten: what stood there, what stands there now, what else was touched.
 
-    `touched` names every module whose parameters, buffers or class changed, `target` included.
+    `touched` names every module whose parameters, buffers or class changed, `target` included, and
+    single tensors that came or went.
     `keys` maps old state-dict keys to new ones (None: the key is gone). `metrics` are numbers a
     pass measured at this site. `recipe` is what it takes to repeat the change on the state dict of
     another checkpoint (`rewrite.fold.recipes`), as plain data.

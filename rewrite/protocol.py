@@ -18,6 +18,7 @@ from rewrite.errors import OptionError, PassError, RewriteError
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
 from rewrite.outcomes import Change, Contract, Selection, Site, Skip
+from rewrite.runtime.tree import join
 
 if TYPE_CHECKING:
     from torch import nn
@@ -148,14 +149,36 @@ def apply_pass(
         raise
     except Exception as error:
         raise PassError(f"{pass_.name}: {error}") from error
-    done = tuple(_complete(captured, change) for change in changes)
+    done = tuple(_complete(captured, change) for change in _with_forwards(captured, changes))
     return Applied(captured.model, done, tuple(skips), tuple(captured.notes))
+
+
+def _with_forwards(captured: Captured, changes: Sequence[Change]) -> list[Change]:
+    """Return the changes with the tensors that came or went with an edited forward among them.
+
+    They belong to the changes that name the tensor or its owner, else to those inside of the owner.
+    """
+    changes = list(changes)
+    for owner, tensors in captured.editor.rewritten.items():
+        for tensor in tensors:
+            named = [{c.target, *c.touched, *c.keys} for c in changes]
+            at = [i for i, names in enumerate(named) if tensor in names or owner in names]
+            at = at or [
+                i for i, names in enumerate(named) if any(n.startswith(f"{owner}.") for n in names)
+            ]
+            for index in at or range(len(changes)):
+                touched = (*changes[index].touched, tensor)
+                changes[index] = replace(changes[index], touched=touched)
+    return changes
 
 
 def _complete(captured: Captured, change: Change) -> Change:
     """Return `change` with its target and every alias of what it touched among the touched."""
     touched = dict.fromkeys((change.target, *change.touched))
     for name in list(touched):
+        owner, _, attr = name.rpartition(".")
         if name in captured.tree.names:
             touched.update(dict.fromkeys(captured.aliases(name)))
+        elif owner in captured.tree.names:
+            touched.update(dict.fromkeys(join(alias, attr) for alias in captured.aliases(owner)))
     return replace(change, touched=tuple(touched))

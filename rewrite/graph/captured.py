@@ -127,6 +127,8 @@ class Captured:
         elif module._forward_pre_hooks and not reasons:
             hook = type(next(iter(module._forward_pre_hooks.values()))).__name__
             reasons = (f"has a parametrization (old-style {hook})",)
+        elif computed := [k for k in ("weight", "bias") if _is_property(module, k)]:
+            reasons = (*reasons, f"computes its {computed[0]} by a property")
         return reasons
 
     # -- nodes --------------------------------------------------------------------------------
@@ -302,6 +304,10 @@ class Captured:
             self._class_words[kind] = _words(kind)
         words = self._class_words[kind]
         return words is None or parts[-1].split("[")[0] in words
+
+
+def _is_property(module: nn.Module, key: str) -> bool:
+    return isinstance(getattr(type(module), key, None), property)
 
 
 def _words(kind: type) -> frozenset[str] | None:

@@ -31,10 +31,16 @@ from rewrite.runtime.tree import Tree, join
 
 
 class Editor:
-    """Edits one captured model in place. Take it from `captured.editor`."""
+    """Edits one captured model in place. Take it from `captured.editor`.
+
+    Attributes:
+        rewritten: the forwards that `commit` has finished, by their owner, each with the qualified
+            names of the parameters and buffers that came or went with it.
+    """
 
     def __init__(self, captured: Captured) -> None:
         self.captured = captured
+        self.rewritten: dict[str, tuple[str, ...]] = {}
         self._forwards: dict[str, Forward | str] = {}
         self._removed: list[nn.Module] = []
 
@@ -188,7 +194,11 @@ class Editor:
         opened = [f for f in self._forwards.values() if isinstance(f, Forward) and f.edited]
         # Inner owners first: an outer one takes its children over as they are by then.
         for forward in sorted(opened, key=lambda f: -len(f.owner.split(".")) * bool(f.owner)):
+            before = _tensors(self.captured.module(forward.owner))
             self._finish(forward)
+            after = _tensors(self.captured.module(forward.owner))
+            changed = [k for k in (before | after) if before.get(k) is not after.get(k)]
+            self.rewritten[forward.owner] = tuple(join(forward.owner, key) for key in changed)
         self._forwards.clear()
 
     def _finish(self, forward: Forward) -> None:
@@ -262,6 +272,14 @@ class Editor:
             module = self.captured.module(owner)
             self._forwards[owner] = open_forward(self.captured, owner, module)
         return self._forwards[owner]
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers of a module and of all below it, under all names."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _free_name(owner: nn.Module, taken: Collection[str], name: str) -> str:
