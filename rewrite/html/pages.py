@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from rewrite.equivalence.side_by_side import ROUNDING
 from rewrite.equivalence.verification import JUDGED
 from rewrite.html.page import Number, Page
 from rewrite.outcomes import Contract
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     from rewrite.equivalence.verification import Verification
     from rewrite.onnx.report import OnnxVerification
     from rewrite.report import Report
-
-_ROUNDING = 1e-6
-"""Relative error that storing float32 parameters explains, where it was not measured."""
 
 
 def conversion_page(
@@ -91,6 +89,21 @@ def verification_page(
     )
 
 
+def comparison_page(
+    modules: SideBySide, provenance: Mapping[str, str] | None = None, title: str = "comparison"
+) -> Page:
+    """Return the page of two models beside each other; nothing is judged."""
+    return Page(
+        title=title,
+        verdict=f"{modules.summary()}.",
+        ok=True,
+        numbers=_sizes(modules),
+        modules=modules,
+        wrong=ROUNDING,
+        provenance=provenance or {},
+    )
+
+
 def onnx_page(found: OnnxVerification, provenance: Mapping[str, str] | None = None) -> Page:
     """Return the page of a verification of an ONNX graph."""
     nodes = sum(found.operator_counts.values())
@@ -138,4 +151,4 @@ def _wrong(check: Verification | None) -> float:
     """Return from which relative error on a value is off; infinite where equality is no promise."""
     if check is None or Contract(check.contract) not in JUDGED:
         return math.inf
-    return max(_ROUNDING, 8 * (check.rounding or 0.0))
+    return max(ROUNDING, 8 * (check.rounding or 0.0))

@@ -11,6 +11,9 @@ const element = (tag, className, text) => {
 const shown = (error) => (error === 0 ? "0" : error.toExponential(1));
 const WRONG = data.wrong;
 
+const rowsOf = { before: new Map(), after: new Map() };
+for (const side of ["before", "after"]) for (const row of data[side] || []) rowsOf[side].set(row.name, row);
+
 // -- trees ----------------------------------------------------------------------------------------
 
 const nest = (rows) => {
@@ -39,7 +42,7 @@ const worst = (node) => {
 
 const signature = (node) => {
   const own = state(node.row.name);
-  const off = typeof node.row.error === "number" && node.row.error > WRONG;
+  const off = rowsOf.after.has(node.row.name) && (rowsOf.after.get(node.row.name).error || 0) > WRONG;
   const inside = [...node.children].map(([part, child]) => part + ":" + signature(child));
   return [node.row.kind, own.did || "", own.why || "", off, ...inside].join("|");
 };
@@ -56,7 +59,8 @@ const line = (node, side, label) => {
   button.type = "button";
   button.dataset.name = row.name;
   button.append(element("span", "name", label), " ", element("span", "kind", row.kind));
-  const most = worst(node);
+  // A value of the original that the rewritten model no longer computes is no error by itself.
+  const most = side === "after" ? worst(node) : -1;
   if (most >= 0) {
     const badge = element("span", "error", shown(most));
     badge.style.background = colour(most);
@@ -93,11 +97,11 @@ const draw = (node, side, label, open) => {
     }
     if (j - i < 3) {
       j = i + 1;
-      holder.append(draw(child, side, part, worst(child) > WRONG));
+      holder.append(draw(child, side, part, side === "after" && worst(child) > WRONG));
     } else {
       const group = element("details", "entry group");
       const title = element("summary");
-      const most = Math.max(...children.slice(i, j).map(([, each]) => worst(each)));
+      const most = side === "after" ? Math.max(...children.slice(i, j).map(([, each]) => worst(each))) : -1;
       title.append(`${part}…${children[j - 1][0]} `, element("span", "kind", `${j - i} alike, ${child.row.kind}`));
       if (most >= 0) title.append(" ", element("span", "error", shown(most)));
       group.append(title);
@@ -109,10 +113,8 @@ const draw = (node, side, label, open) => {
   return holder;
 };
 
-const rowsOf = { before: new Map(), after: new Map() };
 for (const side of ["before", "after"]) {
   if (!data[side]) continue;
-  for (const row of data[side]) rowsOf[side].set(row.name, row);
   const root = nest(data[side]);
   byId(side).append(draw(root, side, "model", true));
 }
@@ -128,7 +130,7 @@ const facts = (name) => {
     const calls = Object.entries(row.calls || {}).map(([f, n]) => (n > 1 ? `${f} × ${n}` : f)).join(", ");
     const parts = [row.kind, `${(row.parameters || 0).toLocaleString("en")} parameters`];
     if (calls) parts.push(`calls ${calls}`);
-    if (typeof row.error === "number") parts.push(`error ${shown(row.error)}`);
+    if (side === "after" && typeof row.error === "number") parts.push(`error ${shown(row.error)}`);
     found.push([title, parts.join("; ")]);
   }
   if (own.change) found.push(["rewritten", own.change]);
@@ -188,10 +190,7 @@ const select = (name, side) => {
 // -- searching ------------------------------------------------------------------------------------
 
 if (data.after) {
-  const off = (name) => ["before", "after"].some((side) => {
-    const row = rowsOf[side].get(name);
-    return row && typeof row.error === "number" && row.error > WRONG;
-  });
+  const off = (name) => ((rowsOf.after.get(name) || {}).error || 0) > WRONG;
   const wanted = (name, text, only) => {
     const own = state(name);
     if (only && !own.did && !off(name)) return false;
