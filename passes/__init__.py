@@ -8,6 +8,7 @@ from passes.bn_to_weight_norm import BatchNormToWeightNorm
 from passes.fold import FoldNorm
 from passes.freeze_bn import FreezeBatchNorm
 from passes.merge_branches import MergeBranches
+from passes.out_of_place import OutOfPlace
 from passes.recalibrate_bn import RecalibrateBatchNorm
 from passes.reinit import Reinitialize
 from passes.remove_weight_norm import RemoveWeightNorm
@@ -23,6 +24,7 @@ __all__ = [
     "FoldNorm",
     "FreezeBatchNorm",
     "MergeBranches",
+    "OutOfPlace",
     "RecalibrateBatchNorm",
     "Reinitialize",
     "RemoveWeightNorm",

@@ -325,7 +325,11 @@ def _words(kind: type) -> frozenset[str] | None:
 
 
 def _code_words(tree: ast.AST) -> Iterator[str]:
-    """Yield attributes, names and the words of strings, but not those of documentation."""
+    """Yield attributes, names and the words of strings, but not those of documentation.
+
+    What `__init__` writes runs once, before any call of the forward, but for its inner functions.
+    """
+    tree = _WithoutSetUp().visit(tree)
     prose = {
         id(node.value)
         for node in ast.walk(tree)
@@ -338,6 +342,18 @@ def _code_words(tree: ast.AST) -> Iterator[str]:
             yield node.id
         elif isinstance(node, ast.Constant) and id(node) not in prose:
             yield from re.findall(r"\w+", str(node.value))
+
+
+class _WithoutSetUp(ast.NodeTransformer):
+    """Leaves of `__init__` only the functions that it defines."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """Keep a function whole, unless it is `__init__`."""
+        if node.name != "__init__":
+            return node
+        kinds = ast.FunctionDef | ast.Lambda
+        inner = [n for n in ast.walk(node) if isinstance(n, kinds) and n is not node]
+        return ast.Module(body=inner, type_ignores=[])  # type: ignore[arg-type]
 
 
 def _prefixes(name: str) -> Iterator[str]:

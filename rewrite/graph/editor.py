@@ -11,11 +11,11 @@ No tensor is written in place: its storage may be shared with the model that the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from rewrite.errors import PassError
 from rewrite.graph.captured import Captured, TensorRef
@@ -157,6 +157,38 @@ class Editor:
                 forward.graph.erase_node(gone)
                 dead.extend(inputs)
         return f"{forward.owner}.{key}" if forward.owner else key
+
+    def line(self, node: Node) -> Node | str:
+        """Return the line of the owner's own graph that made `node`, or why there is none.
+
+        In that graph the owner's children are single calls, and targets are relative to the owner.
+        """
+        owner = self.captured.owner(node)
+        forward = self._open(owner)
+        if isinstance(forward, str):
+            return forward
+        return self._line(forward, node) or _elsewhere(owner)
+
+    def recompute(
+        self, node: Node, make: Callable[[Graph, Node], Node], also: Sequence[Node] = ()
+    ) -> None:
+        """Put another call where the line of `node` stands.
+
+        Args:
+            node: the call.
+            make: given the owner's own graph, open before the line, and the line: the new node.
+            also: nodes of the owner's graph before the line, which later lines no longer read:
+                they read the new value.
+        """
+        forward, line = self._open_line(node)
+        places = {other: index for index, other in enumerate(forward.graph.nodes)}
+        later = [(old, u) for old in also for u in old.users if places[u] > places[line]]
+        with forward.graph.inserting_before(line):
+            new = make(forward.graph, line)
+        line.replace_all_uses_with(new)
+        for old, user in later:
+            user.replace_input_with(old, new)
+        forward.graph.erase_node(line)
 
     def remove(self, name: str) -> None:
         """Take a module that nothing calls any more out of its parents at `commit`."""

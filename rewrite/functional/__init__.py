@@ -1,0 +1,1 @@
+"""Operations that write in place, as functions: who reads what was written, and what to call."""
