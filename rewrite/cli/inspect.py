@@ -23,6 +23,8 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--signal", action="store_true",
                         help="measure how activations and gradients propagate")  # fmt: skip
+    parser.add_argument("--path-norm", action="store_true",
+                        help="the norm of all paths, which rescalings do not change")  # fmt: skip
     parser.add_argument("--plot", metavar="OUT.png|OUT.svg", help="with --signal: draw it")
     parser.add_argument("--before", metavar="MODEL",
                         help="with --plot: draw this model in the same picture")  # fmt: skip
@@ -42,5 +44,9 @@ def _run_inspect(options: argparse.Namespace) -> int:
         from rewrite.cli.signals import run_signal
 
         return run_signal(options, model, inputs)
+    if options.path_norm:
+        from rewrite.cli.rescaling import run_path_norm
+
+        return run_path_norm(options, model, inputs)
     write_report(options, inspect_model(model, inputs))
     return OK

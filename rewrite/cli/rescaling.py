@@ -1,0 +1,26 @@
+"""`rewrite inspect --path-norm` and `--balance`: what rescalings keep and change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rewrite.cli.common import OK, write_report
+
+if TYPE_CHECKING:
+    import argparse
+
+    from torch import nn
+
+
+def run_path_norm(
+    options: argparse.Namespace, model: nn.Module, inputs: tuple[Any, ...] | None
+) -> int:
+    """Print the path norms and write their JSON, as the options say.
+
+    Raises:
+        OptionError: no input is known.
+    """
+    from rewrite.rescaling.path_report import path_norm_report
+
+    write_report(options, path_norm_report(model, inputs))
+    return OK

@@ -1,1 +1,0 @@
-"""A report as one HTML file: self-contained, offline, to send to a colleague."""

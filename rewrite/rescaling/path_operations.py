@@ -1,0 +1,244 @@
+"""What each operation without weights of its own does to sums over paths.
+
+    activation    relu, leaky_relu, abs, dropout      a path passes: y = x
+    movement      flatten, permute, cat, chunk, pad    as it is
+    max pooling   every value of the window is on a path of its own: ⊕ (Gonon et al. 2024, "sum")
+    mean of n     n edges of weight 1/n: ⊕, times |1/n|ᵖ
+    product       by a constant c: an edge of weight c; by another value: not homogeneous
+    sum           of two values: ⊕; with a constant: a bias
+
+Definition: Gonon et al. 2024, "A path-norm toolkit for modern networks", as in its implementation
+`pathnorm-pytorch`: max pooling adds up, average pooling is linear, a slope of a leaky unit belongs
+to the activation and not to the path. What stands in no row is not known to be positively
+homogeneous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Node
+
+from rewrite.graph.arguments import argument
+from rewrite.graph.captured import Captured
+from rewrite.graph.spellings import function_name
+from rewrite.rescaling.path_algebra import PathAlgebra, PowerSum, Window, adaptive_counts
+
+PASSES = frozenset(
+    {
+        "relu", "leaky_relu", "leakyrelu", "prelu", "rrelu", "abs", "absolute", "identity",
+        "dropout", "dropout1d", "dropout2d", "dropout3d", "alphadropout", "featurealphadropout",
+        "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "stochastic_depth",
+        "contiguous", "to", "float", "half", "double", "bfloat16", "type", "type_as", "clone",
+        "detach", "requires_grad", "neg", "negative", "positive",
+    }
+)  # fmt: skip
+"""f(d x) = d f(x) for d > 0, value by value."""
+
+
+MOVES = frozenset(
+    {
+        "flatten", "unflatten", "view", "reshape", "view_as", "reshape_as", "permute", "transpose",
+        "swapaxes", "movedim", "t", "squeeze", "unsqueeze", "cat", "concat", "concatenate", "stack",
+        "chunk", "split", "tensor_split", "unbind", "getitem", "select", "narrow", "index_select",
+        "expand", "expand_as", "repeat", "repeat_interleave", "tile", "roll", "flip",
+        "pixel_shuffle", "pixelshuffle", "pixel_unshuffle", "pixelunshuffle", "channel_shuffle",
+        "channelshuffle",
+        "reflectionpad1d", "reflectionpad2d", "reflectionpad3d", "replicationpad1d",
+        "replicationpad2d", "replicationpad3d", "circularpad1d", "circularpad2d", "circularpad3d",
+        "zeropad1d", "zeropad2d", "zeropad3d", "unfold",
+    }
+)  # fmt: skip
+"""Values move and none changes."""
+
+
+SHAPES = frozenset(
+    {
+        "size", "dim", "ndimension", "numel", "stride", "is_contiguous", "get_device",
+        "is_floating_point", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor",
+        "getattr", "zeros_like", "ones_like", "empty_like", "full_like", "len", "is_tensor",
+    }
+)  # fmt: skip
+"""A value is asked for its shape, dtype or device and nothing else."""
+
+
+ADDS = frozenset({"add", "iadd", "sub", "isub", "subtract", "rsub", "maximum", "minimum"})
+
+
+MULTIPLIES = frozenset({"mul", "imul", "multiply", "div", "truediv", "itruediv", "divide"})
+
+
+_INTERPOLATES = frozenset(
+    {"interpolate", "upsample", "upsamplingbilinear2d", "upsamplingnearest2d"}
+)
+
+
+def operation_name(captured: Captured, node: Node) -> str:
+    """Return the plain name of what a node computes, as a function's, in lower case."""
+    if node.op != "call_module":
+        return function_name(node) or node.op
+    kind = type(captured.module(str(node.target)))
+    if not kind.__module__.startswith("torch.nn.modules."):
+        return f"the module {kind.__name__}"
+    name = kind.__name__.lower()
+    return name.replace("maxpool", "max_pool").replace("avgpool", "avg_pool")
+
+
+class Operations:
+    """The operations without weights, on values of one algebra."""
+
+    def __init__(self, captured: Captured, algebra: PathAlgebra) -> None:
+        self._captured = captured
+        self._algebra = algebra
+
+    def unary(self, node: Node, name: str, x: Tensor) -> Tensor | None:
+        """Return what pools, reductions, padding and resizing make of x, or None: another one.
+
+        Args:
+            node: the call.
+            name: its plain name.
+            x: its first input, float64.
+        """
+        if "pool" in name:
+            return self._pool(node, name, x)
+        if name in ("mean", "sum", "amax", "amin"):
+            return self._reduce(node, name, x)
+        if name in _INTERPOLATES:
+            return self._resize(node, x)
+        if name == "pad" or name.startswith("constantpad"):
+            return self._pad(node, x)
+        return None
+
+    # -- pooling ------------------------------------------------------------------------------
+
+    def _pool(self, node: Node, name: str, x: Tensor) -> Tensor | None:
+        dims = next((int(digit) for digit in name if digit.isdigit()), 0)
+        if dims not in (1, 2, 3) or "unpool" in name or "fractional" in name:
+            return None
+        batched = x if x.dim() == dims + 2 else x.unsqueeze(0)
+        if "adaptive" in name:
+            result = self._adaptive(node, name, batched, dims)
+        elif "max" in name:
+            window = self._max_window(node, dims)
+            result = None if window is None else self._algebra.pool(batched, window)
+        else:
+            result = self._average(node, batched, dims) if "avg" in name else None
+        return result if result is None or batched is x else result.squeeze(0)
+
+    def _adaptive(self, node: Node, name: str, x: Tensor, dims: int) -> Tensor | None:
+        given = self._option(node, 1, "output_size", None)
+        sizes = (given,) * dims if isinstance(given, int) else tuple(given or ())
+        if len(sizes) != dims or self._option(node, 2, "return_indices", False):
+            return None
+        size = [x.shape[2 + i] if s is None else int(s) for i, s in enumerate(sizes)]
+        total = self._algebra.adaptive(x, size)
+        if "max" in name:
+            return total
+        return total * self._algebra.power(adaptive_counts(x, size).reciprocal())
+
+    def _max_window(self, node: Node, dims: int) -> Window | None:
+        if self._option(node, 6, "return_indices", False):
+            return None
+        kernel = _each(self._option(node, 1, "kernel_size", None), dims)
+        stride = self._option(node, 2, "stride", None)
+        return Window(
+            kernel,
+            kernel if stride in (None, [], ()) else _each(stride, dims),
+            _each(self._option(node, 3, "padding", 0), dims),
+            _each(self._option(node, 4, "dilation", 1), dims),
+            bool(self._option(node, 5, "ceil_mode", False)),
+        )
+
+    def _average(self, node: Node, x: Tensor, dims: int) -> Tensor:
+        """Return the ⊕ over windows, each times the power of what its mean divides by."""
+        kernel = _each(self._option(node, 1, "kernel_size", None), dims)
+        stride = self._option(node, 2, "stride", None)
+        stride = kernel if stride in (None, [], ()) else _each(stride, dims)
+        padding = _each(self._option(node, 3, "padding", 0), dims)
+        ceil_mode = bool(self._option(node, 4, "ceil_mode", False))
+        counted = bool(self._option(node, 5, "count_include_pad", True))
+        divisor = self._option(node, 6, "divisor_override", None)
+        window = Window(kernel, stride, padding, (1,) * dims, ceil_mode)
+        ones = torch.ones_like(x[:1, :1])
+        if dims == 1:
+            mean = F.avg_pool1d(ones, kernel, stride, padding, ceil_mode, counted)
+        else:
+            pool = F.avg_pool2d if dims == 2 else F.avg_pool3d
+            mean = pool(ones, kernel, stride, padding, ceil_mode, counted, divisor)
+        counts = PowerSum(1).pool(ones, window).clamp(min=1)
+        return self._algebra.pool(x, window) * self._algebra.power(mean / counts)
+
+    # -- reductions ---------------------------------------------------------------------------
+
+    def _reduce(self, node: Node, name: str, x: Tensor) -> Tensor | None:
+        dims = argument(node, 1, "dim")
+        if isinstance(dims, Node):
+            return None
+        keepdim = bool(argument(node, 2, "keepdim", False))
+        axes = range(x.dim()) if dims in (None, (), []) else dims
+        axes = (axes,) if isinstance(axes, int) else tuple(axes)
+        total = self._algebra.reduce(x, axes, keepdim)
+        if name != "mean":
+            return total
+        count = 1.0
+        for axis in axes:
+            count *= x.shape[axis]
+        return total * self._algebra.power(x.new_tensor(1 / count))
+
+    # -- resizing and padding -----------------------------------------------------------------
+
+    def _resize(self, node: Node, x: Tensor) -> Tensor | None:
+        """Resize axis by axis: a linear mode is a product of matrices, each along one axis."""
+        mode = str(self._option(node, 3, "mode", "nearest"))
+        sizes = self._option(node, 1, "size", None)
+        factors = self._option(node, 2, "scale_factor", None)
+        corners = self._option(node, 4, "align_corners", None)
+        dims = x.dim() - 2
+        if mode not in ("nearest", "nearest-exact", "linear", "bilinear", "trilinear", "area"):
+            return None
+        if any(isinstance(option, Node) for option in (sizes, factors)):
+            return None
+        if self._option(node, 5, "recompute_scale_factor", None) or argument(node, 6, "antialias"):
+            return None
+        for axis in range(dims):
+            size = None if sizes is None else _each(sizes, dims)[axis]
+            factor = None if factors is None else tuple(_each(factors, dims))[axis]
+            identity = torch.eye(x.shape[2 + axis], dtype=x.dtype, device=x.device).unsqueeze(1)
+            along = "linear" if mode.endswith("linear") else mode
+            align = corners if along == "linear" else None
+            matrix = F.interpolate(identity, size, factor, along, align).squeeze(1).T
+            moved = x.movedim(2 + axis, -1)
+            x = self._algebra.linear(moved, self._algebra.power(matrix)).movedim(-1, 2 + axis)
+        return x
+
+    def _pad(self, node: Node, x: Tensor) -> Tensor | None:
+        sizes = self._option(node, 1, "pad", None)
+        if node.op == "call_module":
+            module: Any = self._captured.module(str(node.target))
+            sizes, mode, fill = module.padding, "constant", module.value
+        else:
+            mode, fill = argument(node, 2, "mode", "constant"), argument(node, 3, "value", 0)
+        if not isinstance(sizes, list | tuple) or any(isinstance(size, Node) for size in sizes):
+            return None
+        if mode != "constant":
+            return F.pad(x, list(sizes), mode)
+        if not isinstance(fill, int | float | None):
+            return None
+        value = float(self._algebra.power(torch.tensor(float(fill or 0), dtype=x.dtype)))
+        return F.pad(x, list(sizes), value=value)
+
+    def _option(self, node: Node, position: int, name: str, default: Any) -> Any:
+        """Return an option of a layer or of a call."""
+        if node.op == "call_module":
+            module: nn.Module = self._captured.module(str(node.target))
+            return getattr(module, name, default)
+        return argument(node, position, name, default)
+
+
+def _each(value: Any, dims: int) -> tuple[Any, ...]:
+    if isinstance(value, int | float):
+        return (value,) * dims
+    return tuple(value) * (dims if len(value) == 1 else 1)

@@ -1,0 +1,60 @@
+"""The path norms of a model and its parts, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from rewrite.rescaling.path_norm import RegionNorm, path_norms_by_region
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+ORDERS = (1.0, 2.0, math.inf)
+
+
+@dataclass(frozen=True)
+class PathNormReport:
+    """The path norms of a model, or of the largest parts of it that have any."""
+
+    rows: tuple[RegionNorm, ...]
+
+    def to_json(self) -> str:
+        """Return everything as JSON text; infinity is the key "inf"."""
+        rows = [
+            {
+                "module": row.name,
+                "path_norm": {f"{p:g}": value for p, value in row.norms.items()},
+                "reason": row.reason,
+            }
+            for row in self.rows
+        ]
+        return json.dumps({"path_norms": rows}, indent=2) + "\n"
+
+    def tables(self) -> Iterator[RenderableType]:
+        """Yield what to print, as rich renderables."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="Path norms", title_justify="left", box=None, pad_edge=False)
+        for head in ("module", "L1", "L2", "largest path", "why none"):
+            table.add_column(head, overflow="fold")
+        for row in self.rows:
+            cells = [f"{row.norms[p]:.6g}" if row.norms else "" for p in ORDERS]
+            table.add_row(*map(Text, (row.name or "(the model)", *cells, row.reason)))
+        yield table
+
+
+def path_norm_report(model: nn.Module, example_inputs: Any = None) -> PathNormReport:
+    """Return the L1, L2 and largest-path norms of `model`, or of its parts.
+
+    Raises:
+        OptionError: no input is known.
+    """
+    return PathNormReport(tuple(path_norms_by_region(model, ORDERS, example_inputs)))

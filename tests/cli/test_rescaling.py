@@ -1,0 +1,34 @@
+"""`rewrite inspect --path-norm`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import rewrite
+from rewrite.cli.main import main
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    rewrite.save(model.eval(), tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+def test_path_norm_prints_what_the_function_returns(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = checkpoint.with_name("norms.json")
+    arguments = ["inspect", "--path-norm", str(checkpoint), "--input", "1x3x8x8"]
+    assert main([*arguments, "--report", str(report)]) == 0
+    (row,) = json.loads(report.read_text())["path_norms"]
+    x = torch.zeros(1, 3, 8, 8)
+    expected = rewrite.path_norm(rewrite.load(str(checkpoint)), 2, x)
+    assert row["path_norm"]["2"] == expected
+    assert set(row["path_norm"]) == {"1", "2", "inf"}
+    assert f"{expected:.6g}" in capsys.readouterr().out
