@@ -19,16 +19,17 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from rewrite.affine.ledger import Ledger
-from rewrite.affine.plan import Refusal, write_ledger
-from rewrite.errors import OptionError, PassError
+from rewrite.affine.plan import Refusal
+from rewrite.errors import CheckpointError, OptionError, PassError
 from rewrite.fold.branches import Branches
 from rewrite.fold.candidates import Source, sources
+from rewrite.fold.executor import Exact, run_recipes
 from rewrite.fold.folder import Fold, Folder
 from rewrite.fold.input_norm import InputNorm, fold_input, parse_input_norm
 from rewrite.fold.merge import merge_site
 from rewrite.fold.merged_kernel import Merge
-from rewrite.fold.recipes import fold_recipe
+from rewrite.fold.recipes import AffineRecipe, FoldRecipe, recipe_of
+from rewrite.fold.store import ModelStore
 from rewrite.fold.unfolded import UnfoldedNorm
 from rewrite.graph.captured import Captured
 from rewrite.graph.editor import Editor
@@ -162,26 +163,26 @@ class FoldNorm(Pass):
             if isinstance(outcome, Skip):
                 raise PassError(
                     f"{outcome.target}: {outcome.reason}; it could only be folded together with "
-                    "a site that is left out: leave it out, too"
+                    "a site that is left out: leave it out, too",
+                    outcome.target,
                 )
-        leftovers = {
-            site.target: site.plan.take(decided.folder.ledger)
-            for site in plans
-            if isinstance(site.plan, UnfoldedNorm)
-        }
-        baked = _bake_all(captured, decided.folder.ledger, plans)
-        clones = write_ledger(captured.editor, decided.folder.ledger)
-        merged = _merge_all(captured, decided.branches, plans)
+        baked = _bake_all(captured, plans)
+        ran = _run(captured, plans)
+        merged = _merge_all(captured, decided.branches, plans, ran.exact)
         inside = {node for merge in merged for node in merge.inside}
         changes = []
         for site in plans:
-            if isinstance(site.plan, Fold):
-                change = _remove(captured, site.plan, inside, clones)
+            recipe = ran.recipes.get(site)
+            if isinstance(site.plan, Fold) and isinstance(recipe, FoldRecipe):
+                change = _remove(captured, site.plan, recipe, inside, ran.clones)
                 changes.append(_with_baked(change, site.plan, baked))
-            elif isinstance(site.plan, UnfoldedNorm):
-                changes.append(site.plan.write(captured.editor, leftovers[site.target]))
+            elif isinstance(site.plan, UnfoldedNorm) and isinstance(recipe, AffineRecipe):
+                change = site.plan.write(ran.store, recipe)
+                ran.rename(recipe.name, change.recipe["name"])
+                changes.append(change)
             elif isinstance(site.plan, Merge):
                 changes.append(_merged_change(site, merged[site.plan]))
+        captured.exact.update(ran.exact)
         return changes
 
 
@@ -202,10 +203,48 @@ class _Planned:
     decided: _Decided
 
 
-def _bake_all(captured: Captured, ledger: Ledger, plans: Sequence[Site]) -> dict[str, Baked]:
+@dataclass
+class _Ran:
+    """The recipes of the sites that have one, and what running them wrote."""
+
+    recipes: dict[Site, FoldRecipe | AffineRecipe]
+    store: ModelStore
+    exact: Exact
+    clones: tuple[str, ...]
+
+    def rename(self, old: str, new: str) -> None:
+        """Note that what was written under one name is called another."""
+        for attr in ("weight", "bias"):
+            self.exact[f"{new}.{attr}"] = self.exact.pop(f"{old}.{attr}")
+
+
+def _run(captured: Captured, plans: Sequence[Site]) -> _Ran:
+    """Run the recipe of every fold, and of every norm that becomes a multiply-add."""
+    recipes: dict[Site, FoldRecipe | AffineRecipe] = {}
+    for site in plans:
+        if isinstance(site.plan, Fold):
+            recipes[site] = recipe_of(captured, site.plan)
+        elif isinstance(site.plan, UnfoldedNorm):
+            recipes[site] = site.plan.recipe()
+    store = ModelStore(captured, list(recipes.values()))
+    exact: Exact = {}
+    try:
+        run_recipes(list(recipes.values()), store, exact)
+    except CheckpointError as error:
+        raise PassError(f"fold: {error}") from error
+    clones = store.finish()
+    return _Ran(recipes, store, store.named(exact), clones)
+
+
+def _bake_all(captured: Captured, plans: Sequence[Site]) -> dict[str, Baked]:
     """Make plain what takes up a map, or loses its own, and computes its weight."""
-    folds = [site.plan.source.layer for site in plans if isinstance(site.plan, Fold | UnfoldedNorm)]
-    modules = [layer.module for layer in (*ledger.layers(), *folds) if layer is not None]
+    layers = [
+        site.plan.source.layer for site in plans if isinstance(site.plan, Fold | UnfoldedNorm)
+    ]
+    for site in plans:
+        if isinstance(site.plan, Fold):
+            layers += [edit.layer for m in site.plan.moves for edit in m.absorption.edits]
+    modules = [layer.module for layer in layers if layer is not None]
     found = {name: bake(captured, name) for name in dict.fromkeys(modules) if name is not None}
     return {name: baked for name, baked in found.items() if baked is not None}
 
@@ -228,14 +267,16 @@ def _with_baked(change: Change, fold: Fold, baked: Mapping[str, Baked]) -> Chang
 
 
 def _merge_all(
-    captured: Captured, branches: Branches, plans: Sequence[Site]
+    captured: Captured, branches: Branches, plans: Sequence[Site], unrounded: Exact
 ) -> dict[Merge, Change]:
     """Merge every set of branches that a site asks for, once; norms are folded by then."""
     merged: dict[Merge, Change] = {}
     for site in plans:
         merge = site.plan
         if isinstance(merge, Merge) and merge not in merged:
-            merged[merge] = merge_site(captured, merge.owner, branches.again(merge))
+            again = branches.again(merge)
+            merged[merge], exact = merge_site(captured, merge.owner, again, unrounded)
+            captured.exact.update(exact)
     return merged
 
 
@@ -262,7 +303,13 @@ def _fold_input(folder: Folder, mean: Tensor, std: Tensor) -> Site | Skip:
     return Site("input", "(x - mean) / std", fold.source.first[0], fold)
 
 
-def _remove(captured: Captured, fold: Fold, merged: Set[Node], clones: tuple[str, ...]) -> Change:
+def _remove(
+    captured: Captured,
+    fold: Fold,
+    recipe: FoldRecipe,
+    merged: Set[Node],
+    clones: tuple[str, ...],
+) -> Change:
     """Take the folded norm, or its affine part, out of the model."""
     source = fold.source
     keys = _keys(captured, source)
@@ -274,7 +321,7 @@ def _remove(captured: Captured, fold: Fold, merged: Set[Node], clones: tuple[str
     what = "its affine part folded" if source.kind == "gain" else "folded"
     return Change(
         source.target, source.before, f"{what} into {into}" if into else "removed: it did nothing",
-        touched=(*fold.layers, *clones), keys=keys, recipe=fold_recipe(captured, fold),
+        touched=(*fold.layers, *clones), keys=keys, recipe=recipe.to_data(),
     )  # fmt: skip
 
 

@@ -47,4 +47,6 @@ class MergeBranches(Pass):
     def rewrite(self, captured: Captured, site: Site) -> Change:
         """Put one convolution in place of the branches."""
         assert isinstance(site.plan, Merge)
-        return merge_site(captured, site.target, site.plan)
+        change, exact = merge_site(captured, site.target, site.plan, {})
+        captured.exact.update(exact)
+        return change

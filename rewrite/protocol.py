@@ -10,8 +10,8 @@ exception.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rewrite.errors import OptionError, PassError, RewriteError
@@ -21,7 +21,7 @@ from rewrite.outcomes import Change, Contract, Selection, Site, Skip
 from rewrite.runtime.tree import join
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.fx import GraphModule
     from torch.fx.passes.infra.pass_base import PassResult
 
@@ -31,12 +31,14 @@ class Applied:
     """What one application of a pass did.
 
     `model` is the rewritten model: the one that was given, unless its root itself was replaced.
+    `exact` is what written tensors are before they are rounded, in float64, by qualified name.
     """
 
     model: nn.Module
     changes: tuple[Change, ...]
     skips: tuple[Skip, ...]
     notes: tuple[str, ...] = ()
+    exact: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def apply_pass(
     except Exception as error:
         raise PassError(f"{pass_.name}: {error}") from error
     done = tuple(_complete(captured, change) for change in _with_forwards(captured, changes))
-    return Applied(captured.model, done, tuple(skips), tuple(captured.notes))
+    return Applied(captured.model, done, tuple(skips), tuple(captured.notes), captured.exact)
 
 
 def _with_forwards(captured: Captured, changes: Sequence[Change]) -> list[Change]:
@@ -159,6 +161,11 @@ def _with_forwards(captured: Captured, changes: Sequence[Change]) -> list[Change
     They belong to the changes that name the tensor or its owner, else to those inside of the owner.
     """
     changes = list(changes)
+    if not captured.editor.rewritten:
+        return changes
+    model = captured.model
+    live = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    live |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     for owner, tensors in captured.editor.rewritten.items():
         for tensor in tensors:
             named = [{c.target, *c.touched, *c.keys} for c in changes]
@@ -167,9 +174,17 @@ def _with_forwards(captured: Captured, changes: Sequence[Change]) -> list[Change
                 i for i, names in enumerate(named) if any(n.startswith(f"{owner}.") for n in names)
             ]
             for index in at or range(len(changes)):
-                touched = (*changes[index].touched, tensor)
-                changes[index] = replace(changes[index], touched=touched)
-    return changes
+                change = changes[index]
+                keys = change.keys if tensor in live else {tensor: None, **change.keys}
+                touched = (*change.touched, tensor)
+                changes[index] = replace(change, touched=touched, keys=keys)
+    return [_without_live_keys(change, live) for change in changes]
+
+
+def _without_live_keys(change: Change, live: Set[str]) -> Change:
+    """Return `change` without the keys that it calls gone although something else reads them."""
+    kept = {old: new for old, new in change.keys.items() if new is not None or old not in live}
+    return replace(change, keys=kept)
 
 
 def _complete(captured: Captured, change: Change) -> Change:

@@ -105,12 +105,16 @@ class Layout:
 
 
 def scale_weight(
-    weight: Tensor, layout: Layout, behind: Tensor | None, in_front: Tensor | None
+    weight: Tensor,
+    layout: Layout,
+    behind: Tensor | None,
+    in_front: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the weight of `behind . (W * (in_front . x))`, rounded once."""
+    """Return the weight of `behind . (W * (in_front . x))`, rounded once, to `dtype` or its own."""
     rows, columns = (in_front, behind) if layout.transposed else (behind, in_front)
     source = weight.detach()
-    result = torch.empty_like(source)
+    result = torch.empty_like(source, dtype=dtype)
     if not source.numel():
         return result
     step = max(1, _BLOCK // (source.numel() // source.shape[0]))
@@ -156,6 +160,39 @@ def absorb(
 
     The bias stays None where it had been and would be zero.
     """
+    shift = absorbed_bias(weight, bias, layout, behind, in_front)
+    new_weight = absorbed_weight(weight, layout, behind, in_front)
+    if bias is None and not bool(shift.any()):
+        return new_weight, None
+    return new_weight, shift.to(weight.dtype if bias is None else bias.dtype)
+
+
+def absorbed_weight(
+    weight: Tensor,
+    layout: Layout,
+    behind: Affine | None,
+    in_front: Affine | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return the weight of `behind(W * in_front(x) + b)`, rounded to `dtype` or its own."""
+    device = weight.device
+    return scale_weight(
+        weight,
+        layout,
+        None if behind is None else behind.scale.to(device),
+        None if in_front is None else in_front.scale.to(device),
+        dtype,
+    )
+
+
+def absorbed_bias(
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    behind: Affine | None,
+    in_front: Affine | None,
+) -> Tensor:
+    """Return the bias of `behind(W * in_front(x) + b)` in float64."""
     old = weight.detach()
     shift = torch.zeros(layout.out_channels(old), dtype=torch.float64, device=old.device)
     if bias is not None:
@@ -165,15 +202,7 @@ def absorb(
     if behind is not None:
         behind = behind.to(old.device)
         shift = behind.scale * shift + behind.shift
-    new_weight = scale_weight(
-        old,
-        layout,
-        None if behind is None else behind.scale,
-        None if in_front is None else in_front.scale.to(old.device),
-    )
-    if bias is None and not bool(shift.any()):
-        return new_weight, None
-    return new_weight, shift.to(old.dtype if bias is None else bias.dtype)
+    return shift
 
 
 # --- parallel kernels ---------------------------------------------------------------------------

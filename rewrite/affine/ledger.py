@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rewrite.affine.algebra import Affine, absorb
+from rewrite.affine.algebra import Affine, absorbed_bias, absorbed_weight
 from rewrite.affine.layers import Layer
 from rewrite.graph.captured import TensorRef
 
@@ -76,28 +76,56 @@ class Ledger:
     def write(self, write: Write) -> None:
         """Compute the new tensors of every layer, one layer at a time, and hand them to `write`."""
         for layer in self._layers.values():
-            for attr, tensor in self._new_tensors(layer).items():
+            for attr, tensor in self.new_tensors(layer).items():
                 write(layer, attr, tensor)
 
-    def _new_tensors(self, layer: Layer) -> dict[str, Tensor]:
+    def new_tensors(self, layer: Layer) -> dict[str, Tensor]:
+        """Return the new weight of a layer, and its bias if it has or needs one, rounded once."""
+        like = layer.weight or layer.mean
+        assert like is not None
+        dtype = self._read(like).dtype
         if layer.kind == "kernel":
+            new = {"weight": self._kernel(layer, None)}
+        else:
+            new = {"weight": self.exact(layer, "weight").to(dtype)}
+        shift = self.exact(layer, "bias")
+        if layer.bias is not None or bool(shift.any()):
+            new["bias"] = shift.to(dtype if layer.bias is None else self._read(layer.bias).dtype)
+        return new
+
+    def exact(self, layer: Layer, attr: str) -> Tensor:
+        """Return the new weight or bias of a layer in float64, before it is rounded."""
+        if layer.kind == "kernel":
+            if attr == "weight":
+                return self._kernel(layer, torch.float64)
             assert layer.weight is not None
             bias = None if layer.bias is None else self._read(layer.bias)
-            weight, new_bias = absorb(
+            return absorbed_bias(
                 self._read(layer.weight), bias, layer.layout,
                 self._behind.get(layer.key), self._front.get(layer.key),
             )  # fmt: skip
-            return {"weight": weight} | ({} if new_bias is None else {"bias": new_bias})
         affine = self.affine(layer)
         scale, shift = affine.scale, affine.shift
         if layer.mean is not None and layer.var is not None:
             mean = self._read(layer.mean).detach().double()
             shift = shift + scale * mean
             scale = scale * (self._read(layer.var).detach().double() + layer.eps).sqrt()
-        like = layer.weight or layer.mean
-        assert like is not None
-        dtype = self._read(like).dtype
-        new = {"weight": scale.to(dtype)}
-        if layer.bias is not None or bool(shift.any()):
-            new["bias"] = shift.to(dtype)
-        return new
+        return scale if attr == "weight" else shift
+
+    def _kernel(self, layer: Layer, dtype: torch.dtype | None) -> Tensor:
+        assert layer.weight is not None
+        return absorbed_weight(
+            self._read(layer.weight), layer.layout,
+            self._behind.get(layer.key), self._front.get(layer.key), dtype,
+        )  # fmt: skip
+
+    def alone(self, layer: Layer) -> Ledger:
+        """Return a ledger of this layer only, which holds the tensors that the layer has now."""
+        refs = (layer.weight, layer.bias, layer.mean, layer.var)
+        held = {ref: self._read(ref) for ref in refs if ref is not None}
+        ledger = Ledger(held.__getitem__)
+        ledger._layers[layer.key] = layer
+        for mine, maps in ((ledger._front, self._front), (ledger._behind, self._behind)):
+            if layer.key in maps:
+                mine[layer.key] = maps[layer.key]
+        return ledger

@@ -14,9 +14,8 @@ kernel.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 from torch.fx import Node
@@ -26,6 +25,7 @@ from rewrite.affine.channel_map import Refused
 from rewrite.affine.constants import Constants
 from rewrite.affine.layers import Layer, layer_of
 from rewrite.affine.planner import Planner
+from rewrite.fold.links import NEGATIVE, Link, constant_link, norm_link
 from rewrite.fold.merged_kernel import Merge, NoMerge, Term, identity_window, window
 from rewrite.graph.captured import Captured
 from rewrite.graph.operators import Conv, conv_of, norm_of
@@ -193,16 +193,16 @@ class Branches:
                 replace(
                     t,
                     affine=Affine(-t.affine.scale, -t.affine.shift),
-                    links=(*t.links, {"is": "negative"}),
+                    links=(*t.links, NEGATIVE),
                 )
                 for t in behind
             )
         return (*self._terms(one, source), *behind)
 
-    def _affine(self, node: Node) -> tuple[Affine, Node, Mapping[str, Any]]:
+    def _affine(self, node: Node) -> tuple[Affine, Node, Link]:
         constant = self._constants.channel_constant(node)
         if constant is not None:
-            return constant.affine, constant.operand, constant.recipe
+            return constant.affine, constant.operand, constant_link(self.captured, constant)
         layer = self._layer(node)
         if layer.mean is None or layer.var is None:
             raise Refused("not linear")
@@ -210,11 +210,7 @@ class Branches:
         weight = None if layer.weight is None else tensor(layer.weight)
         bias = None if layer.bias is None else tensor(layer.bias)
         affine = Affine.batch_norm(tensor(layer.mean), tensor(layer.var), weight, bias, layer.eps)
-        refs = {
-            "mean": layer.mean, "var": layer.var, "weight": layer.weight, "bias": layer.bias,
-        }  # fmt: skip
-        names = {key: None if ref is None else ref.name for key, ref in refs.items()}
-        return affine, self._inputs(node)[0], {"is": "norm", "eps": layer.eps, **names}
+        return affine, self._inputs(node)[0], norm_link(layer)
 
     def _layer(self, node: Node) -> Layer:
         layer = layer_of(self.captured, node, None)

@@ -12,27 +12,20 @@ its neighbours. Decisions are made in data-flow order on vectors; no weight is t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
-
-import torch
 
 from rewrite.affine.algebra import Affine
 from rewrite.affine.ledger import Ledger
 from rewrite.affine.plan import Absorption, Refusal
 from rewrite.affine.planner import Planner
 from rewrite.fold.candidates import Source
+from rewrite.fold.requirements import Requirements, culprit, narrowest, uninvertible
 from rewrite.graph.captured import Captured
 from rewrite.graph.inplace import changes_in_place
 
 Part = Literal["both", "scale", "shift", "shift over scale"]
-
-
-SMALLEST_SCALE = 2.0**-20
-"""Where an inverse is taken, each |s| lies between this and its reciprocal: nothing overflows, and
-float32 keeps its relative precision (each channel is scaled by one number)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,26 +46,28 @@ class Move:
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """A source that is folded: its map, and where it goes."""
+    """A source that is folded: its map, where it goes, and what that relies on."""
 
     source: Source
     affine: Affine
     moves: tuple[Move, ...]
 
     @property
-    def adds(self) -> bool:
-        """Whether the map has a shift. Without one more layers can take it up."""
-        return bool(self.affine.shift.any())
+    def requirements(self) -> Requirements:
+        """What has to hold of the map of another checkpoint, too."""
+        edits = [edit for move in self.moves for edit in move.absorption.edits]
+        inverse = any(edit.inverse for edit in edits)
+        return Requirements(
+            scales=bool((self.affine.scale != 1).any()),
+            adds=bool(self.affine.shift.any()),
+            positive=any(move.absorption.needs_positive for move in self.moves),
+            invertible=inverse or any(move.part == "shift over scale" for move in self.moves),
+        )
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The layers that take up the map."""
         return tuple(dict.fromkeys(n for move in self.moves for n in move.absorption.layers))
-
-    @property
-    def needs_positive(self) -> bool:
-        """Whether the fold holds only for positive scales."""
-        return any(move.absorption.needs_positive for move in self.moves)
 
 
 class Folder:
@@ -116,18 +111,27 @@ class Folder:
         if reason := self._aliasing(source):
             return Refusal(reason)
         affine = source.affine(self.ledger)
-        if not math.isfinite((affine.scale + affine.shift).sum()):
-            return Refusal("its scale or shift is not finite")
+        if broken := Requirements().broken_by(affine):
+            return Refusal(self._blame(source, f"its {broken}"))
         found = self._moves(source, affine)
         if isinstance(found, Refusal):
             return found
+        fold = Fold(source, affine, found)
+        layers = [edit.layer for move in found for edit in move.absorption.edits]
+        if broken := fold.requirements.broken_by(affine, narrowest(layers, self.captured.tensor)):
+            return Refusal(self._blame(source, f"it {broken}"))
         if source.layer is not None:
             self.ledger.forget(source.layer)
         for move in found:
             move.enter(self.ledger, affine)
         if source.kind != "gain":
             self.planner.folded.update(source.passes_on)
-        return Fold(source, affine, found)
+        return fold
+
+    def _blame(self, source: Source, reason: str) -> str:
+        """Return a reason with the tensor at fault, where it is one of a norm."""
+        why = "" if source.layer is None else culprit(source.layer, self.captured.tensor)
+        return f"{reason}: {why}" if why else reason
 
     def _uneditable(self, source: Source) -> str | None:
         return self.captured.editor.refusal(source.first[0])
@@ -212,9 +216,5 @@ def _split(
 
 def _invertible(affine: Affine, captured: Captured, source: Source) -> bool:
     """Return whether the inverse map can be taken up without losing precision."""
-    size = affine.scale.abs()
-    if bool((size < SMALLEST_SCALE).any() or (size > 1 / SMALLEST_SCALE).any()):
-        return False
-    layer = source.layer
-    ref = None if layer is None else layer.weight or layer.mean
-    return ref is None or captured.tensor(ref).dtype in (torch.float32, torch.float64)
+    layers = [] if source.layer is None else [source.layer]
+    return not uninvertible(affine, narrowest(layers, captured.tensor))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
-from rewrite.fold.merged_kernel import Merge, merged_kernel
-from rewrite.fold.recipes import merge_recipe
+from rewrite.fold.executor import Exact, run_merge
+from rewrite.fold.merged_kernel import Merge, place_of
+from rewrite.fold.recipes import MergeRecipe, TermRecipe
+from rewrite.fold.store import ModelStore
 from rewrite.graph.captured import Captured
 from rewrite.graph.spellings import function_name
 from rewrite.outcomes import Change
@@ -21,33 +23,63 @@ _CHECKS = frozenset({"getattr", "eq", "_assert", "dim", "size"})
 """What a norm's forward asks of its input beside normalizing it."""
 
 
-def merge_site(captured: Captured, target: str, merge: Merge) -> Change:
-    """Put one convolution in place of the branches of `merge`."""
-    conv = _convolution(captured, merge)
-    name = captured.editor.merge(merge.root, _source_of_line, conv, "merged_conv")
-    recipe = merge_recipe(captured, merge, name)
+def merge_site(
+    captured: Captured, target: str, merge: Merge, unrounded: Exact
+) -> tuple[Change, Exact]:
+    """Put one convolution in place of the branches of `merge`.
+
+    Args:
+        captured: the model.
+        target: the name to report.
+        merge: the branches.
+        unrounded: what tensors that folds have written are before they are rounded.
+
+    Returns:
+        The change, and what the new tensors are before they are rounded.
+    """
+    recipe = _recipe(captured, merge)
+    store = ModelStore(captured, [recipe])
+    exact = run_merge(recipe, store, unrounded)
+    conv = _convolution(captured, merge, *store.beside.values())
+    name = captured.editor.merge(merge.root, _source_of_line, conv, recipe.name)
+    recipe = replace(recipe, name=name)
     gone = _gone(captured, merge)
     for child in gone:
         captured.editor.remove(child)
     keys = {f"{child}.{key}": None for child in gone for key in captured.module(child).state_dict()}
     touched = (merge.owner, name, *gone)
-    return Change(
-        target, merge.before, f"one convolution, {name}", touched=touched, keys=keys, recipe=recipe
+    change = Change(
+        target, merge.before, f"one convolution, {name}", touched=touched, keys=keys,
+        recipe=recipe.to_data(),
+    )  # fmt: skip
+    values = zip(("weight", "bias"), exact.values(), strict=True)
+    return change, {f"{name}.{attr}": value for attr, value in values}
+
+
+def _recipe(captured: Captured, merge: Merge) -> MergeRecipe:
+    terms = tuple(
+        TermRecipe(
+            None if term.conv is None else term.conv.weight.name,
+            None if term.conv is None or term.conv.bias is None else term.conv.bias.name,
+            place_of(captured, term, merge.outer),
+            term.links,
+        )
+        for term in merge.terms
     )
-
-
-def _convolution(captured: Captured, merge: Merge) -> nn.Module:
     outer = merge.outer
-    weight = captured.tensor(outer.weight)
-    kernel, bias = merged_kernel(captured, merge)
+    return MergeRecipe(merge.owner, "merged_conv", outer.weight.name, outer.groups, terms)
+
+
+def _convolution(captured: Captured, merge: Merge, weight: Tensor, bias: Tensor) -> nn.Module:
+    outer = merge.outer
+    old = captured.tensor(outer.weight)
     conv = _CONVS[outer.dims](
-        weight.shape[1] * outer.groups, weight.shape[0], tuple(weight.shape[2:]), outer.stride,
+        old.shape[1] * outer.groups, old.shape[0], tuple(old.shape[2:]), outer.stride,
         outer.padding, outer.dilation, outer.groups, padding_mode=outer.padding_mode,
         device="meta",
     )  # fmt: skip
-    new = torch.empty_like(weight).copy_(kernel)
-    conv.weight = nn.Parameter(new, requires_grad=weight.requires_grad)
-    conv.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=weight.requires_grad)
+    conv.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
+    conv.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
     return conv
 
 

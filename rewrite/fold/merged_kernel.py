@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
 from torch.fx import Node
 
-from rewrite.affine.algebra import Affine, dirac, embed, offset
+from rewrite.affine.algebra import Affine, offset
+from rewrite.fold.links import Link
 from rewrite.graph.captured import Captured
 from rewrite.graph.operators import Conv
 
@@ -19,12 +16,12 @@ from rewrite.graph.operators import Conv
 class Term:
     """One branch: `affine` after the convolution `conv`, or after nothing.
 
-    `links` says of which tensors `affine` is made, first to last (`rewrite.fold.recipes`).
+    `links` says of which tensors `affine` is made, first to last.
     """
 
     conv: Conv | None
     affine: Affine
-    links: tuple[Mapping[str, Any], ...] = ()
+    links: tuple[Link, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,26 +93,3 @@ def place_of(captured: Captured, term: Term, outer: Conv) -> tuple[int, ...]:
         at = window(term.conv, outer, captured)
     assert at is not None
     return at
-
-
-def merged_kernel(captured: Captured, merge: Merge) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of the one convolution, in float64."""
-    outer = merge.outer
-    old = captured.tensor(outer.weight)
-    taps = tuple(old.shape[2:])
-    kernel = torch.zeros(old.shape, dtype=torch.float64, device=old.device)
-    bias = torch.zeros(old.shape[0], dtype=torch.float64, device=old.device)
-    column = (-1, *(1,) * (old.dim() - 1))
-    for term in merge.terms:
-        affine = term.affine.to(old.device)
-        at = place_of(captured, term, outer)
-        conv_bias = torch.zeros_like(bias)
-        if term.conv is None:
-            part = dirac(old.shape[0], outer.groups, taps, at).to(old.device)
-        else:
-            part = embed(captured.tensor(term.conv.weight).detach().double(), taps, at)
-            if term.conv.bias is not None:
-                conv_bias = captured.tensor(term.conv.bias).detach().double()
-        kernel += affine.scale.view(column) * part
-        bias += affine.scale * conv_bias + affine.shift
-    return kernel, bias

@@ -1,103 +1,268 @@
-"""The map from old state-dict keys to new ones, as data: fold another checkpoint without a model.
+"""What a fold does, as data: planned on one model, run on it, and on other checkpoints of its kind.
 
-Each change of a fold carries a recipe: which tensors make the map y = s.x + t, which layers take up
-which part of it, and which keys go. Replaying the recipes on the state dict of the same
-architecture gives the state dict of its folded form, by the same arithmetic
-(`rewrite.affine.layers`).
+    fold       a map y = s.x + t, made of tensors, and the layers that take up which part of it
+    affine     a norm that becomes one multiply-add, with all that it has taken up
+    merge      parallel branches that become one convolution
 
-What a plan relied on is part of its recipe (no shift, no scale, positive scales): a checkpoint that
-breaks it is refused, not folded wrongly.
+A recipe names tensors as a state dict does. `rewrite.fold.executor` runs it; what a report holds of
+it is JSON, which version 0.1 can read as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
+from torch.fx import Node
 
+from rewrite.affine.algebra import Affine, Layout
 from rewrite.affine.layers import Layer
-from rewrite.affine.plan import Edit
-from rewrite.fold.folder import Fold
-from rewrite.fold.merged_kernel import Merge, place_of
-from rewrite.graph.captured import Captured
+from rewrite.affine.plan import Absorption, Edit
+from rewrite.errors import CheckpointError
+from rewrite.fold.folder import Fold, Move
+from rewrite.fold.links import Link, constant_link
+from rewrite.fold.requirements import Requirements
+from rewrite.graph.captured import Captured, TensorRef
 
-Recipe = Mapping[str, Any]
+Data = Mapping[str, Any]
 
 
-# --- writing recipes -----------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class FoldRecipe:
+    """A map, and where it goes.
+
+    Attributes:
+        target: the name to report.
+        origin: what the map is made of: a norm, a chain of links, or the map itself.
+        requirements: what the plan relies on of its numbers.
+        moves: which layers take up which part.
+        aliases: other names of those layers' modules, by the name of the layer.
+    """
+
+    target: str
+    origin: Layer | tuple[Link, ...] | Affine
+    requirements: Requirements
+    moves: tuple[Move, ...]
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def layers(self) -> tuple[Layer, ...]:
+        """Return the layers that take something up."""
+        return tuple(edit.layer for move in self.moves for edit in move.absorption.edits)
+
+    def to_data(self) -> dict[str, Any]:
+        """Return it as JSON's own types."""
+        return {
+            "do": "fold",
+            "origin": self._origin_data(),
+            "scales": self.requirements.scales,
+            "adds": self.requirements.adds,
+            "needs_positive": self.requirements.positive,
+            "invertible": self.requirements.invertible,
+            "moves": [
+                {"part": move.part, "edits": [self._edit_data(e) for e in move.absorption.edits]}
+                for move in self.moves
+            ],
+        }
+
+    def _origin_data(self) -> dict[str, Any]:
+        if isinstance(self.origin, Layer):
+            return {"layer": _layer_data(self.origin, self.aliases)}
+        if isinstance(self.origin, Affine):
+            return {"scale": self.origin.scale.tolist(), "shift": self.origin.shift.tolist()}
+        return {"constants": [dict(link.data) for link in self.origin]}
+
+    def _edit_data(self, edit: Edit) -> dict[str, Any]:
+        plain = torch.equal(edit.index, torch.arange(len(edit.index)))
+        return {
+            "layer": _layer_data(edit.layer, self.aliases),
+            "side": edit.side,
+            "index": len(edit.index) if plain else edit.index.tolist(),
+            "scale": edit.scale,
+            "shift": edit.shift,
+            "inverse": edit.inverse,
+        }
 
 
-def fold_recipe(captured: Captured, fold: Fold) -> dict[str, Any]:
-    """Return what it takes to repeat `fold` on another checkpoint."""
+@dataclass(frozen=True, eq=False)
+class AffineRecipe:
+    """A norm that becomes the multiply-add called `name`."""
+
+    target: str
+    layer: Layer
+    name: str
+
+    def to_data(self) -> dict[str, Any]:
+        """Return it as JSON's own types."""
+        return {"do": "affine", "layer": _layer_data(self.layer, {}), "name": self.name}
+
+
+@dataclass(frozen=True, eq=False)
+class TermRecipe:
+    """One branch: a convolution or nothing, where its first tap goes, and what stands behind it.
+
+    Version 0.1 named a bias whether there was one or not: it `may_lack_bias`.
+    """
+
+    weight: str | None
+    bias: str | None
+    at: tuple[int, ...]
+    links: tuple[Link, ...]
+    may_lack_bias: bool = False
+
+    def to_data(self) -> dict[str, Any]:
+        """Return it as JSON's own types."""
+        links = [dict(link.data) for link in self.links]
+        return {"weight": self.weight, "bias": self.bias, "at": list(self.at), "links": links}
+
+
+@dataclass(frozen=True, eq=False)
+class MergeRecipe:
+    """Branches that become the convolution called `name`, of the shape of the weight `like`."""
+
+    target: str
+    name: str
+    like: str
+    groups: int
+    terms: tuple[TermRecipe, ...]
+
+    def reads(self) -> set[str]:
+        """Return the names of the tensors that the branches are made of."""
+        names = {name for term in self.terms for name in (term.weight, term.bias) if name}
+        return names.union(*(link.reads() for term in self.terms for link in term.links))
+
+    def to_data(self) -> dict[str, Any]:
+        """Return it as JSON's own types."""
+        return {
+            "do": "merge",
+            "name": self.name,
+            "like": self.like,
+            "groups": self.groups,
+            "version": 2,
+            "terms": [term.to_data() for term in self.terms],
+        }
+
+
+Recipe = FoldRecipe | AffineRecipe | MergeRecipe
+
+
+def recipe_of(captured: Captured, fold: Fold) -> FoldRecipe:
+    """Return what a planned fold does."""
     source = fold.source
     if source.layer is not None:
-        origin: dict[str, Any] = {"layer": _layer(captured, source.layer)}
+        origin: Layer | tuple[Link, ...] | Affine = source.layer
     elif source.constants:
-        origin = {"constants": [link.recipe for link in source.constants]}
+        origin = tuple(constant_link(captured, constant) for constant in source.constants)
     else:
-        origin = {"scale": fold.affine.scale.tolist(), "shift": fold.affine.shift.tolist()}
-    return {
-        "do": "fold",
-        "origin": origin,
-        "scales": bool((fold.affine.scale != 1).any()),
-        "adds": fold.adds,
-        "needs_positive": fold.needs_positive,
-        "moves": [
-            {"part": move.part, "edits": [_edit(captured, e) for e in move.absorption.edits]}
-            for move in fold.moves
-        ],
+        origin = fold.affine
+    layers = {e.layer for move in fold.moves for e in move.absorption.edits}
+    if source.layer is not None:
+        layers.add(source.layer)
+    aliases = {
+        layer.name: captured.aliases(layer.module) for layer in layers if layer.module is not None
     }
+    return FoldRecipe(source.target, origin, fold.requirements, fold.moves, aliases)
 
 
-def merge_recipe(captured: Captured, merge: Merge, name: str) -> dict[str, Any]:
-    """Return what it takes to repeat `merge`, whose convolution is called `name`."""
-    outer = merge.outer
-    return {
-        "do": "merge",
-        "name": name,
-        "like": outer.weight.name,
-        "groups": outer.groups,
-        "terms": [
-            {
-                "weight": None if term.conv is None else term.conv.weight.name,
-                "bias": None
-                if term.conv is None
-                else f"{term.conv.weight.name.removesuffix('weight')}bias",
-                "at": list(place_of(captured, term, outer)),
-                "links": list(term.links),
-            }
-            for term in merge.terms
-        ],
-    }
+# --- JSON ----------------------------------------------------------------------------------------
 
 
-def _layer(captured: Captured, layer: Layer) -> dict[str, Any]:
-    aliases = [] if layer.module is None else list(captured.aliases(layer.module))
-    bias = layer.bias.name if layer.bias is not None else None
+def from_data(data: Data) -> Recipe:
+    """Return the recipe that a report holds.
+
+    Raises:
+        CheckpointError: it is none, or one that only the model itself can repeat.
+    """
+    try:
+        if data["do"] == "fold":
+            return _fold_from(data)
+        if data["do"] == "affine":
+            layer = _layer_from(data["layer"])
+            return AffineRecipe(layer.name, layer, data["name"])
+        if data["do"] == "merge":
+            return _merge_from(data)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the report holds a recipe that is incomplete: {error}") from error
+    raise CheckpointError(f"the report holds a recipe of an unknown kind: {data['do']!r}")
+
+
+def _fold_from(data: Data) -> FoldRecipe:
+    given = data["origin"]
+    if "layer" in given:
+        origin: Layer | tuple[Link, ...] | Affine = _layer_from(given["layer"])
+        target = given["layer"]["name"]
+    elif "constants" in given:
+        origin = tuple(map(Link, given["constants"]))
+        target = given["constants"][0]["target"]
+    else:
+        target = "input"
+        origin = Affine(
+            torch.tensor(given["scale"], dtype=torch.float64),
+            torch.tensor(given["shift"], dtype=torch.float64),
+        )
+    edits = [edit for move in data["moves"] for edit in move["edits"]]
+    invertible = any(edit["inverse"] for edit in edits)
+    invertible = invertible or any(move["part"] == "shift over scale" for move in data["moves"])
+    requirements = Requirements(data["scales"], data["adds"], data["needs_positive"], invertible)
+    moves = tuple(
+        Move(Absorption(tuple(map(_edit_from, move["edits"]))), move["part"])
+        for move in data["moves"]
+    )
+    aliases = {edit["layer"]["name"]: tuple(edit["layer"]["aliases"]) for edit in edits}
+    return FoldRecipe(target, origin, requirements, moves, aliases)
+
+
+def _merge_from(data: Data) -> MergeRecipe:
+    terms = tuple(
+        TermRecipe(
+            term["weight"], term["bias"], tuple(term["at"]), tuple(map(Link, term["links"])),
+            may_lack_bias="version" not in data,
+        )
+        for term in data["terms"]
+    )  # fmt: skip
+    return MergeRecipe(data["name"], data["name"], data["like"], data["groups"], terms)
+
+
+def _edit_from(data: Data) -> Edit:
+    index = data["index"]
+    positions = torch.arange(index) if isinstance(index, int) else torch.tensor(index)
+    layer = _layer_from(data["layer"])
+    return Edit(layer, data["side"], positions, data["scale"], data["shift"], data["inverse"])
+
+
+def _layer_data(layer: Layer, aliases: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    def name(ref: TensorRef | None) -> str | None:
+        return None if ref is None else ref.name
+
     return {
         "name": layer.name,
         "kind": layer.kind,
         "module": layer.module,
-        "aliases": aliases,
+        "aliases": list(aliases.get(layer.name, ())),
         "cloned": layer.call is not None,
-        "weight": None if layer.weight is None else layer.weight.name,
-        "bias": bias,
-        "mean": None if layer.mean is None else layer.mean.name,
-        "var": None if layer.var is None else layer.var.name,
+        "weight": name(layer.weight),
+        "bias": name(layer.bias),
+        "mean": name(layer.mean),
+        "var": name(layer.var),
         "eps": layer.eps,
         "groups": layer.layout.groups,
         "transposed": layer.layout.transposed,
     }
 
 
-def _edit(captured: Captured, edit: Edit) -> dict[str, Any]:
-    plain = torch.equal(edit.index, torch.arange(len(edit.index)))
-    return {
-        "layer": _layer(captured, edit.layer),
-        "side": edit.side,
-        "index": len(edit.index) if plain else edit.index.tolist(),
-        "scale": edit.scale,
-        "shift": edit.shift,
-        "inverse": edit.inverse,
-    }
+def _layer_from(data: Data) -> Layer:
+    if data["cloned"]:
+        raise CheckpointError(f"{data['name']} was cloned (unshare); convert the model instead")
+
+    def ref(key: str) -> TensorRef | None:
+        if data[key] is None:
+            return None
+        owner, _, attr = data[key].rpartition(".")
+        return TensorRef(owner, attr)
+
+    return Layer(
+        data["name"], data["kind"], cast(Node, None), data["module"], 0, 0, 0,
+        Layout(data["groups"], data["transposed"]), ref("weight"), ref("bias"), ref("mean"),
+        ref("var"), data["eps"],
+    )  # fmt: skip

@@ -6,12 +6,11 @@ input      model((x - mean) / std)                       ->  model'(x)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from rewrite.affine.algebra import Affine
-from rewrite.affine.ledger import Ledger
 from rewrite.fold.candidates import Source
-from rewrite.graph.editor import Editor
+from rewrite.fold.recipes import AffineRecipe
+from rewrite.fold.store import ModelStore
 from rewrite.nn.modules import ChannelAffine
 from rewrite.outcomes import Change
 
@@ -23,29 +22,30 @@ class UnfoldedNorm:
     source: Source
     reason: str
 
-    def take(self, ledger: Ledger) -> Affine:
-        """Return the map with all that the norm has taken up, which it need not be given then."""
-        affine = self.source.affine(ledger)
-        if self.source.layer is not None:
-            ledger.forget(self.source.layer)
-        return affine
-
-    def write(self, editor: Editor, affine: Affine) -> Change:
-        """Put the multiply-add in place of the norm."""
-        source = self.source
-        layer = source.layer
+    def recipe(self) -> AffineRecipe:
+        """Return what the norm becomes, under a name that is no module's yet."""
+        layer = self.source.layer
         assert layer is not None and layer.mean is not None
-        old = editor.captured.tensor(layer.weight or layer.mean)
-        module = ChannelAffine(affine.scale.to(old.dtype), affine.shift.to(old.dtype))
+        return AffineRecipe(self.source.target, layer, f"{self.source.first[0].name}.affine")
+
+    def write(self, store: ModelStore, recipe: AffineRecipe) -> Change:
+        """Put the multiply-add, whose tensors are in `store`, in place of the norm."""
+        source, layer = self.source, recipe.layer
+        refs = (layer.weight, layer.bias, layer.mean, layer.var)
+        like = layer.weight or layer.mean
+        assert like is not None
+        trains = layer.weight is not None and store.get(like.name).requires_grad
+        weight, bias = (store.beside[f"{recipe.name}.{attr}"] for attr in ("weight", "bias"))
+        module = ChannelAffine(weight, bias)
         for parameter in module.parameters():
-            parameter.requires_grad_(layer.weight is not None and old.requires_grad)
-        name = editor.substitute(source.first[0], module, "affine")
-        keys: dict[str, str | None] = {
-            ref.name: f"{name}.{ref.attr}" if ref.attr in ("weight", "bias") else None
-            for ref in (layer.weight, layer.bias, layer.mean, layer.var)
-            if ref is not None
-        }
+            parameter.requires_grad_(trains)
+        counter = "num_batches_tracked" in store.captured.module(source.target)._buffers
+        name = store.captured.editor.substitute(source.first[0], module, "affine")
+        places = (f"{name}.weight", f"{name}.bias", None, None)
+        keys = {ref.name: new for ref, new in zip(refs, places, strict=True) if ref is not None}
+        if counter:
+            keys[f"{source.target}.num_batches_tracked"] = None
         return Change(
             source.target, source.before, f"one multiply-add, {name}", note=self.reason,
-            touched=(name,), keys=keys,
+            touched=(name,), keys=keys, recipe=replace(recipe, name=name).to_data(),
         )  # fmt: skip

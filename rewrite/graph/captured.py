@@ -16,7 +16,7 @@ import inspect
 import linecache
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,8 @@ class Captured:
         opaque: the modules that are one call to the tracer, with the reason.
         shape_error: why some values have no shape although example inputs were given.
         notes: what a pass has to say of the whole model; it goes into the report.
+        exact: what tensors that a pass wrote are before they are rounded, in float64 and by
+            qualified name; verification asks for them.
     """
 
     model: nn.Module
@@ -80,6 +82,7 @@ class Captured:
     opaque: dict[str, Opaque]
     shape_error: str | None = None
     notes: list[str] = field(default_factory=list)
+    exact: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
     _class_words: dict[type, frozenset[str] | None] = field(default_factory=dict, repr=False)
 
     # -- modules ------------------------------------------------------------------------------

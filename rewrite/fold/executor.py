@@ -1,0 +1,205 @@
+"""Run recipes on tensors by name: the one executor of a fold, in memory and on a checkpoint.
+
+    1. every map is made of the old tensors, checked against what its plan relies on, and entered
+       in the ledger of the layers that take it up
+    2. each layer's new tensors are computed in float64 from all of them, and rounded once
+    3. branches are added up, with the norms that were folded into them
+
+Only short vectors are kept between the steps; a weight is read, computed and written by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rewrite.affine.algebra import Affine, dirac, embed
+from rewrite.affine.layers import Layer
+from rewrite.affine.ledger import Ledger
+from rewrite.errors import CheckpointError
+from rewrite.fold.recipes import AffineRecipe, FoldRecipe, MergeRecipe, Recipe, TermRecipe
+from rewrite.fold.requirements import culprit, narrowest
+from rewrite.graph.captured import TensorRef
+
+Exact = dict[str, Callable[[], Tensor]]
+"""What written tensors are before they are rounded, in float64, by name; computed when asked."""
+
+
+class TensorStore(Protocol):
+    """Tensors by name: a model, a state dict, or files that hold one shard each."""
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor; raise `CheckpointError` if there is none of that name."""
+        ...
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in the place of the one of that name, or beside the others."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Take a tensor away, if there is one of that name."""
+        ...
+
+
+def run_recipes(recipes: Sequence[Recipe], store: TensorStore, exact: Exact | None = None) -> None:
+    """Run `recipes` in their order on the tensors of `store`.
+
+    Args:
+        recipes: those of one fold.
+        store: what is read and written.
+        exact: is told what each written tensor is before it is rounded, if given. The old tensors
+            live as long as it does.
+
+    Raises:
+        CheckpointError: a tensor is missing, or the tensors break what the plan relied on.
+    """
+    ledger = Ledger(lambda ref: store.get(ref.name))
+    aliases: dict[str, tuple[str, ...]] = {}
+    for recipe in recipes:
+        if isinstance(recipe, FoldRecipe):
+            _enter(recipe, ledger, store)
+            aliases |= recipe.aliases
+    merges = [recipe for recipe in recipes if isinstance(recipe, MergeRecipe)]
+    merged_names = {name for recipe in merges for name in recipe.reads()}
+    unrounded: Exact = {}
+    for recipe in recipes:
+        if isinstance(recipe, AffineRecipe):
+            unrounded |= _write_affine(recipe, ledger, store)
+    for layer in ledger.layers():
+        own = ledger.alone(layer)
+        for attr, tensor in own.new_tensors(layer).items():
+            for name in names_of(layer, attr, aliases.get(layer.name, ())):
+                _set(store, name, tensor)
+                if exact is not None or name in merged_names:
+                    unrounded[name] = _promise(own, layer, attr)
+    for recipe in merges:
+        unrounded |= run_merge(recipe, store, unrounded)
+    if exact is not None:
+        exact |= unrounded
+
+
+def names_of(layer: Layer, attr: str, aliases: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the names of a layer's weight or bias, under which a store is given it.
+
+    A layer at one call of several, and the new bias of a function call, have a key and no name.
+    """
+    ref = {"weight": layer.weight, "bias": layer.bias}[attr]
+    if layer.call is not None or (ref is None and layer.module is None):
+        return (f"{layer.key}:{attr}",)
+    name = ref.name if ref is not None else TensorRef(str(layer.module), attr).name
+    return (name, *(TensorRef(alias, attr).name for alias in aliases))
+
+
+def _enter(recipe: FoldRecipe, ledger: Ledger, store: TensorStore) -> None:
+    origin = recipe.origin
+    dtype = narrowest(recipe.layers(), lambda ref: store.get(ref.name))
+    if isinstance(origin, Layer):
+        affine = ledger.affine(origin)
+    elif isinstance(origin, Affine):
+        affine = origin
+    else:
+        affine = _chain([link.value(store.get) for link in origin])
+    if broken := recipe.requirements.broken_by(affine, dtype):
+        why = culprit(origin, lambda ref: store.get(ref.name)) if isinstance(origin, Layer) else ""
+        raise CheckpointError(
+            f"{recipe.target}: this checkpoint's {broken}{f' ({why})' if why else ''}; convert the "
+            "model instead"
+        )
+    if isinstance(origin, Layer):
+        ledger.forget(origin)
+    for move in recipe.moves:
+        move.enter(ledger, affine)
+
+
+def _chain(links: Sequence[Affine]) -> Affine:
+    result = links[0]
+    for affine in links[1:]:
+        result = affine.after(result)
+    return result
+
+
+def _write_affine(recipe: AffineRecipe, ledger: Ledger, store: TensorStore) -> Exact:
+    layer = recipe.layer
+    affine = ledger.affine(layer)
+    ledger.forget(layer)
+    dtype = narrowest([layer], lambda ref: store.get(ref.name))
+    exact = {"weight": affine.scale, "bias": affine.shift}
+    for attr, tensor in exact.items():
+        _set(store, f"{recipe.name}.{attr}", tensor.to(dtype))
+    return {f"{recipe.name}.{attr}": (lambda t=t: t) for attr, t in exact.items()}  # type: ignore[misc]
+
+
+def _promise(ledger: Ledger, layer: Layer, attr: str) -> Callable[[], Tensor]:
+    return lambda: ledger.exact(layer, attr)
+
+
+def run_merge(recipe: MergeRecipe, store: TensorStore, unrounded: Exact) -> Exact:
+    """Write weight and bias of merged branches, under the name of the recipe.
+
+    `unrounded` holds what folds have written before: branches are added up as they were before
+    they were rounded, and their sum is rounded once. Returned is the same of the sum.
+    """
+    like = store.get(recipe.like)
+    held: dict[str, Tensor] = {}
+
+    def read(name: str) -> Tensor:
+        if name in unrounded:
+            return unrounded[name]()
+        if name not in held:
+            held[name] = store.get(name)
+        return held[name]
+
+    kernel, bias = merged(recipe, like, read)
+    _set(store, f"{recipe.name}.weight", torch.empty_like(like).copy_(kernel))
+    _set(store, f"{recipe.name}.bias", bias.to(like.dtype))
+    return {
+        f"{recipe.name}.weight": lambda: merged(recipe, like, read)[0],
+        f"{recipe.name}.bias": lambda: merged(recipe, like, read)[1],
+    }
+
+
+def merged(
+    recipe: MergeRecipe, like: Tensor, read: Callable[[str], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of the one convolution that merged branches are, in float64."""
+    channels, taps, device = like.shape[0], like.shape[2:], like.device
+    kernel = torch.zeros(like.shape, dtype=torch.float64, device=device)
+    bias = torch.zeros(channels, dtype=torch.float64, device=device)
+    column = (-1, *(1,) * (like.dim() - 1))
+    for term in recipe.terms:
+        affine = Affine.identity(channels).to(device)
+        for link in term.links:
+            if link.data["is"] == "negative":
+                affine = Affine(-affine.scale, -affine.shift)
+            else:
+                affine = link.value(read).to(device).after(affine)
+        if term.weight is None:
+            part = dirac(channels, recipe.groups, taps, term.at).to(device)
+        else:
+            part = embed(read(term.weight).detach().double(), taps, term.at)
+            if (held := _bias(term, read)) is not None:
+                bias += affine.scale * held.detach().double()
+        kernel += affine.scale.view(column) * part
+        bias += affine.shift
+    return kernel, bias
+
+
+def _bias(term: TermRecipe, read: Callable[[str], Tensor]) -> Tensor | None:
+    if term.bias is None:
+        return None
+    try:
+        return read(term.bias)
+    except CheckpointError:
+        if term.may_lack_bias:
+            return None
+        raise
+
+
+def _set(store: TensorStore, name: str, tensor: Tensor) -> None:
+    # The sum reads the tensor once; if it is finite, so is every value.
+    if not bool(tensor.sum(dtype=torch.float32).isfinite()) and not bool(tensor.isfinite().all()):
+        raise CheckpointError(f"{name} would hold values that are not finite in {tensor.dtype}")
+    store.set(name, tensor)

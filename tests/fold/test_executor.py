@@ -1,0 +1,202 @@
+"""rewrite.fold.executor: one fold in memory and on a state dict is the same, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import models
+import rewrite
+from passes import FoldNorm
+from rewrite.errors import CheckpointError
+from rewrite.fold.replay import apply_report
+from rewrite.protocol import apply_pass
+from rewrite.runtime.copying import copy_model
+
+NAMES = (
+    "residual", "depthwise", "grouped_transpose", "norm_norm", "shared_conv_and_norm",
+    "norm_under_two_names", "norm_with_activation", "linear_norm", "parallel_branches",
+    "transformer", "batch_norm_transformer", "norm_first", "functional_norm_deep",
+)  # fmt: skip
+
+
+class Constants(nn.Module):
+    """Scales by what a forward computes of its tensors: 1 + w, exp(w), a frozen batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.w = nn.Parameter(torch.rand(4, 1, 1))
+        self.log = nn.Parameter(torch.randn(4))
+        self.register_buffer("mean", torch.randn(4))
+        self.register_buffer("var", torch.rand(4) + 0.5)
+        self.last = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x) * (1 + self.w)
+        y = y * self.log.exp().view(1, -1, 1, 1)
+        scale = (self.var + 1e-5).rsqrt().reshape(1, -1, 1, 1)
+        return torch.relu(y * scale - self.mean[:, None, None] * scale)
+
+
+def report_and_state(
+    model: nn.Module, inputs: Any, **options: Any
+) -> tuple[Any, dict[str, Tensor]]:
+    result = rewrite.convert(model, FoldNorm(**options), example_inputs=inputs, verify=False)
+    return json.loads(result.report.to_json()), result.model.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*NAMES, "constants"])
+def test_in_memory_and_on_a_state_dict_a_fold_is_the_same_bit_for_bit(name, dtype) -> None:
+    if name == "constants":
+        model, inputs = Constants().eval(), (torch.randn(1, 3, 8, 8),)
+    else:
+        model, inputs = models.build(name)
+    model = model.to(dtype)
+    inputs = tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs)
+    other = copy_model(model)
+    for parameter in other.parameters():
+        parameter.data = parameter.data * (torch.rand(parameter.shape) + 0.5).to(dtype)
+    report, _ = report_and_state(model, inputs)
+    _, want = report_and_state(other, inputs)
+    got = apply_report(report, other.state_dict())
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_a_constant_that_is_computed_is_replayed_as_it_is_computed() -> None:
+    model, x = Constants().double().eval(), torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    report, folded = report_and_state(model, x)
+    assert not {"w", "log"} & folded.keys()
+    other = Constants().double().eval()
+    state = apply_report(report, other.state_dict())
+    y = F.conv2d(x, state["conv.weight"], state["conv.bias"])
+    assert torch.allclose(torch.relu(y), other(x), rtol=0, atol=1e-12)
+
+
+def test_a_leftover_is_replayed_as_the_multiply_add_that_it_is() -> None:
+    model, inputs = models.build("norm_first")
+    model = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.SiLU())
+    models.randomize_norms_(model.double().eval())
+    inputs = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    report, _ = report_and_state(model, inputs, leftover="affine")
+    other = models.randomize_norms_(copy_model(model), 5)
+    _, want = report_and_state(other, inputs, leftover="affine")
+    got = apply_report(report, other.state_dict())
+    assert got.keys() == want.keys() == {"1.weight", "1.bias"}
+    assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_written_is_within_half_an_ulp_of_its_exact_value(name: str) -> None:
+    model, inputs = models.build(name)
+    model = model.float()
+    inputs = tuple(t.float() if t.is_floating_point() else t for t in inputs)
+    applied = apply_pass(FoldNorm(), model, inputs)
+    stored = dict(applied.model.named_parameters(remove_duplicate=False))
+    written = {key: value() for key, value in applied.exact.items() if key in stored}
+    assert written
+    for key, value in written.items():
+        assert value.dtype is torch.float64 and torch.equal(stored[key], value.to(torch.float32))
+        assert not value.any() or key.endswith("bias") or not torch.equal(value, value.float())
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("norm.running_var", -1.0, r"norm\.running_var is negative"),
+        ("norm.running_var", float("nan"), r"norm\.running_var holds values that are not finite"),
+        ("norm.running_mean", float("inf"), r"norm\.running_mean holds values that are not finite"),
+        ("norm.weight", float("nan"), r"norm\.weight holds values that are not finite"),
+        ("conv.weight", float("nan"), r"conv\.weight would hold values that are not finite"),
+    ],
+)
+def test_a_checkpoint_without_a_map_is_refused_by_name(key, value, reason) -> None:
+    model = models.randomize_norms_(Net().eval())
+    report, _ = report_and_state(model, torch.randn(1, 3, 8, 8))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    apply_report(report, state)
+    state[key].view(-1)[1] = value
+    with pytest.raises(CheckpointError, match=reason):
+        apply_report(report, state)
+    model.load_state_dict(state)
+    if key.startswith("norm"):
+        result = rewrite.convert(model, "fold", verify=False)
+        (skip,) = result.report.skips
+        assert not result.report.changes and re.search(reason, skip.reason)
+    else:
+        with pytest.raises(rewrite.PassError, match=reason):
+            rewrite.convert(model, "fold", verify=False)
+
+
+class Compensated(nn.Module):
+    """The value in front of the norm has another reader, which takes up the inverse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.other = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return torch.tanh(self.norm(y)) + self.other(y)
+
+
+def test_a_scale_of_zero_is_refused_where_an_inverse_is_taken_up() -> None:
+    model = models.randomize_norms_(Compensated().eval())
+    report, _ = report_and_state(model, torch.randn(1, 3, 8, 8), compensate=True)
+    assert len(report["passes"][0]["changes"]) == 1
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    apply_report(report, state)
+    state["norm.weight"][2] = 0.0
+    with pytest.raises(CheckpointError, match=r"norm.*scale of zero.*norm\.weight holds 0"):
+        apply_report(report, state)
+    plain = models.randomize_norms_(Net().eval())
+    report, _ = report_and_state(plain, torch.randn(1, 3, 8, 8))
+    state = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    state["norm.weight"][2] = 0.0
+    assert not apply_report(report, state)["conv.weight"][2].any()
+
+
+def test_a_value_that_overflows_its_type_is_no_fold() -> None:
+    model = models.randomize_norms_(Net().eval())
+    with torch.no_grad():
+        model.norm.running_var.fill_(1e-9)
+        model.norm.eps = 1e-9
+        model.conv.weight.mul_(100)
+    for dtype, changes in ((torch.float16, 0), (torch.bfloat16, 1)):
+        copy = copy_model(model).to(dtype)
+        copy.norm.running_var = torch.full((4,), 1e-9)
+        try:
+            result = rewrite.convert(copy, "fold", verify=False)
+        except rewrite.PassError as error:
+            assert changes == 0 and "not finite in torch.float16" in str(error)
+        else:
+            assert len(result.report.changes) == changes
+
+
+def test_branches_are_added_up_before_they_are_rounded() -> None:
+    model, inputs = models.build("parallel_branches")
+    narrow = copy_model(model).float()
+    wide = copy_model(narrow).double()
+    images = tuple(t.float() for t in inputs)
+    got = rewrite.convert(narrow, "fold", example_inputs=images).model.state_dict()
+    want = rewrite.convert(wide, "fold", example_inputs=inputs).model.state_dict()
+    assert any("merged_conv" in key for key in got)
+    assert all(torch.equal(got[key], want[key].float()) for key in want)
