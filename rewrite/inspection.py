@@ -67,7 +67,7 @@ class Inspection:
         """Return everything as JSON text."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
-    def tables(self) -> Iterator[RenderableType]:
+    def tables(self, *, verbose: bool = False) -> Iterator[RenderableType]:
         """Yield what to print, as rich renderables."""
         from rich.text import Text
 

@@ -51,6 +51,13 @@ class Result(Generic[Model]):
     model: Model
     report: Report
 
+    def __repr__(self) -> str:
+        return f"<Result: {type(self.model).__name__}, {self.report!r}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the report."""
+        return self.report._repr_html_()
+
 
 def convert(
     model: Model,

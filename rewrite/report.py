@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from rewrite.alike import group_alike
 from rewrite.outcomes import Change, Skip
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
+    from torch import nn
 
     from rewrite.equivalence.verification import Verification
 
@@ -108,45 +111,94 @@ class Report:
             "notes": list(self.notes),
         }
 
-    def tables(self) -> Iterator[RenderableType]:
-        """Yield one rich table a pass, and the agreement."""
-        from rich.table import Table
+    def tables(self, *, verbose: bool = False) -> Iterator[RenderableType]:
+        """Yield what a terminal shows: what was left alone first, the verdict last.
+
+        Rows that are alike but for their numbers are one, unless `verbose`.
+        """
         from rich.text import Text
 
-        for item in self.passes:
-            yield Text(f"{item.spec} ({item.contract})", style="bold")
-            table = Table(box=None, pad_edge=False)
-            for column in ("module", "was", "is", "note"):
-                table.add_column(column, overflow="fold")
-            for change in item.changes:
-                table.add_row(*map(Text, (change.target, change.before, change.after, change.note)))
-            for skip in item.skips:
-                table.add_row(
-                    *map(Text, (skip.target, skip.before, "left alone", skip.reason)),
-                    style="yellow",
-                )
-            if item.changes or item.skips:
-                yield table
-            yield Text(f"{len(item.changes)} rewritten, {len(item.skips)} left alone")
-            for name in item.violations:
+        for part in self.passes:
+            yield Text(f"{part.spec} ({part.contract})", style="bold")
+            skips = [(s.target or "(root)", s.before, s.reason) for s in part.skips]
+            for name, before, reason, count in _rows(skips, verbose):
+                yield _entry(name, f"{before}, left alone: {reason}", count, "yellow")
+            changes = [(c.target or "(root)", c.before, c.after, c.note) for c in part.changes]
+            for name, before, after, note, count in _rows(changes, verbose):
+                yield _entry(name, f"{before} → {after}{f' ({note})' if note else ''}", count)
+            for name in part.violations:
                 yield Text(f"{name} changed although no rewritten site names it", style="red")
+            yield Text(f"{len(part.changes)} rewritten, {len(part.skips)} left alone")
         for note in self.notes:
             yield Text(f"note: {note}")
         if self.verification is not None:
             yield Text(str(self.verification))
 
+    def to_html(
+        self,
+        before: nn.Module | None = None,
+        after: nn.Module | None = None,
+        example_inputs: Any = None,
+        provenance: Mapping[str, str] | None = None,
+    ) -> str:
+        """Return the report as one HTML page that opens offline.
+
+        With both models and an input the page shows them module by module, each with its error.
+        """
+        from rewrite.html.pages import conversion_page
+        from rewrite.provenance import provenance as reproduced
+
+        modules = None
+        if before is not None and after is not None:
+            from rewrite.equivalence.side_by_side import side_by_side
+            from rewrite.runtime.inputs import Inputs
+
+            inputs = None if example_inputs is None else Inputs.of(example_inputs)
+            modules = side_by_side(before, after, inputs)
+        known = reproduced() if provenance is None else provenance
+        return conversion_page(self, modules, known).render()
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the terminal's text."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def __repr__(self) -> str:
+        passes = ", ".join(part.spec for part in self.passes)
+        verdict = "ok" if self.ok else "broken"
+        return (
+            f"<Report of {passes}: {len(self.changes)} rewritten, {len(self.skips)} left alone, "
+            f"{verdict}>"
+        )
+
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(file=io.StringIO(), width=120)
-        return _printed(console, self)
+        console = Console(file=io.StringIO(), width=100, highlight=False)
+        with console.capture() as printed:
+            for shown in self.tables():
+                console.print(shown)
+        return printed.get()
 
 
-def _printed(console: Console, report: Report) -> str:
-    with console.capture() as printed:
-        for item in report.tables():
-            console.print(item)
-    return printed.get()
+def _rows(rows: Sequence[tuple[str, ...]], verbose: bool) -> Iterator[tuple[Any, ...]]:
+    """Yield each row with the number of rows that it stands for."""
+    if verbose:
+        yield from ((*row, 1) for row in rows)
+    else:
+        yield from ((*merged.texts, merged.count) for merged in group_alike(rows))
+
+
+def _entry(name: str, text: str, count: int, style: str = "") -> RenderableType:
+    """Return a row: the name on a line of its own, unbroken, and what there is to say below it."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    alike = f"  {count} alike" if count > 1 else ""
+    return Group(
+        Padding(Text(f"{name}{alike}", style), (0, 0, 0, 2), expand=False),
+        Padding(Text(text, style), (0, 0, 0, 6), expand=False),
+    )
 
 
 def _as_dict(verification: Verification | None) -> dict[str, Any] | None:

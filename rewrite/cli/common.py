@@ -31,8 +31,8 @@ class Reported(Protocol):
         """Return it as JSON."""
         ...
 
-    def tables(self) -> Iterable[Any]:
-        """Return what rich prints of it."""
+    def tables(self, *, verbose: bool = False) -> Iterable[Any]:
+        """Return what rich prints of it; with `verbose` also rows that are alike."""
         ...
 
 
@@ -63,6 +63,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="1x3x224x224[,...] or a .npz/.npy/.pt file: what the model is run on",
     )
     parser.add_argument("--report", metavar="OUT.json", help="write the report as JSON")
+    parser.add_argument("--html", metavar="OUT.html", help="write the report as one HTML page")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--verbose", action="store_true", help="print every row, also those alike")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
@@ -84,16 +87,27 @@ def example_inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, 
     return parse_shapes(options.input, model, options.seed)
 
 
-def write_report(options: argparse.Namespace, found: Reported) -> None:
-    """Print the tables of what was found and write its JSON, as the options say."""
-    if options.report:
-        from rewrite.files import write_bytes
+def write_report(options: argparse.Namespace, found: Reported, page: str | None = None) -> None:
+    """Print what was found and write its JSON and its HTML page, as the options say."""
+    from rewrite.files import write_bytes
 
+    if options.report:
         write_bytes(options.report, found.to_json().encode())
-    if not options.quiet:
+    if options.html and page is not None:
+        write_bytes(options.html, page.encode())
+    if options.json:
+        print(found.to_json().rstrip())
+    elif not options.quiet:
         screen = console()
-        for item in found.tables():
-            screen.print(item)
+        for shown in found.tables(verbose=options.verbose):
+            screen.print(shown)
+
+
+def own_provenance(*files: str | None) -> dict[str, str]:
+    """Return the command line, the hashes of the files that were read, and the versions."""
+    from rewrite.provenance import own_command, provenance
+
+    return provenance([name for name in files if name is not None], own_command())
 
 
 def console() -> Console:
@@ -104,12 +118,15 @@ def console() -> Console:
 
 
 def check_report(options: argparse.Namespace, *others: str | None) -> None:
-    """Raise when the report cannot be written, or would take the place of another file."""
-    if not options.report:
-        return
+    """Raise when a report cannot be written, or would take the place of another file."""
     from rewrite.files import check_writable
 
-    report = check_writable(options.report).resolve()
-    for other in (*others, options.input):
-        if other is not None and Path(other).resolve() == report:
-            raise OptionError(f"--report {options.report}: is {other}; give the report a place")
+    taken = [*others, options.input]
+    for flag, name in (("--report", options.report), ("--html", options.html)):
+        if not name:
+            continue
+        place = check_writable(name).resolve()
+        for other in taken:
+            if other is not None and Path(other).resolve() == place:
+                raise OptionError(f"{flag} {name}: is {other}; give the report a place")
+        taken.append(name)

@@ -95,11 +95,12 @@ def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool
     from rewrite.files import check_writable
 
     writes = first and not options.dry_run
+    reports = (options.report, options.html)
     if not first:
-        options.report = None
-    for path in (output, options.report, options.onnx) if writes else (options.report,):
+        options.report = options.html = None
+    for path in (output, *reports, options.onnx) if writes else reports:
         if path is not None:
-            check_writable(path, overwrite=options.force or path == options.report)
+            check_writable(path, overwrite=options.force or path in reports)
 
     from rewrite.pipeline import convert
     from rewrite.progress import ProgressLine
@@ -112,9 +113,10 @@ def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool
             model, chosen, example_inputs=inputs,
             calibration=_calibration(options, model), only=options.only, skip=options.skip,
             verify=not (options.no_verify or options.dry_run), seed=options.seed, progress=progress,
-            check=False, consume=True,
+            check=False, consume=options.html is None,
         )  # fmt: skip
         code = _judge(result.report, len(chosen), options)
+        page = _page(options, result, model, inputs) if options.html else None
         del model
         exported = None
         if code == OK and writes and result.report.changes:
@@ -125,7 +127,7 @@ def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool
                 exported = _export(options, result, inputs)
             progress("saving")
             save(result.model, output, overwrite=options.force)
-    write_report(options, result.report)
+    write_report(options, result.report, page)
     if code == OK and not options.quiet:
         print("nothing written (--dry-run)" if options.dry_run else f"wrote {output}")
     if exported is not None:
@@ -135,6 +137,18 @@ def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool
         if not exported.ok:
             return complain(f"{options.onnx}: does not agree with the model", FAILED)
     return code
+
+
+def _page(
+    options: argparse.Namespace, result: Result[nn.Module], model: nn.Module, inputs: Any
+) -> str:
+    """Return the HTML page of a conversion, on the input that was given or one that is made up."""
+    from rewrite.cli.common import own_provenance
+    from rewrite.runtime.infer_inputs import infer_example_inputs
+
+    if inputs is None:
+        inputs = infer_example_inputs(model, options.seed)
+    return result.report.to_html(model, result.model, inputs, own_provenance(options.model))
 
 
 def _output(options: argparse.Namespace) -> Path:

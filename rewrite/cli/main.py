@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rewrite import __version__
-from rewrite.cli import apply_map, convert, export, inspect, passes, verify
+from rewrite.cli import apply_map, compare, convert, export, inspect, passes, verify
 from rewrite.cli.common import FAILED, USAGE, complain
 from rewrite.errors import PassError, RewriteError
 
@@ -53,6 +53,6 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rewrite {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     convert.add_parsers(commands, argv)
-    for command in (inspect, passes, verify, export, apply_map):
+    for command in (inspect, passes, verify, compare, export, apply_map):
         command.add_parsers(commands)
     return parser

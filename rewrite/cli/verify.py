@@ -14,8 +14,10 @@ from rewrite.cli.common import (
     OK,
     add_model_arguments,
     check_report,
+    complain,
     example_inputs,
     load_model,
+    own_provenance,
     write_report,
 )
 from rewrite.errors import OptionError
@@ -66,8 +68,19 @@ def run_verify(options: argparse.Namespace) -> int:
         )
     if not any(onnx_files) and (options.expect or options.expect_no or options.repro):
         raise OptionError("--expect, --expect-no and --repro are about ONNX files")
-    found = _verify_onnx(options) if any(onnx_files) else _verify_models(options)
-    write_report(options, found)
+    page: str | None = None
+    found: Verification | OnnxVerification
+    if any(onnx_files):
+        found = _verify_onnx(options)
+        if options.html:
+            from rewrite.html.pages import onnx_page
+
+            page = onnx_page(found, own_provenance(options.model, options.other)).render()
+    else:
+        found, page = _verify_models(options)
+    write_report(options, found, page)
+    if options.quiet and not found.ok:
+        return complain(found.reasons[0], FAILED)
     return OK if found.ok else FAILED
 
 
@@ -75,21 +88,38 @@ def _is_onnx(name: str) -> bool:
     return Path(name).suffix.lower() in (".onnx", ".ort")
 
 
-def _verify_models(options: argparse.Namespace) -> Verification:
+def _verify_models(options: argparse.Namespace) -> tuple[Verification, str | None]:
+    """Return what was found, and its HTML page where one is wanted."""
     from rewrite.equivalence.verification import Level
     from rewrite.equivalence.verify import verify
     from rewrite.outcomes import Contract
 
     before = load_model(options, options.model)
-    return verify(
+    after = load_model(options, options.other)
+    inputs: Any = example_inputs(options, before)
+    found = verify(
         before,
-        load_model(options, options.other),
-        example_inputs(options, before),
+        after,
+        inputs,
         calibration=_calibration(options, before),
         contract=Contract(options.contract),
         level=Level.QUICK if options.quick else Level.THOROUGH,
         seed=options.seed,
     )
+    if not options.html:
+        return found, None
+    from rewrite.equivalence.side_by_side import side_by_side
+    from rewrite.html.pages import verification_page
+    from rewrite.runtime.infer_inputs import infer_example_inputs
+    from rewrite.runtime.inputs import Inputs
+
+    if inputs is None:
+        inputs = infer_example_inputs(before, options.seed)
+    given = None if inputs is None else Inputs.of(inputs)
+    modules = side_by_side(before, after, given, options.seed)
+    known = own_provenance(options.model, options.other)
+    title = f"{options.other} held to {options.model}"
+    return found, verification_page(found, modules, known, title).render()
 
 
 def _verify_onnx(options: argparse.Namespace) -> OnnxVerification:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import html
 import json
 import math
 from collections.abc import Iterator
@@ -85,6 +86,13 @@ class Verification:
     def __bool__(self) -> bool:
         return self.ok
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the terminal's text."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def __repr__(self) -> str:
+        return f"<Verification: {str(self).splitlines()[0]}>"
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON's own types."""
         return {
@@ -114,14 +122,16 @@ class Verification:
     def __str__(self) -> str:
         ran = sum(not case.skipped for case in self.cases)
         verdict = "holds" if self.ok else "does not hold"
-        lines = [f"{self.contract} {verdict}: {ran} inputs, {self.distance()}"]
+        lines = [
+            f"{self.contract} {verdict}: {ran} input{'' if ran == 1 else 's'}, {self.distance()}"
+        ]
         lines += [f"  {reason}" for reason in self.reasons]
         lines += [f"  left out: {c.name}: {c.skipped}" for c in self.cases if c.skipped]
         if self.divergence is not None:
             lines.append(str(self.divergence))
         return "\n".join(lines)
 
-    def tables(self) -> Iterator[Table | str]:
+    def tables(self, *, verbose: bool = False) -> Iterator[Table | str]:
         """Yield what a terminal shows."""
         from rich.table import Table
 

@@ -104,7 +104,7 @@ class OnnxVerification:
             lines.append(str(self.divergence))
         return "\n".join(lines)
 
-    def tables(self) -> Iterator[Table | str]:
+    def tables(self, *, verbose: bool = False) -> Iterator[Table | str]:
         """Yield what a terminal shows."""
         from rich.table import Table
         from rich.text import Text

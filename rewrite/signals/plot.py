@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from rewrite.errors import OptionError
 from rewrite.files import atomic_path
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from rewrite.signals.report import Signal
     from rewrite.signals.rows import SignalRow
 
@@ -24,11 +27,23 @@ def plot_signals(signals: Mapping[str, Signal], path: Path) -> Path:
         OptionError: another suffix, or matplotlib is not installed.
     """
     check_plot(path)
+    figure = draw_signals(signals)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lower().lstrip("."), dpi=120)
+    return path
+
+
+def draw_signals(signals: Mapping[str, Signal]) -> Figure:
+    """Return the figure of one or more signals, each under its name.
+
+    Raises:
+        OptionError: matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise OptionError("plots need matplotlib; pip install matplotlib") from error
+        raise OptionError("plots need matplotlib; pip install 'rewrite[plot]'") from error
     figure = Figure(figsize=(10, 8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
@@ -44,17 +59,19 @@ def plot_signals(signals: Mapping[str, Signal], path: Path) -> Path:
         place.set_title(title, fontsize=10)
         place.set_xlabel("layer, in data-flow order")
         if logarithmic and place.lines:
-            place.set_yscale("log")
+            # Logarithmic from the smallest positive value on, linear below: zeros stay visible.
+            drawn = [v for drawn in place.lines for v in drawn.get_ydata() if v > 0]
+            place.set_yscale("symlog", linthresh=min(drawn, default=1.0))
         place.grid(alpha=0.3)
         if len(signals) > 1:
             place.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lower().lstrip("."), dpi=120)
-    return path
+    return figure
 
 
 def check_plot(path: Path) -> None:
-    """Raise OptionError unless a picture can have this name."""
+    """Raise OptionError unless a picture can have this name, and can be drawn."""
+    if find_spec("matplotlib") is None:
+        raise OptionError("plots need matplotlib; pip install 'rewrite[plot]'")
     if path.suffix.lower() not in (".png", ".svg"):
         raise OptionError(f"{path}: a plot is a .png or .svg file")
 
@@ -74,8 +91,7 @@ def _draw(place: Any, rows: tuple[SignalRow, ...], value: Any, name: str) -> Non
     depths = [depth for depth, _ in known]
     series = list(zip(*(v if isinstance(v, tuple) else (v,) for _, v in known), strict=True))
     for index, values in enumerate(series):
-        positive = [v if v > 0 else float("nan") for v in values]
         place.plot(
-            depths, positive, line, color=color, marker=".", markersize=3,
+            depths, values, line, color=color, marker=".", markersize=3,
             alpha=1.0 if index == 0 else 0.5, label=name if index == 0 else None,
         )  # fmt: skip

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import RenderableType
 
     from rewrite.signals.rows import SignalRow
@@ -35,7 +37,7 @@ class Signal:
         """Return everything as JSON text."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
-    def tables(self) -> Iterator[RenderableType]:
+    def tables(self, *, verbose: bool = False) -> Iterator[RenderableType]:
         """Yield what to print, as rich renderables."""
         from rich.table import Table
         from rich.text import Text
@@ -56,12 +58,28 @@ class Signal:
         for note in self.notes:
             yield Text(note)
 
-    def plot(self, path: str | Path, before: Signal | None = None) -> Path:
-        """Draw spread by depth into a .png or .svg file, `before` beside it in the same axes."""
-        from rewrite.signals.plot import plot_signals
+    @overload
+    def plot(self, path: str | Path, before: Signal | None = None) -> Path: ...
+
+    @overload
+    def plot(self, path: None = None, before: Signal | None = None) -> Figure: ...
+
+    def plot(self, path: str | Path | None = None, before: Signal | None = None) -> Path | Figure:
+        """Draw spread by depth into a .png or .svg file, `before` beside it in the same axes.
+
+        Without a path the figure is returned, which a notebook shows.
+        """
+        from rewrite.signals.plot import draw_signals, plot_signals
 
         named = {"after": self, "before": before} if before is not None else {"": self}
-        return plot_signals(named, Path(path))
+        return draw_signals(named) if path is None else plot_signals(named, Path(path))
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the table."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def __repr__(self) -> str:
+        return f"<Signal: {len(self.layers)} layers, {len(self.activations)} activations>"
 
     def __str__(self) -> str:
         from io import StringIO

@@ -63,7 +63,7 @@ def test_convert_writes_beside_the_checkpoint_and_prints_each_norm(checkpoint, c
     ],
 )
 def test_pass_flags_and_their_options(checkpoint, capsys, flag, after) -> None:
-    code, out, _ = run(capsys, "convert", *flag, checkpoint, "--input", "2x3x12x12")
+    code, out, _ = run(capsys, "convert", "--verbose", *flag, checkpoint, "--input", "2x3x12x12")
     assert code == 0 and after in out
 
 
@@ -134,7 +134,7 @@ def test_inputs_from_files(checkpoint, capsys, tmp_path) -> None:
 def test_a_name_is_a_model_too(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(
-        capsys, "convert", "--bn-to-gn", "torchvision:resnet18", "--input", "1x3x64x64"
+        capsys, "convert", "--verbose", "--bn-to-gn", "torchvision:resnet18", "--input", "1x3x64x64"
     )
     assert code == 0 and "layer4.1.bn2" in out and "20 rewritten" in out
     assert files(tmp_path) == {"resnet18.rewritten.pt"}

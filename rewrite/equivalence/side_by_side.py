@@ -1,0 +1,179 @@
+"""Two models module by module: what each calls, who reads it, how far its values are off.
+
+    error(v) = min over values u of the other model of |v - u| / |v|         in float64
+    error(m) = max of error(v) over the values v that module m makes
+
+A rewrite moves values on purpose (after a fold the convolution's output is the old norm's), so a
+value is held to whichever value of the other model is nearest to it, wherever it is computed there.
+A call that no value of the other model comes near is held to the call of the same name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from rewrite.equivalence.divergence import recorded
+from rewrite.equivalence.record import Event, Known, Record, Sketcher
+from rewrite.runtime.float64 import in_float64, short_of_memory
+from rewrite.runtime.inputs import Inputs
+from rewrite.runtime.modes import evaluating, widen
+from rewrite.runtime.tree import Tree
+
+ROUNDING = 1e-6
+"""Relative error that storing float32 parameters explains, where it was not measured."""
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """One module of a model.
+
+    Attributes:
+        name: its qualified name; "" for the model itself.
+        kind: the name of its class.
+        parameters: how many numbers it holds itself, without its children.
+        calls: the functions that its own forward calls, in order, each with its count.
+        readers: the modules whose forward reads a value that it makes.
+        order: when its first call ran among all calls, None where it was not run.
+        error: how far its values are from the other model's, relative; None where it makes none.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    calls: Mapping[str, int] = field(default_factory=dict)
+    readers: tuple[str, ...] = ()
+    order: int | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The modules of two models, in the order of their trees."""
+
+    before: tuple[ModuleRow, ...]
+    after: tuple[ModuleRow, ...]
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """How many parameters each model holds."""
+        before, after = (sum(row.parameters for row in rows) for rows in (self.before, self.after))
+        return before, after
+
+    def different(self) -> Iterator[tuple[str, str, str, float | None]]:
+        """Yield name, class before, class after and error of each module that is not the same.
+
+        A class is "" where the module is missing. A module that both models hold counts where its
+        class or its number of parameters changed, or where its values are off.
+        """
+        before = {row.name: row for row in self.before}
+        after = {row.name: row for row in self.after}
+        for name in dict.fromkeys((*before, *after)):
+            a, b = before.get(name), after.get(name)
+            error = None if b is None else b.error
+            same = (
+                a is not None and b is not None and (a.kind, a.parameters) == (b.kind, b.parameters)
+            )
+            if not same or (error or 0.0) > ROUNDING:
+                yield name, a.kind if a else "", b.kind if b else "", error
+
+    def summary(self) -> str:
+        """Return in one sentence how many modules differ, and by how much at most."""
+        rows = list(self.different())
+        errors = [row.error for row in self.after if row.error is not None]
+        ran = f"largest relative error {max(errors):.1e}" if errors else "nothing was run"
+        return f"{len(rows)} of {len(self.after)} modules differ; {ran}"
+
+    def to_json(self) -> str:
+        """Return both models' modules as JSON text."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def tables(self, *, verbose: bool = False) -> Iterator[Any]:
+        """Yield what a terminal shows: the modules that differ, then the summary."""
+        from rich.table import Table
+        from rich.text import Text
+
+        rows = list(self.different())
+        if rows:
+            table = Table("module", "A", "B", "error", box=None, pad_edge=False)
+            for name, before, after, error in rows:
+                shown = "" if error is None else f"{error:.1e}"
+                table.add_row(*map(Text, (name or "(root)", before, after, shown)))
+            yield table
+        yield Text(self.summary())
+
+
+def side_by_side(
+    before: nn.Module, after: nn.Module, inputs: Inputs | None, seed: int = 0
+) -> SideBySide:
+    """Return both models' modules; without `inputs` neither is run, and no error is known."""
+    if inputs is None:
+        return SideBySide(_rows(before, None, ()), _rows(after, None, ()))
+    sketch = Sketcher(seed)
+    wide = inputs.map(widen)
+    with (
+        evaluating(before, after),
+        in_float64(before, after, streamed=short_of_memory(before, after)),
+    ):
+        record_a, _ = recorded(before, wide, sketch, seed)
+        record_b, _ = recorded(after, wide, sketch, seed)
+    return SideBySide(
+        _rows(before, record_a, _distances(record_a, record_b)),
+        _rows(after, record_b, _distances(record_b, record_a)),
+    )
+
+
+def _distances(own: Record, other: Record) -> list[float]:
+    """Return for each value its distance to the other model's nearest, or to the same call's."""
+    known = Known(other.values)
+    found = [known.nearest(value).distance for value in own.values]
+    theirs = other.by_key()
+    for event in own.events:
+        twin = theirs.get(event.key)
+        if twin is None:
+            continue
+        for number, there in zip(event.outputs, twin.outputs, strict=False):
+            apart = own.values[number].distance(other.values[there])
+            found[number] = min(found[number], apart)
+    return found
+
+
+def _rows(
+    model: nn.Module, record: Record | None, distances: Sequence[float]
+) -> tuple[ModuleRow, ...]:
+    events: dict[str, list[tuple[int, Event]]] = {}
+    readers: dict[str, dict[str, None]] = {}
+    if record is not None:
+        for place, event in enumerate(record.events):
+            events.setdefault(event.owner, []).append((place, event))
+            for number in event.inputs:
+                made = record.producer[number]
+                owner = "" if made is None else record.events[made].owner
+                if made is not None and owner != event.owner:
+                    readers.setdefault(owner, {})[event.owner] = None
+    rows = []
+    for name, module in Tree(model).modules():
+        own = events.get(name, [])
+        errors = [distances[number] for _, event in own for number in event.outputs]
+        held: dict[int, Any] = {id(p): p for p in module._parameters.values() if p is not None}
+        rows.append(
+            ModuleRow(
+                name,
+                type(module).__name__,
+                sum(_size(p) for p in held.values()),
+                dict(Counter(event.function for _, event in own)),
+                tuple(readers.get(name, ())),
+                own[0][0] if own else None,
+                max(errors) if errors else None,
+            )
+        )
+    return tuple(rows)
+
+
+def _size(parameter: Any) -> int:
+    return 0 if nn.parameter.is_lazy(parameter) else int(parameter.numel())

@@ -1,0 +1,154 @@
+"""The page of a conversion, of a verification, and of two models beside each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rewrite.equivalence.side_by_side import ROUNDING
+from rewrite.equivalence.verification import JUDGED
+from rewrite.html.page import Number, Page
+from rewrite.outcomes import Contract
+
+if TYPE_CHECKING:
+    from rewrite.equivalence.side_by_side import SideBySide
+    from rewrite.equivalence.verification import Verification
+    from rewrite.onnx.report import OnnxVerification
+    from rewrite.report import Report
+
+
+def conversion_page(
+    report: Report,
+    modules: SideBySide | None = None,
+    provenance: Mapping[str, str] | None = None,
+    title: str = "conversion",
+) -> Page:
+    """Return the page of a conversion, with both models where their modules are given."""
+    checks = [item.verification for item in report.passes if item.verification is not None]
+    check = report.verification or (checks[-1] if checks else None)
+    changes, skips = len(report.changes), len(report.skips)
+    if not report.ok:
+        verdict = "The result breaks its contract."
+    elif not changes:
+        verdict = "Nothing was rewritten."
+    elif check is None:
+        verdict = f"{_count(changes, 'site')} rewritten; nothing was run, so nothing is verified."
+    else:
+        verdict = (
+            f"{_count(changes, 'site')} rewritten; {check.contract} holds: {check.distance()}."
+        )
+    numbers = [
+        Number(str(changes), "rewritten"),
+        Number(str(skips), "left alone, each with its reason"),
+        *_sizes(modules),
+        Number(f"{sum(item.seconds for item in report.passes):.1f} s", "in the passes"),
+    ]
+    violations = [
+        f"{name} changed although no rewritten site names it"
+        for item in report.passes
+        for name in item.violations
+    ]
+    return Page(
+        title=f"{title}: {', '.join(item.spec for item in report.passes)}",
+        verdict=verdict,
+        ok=report.ok,
+        numbers=numbers,
+        reasons=[*violations, *(() if check is None else check.reasons)],
+        divergence=None if check is None else check.divergence,
+        changes=[(item.spec, change) for item in report.passes for change in item.changes],
+        skips=[(item.spec, skip) for item in report.passes for skip in item.skips],
+        cases=() if check is None else check.cases,
+        notes=report.notes,
+        modules=modules,
+        wrong=_wrong(check),
+        provenance=provenance or {},
+    )
+
+
+def verification_page(
+    found: Verification,
+    modules: SideBySide | None = None,
+    provenance: Mapping[str, str] | None = None,
+    title: str = "verification",
+) -> Page:
+    """Return the page of a verification of two models."""
+    verdict = "holds" if found.ok else "does not hold"
+    ran = sum(not case.skipped for case in found.cases)
+    return Page(
+        title=title,
+        verdict=f"{found.contract} {verdict} on {_count(ran, 'input')}: {found.distance()}.",
+        ok=found.ok,
+        numbers=[*_sizes(modules), Number(f"{found.seconds:.1f} s", "to verify")],
+        reasons=found.reasons,
+        divergence=found.divergence,
+        cases=found.cases,
+        modules=modules,
+        wrong=_wrong(found),
+        provenance=provenance or {},
+    )
+
+
+def comparison_page(
+    modules: SideBySide, provenance: Mapping[str, str] | None = None, title: str = "comparison"
+) -> Page:
+    """Return the page of two models beside each other; nothing is judged."""
+    return Page(
+        title=title,
+        verdict=f"{modules.summary()}.",
+        ok=True,
+        numbers=_sizes(modules),
+        modules=modules,
+        wrong=ROUNDING,
+        provenance=provenance or {},
+    )
+
+
+def onnx_page(found: OnnxVerification, provenance: Mapping[str, str] | None = None) -> Page:
+    """Return the page of a verification of an ONNX graph."""
+    nodes = sum(found.operator_counts.values())
+    wrong = [check for check in found.checks if not check.ok]
+    verdict = (
+        f"{found.path}: {len(wrong)} of {_count(len(found.checks), 'check')} failed."
+        if wrong
+        else f"{found.path}: verified, {_count(len(found.checks), 'check')}."
+    )
+    most = sorted(found.operator_counts.items(), key=lambda item: -item[1])[:5]
+    return Page(
+        title=f"verification of {found.path}",
+        verdict=verdict,
+        ok=found.ok,
+        numbers=[
+            Number(str(nodes), "nodes"),
+            *(Number(str(count), kind) for kind, count in most),
+            Number(f"{found.seconds:.1f} s", "to verify"),
+        ],
+        reasons=found.reasons,
+        divergence=found.divergence,
+        notes=[*(f"{c.name}: {c.found}" for c in found.checks if c.ok), *found.notes],
+        provenance=provenance or {},
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _sizes(modules: SideBySide | None) -> list[Number]:
+    if modules is None:
+        return []
+    before, after = modules.parameters
+    calls = [
+        sum(sum(row.calls.values()) for row in rows) for rows in (modules.before, modules.after)
+    ]
+    found = [Number(f"{before:,} → {after:,}", "parameters")]
+    return found + (
+        [Number(f"{calls[0]:,} → {calls[1]:,}", "operator calls")] if any(calls) else []
+    )
+
+
+def _wrong(check: Verification | None) -> float:
+    """Return from which relative error on a value is off; infinite where equality is no promise."""
+    if check is None or Contract(check.contract) not in JUDGED:
+        return math.inf
+    return max(ROUNDING, 8 * (check.rounding or 0.0))

@@ -1,0 +1,94 @@
+"""The HTML page as text: whole, offline, escaped, and saying what the report says."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import models
+import rewrite
+from rewrite.html.page import Page
+from rewrite.html.pages import onnx_page, verification_page
+from rewrite.outcomes import Skip
+
+X = torch.randn(2, 3, 8, 8)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8))
+    return models.randomize_norms_(model).eval()
+
+
+def data_of(text: str) -> dict[str, object]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    assert found is not None
+    loaded: dict[str, object] = json.loads(found[1])
+    return loaded
+
+
+def test_a_conversion_says_what_it_did_and_why_not() -> None:
+    model = network()
+    result = rewrite.convert(model, "fold", example_inputs=X)
+    text = result.report.to_html(model, result.model, X)
+    assert "1 site rewritten; exact-in-eval holds" in text
+    for skip in result.report.skips:
+        assert skip.reason.split("'")[0].split('"')[0].split("<")[0] in text
+    data = data_of(text)
+    assert {row["name"] for row in data["after"]} == {"", "0", "1", "2", "3"}  # type: ignore[index,attr-defined]
+    assert data["states"]["1"]["did"] == "changed"  # type: ignore[index]
+    assert data["states"]["3"]["did"] == "skipped"  # type: ignore[index]
+
+
+def test_a_report_alone_has_a_page_too() -> None:
+    report = rewrite.convert(network(), "fold", example_inputs=X).report
+    text = report.to_html()
+    assert 'id="modules"' not in text and 'id="skips"' in text
+
+
+def test_nothing_leaves_the_page() -> None:
+    text = rewrite.convert(network(), "fold", example_inputs=X).report.to_html()
+    assert "default-src 'none'" in text
+    shown = re.sub(r"<script>.*?</script>|<style>.*?</style>", "", text, flags=re.S)
+    assert not re.search(r"""(src|href|action)=(?!["']data:,)""", shown)
+    assert "url(" not in text[text.index("<style>") : text.index("</style>")]
+
+
+def test_text_of_a_model_is_never_markup() -> None:
+    bad = "</script><img src=x onerror=alert(1)>"
+    skip = Skip(bad, bad, bad)
+    text = Page(title=bad, verdict=bad, ok=False, skips=[(bad, skip)], reasons=[bad]).render()
+    assert "<img" not in text and "</script><" not in text.replace("</script>\n<", "")
+    assert data_of(text)["states"] == {bad: {"did": "skipped", "why": f"{bad}: {bad}"}}
+
+
+def test_a_failed_verification_opens_with_where_it_failed() -> None:
+    model = network()
+    wrong = network()
+    with torch.no_grad():
+        wrong[1].bias[0] += 0.5
+    found = rewrite.verify(model, wrong, X, level="quick")
+    text = verification_page(found).render()
+    assert "does not hold" in text and text.index('id="divergence"') < text.index('id="cases"')
+    assert found.divergence is not None and found.divergence.target in text
+
+
+def test_a_graph_has_a_page(tmp_path: object) -> None:
+    path = f"{tmp_path}/model.onnx"
+    found = rewrite.export(network(), path, example_inputs=X)
+    text = onnx_page(found).render()
+    assert "verified" in text and "Conv" in text
+
+
+def test_licences_stand_in_the_page() -> None:
+    text = rewrite.convert(network(), "fold", example_inputs=X).report.to_html()
+    assert "Mike Bostock" in text and "Chris Pettitt" in text
+
+
+@pytest.mark.parametrize("cell", ["repr", "html"])
+def test_a_notebook_shows_little(cell: str) -> None:
+    result = rewrite.convert(network(), "fold", example_inputs=X)
+    shown = repr(result.report) if cell == "repr" else result.report._repr_html_()
+    assert "rewritten" in shown and len(shown) < 2000
