@@ -37,7 +37,7 @@ class PathNormReport:
         ]
         return json.dumps({"path_norms": rows}, indent=2) + "\n"
 
-    def tables(self) -> Iterator[RenderableType]:
+    def tables(self, *, verbose: bool = False) -> Iterator[RenderableType]:
         """Yield what to print, as rich renderables."""
         from rich.table import Table
         from rich.text import Text
