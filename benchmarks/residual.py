@@ -29,13 +29,13 @@ from benchmarks.corpus import UnbuildableError, fit_inputs, make
 from passes import Reinitialize
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
-from rewrite.graph.regions import Region
 from rewrite.graph.spellings import function_name
 from rewrite.init.residual import Residual, residual_branches
 from rewrite.init.residual_tails import ADDITIONS
 from rewrite.pipeline import convert
 from rewrite.runtime.float64 import KeepFloat64
 from rewrite.runtime.modes import widen
+from rewrite.tracing.regions import Region
 
 RESULTS = Path(__file__).parent / "residual.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "residual_coverage.md"

@@ -23,9 +23,9 @@ from rewrite.functional.augmented import AugmentedAssignments
 from rewrite.functional.forms import Make, cast, functional, same, written
 from rewrite.functional.untraced_writes import untraced_writes
 from rewrite.graph.captured import Captured
-from rewrite.graph.regions import Region, forward_branches, forward_defaults
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
+from rewrite.tracing.regions import Region, forward_branches, forward_defaults
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from rewrite.graph.captured import Captured
 from rewrite.graph.spellings import function_name
-from rewrite.graph.tracer import is_leaf
+from rewrite.tracing.tracer import is_leaf
 
 _VIEWS = frozenset(
     {"view", "reshape", "flatten", "unflatten", "transpose", "permute", "getitem", "chunk", "split",

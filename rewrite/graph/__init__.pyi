@@ -1,5 +1,7 @@
 from .captured import Captured as Captured
+from .captured import Opaque as Opaque
 from .captured import Readers as Readers
+from .captured import Region as Region
 from .captured import TensorRef as TensorRef
 from .editor import Editor as Editor
 from .operators import Activation as Activation
@@ -10,5 +12,3 @@ from .operators import activation_of as activation_of
 from .operators import conv_of as conv_of
 from .operators import linear_of as linear_of
 from .operators import norm_of as norm_of
-from .regions import Region as Region
-from .tracer import Opaque as Opaque

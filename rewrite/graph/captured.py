@@ -27,10 +27,13 @@ from torch.fx import Graph, Node
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from rewrite.graph.regions import Region
-from rewrite.graph.tracer import Frame, Opaque, hook_reasons
 from rewrite.graph.untraced_branches import UntracedBranches
 from rewrite.runtime.tree import Tree
+from rewrite.tracing.records import Frame
+from rewrite.tracing.records import Opaque as Opaque
+from rewrite.tracing.regions import Region as Region
+from rewrite.tracing.source_lines import short
+from rewrite.tracing.tracer import hook_reasons
 
 if TYPE_CHECKING:
     from rewrite.graph.editor import Editor
@@ -107,15 +110,22 @@ class Captured:
         """Return who else may call the module, in words, or None if every call was seen."""
         name = self.tree.name(self.tree.get(name))
         if name in self._roots and name not in self.opaque:
-            return f"{name} {_NOT_TRACED}"
+            above = (p for place in (name, *self.aliases(name)) for p in _prefixes(place))
+            cause = next((p for p in above if p in self._untraced), None)
+            because = "" if cause is None else f": {self._opaque_words(cause)}"
+            return f"{name} {_NOT_TRACED}{because}"
         return self.opaque_caller(name)
+
+    def _opaque_words(self, name: str, does: str = "") -> str:
+        opaque = self.opaque[name]
+        return f"{name or 'the model'} is opaque{does} ({opaque.reason}{short(opaque.source)})"
 
     def opaque_caller(self, name: str) -> str | None:
         """Return which code that was read and not traced may call the module, in words, or None."""
         for place in (name, *self.tree.aliases(name)):
             for parent in _prefixes(place):
                 if parent in self._untraced and self._mentions(parent, place):
-                    return f"{parent or 'the model'} is opaque and may call {place}"
+                    return self._opaque_words(parent, f" and may call {place}")
             if (reason := self._untaken.caller(place)) is not None:
                 return reason
         return None

@@ -21,9 +21,13 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _NormBase
 
 from rewrite.graph.captured import Captured
-from rewrite.graph.regions import forward_branches, forward_defaults
-from rewrite.graph.tracer import RegionTracer, reason_of, tracing
+from rewrite.runtime.copying import lazy_copy
+from rewrite.runtime.stand_in import stand_in, without_values
 from rewrite.runtime.tree import Tree, tensor_names
+from rewrite.tracing.patches import tracing
+from rewrite.tracing.regions import forward_branches, forward_defaults
+from rewrite.tracing.source_lines import reason_of
+from rewrite.tracing.tracer import RegionTracer
 
 _DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout")
 
@@ -58,14 +62,14 @@ def open_forward(captured: Captured, owner: str, module: nn.Module) -> Forward |
         return f"is a line of the forward of {owner}, which {reason}"
     if not isinstance(module, _NormBase) and _tests_training(module):
         return f"is a line of the forward of {owner}, which branches on self.training"
-    tree = Tree(module)
+    tree = Tree(stand_in(Tree(module), without_values, lazy_copy))
     defaults = forward_defaults(module)
     fixed = {key: defaults[key] for key in forward_branches(module, defaults)}
     tracer = RegionTracer(tree, tensor_names(tree), {})
     tracer.shallow = True
     try:
-        with tracing(tree):
-            trace = tracer.run(module, fixed)
+        with tracing():
+            trace = tracer.run(tree.model, fixed)
     except Exception as error:  # noqa: BLE001 - a forward under proxies may raise anything
         return f"is a line of {owner}'s forward, which cannot be traced: {reason_of(error)[0]}"
     forward = Forward(owner, trace.graph, _lines(trace.graph, owner))

@@ -33,7 +33,7 @@ from rewrite.graph.spellings import (
     aten,
     function_name,
 )
-from rewrite.graph.tracer import is_leaf
+from rewrite.tracing.tracer import is_leaf
 
 if TYPE_CHECKING:
     from rewrite.graph.spellings import NormKind

@@ -19,18 +19,19 @@ import builtins
 import inspect
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Set
+from dataclasses import dataclass, field
 from functools import cached_property
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 from torch.fx import Node
 
-from rewrite.graph.regions import Region
-from rewrite.graph.taint import TaintAnalysis, is_super, path_of
 from rewrite.runtime.tree import Tree
+from rewrite.tracing.decisions import place_of, statement_at, uncertain_values
+from rewrite.tracing.regions import Region
+from rewrite.tracing.taint import TaintAnalysis, is_super, path_of
 
 _Readers = dict[tuple[Any, frozenset[str]], TaintAnalysis | None]
 
@@ -45,6 +46,7 @@ class BranchEffects:
         used: attributes that it spells in any other way there.
         anything: whether it may call whatever it holds.
         incoming: whether it may read a value that the module was given.
+        sizes: the lines on which it decides by a size.
     """
 
     arguments: dict[str, None]
@@ -52,10 +54,13 @@ class BranchEffects:
     used: set[str]
     anything: bool = False
     incoming: bool = False
+    sizes: dict[str, None] = field(default_factory=dict)
 
     @property
     def words(self) -> str:
         """When it does that."""
+        if self.sizes:
+            return f"for an input of another size ({', '.join(self.sizes)})"
         return f"for another value of its argument {', '.join(self.arguments)}"
 
     def may_call(self, path: str) -> bool:
@@ -91,6 +96,31 @@ class UntracedBranches:
         return found
 
     @cached_property
+    def _by_size(self) -> dict[str, dict[str, BranchEffects]]:
+        """By region: what its code may call for an input of another size."""
+        trees: dict[CodeType, ast.Module | None] = {}
+        found: dict[str, dict[str, BranchEffects]] = {}
+        for region in self._regions:
+            effects = found.setdefault(region.name, {})
+            for decision in region.decisions:
+                does = effects.setdefault(decision.owner, BranchEffects({}, set(), set()))
+                does.sizes[place_of(decision)] = None
+                statement = statement_at(decision.code, decision.line, trees)
+                if statement is None:
+                    does.anything = True
+                    continue
+                _spell(statement, does)
+                children = self._tree.get(decision.owner)._modules
+                does.anything |= any(
+                    _calls_other_code(node, children, decision.code) for node in ast.walk(statement)
+                )
+        return found
+
+    @cached_property
+    def _uncertain(self) -> dict[str, dict[Node, str]]:
+        return {region.name: uncertain_values(region.decisions) for region in self._regions}
+
+    @cached_property
     def _repeated(self) -> dict[str, set[str]]:
         """By region: the modules whose forward ran more than once."""
         found: dict[str, set[str]] = {}
@@ -100,8 +130,8 @@ class UntracedBranches:
         return found
 
     def caller(self, place: str) -> str | None:
-        """Return what may call the module at `place` by the value of an argument, in words."""
-        for region in self._choices.values():
+        """Return what may call the module at `place` in code that did not run, in words."""
+        for region in (*self._choices.values(), *self._by_size.values()):
             for owner, does in region.items():
                 below = place[len(owner) :].lstrip(".") if is_within(place, owner) else ""
                 if below and does.may_call(below):
@@ -110,7 +140,9 @@ class UntracedBranches:
         return None
 
     def reader(self, region: Region, node: Node) -> str | None:
-        """Return what may read `node` otherwise by the value of an argument, in words."""
+        """Return what may read `node` otherwise in code that did not run, in words."""
+        if (line := self._uncertain[region.name].get(node)) is not None:
+            return f"the code at {line} may read it otherwise for an input of another size"
         if not (found := self._choices[region.name]):
             return None
         made = region.frames[node].owner
@@ -285,6 +317,18 @@ class _Search:
                 if not is_super(call.func):
                     break
         return found
+
+
+def _calls_other_code(node: ast.AST, children: Container[str], code: CodeType) -> bool:
+    """Return whether `node` calls a method of the module, or what a local name stands for."""
+    if not isinstance(node, ast.Call):
+        return False
+    path = path_of(node.func)
+    if path is None:
+        return not isinstance(node.func, ast.Attribute)
+    if len(path) == 1:
+        return path[0] in code.co_varnames
+    return path[0] == "self" and len(path) == 2 and path[1] not in children
 
 
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:

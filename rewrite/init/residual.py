@@ -17,9 +17,9 @@ from torch.fx import Node
 
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.operators import conv_of, linear_of, norm_of
-from rewrite.graph.regions import Region
 from rewrite.graph.spellings import function_name
 from rewrite.init.residual_tails import ADDITIONS, PRODUCTS, Tail, TailFinder, layer_tail
+from rewrite.tracing.regions import Region
 from rewrite.weights.fans import linear_maps
 
 _SPLITS = ("chunk", "split", "unbind", "tensor_split", "split_with_sizes")

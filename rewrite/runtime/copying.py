@@ -26,7 +26,7 @@ def copy_model(model: Model) -> Model:
     memo: dict[int, Any] = {id(module): module for module in list(sys.modules.values())}
     for tensor in _tensors(model):
         if id(tensor) not in memo:
-            memo[id(tensor)] = _lazy_copy(tensor)
+            memo[id(tensor)] = lazy_copy(tensor)
     return copy.deepcopy(model, memo)
 
 
@@ -42,7 +42,8 @@ _SMALL = 1 << 16
 """Bytes below which a buffer is copied."""
 
 
-def _lazy_copy(tensor: torch.Tensor) -> torch.Tensor:
+def lazy_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that shares the storage of `tensor` until either is written to."""
     if is_lazy(tensor):
         # torch refuses to copy an uninitialized buffer; an empty one says as much.
         kind: Any = type(tensor)

@@ -1,15 +1,20 @@
 """The tree of a model's modules: names, aliases, replacement.
 
-PyTorch registers modules in `_modules`; people also keep them in plain lists, tuples and dicts,
-where `named_modules` does not see them. Both are named here: `layers.0.conv` for the registered
-ones, `branches[0].conv` or `heads['a']` for those in plain containers.
+PyTorch registers modules in `_modules`; people also keep them in plain lists, dicts, dataclasses
+and namespaces, where `named_modules` does not see them. Both are named here: `layers.0.conv` for
+the registered ones, `branches[0].conv`, `heads['a']` or `box.norm` for those in plain containers.
+What holds a module in a way that nothing can exchange (a closure, a set) is noted beside it.
 """
 
 from __future__ import annotations
 
+import enum
+import functools
+import sys
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -17,6 +22,22 @@ from torch import nn
 
 # Attributes of nn.Module itself, and fx's own bookkeeping, which never hold a hidden child.
 _OWN_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"_graph", "_tracer_cls", "meta"}
+
+
+_PLAIN = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, type, torch.Tensor, torch.Size}
+    | {torch.dtype, torch.device, nn.Parameter, range, slice}
+)
+
+
+_FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy"}
+"""Packages whose objects are not looked into: they hold no module of a user."""
+
+
+class Field(str):
+    """A step to an attribute of an object, beside the indexes and keys of containers."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -30,7 +51,8 @@ class Slot:
     @property
     def label(self) -> str:
         """The slot's part of a qualified name."""
-        return self.attr + "".join(f"[{key!r}]" for key in self.path)
+        steps = (f".{key}" if isinstance(key, Field) else f"[{key!r}]" for key in self.path)
+        return self.attr + "".join(steps)
 
     def set(self, module: nn.Module) -> None:
         """Put `module` in this place."""
@@ -50,6 +72,10 @@ def _with_item(container: Any, path: tuple[Any, ...], module: nn.Module) -> Any:
         items[key] = _with_item(items[key], rest, module)
         kind = type(container)
         return kind(*items) if hasattr(container, "_fields") else kind(items)
+    if isinstance(key, Field):
+        item = _with_item(vars(container)[key], rest, module)
+        object.__setattr__(container, key, item)  # a frozen dataclass, too
+        return container
     container[key] = _with_item(container[key], rest, module)
     return container
 
@@ -65,7 +91,7 @@ def slots(module: nn.Module) -> Iterator[tuple[Slot, nn.Module]]:
         if child is not None:
             yield Slot(module, key), child
     for attr, value in vars(module).items():
-        if attr not in _OWN_ATTRIBUTES and isinstance(value, list | tuple | dict | nn.Module):
+        if attr not in _OWN_ATTRIBUTES and type(value) not in _PLAIN:
             for path, child in _inside(value):
                 yield Slot(module, attr, path), child
 
@@ -75,12 +101,55 @@ def _inside(
 ) -> Iterator[tuple[tuple[Any, ...], nn.Module]]:
     if isinstance(value, nn.Module):
         yield path, value
-    elif depth < 3 and isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _inside(item, (*path, index), depth + 1)
-    elif depth < 3 and isinstance(value, dict):
-        for key, item in value.items():
+    elif depth < 3 and type(value) not in _PLAIN:
+        for key, item in _items(value):
             yield from _inside(item, (*path, key), depth + 1)
+
+
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield what a container or an object of a user's class holds, with the step to it."""
+    if isinstance(value, list | tuple | deque):
+        yield from enumerate(value)
+    elif isinstance(value, dict):
+        yield from value.items()
+    elif _is_holder(value):
+        yield from ((Field(key), item) for key, item in vars(value).items())
+
+
+def _is_holder(value: Any) -> bool:
+    if isinstance(value, SimpleNamespace):
+        return True
+    if isinstance(value, type | enum.Enum) or not hasattr(value, "__dict__"):
+        return False
+    kind = type(value)
+    return is_dataclass(kind) or kind.__module__.partition(".")[0] not in _FOREIGN
+
+
+def _pinned(value: Any, depth: int = 0) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the modules that `value` holds so that nothing can be put in their place, and how."""
+    if isinstance(value, FunctionType):
+        held, how = [c.cell_contents for c in value.__closure__ or () if _is_set(c)], "a closure"
+    elif isinstance(value, functools.partial):
+        held, how = [value.func, *value.args, *value.keywords.values()], "a partial"
+    elif isinstance(value, MethodType):
+        held, how = [value.__self__], "a bound method"
+    elif isinstance(value, set | frozenset):
+        held, how = list(value), "a set"
+    else:
+        return
+    for item in held:
+        if isinstance(item, nn.Module):
+            yield item, how
+        elif depth < 2:
+            yield from _pinned(item, depth + 1)
+
+
+def _is_set(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 - an empty cell raises
+    except ValueError:
+        return False
+    return True
 
 
 def join(prefix: str, label: str) -> str:
@@ -102,6 +171,18 @@ class Tree:
         self._slots: dict[nn.Module, list[Slot]] = {}
         self._aliases: dict[nn.Module, list[str]] = {model: [""]}
         self._walk(model)
+
+    @functools.cached_property
+    def pinned(self) -> dict[nn.Module, str]:
+        """What also holds a module in a way that nothing can exchange: "a closure of …"."""
+        found: dict[nn.Module, str] = {}
+        for name, module in self.modules():
+            for attr, value in vars(module).items():
+                if attr not in _OWN_ATTRIBUTES and type(value) not in _PLAIN:
+                    for held, how in _pinned(value):
+                        if held is not module and held in self._canonical:
+                            found[held] = f"{join(name, attr)}, {how}, holds it too"
+        return found
 
     def _walk(self, model: nn.Module) -> None:
         stack: list[tuple[str, nn.Module]] = [("", model)]

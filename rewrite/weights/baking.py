@@ -21,7 +21,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm as OldWeightNorm
 
 from rewrite.graph.captured import Captured, TensorRef
-from rewrite.graph.tracer import hook_reasons
+from rewrite.tracing.tracer import hook_reasons
 from rewrite.weights.weight_norm import has_old_weight_norm, remove_weight_norm, weight_normed
 
 _TENSORS = ("weight", "bias")

@@ -11,9 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, Node
+from torch.nn.parameter import is_lazy
 
-from rewrite.graph.tracer import Frame, Opaque, RegionTracer, Trace, is_leaf, reason_of, tracing
+from rewrite.runtime.copying import lazy_copy
+from rewrite.runtime.inputs import Inputs
+from rewrite.runtime.stand_in import stand_in, without_values
 from rewrite.runtime.tree import Tree, slots, tensor_names
+from rewrite.tracing.decisions import real_decisions
+from rewrite.tracing.patches import tracing
+from rewrite.tracing.records import Decision, Frame, Opaque, Trace
+from rewrite.tracing.shapes import Shapes
+from rewrite.tracing.source_lines import reason_of
+from rewrite.tracing.tracer import RegionTracer, is_leaf
 
 
 @dataclass(eq=False)
@@ -29,6 +38,7 @@ class Region:
         constants: tensors of the graph that no module holds.
         entered: the modules whose forward this trace went through.
         kept: values that a forward keeps on its module, and the attribute that holds each.
+        decisions: where its code needed a size as a number, and may do something else for another.
     """
 
     name: str
@@ -40,15 +50,27 @@ class Region:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     entered: frozenset[str] = frozenset()
     kept: dict[Node, str] = field(default_factory=dict)
+    decisions: tuple[Decision, ...] = ()
 
 
-def trace_regions(tree: Tree) -> tuple[list[Region], dict[str, Opaque]]:
-    """Trace everything that can be traced; nothing is visited twice, nothing is left out."""
+def trace_regions(
+    model: Tree, inputs: Inputs | None = None
+) -> tuple[list[Region], dict[str, Opaque], str | None]:
+    """Trace everything that can be traced; nothing is visited twice, nothing is left out.
+
+    What is traced, and with inputs run without numbers, is a stand-in: the model is only read.
+
+    Returns:
+        The regions, what is opaque by name, and why some values have no shape although there are
+        inputs.
+    """
+    tree = Tree(stand_in(model, without_values, lazy_copy))
+    shapes = None if inputs is None or is_lazy_model(model) else Shapes(model, tree, inputs)
     opaque: dict[str, Opaque] = {}
     regions: list[Region] = []
     seen: set[str] = set()
     expanded: set[str] = set()
-    tracer = RegionTracer(tree, tensor_names(tree), opaque)
+    tracer = RegionTracer(tree, tensor_names(tree), opaque, shapes)
 
     def visit(root: nn.Module) -> None:
         pending = [root]
@@ -60,6 +82,8 @@ def trace_regions(tree: Tree) -> tuple[list[Region], dict[str, Opaque]]:
             seen.add(name)
             region = _trace_root(tracer, module, name)
             if region is None:
+                if shapes is not None and not name:
+                    shapes.observe(name)
                 expanded.add(name)
                 pending.extend(_children(module))
                 continue
@@ -71,14 +95,24 @@ def trace_regions(tree: Tree) -> tuple[list[Region], dict[str, Opaque]]:
                 module = tree.get(inner)
                 pending.extend([module] if _is_boundary(opaque[inner]) else _children(module))
 
-    with tracing(tree):
+    with tracing():
         visit(tree.model)
         # What no trace reached: another branch, a training head, the inside of a torch.nn block.
         for name, module in tree.modules():
             parametrization = ".parametrizations." in f".{name}."
             if name not in seen and not parametrization and not _is_iterated(tree, module, seen):
                 visit(module)
-    return regions, opaque
+    return regions, opaque, None if shapes is None else shapes.error
+
+
+def is_lazy_model(tree: Tree) -> bool:
+    """Return whether a layer takes its shape from the first input that it sees."""
+    return any(
+        tensor is not None and is_lazy(tensor)
+        for _, module in tree.modules()
+        for held in (module._parameters, module._buffers)
+        for tensor in held.values()
+    )
 
 
 def _is_boundary(item: Opaque | None) -> bool:
@@ -122,11 +156,13 @@ def _trace_root(tracer: RegionTracer, module: nn.Module, name: str) -> Region | 
     if not _has_forward(module):
         return None
     if is_leaf(module):
-        return _leaf_region(module, name)
+        return _leaf_region(module, name, tracer.shapes)
     if "forward" in vars(module):
         opaque[name] = Opaque(name, "has a forward that was set on the instance", None)
         return None
     assumed = forward_defaults(module)
+    if tracer.shapes is not None and not name:
+        assumed = tracer.shapes.given(module, assumed)
     try:
         trace = tracer.run(module, assumed)
     except Exception as error:  # noqa: BLE001 - a forward under proxies may raise anything
@@ -140,11 +176,11 @@ def _region(name: str, trace: Trace, assumed: dict[str, Any], branches: tuple[st
     frames = {node: frame for node, frame in trace.frames.items() if node in alive}
     return Region(
         name, trace.graph, assumed, branches, frames, trace.lines, trace.constants,
-        frozenset(trace.entered), trace.kept,
+        frozenset(trace.entered), trace.kept, real_decisions(trace.decisions),
     )  # fmt: skip
 
 
-def _leaf_region(module: nn.Module, name: str) -> Region:
+def _leaf_region(module: nn.Module, name: str, shapes: Shapes | None) -> Region:
     """Return the region of a standard layer that some opaque code calls: input, call, output."""
     graph = Graph()
     inputs = [
@@ -156,6 +192,10 @@ def _leaf_region(module: nn.Module, name: str) -> Region:
     output = graph.output(call)
     parent = name.rpartition(".")[0]
     frames = {node: Frame(parent, 0) for node in (*inputs, call, output)}
+    if shapes is not None:
+        shapes.enter(name, module)
+        for node in (*inputs, call):
+            shapes.attach(node, {}, opaque=False)
     return Region(name, graph, frames=frames)
 
 

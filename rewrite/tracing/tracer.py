@@ -9,30 +9,33 @@ Differences from `torch.fx.Tracer`, each for a reason:
    erased as far as nothing else reads them. Tracing goes on.
 4. A module with forward hooks is a boundary: a hook may read or change what passes.
 5. A split by sizes has as many parts as sizes, and can be iterated over.
-6. Nothing of the model changes: constants are kept beside the graph, attributes that a forward
-   assigns while proxies flow through it are put back, and so is the state of the random generator.
+6. Nothing of the model changes: what is traced is a stand-in of it, constants are kept beside the
+   graph, and the state of the random generators is put back.
+7. With example inputs each value has a shape, and a branch or a loop on sizes is followed; its line
+   is noted, with the values that it may have to do with.
+8. A slice of a Sequential, which no attribute holds, is entered: its items are known.
 """
 
 from __future__ import annotations
 
-import contextlib
-import operator
-import os
-import sys
-import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import CodeType
-from typing import Any, cast
+from types import FrameType
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
-from torch.fx._symbolic_trace import _new_patcher
+from torch.fx.proxy import TraceError
 from torch.nn.utils.parametrize import is_parametrized
 
+from rewrite.runtime.stand_in import Attributes
 from rewrite.runtime.tree import Tree
+from rewrite.tracing.proxies import ValueProxy, nodes_of
+from rewrite.tracing.records import Decision, Frame, Opaque, Trace
+from rewrite.tracing.source_lines import reason_of, user_frame, user_line
+
+if TYPE_CHECKING:
+    from rewrite.tracing.shapes import Shapes
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -40,50 +43,18 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _TORCH_PREFIXES = ("torch.nn.", "torch.ao.nn.")
 
 
+_SPLITS = frozenset(
+    {torch.split, torch.chunk, torch.unbind, torch.tensor_split, torch.functional.split}
+    | {"split", "chunk", "unbind", "tensor_split"}
+)
+"""What makes as many parts as the size of its input allows."""
+
+
+_UNROLLED = 64
+"""Items of a tensor that a loop over it is followed for."""
+
+
 _LAYER_METHODS = ("forward", "_conv_forward", "_check_input_dim")
-
-
-@dataclass(frozen=True)
-class Opaque:
-    """A module that is one call to the tracer.
-
-    Attributes:
-        name: its qualified name.
-        reason: what stopped the tracer, in one line.
-        source: "file.py:123", the line of the model's code where that happened, if known.
-    """
-
-    name: str
-    reason: str
-    source: str | None
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One invocation of a module's forward: its name, and which invocation of the trace it is."""
-
-    owner: str
-    invocation: int
-
-
-@dataclass
-class Trace:
-    """What one traced root yields.
-
-    Attributes:
-        graph: the fx graph.
-        frames, lines: per node, the forward that made the call and the line of its code.
-        constants: tensors of the graph that no module holds.
-        entered: the modules whose forward the trace went through, the root first.
-        kept: the values that a forward keeps on its module, and where.
-    """
-
-    graph: Graph
-    frames: dict[Node, Frame] = field(default_factory=dict)
-    lines: dict[Node, tuple[CodeType, int]] = field(default_factory=dict)
-    constants: dict[str, torch.Tensor] = field(default_factory=dict)
-    entered: list[str] = field(default_factory=list)
-    kept: dict[Node, str] = field(default_factory=dict)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -128,26 +99,35 @@ def _is_old_weight_norm(module: nn.Module) -> bool:
 class RegionTracer(Tracer):
     """Trace one root (the model, or a submodule below an opaque one) without ever giving up.
 
-    Use it inside `tracing(tree)`, which protects the model from its own side effects.
+    Use it inside `tracing()`, on a stand-in of the model: a forward may write to what it holds.
 
     Args:
-        tree: the names of the whole model.
+        tree: the stand-in, under the names of the whole model.
         tensors: the owner and attribute of each parameter and buffer, by id.
         opaque: the modules known to be opaque; the tracer adds those that it finds.
+        shapes: computes the shape of each value, if there are example inputs.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, tree: Tree, tensors: dict[int, str], opaque: dict[str, Opaque]) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        tensors: dict[int, str],
+        opaque: dict[str, Opaque],
+        shapes: Shapes | None = None,
+    ) -> None:
         super().__init__()
         self.tree = tree
         self.tensors = tensors
         self.opaque = opaque
+        self.shapes = shapes
         self.shallow = False
         self._frames: list[Frame] = []
         self._invocations: dict[str, int] = {}
         self._dead: list[Node] = []
-        self._before: dict[str, dict[str, Any]] = {}
+        self._before = Attributes(())
+        self._deciding: dict[FrameType, list[Decision]] = {}
         self._trace: Trace
 
     def run(self, root: nn.Module, arguments: dict[str, Any]) -> Trace:
@@ -160,19 +140,22 @@ class RegionTracer(Tracer):
         self._frames = [Frame(name, 0)]
         self._invocations = {name: 1}
         self._dead = []
-        self._before = {name: dict(vars(root))}
+        self._before = Attributes([root])
+        self._deciding = {}
         self._trace = Trace(Graph(), entered=[name])
+        if self.shapes is not None:
+            self.shapes.enter(name, root)
         try:
             self.trace(root, concrete_args=arguments or None)
         finally:
             # A value that a forward caches on its module belongs to this graph, not to the next.
-            for entered, before in self._before.items():
-                held = vars(self.tree.get(entered))
-                for key, value in held.items():
+            for entered in self._trace.entered:
+                for key, value in vars(self.tree.get(entered)).items():
                     where = f"{entered}.{key}" if entered else key
-                    kept = (p.node for p in _proxies(value) if p.node.graph is self.graph)
+                    kept = (node for node in nodes_of(value) if node.graph is self.graph)
                     self._trace.kept.update(dict.fromkeys(kept, where))
-                _put_back(held, before)
+            self._before.put_back()
+            self._deciding = {}
         self._trace.graph = self.graph
         self._erase_dead()
         return self._trace
@@ -197,6 +180,8 @@ class RegionTracer(Tracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Record a leaf, enter anything else, and fall back to one opaque call if that raises."""
+        if self._computes() or self._is_slice(m):
+            return forward(*args, **kwargs)
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name) or name in self.opaque:
             return self.create_proxy("call_module", name, args, kwargs)
@@ -209,12 +194,13 @@ class RegionTracer(Tracer):
         self._invocations[name] = invocation + 1
         self._frames.append(Frame(name, invocation))
         self._trace.entered.append(name)
-        self._before.setdefault(name, dict(vars(m)))
+        self._before.add(m)
         try:
             return forward(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - a forward under proxies may raise anything
             self.opaque[name] = Opaque(name, *reason_of(error))
             self._dead.extend(_nodes_after(last))
+            self._before.put_back([self.tree.get(n) for n in self._trace.entered[entered:]])
             del self._trace.entered[entered:]
         finally:
             del self._frames[depth:]
@@ -222,7 +208,7 @@ class RegionTracer(Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
         """Return a proxy for a registered parameter or buffer, found by identity."""
-        if not isinstance(attr_val, torch.Tensor):
+        if not isinstance(attr_val, torch.Tensor) or self._computes():
             return attr_val
         name = self.tensors.get(id(attr_val))
         if name is None:
@@ -231,10 +217,80 @@ class RegionTracer(Tracer):
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
 
+    def proxy(self, node: Node) -> Proxy:
+        """Return what flows through the forward in place of the value of `node`."""
+        return ValueProxy(node, self)
+
     def iter(self, obj: Proxy) -> Iterator[Any]:
-        """Iterate over what `split` returns if it is given the sizes: one part each."""
+        """Iterate over what `split` returns if it is given the sizes, and over what is known."""
         parts = _parts(obj.node)
+        if parts is None and (value := self._known(obj)) is not None:
+            parts = len(value) if isinstance(value, tuple | list) else None
+            if parts is not None and obj.node.target in _SPLITS:
+                self._decide(obj)
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] <= _UNROLLED:
+                parts = self.length(obj)
         return super().iter(obj) if parts is None else map(cast(Any, obj).__getitem__, range(parts))
+
+    def keys(self, obj: Proxy) -> Any:
+        """Return the keys of keywords that are known."""
+        value = self._known(obj)
+        return list(value) if isinstance(value, dict) else super().keys(obj)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        """Return what a condition on sizes is, where they are known."""
+        if isinstance(self._known(obj), bool | int | float | tuple | list | torch.Size):
+            return bool(self.number(obj))
+        return super().to_bool(obj)  # raises
+
+    def number(self, obj: Proxy) -> Any:
+        """Return the value of a size, and note which line needs it.
+
+        Raises:
+            TraceError: it is not known, or it is a tensor.
+        """
+        value = self._known(obj)
+        if value is None or isinstance(value, torch.Tensor):
+            raise TraceError("needs the value of a tensor or a size as a number")
+        self._decide(obj)
+        return value
+
+    def length(self, obj: Proxy) -> int:
+        """Return how many items a value has, and note which line needs to know.
+
+        Raises:
+            TraceError: it is not known.
+        """
+        value = self._known(obj)
+        if value is None or isinstance(value, int | float):
+            raise TraceError("needs the length of a value that is not known")
+        if isinstance(value, torch.Tensor):
+            self._decide(obj)
+        return len(value)
+
+    def _known(self, obj: Proxy) -> Any:
+        """Return the value of a proxy, tensors without numbers; None where there is none."""
+        return None if self.shapes is None else obj.node.meta.get("val")
+
+    def _decide(self, obj: Proxy) -> None:
+        """Note that the running line has seen a size that another input may not have."""
+        frame = user_frame()
+        if frame is None or obj.node.meta.get("fixed"):
+            return
+        held = [node for value in frame.f_locals.values() for node in nodes_of(value)]
+        owner = self._frames[-1].owner
+        decision = Decision(owner, frame.f_code, frame.f_lineno, held)
+        self._trace.decisions.append(decision)
+        self._deciding.setdefault(frame, []).append(decision)
+
+    def _computes(self) -> bool:
+        return self.shapes is not None and self.shapes.running
+
+    def _is_slice(self, module: nn.Module) -> bool:
+        """Return whether `module` is made of the model's own in passing: `self.layers[:-1]`."""
+        if module in self.tree or type(module).forward is not nn.Sequential.forward:
+            return False
+        return all(child in self.tree or self._is_slice(child) for child in module.children())
 
     def create_arg(self, a: Any) -> Any:
         """Turn a tensor into a `get_attr` node without storing anything on the model."""
@@ -253,10 +309,21 @@ class RegionTracer(Tracer):
         node = super().create_node(*args, **kwargs)
         self._trace.frames[node] = self._frames[-1]
         if node.op not in ("placeholder", "output", "get_attr"):
-            line = _user_line()
+            line = user_line()
             if line is not None:
                 self._trace.lines[node] = line
+        if self.shapes is not None:
+            self.shapes.attach(node, self._trace.constants, node.target in self.opaque)
+            if self._deciding:
+                self._note_decided(node)
         return node
+
+    def _note_decided(self, node: Node) -> None:
+        frame = user_frame()
+        while frame is not None:
+            for decision in self._deciding.get(frame, ()):
+                decision.nodes.append(node)
+            frame = frame.f_back
 
     # -- erasing ------------------------------------------------------------------------------
 
@@ -268,14 +335,6 @@ class RegionTracer(Tracer):
         for node in reversed(self._dead):
             if not node.users and not node._erased:
                 self.graph.erase_node(node)
-
-
-def _proxies(value: Any, depth: int = 4) -> Iterator[Proxy]:
-    if isinstance(value, Proxy):
-        yield value
-    elif isinstance(value, dict | list | tuple) and depth:
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _proxies(item, depth - 1)
 
 
 def _parts(node: Node) -> int | None:
@@ -294,96 +353,3 @@ def _nodes_after(last: Node) -> list[Node]:
         found.append(node)
         node = node._next
     return found
-
-
-def reason_of(error: BaseException) -> tuple[str, str | None]:
-    """Return the first sentence of `error`, and the line of the model's code that raised it."""
-    text = str(error).strip().splitlines()
-    first = text[0].split(". ")[0] if text else ""
-    reason = f"{type(error).__name__}: {first}" if first else type(error).__name__
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not _is_machinery(frame.filename)
-    ]
-    source = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
-    return reason, source
-
-
-_MACHINERY = (str(Path(torch.__file__).parent) + os.sep, __file__)
-
-
-def _is_machinery(filename: str) -> bool:
-    return filename.startswith(_MACHINERY)
-
-
-def _user_line() -> tuple[CodeType, int] | None:
-    frame = sys._getframe(2)
-    while frame is not None:
-        if not _is_machinery(frame.f_code.co_filename):
-            return frame.f_code, frame.f_lineno
-        if frame.f_back is None:
-            return None
-        frame = frame.f_back
-    return None
-
-
-@contextlib.contextmanager
-def tracing(tree: Tree) -> Iterator[None]:
-    """Prepare a model for any number of traces, and leave it as it was."""
-    with _without_side_effects(tree), _without_dimension_checks():
-        yield
-
-
-@contextlib.contextmanager
-def _without_dimension_checks() -> Iterator[None]:
-    """Let `super().forward(x)` of a norm subclass be traced: its check compares proxies."""
-
-    def skip(self: nn.Module, input: Any) -> None:
-        return None
-
-    with _new_patcher() as patcher:
-        from torch.nn.modules import batchnorm, instancenorm
-
-        for module in (batchnorm, instancenorm):
-            for kind in vars(module).values():
-                if isinstance(kind, type) and "_check_input_dim" in vars(kind):
-                    patcher.patch_method(kind, "_check_input_dim", skip, deduplicate=False)
-        yield
-
-
-@contextlib.contextmanager
-def _without_side_effects(tree: Tree) -> Iterator[None]:
-    """Put back the attributes that a forward assigns and the random state that it advances."""
-    before = [(vars(module), dict(vars(module))) for _, module in tree.modules()]
-    contents = [
-        (value, value.copy())
-        for held, _ in before
-        for key, value in held.items()
-        if isinstance(value, list | dict) and not key.endswith("_hooks")
-    ]
-    random = torch.random.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(random)
-        for value, copied in contents:
-            if len(value) != len(copied) or _differs(value, copied):
-                value.clear()
-                value.extend(copied) if isinstance(value, list) else value.update(copied)
-        for held, copied in before:
-            _put_back(held, copied)
-
-
-def _put_back(held: dict[str, Any], copied: dict[str, Any]) -> None:
-    if len(held) != len(copied) or _differs(held, copied):
-        held.clear()
-        held.update(copied)
-
-
-def _differs(value: Any, copied: Any) -> bool:
-    """Return whether two containers of one length hold other objects, or in another order."""
-    if isinstance(value, dict):
-        same = all(map(operator.is_, value.values(), copied.values()))
-        return not (same and all(map(operator.is_, value, copied)))
-    return not all(map(operator.is_, value, copied))

@@ -1,0 +1,111 @@
+"""Where code decides by a size: what it may do for another one, to which values.
+
+    if x.shape[-1] % 2:              # an input of another size takes the other way
+        x = self.pad(x)              # x is read here, and is another value from here on
+    return self.conv(x)
+
+A trace with example inputs follows the way of their sizes. The function that decided may read, in
+the code that did not run, any value that it had at hand, and what it makes from there on may be
+something else: those values have readers that no graph shows. Code that only raises, and a size
+that only becomes the size of a new tensor, decide nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import inspect
+import textwrap
+from collections.abc import Iterable
+from types import CodeType
+
+from torch.fx import Node
+
+from rewrite.tracing.records import Decision
+from rewrite.tracing.taint import path_of
+
+_NUMBERS = frozenset({"torch", "F", "math", "np", "max", "min", "abs", "nn"})
+"""What may be called with a size and returns no more than a number or a new tensor."""
+
+
+def uncertain_values(decisions: Iterable[Decision]) -> dict[Node, str]:
+    """Return the values that code which did not run may read, and where it stands."""
+    found: dict[Node, str] = {}
+    for decision in decisions:
+        for node in decision.nodes:
+            found.setdefault(node, place_of(decision))
+    return found
+
+
+def place_of(decision: Decision) -> str:
+    """Return "file.py:123", where a decision is made."""
+    return f"{decision.code.co_filename.rpartition('/')[2]}:{decision.line}"
+
+
+def real_decisions(decisions: Iterable[Decision]) -> tuple[Decision, ...]:
+    """Return those after which something else may run, or be read, for another size."""
+    trees: dict[CodeType, ast.Module | None] = {}
+    harmless: dict[tuple[CodeType, int], bool] = {}
+    kept = []
+    for decision in decisions:
+        key = (decision.code, decision.line)
+        if key not in harmless:
+            statement = statement_at(*key, trees)
+            harmless[key] = statement is not None and _is_harmless(statement)
+        if not harmless[key]:
+            kept.append(decision)
+    return tuple(kept)
+
+
+def statement_at(
+    code: CodeType, line: int, trees: dict[CodeType, ast.Module | None]
+) -> ast.stmt | None:
+    """Return the statement that decides on a line of a function; None where it has no source."""
+    if code not in trees:
+        try:
+            trees[code] = ast.parse(textwrap.dedent(inspect.getsource(code)))
+        except (OSError, TypeError, SyntaxError):
+            trees[code] = None
+    tree = trees[code]
+    if tree is None:
+        return None
+    wanted = line - code.co_firstlineno + 1
+    found = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.stmt) and node.lineno <= wanted <= (node.end_lineno or 0)
+    ]
+    deciding = [node for node in found if _decides_on(node, wanted)]
+    return max(deciding or found, key=lambda node: node.lineno, default=None)
+
+
+def _decides_on(node: ast.stmt, line: int) -> bool:
+    part = getattr(node, "test", getattr(node, "iter", getattr(node, "subject", None)))
+    return isinstance(part, ast.expr) and part.lineno <= line <= (part.end_lineno or 0)
+
+
+def _is_harmless(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Assert):
+        return True
+    if isinstance(statement, ast.If):
+        return all(_only_complains(part) for part in (*statement.body, *statement.orelse))
+    if not isinstance(
+        statement, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Return | ast.Expr
+    ):
+        return False
+    inner = list(ast.walk(statement))
+    if any(isinstance(node, ast.IfExp | ast.comprehension | ast.Lambda) for node in inner):
+        return False
+    indexed = [node.slice for node in inner if isinstance(node, ast.Subscript)]
+    if not all(isinstance(index, ast.Constant | ast.UnaryOp | ast.Slice) for index in indexed):
+        return False
+    calls = [path_of(node.func) or [""] for node in inner if isinstance(node, ast.Call)]
+    builtin = [path[0] for path in calls if len(path) == 1 and hasattr(builtins, path[0])]
+    return any(path[0] in _NUMBERS for path in calls) and _NUMBERS.issuperset(builtin)
+
+
+def _only_complains(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+        path = path_of(statement.value.func) or [""]
+        return path[0] in ("warnings", "logger", "logging", "_logger", "print")
+    return isinstance(statement, ast.Raise | ast.Pass | ast.Assert)

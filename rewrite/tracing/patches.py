@@ -1,0 +1,66 @@
+"""What of torch is exchanged while forwards are traced; the random generators are put back."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx._symbolic_trace import _new_patcher
+
+from rewrite.tracing.proxies import proxies_in
+
+_FACTORIES = (
+    "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "eye", "linspace",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Prepare for any number of traces, and leave the random generators as they were."""
+    numpy = sys.modules.get("numpy")
+    states = torch.random.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with _new_patcher() as patcher:
+            _skip_dimension_checks(patcher)
+            _record_factories(patcher)
+            yield
+    finally:
+        torch.random.set_rng_state(states[0])
+        random.setstate(states[1])
+        if numpy is not None:
+            numpy.random.set_state(states[2])
+
+
+def _skip_dimension_checks(patcher: Any) -> None:
+    """Let `super().forward(x)` of a norm subclass be traced: its check compares proxies."""
+
+    def skip(self: nn.Module, input: Any) -> None:
+        return None
+
+    from torch.nn.modules import batchnorm, instancenorm
+
+    for module in (batchnorm, instancenorm):
+        for kind in vars(module).values():
+            if isinstance(kind, type) and "_check_input_dim" in vars(kind):
+                patcher.patch_method(kind, "_check_input_dim", skip, deduplicate=False)
+
+
+def _record_factories(patcher: Any) -> None:
+    """Let `torch.zeros(n, c)` be a call in the graph where a size is a proxy."""
+
+    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+        def make(*args: Any, **kwargs: Any) -> Any:
+            proxy = next(proxies_in((args, kwargs)), None)
+            if proxy is None:
+                return function(*args, **kwargs)
+            return proxy.tracer.create_proxy("call_function", function, args, kwargs)
+
+        return make
+
+    for name in _FACTORIES:
+        patcher.patch(vars(torch), name, recorded(getattr(torch, name)), deduplicate=False)

@@ -1,0 +1,69 @@
+"""What flows through a traced forward: a node, and where known what it is worth without numbers.
+
+A proxy of torch.fx cannot say how long an axis is. With example inputs each node knows the shape of
+its value, and a size, a comparison of sizes, a number of axes is known exactly: where a forward
+needs the number itself (a branch, a loop, a new tensor), it gets it, and the tracer notes the line.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+from torch.fx import Node, Proxy
+from torch.fx.proxy import Attribute, TraceError
+
+_ASSIGNED = frozenset({"data", "grad", "requires_grad"})
+
+
+class ValueProxy(Proxy):
+    """A proxy that turns into a number where the number is known."""
+
+    tracer: Any
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the attribute as a proxy; no node is made before it is used."""
+        return ValueAttribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what would be lost: an assignment to a tensor's data."""
+        if name in _ASSIGNED:
+            raise TraceError(f"assigns .{name} of a tensor")
+        super().__setattr__(name, value)
+
+    def __int__(self) -> int:
+        """Return the number, where it is known."""
+        return int(self.tracer.number(self))
+
+    def __index__(self) -> int:
+        """Return the number, where it is known."""
+        return operator.index(self.tracer.number(self))
+
+    def __float__(self) -> float:
+        """Return the number, where it is known."""
+        return float(self.tracer.number(self))
+
+    def __len__(self) -> int:
+        """Return the length, where it is known."""
+        return int(self.tracer.length(self))
+
+
+class ValueAttribute(Attribute, ValueProxy):
+    """An attribute of a proxy: a method that is about to be called, or a value such as a shape."""
+
+
+def nodes_of(value: Any) -> Iterator[Node]:
+    """Yield the nodes in a value; an attribute that nothing has used yet has none."""
+    for proxy in proxies_in(value):
+        if not isinstance(proxy, ValueAttribute) or proxy._node is not None:
+            yield proxy.node
+
+
+def proxies_in(value: Any, depth: int = 4) -> Iterator[Proxy]:
+    """Yield the proxies in a value, at most `depth` containers deep."""
+    if isinstance(value, Proxy):
+        yield value
+    elif isinstance(value, dict | list | tuple) and depth:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from proxies_in(item, depth - 1)

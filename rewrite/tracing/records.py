@@ -1,0 +1,70 @@
+"""What a trace yields: its graph, who made each call on which line, what it had to leave out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import CodeType
+
+import torch
+from torch.fx import Graph, Node
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A module that is one call to the tracer.
+
+    Attributes:
+        name: its qualified name.
+        reason: what stopped the tracer, in one line.
+        source: "file.py:123", the line of the model's code where that happened, if known.
+    """
+
+    name: str
+    reason: str
+    source: str | None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One invocation of a module's forward: its name, and which invocation of the trace it is."""
+
+    owner: str
+    invocation: int
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """A place where code needed a size as a number: it may do something else for another one.
+
+    Attributes:
+        owner: the module whose forward was running.
+        code, line: the function and its line.
+        nodes: the values at hand there, and those made by that function since.
+    """
+
+    owner: str
+    code: CodeType
+    line: int
+    nodes: list[Node]
+
+
+@dataclass
+class Trace:
+    """What one traced root yields.
+
+    Attributes:
+        graph: the fx graph.
+        frames, lines: per node, the forward that made the call and the line of its code.
+        constants: tensors of the graph that no module holds.
+        entered: the modules whose forward the trace went through, the root first.
+        kept: the values that a forward keeps on its module, and where.
+        decisions: where a size was needed as a number.
+    """
+
+    graph: Graph
+    frames: dict[Node, Frame] = field(default_factory=dict)
+    lines: dict[Node, tuple[CodeType, int]] = field(default_factory=dict)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    entered: list[str] = field(default_factory=list)
+    kept: dict[Node, str] = field(default_factory=dict)
+    decisions: list[Decision] = field(default_factory=list)

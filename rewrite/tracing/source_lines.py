@@ -1,0 +1,47 @@
+"""Which line of the model's own code runs, or raised: torch and the tracer left out."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from types import CodeType, FrameType
+
+import torch
+
+_HERE = Path(__file__).parent
+
+_MACHINERY = tuple(f"{p}/" for p in (Path(torch.__file__).parent, _HERE, _HERE.parent / "graph"))
+
+
+def reason_of(error: BaseException) -> tuple[str, str | None]:
+    """Return the first sentence of `error`, and the line of the model's code that raised it."""
+    text = str(error).strip().splitlines()
+    first = text[0].split(". ")[0] if text else ""
+    reason = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(_MACHINERY)
+    ]
+    source = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+    return reason, source
+
+
+def user_frame() -> FrameType | None:
+    """Return the innermost frame that runs the model's own code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_MACHINERY):
+        frame = frame.f_back
+    return frame
+
+
+def user_line() -> tuple[CodeType, int] | None:
+    """Return the line of the model's own code that runs."""
+    frame = user_frame()
+    return None if frame is None else (frame.f_code, frame.f_lineno)
+
+
+def short(source: str | None) -> str:
+    """Return " at file.py:123" for a line of code, "" for none."""
+    return "" if source is None else f" at {Path(source).name}"
