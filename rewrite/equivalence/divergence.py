@@ -27,6 +27,7 @@ from torch import nn
 
 from rewrite.equivalence.record import Event, Key, Known, Near, Record, Sketch, Sketcher, record
 from rewrite.equivalence.rounding import EXPLAINS
+from rewrite.runtime.control_flow import branches_in_python
 from rewrite.runtime.inputs import Inputs
 
 AGREES = 1e-11
@@ -96,7 +97,7 @@ def recorded(
 ) -> tuple[Record, Any]:
     """Run a model that computes in float64 already; return its values and its output."""
     own = inputs.clone()
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad(), branches_in_python():
         torch.manual_seed(seed)
         return record(model, own.args, own.kwargs, sketch, keep)
 
@@ -105,7 +106,8 @@ def value_noise(original: Record, perturbed: Record) -> list[float]:
     """Return how far each value of the original moves under the rounding of its parameters.
 
     A value of few elements may move little by luck; noise does not halve from one call to the
-    next, so half of what came in is the least.
+    next, so half of what came in is the least. A bound that is known of a value (a long sum's) goes
+    on as far as the measured noise does.
     """
     if len(original.values) != len(perturbed.values):
         return [max(map(Sketch.distance, original.values, perturbed.values), default=0.0)] * len(
@@ -116,7 +118,19 @@ def value_noise(original: Record, perturbed: Record) -> list[float]:
         least = max((noise[number] for number in event.inputs), default=0.0) / 2
         for number in event.outputs:
             noise[number] = max(noise[number], least)
-    return noise
+    return list(map(max, noise, carried_bounds(original, noise)))
+
+
+def carried_bounds(record: Record, noise: Sequence[float]) -> list[float]:
+    """Return the bound of each value: its own, or what is left of those of its inputs."""
+    bounds = [record.bounds.get(number, 0.0) for number in range(len(record.values))]
+    for event in record.events if record.bounds else ():
+        came_in = max((noise[number] for number in event.inputs), default=0.0)
+        bound = max((bounds[number] for number in event.inputs), default=0.0)
+        for number in event.outputs:
+            kept = min(1.0, noise[number] / came_in) if came_in else 1.0
+            bounds[number] = max(bounds[number], bound * kept)
+    return bounds
 
 
 def compare_records(

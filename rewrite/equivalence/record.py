@@ -124,13 +124,17 @@ class Event:
 
 @dataclass
 class Record:
-    """All calls of one forward in order, and a sketch of every value that depends on the inputs."""
+    """All calls of one forward in order, and a sketch of every value that depends on the inputs.
+
+    `bounds` says of some values how far arithmetic alone may put them off, relative.
+    """
 
     events: list[Event] = field(default_factory=list)
     values: list[Sketch] = field(default_factory=list)
     producer: list[int | None] = field(default_factory=list)
     outputs: tuple[int, ...] = ()
     kept: list[torch.Tensor] = field(default_factory=list)
+    bounds: dict[int, float] = field(default_factory=dict)
 
     def by_key(self) -> dict[Key, Event]:
         """Return the events by what identifies them in another model of the same names."""
@@ -200,11 +204,11 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         inputs = self._known(given)
-        versions = [tensor._version for tensor in given]
+        versions = [_version(tensor) for tensor in given]
         out = func(*args, **kwargs)
         if inputs:
             written = [
-                t for t, version in zip(given, versions, strict=True) if t._version != version
+                t for t, version in zip(given, versions, strict=True) if _version(t) != version
             ]
             made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
             fresh = [t for t in made if t not in self._numbers and all(t is not w for w in written)]
@@ -256,6 +260,11 @@ class _Recorder(TorchFunctionMode):
 
     def _known(self, given: Iterable[torch.Tensor]) -> tuple[int, ...]:
         return tuple(self._numbers[t] for t in given if t in self._numbers)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was written; one made in inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _found(value: Any) -> list[torch.Tensor]:

@@ -28,6 +28,14 @@ EXPLAINS = 8.0
 _SIGNS = 1_048_583
 
 
+_CHOSEN_BITS = 6
+"""A number of at most so many bits is a choice (1, 0.5, -3), not the result of rounding."""
+
+
+_SENTINEL = 1e30
+"""From here on a number stands for infinity, as in a mask."""
+
+
 def stored_rounding(a: nn.Module, b: nn.Module) -> dict[tuple[str, str], float]:
     """Return the eps of each tensor of `a` that is another one in `b` and narrower than float64.
 
@@ -110,6 +118,21 @@ class Perturbation:
         self._signs = torch.empty(_SIGNS, dtype=torch.float64).bernoulli_(0.5, generator=generator)
         self._at = 0
 
+    def stored(self, tensor: torch.Tensor, *, fills: bool = True) -> torch.Tensor:
+        """Return what a float tensor may have been before it was stored in its own type.
+
+        Numbers that somebody chose are exact and stay: scalars of few bits, masks, what stands for
+        infinity. Of a tensor filled with one number (a fresh norm's weight) nothing tells; it moves
+        with `fills`.
+        """
+        plain = tensor.isfinite() & (tensor.abs() < _SENTINEL)
+        chosen = _chosen(tensor) | ~plain
+        if bool(chosen.all()):
+            filled = tensor.numel() > 1 and bool((tensor == tensor.reshape(-1)[0]).all())
+            if not (fills and filled and bool(plain.all())):
+                return tensor
+        return torch.where(plain, self(tensor, torch.finfo(tensor.dtype).eps), tensor)
+
     def __call__(self, tensor: torch.Tensor, eps: float) -> torch.Tensor:
         """Return `tensor` with each element half an `eps` larger or smaller, relative."""
         source = tensor.detach()
@@ -128,3 +151,11 @@ class Perturbation:
             self._at = (self._at + size) % _SIGNS
         parameter = isinstance(tensor, nn.Parameter)
         return nn.Parameter(moved, tensor.requires_grad) if parameter else moved
+
+
+def _chosen(tensor: torch.Tensor) -> torch.Tensor:
+    """Return where a float tensor holds integers or numbers of few bits."""
+    wide = tensor.detach().to(torch.float64)
+    mantissa = torch.frexp(wide).mantissa * 2**_CHOSEN_BITS
+    whole: torch.Tensor = (wide == wide.round()) | (mantissa == mantissa.round())
+    return whole

@@ -13,17 +13,17 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves_with_path, tree_map
 
 from rewrite.errors import ExportError, one_line
 from rewrite.onnx.torchscript import NEWEST_OPSET, trace_to_onnx
+from rewrite.runtime.attention import AttentionWrittenOut
+from rewrite.runtime.batch_axes import BATCH, find_batch_axes, widened
 from rewrite.runtime.inputs import Inputs, call
-from rewrite.runtime.leaves import leaves, tensors
+from rewrite.runtime.leaves import leaves
 from rewrite.runtime.modes import isolated
 
 Exporter = Literal["dynamo", "torchscript"]
-
-
-_BATCH = "batch"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def export_program(
         ExportError: the model does not run on the inputs, or the exporter fails.
     """
     output_names = _output_names(model, inputs, asked.seed)
-    shapes = _dynamic_shapes(model, inputs, asked)
+    shapes = _dynamic_shapes(model, inputs, asked, notes)
     if exporter == "torchscript":
         notes.append("traced by the exporter torchscript: branches are those of the given input")
         return _traced(model, inputs, asked, output_names, shapes or {})
@@ -56,30 +56,60 @@ def export_program(
         "verbose": False,
     }
     if shapes is None:
-        return _exported(model, inputs, arguments)
-    by_name = inputs.kwargs or len(shapes) != len(inputs.args)
-    given = shapes if by_name else tuple(shapes.values())
+        return _exported(model, inputs, arguments, notes)
     try:
-        wider = _wider(inputs) if asked.batch else inputs
-        return _exported(model, wider, {**arguments, "dynamic_shapes": given})
+        wider = widened(inputs, shapes)
+        return _exported(model, wider, {**arguments, "dynamic_shapes": shapes}, notes)
     except ExportError as error:
         if asked.axes or not asked.batch:
             raise
-        program = _exported(model, inputs, arguments)
+        program = _exported(model, inputs, arguments, notes)
         notes.append(
             f"the batch is fixed: with a dynamic one the exporter fails: {one_line(error)}"
         )
         return program
 
 
-def _exported(model: nn.Module, inputs: Inputs, arguments: dict[str, Any]) -> Any:
-    with _quiet(), _failing(model, "; --exporter torchscript may trace it"):
-        program = torch.onnx.export(model, inputs.args, kwargs=dict(inputs.kwargs), **arguments)
+def _exported(model: nn.Module, inputs: Inputs, arguments: dict[str, Any], notes: list[str]) -> Any:
+    """Run the exporter; where it refuses attention in fused form, write attention out."""
+    with _quiet():
+        try:
+            program = _run_exporter(model, inputs, arguments)
+        except Exception as error:
+            with _failing(model, "; --exporter torchscript may trace it"):
+                written = AttentionWrittenOut()
+                try:
+                    with written:
+                        program = _run_exporter(model, inputs, arguments)
+                except Exception:  # noqa: BLE001 - of two failures the first is the cause
+                    raise error from None
+                if not written.calls:
+                    raise
+            notes.append(
+                "attention is written out as matmul, softmax, matmul: the exporter refuses its "
+                f"fused form ({one_line(_cause(error))})"
+            )
     asked = arguments["opset_version"]
-    written = program.model.opset_imports[""] if program is not None else asked
-    if written != asked:
-        raise ExportError(f"--opset {asked}: the exporter writes opset {written} instead")
+    made = program.model.opset_imports[""] if program is not None else asked
+    if made != asked:
+        raise ExportError(f"--opset {asked}: the exporter writes opset {made} instead")
     return program
+
+
+def _run_exporter(model: nn.Module, inputs: Inputs, arguments: dict[str, Any]) -> Any:
+    args, kwargs = inputs.args, dict(inputs.kwargs)
+    if args and not kwargs and isinstance(args[-1], dict):
+        # A last positional dict is taken for keywords: it gets its name instead.
+        bound = inspect.signature(model.forward).bind(*args)
+        named = list(bound.arguments)[: len(args)]
+        if len(named) == len(args) and not _variadic(model):
+            args, kwargs = args[:-1], {named[-1]: args[-1]}
+    return torch.onnx.export(model, args, kwargs=kwargs, **arguments)
+
+
+def _variadic(model: nn.Module) -> bool:
+    kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
+    return inspect.Parameter.VAR_POSITIONAL in kinds
 
 
 def _traced(
@@ -104,12 +134,15 @@ def _failing(model: nn.Module, fix: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
         raise ExportError(
-            f"{type(model).__name__}: torch.onnx.export fails: {one_line(cause)}{fix}"
+            f"{type(model).__name__}: torch.onnx.export fails: {one_line(_cause(error))}{fix}"
         ) from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @contextlib.contextmanager
@@ -127,61 +160,77 @@ def _quiet() -> Iterator[None]:
 
 
 def _dynamic_shapes(
-    model: nn.Module, inputs: Inputs, asked: ExportRequest
+    model: nn.Module, inputs: Inputs, asked: ExportRequest, notes: list[str]
 ) -> dict[str, Any] | None:
-    """Return what may vary of each input, None where nothing does."""
-    axes = asked.axes
-    names = _input_names(model, inputs)
-    unknown = [name for name in axes if name not in names]
+    """Return what may vary of each argument by its name, None where nothing does."""
+    arguments = _arguments(model, inputs)
+    names = {name for name, _ in _flat(arguments)}
+    unknown = [name for name in asked.axes if name not in names and name not in arguments]
     if unknown:
         raise ExportError(
-            f"--dynamic-shape {unknown[0]}: no such input; the inputs are {', '.join(names)}"
+            f"--dynamic-shape {unknown[0]}: no such input; the inputs are {', '.join(arguments)}"
         )
-    for name, value in zip(names, (*inputs.args, *inputs.kwargs.values()), strict=True):
-        for axis in axes.get(name, ()):
-            if isinstance(value, torch.Tensor) and axis >= value.ndim:
+    flat = _flat(arguments)
+    specs: list[dict[int, Any]] = []
+    for name, leaf in flat:
+        root = next((n for n in arguments if name == n or name.startswith(f"{n}_")), name)
+        axes = dict(asked.axes.get(name, asked.axes.get(root, {})))
+        for axis in axes:
+            if isinstance(leaf, torch.Tensor) and axis >= leaf.ndim:
                 raise ExportError(
-                    f"--dynamic-shape {name}:{axis}: {name} has {value.ndim} axes, counted from 0"
+                    f"--dynamic-shape {name}:{axis}: {name} has {leaf.ndim} axes, counted from 0"
                 )
-    firsts = {t.shape[0] for t in tensors([inputs.args, dict(inputs.kwargs)]) if t.ndim}
-    shared = asked.batch and len(firsts) == 1
-    if not shared and not axes:
+        specs.append(axes)
+    said = any(label == BATCH for axes in specs for label in axes.values())
+    if asked.batch and not said:
+        given = [leaf for _, leaf in flat]
+        taken = [frozenset(axes) for axes in specs]
+        axes_of_batch = find_batch_axes(model, inputs, given, taken, asked.seed)
+        if axes_of_batch is None:
+            notes.append(
+                "the batch is fixed: no axis of the inputs is known that they share and that the "
+                "model takes at another size; name it with --dynamic-shape INPUT:AXIS=batch"
+            )
+        else:
+            for spec, place in zip(specs, axes_of_batch, strict=True):
+                if place is not None:
+                    spec[place] = BATCH
+    if not any(specs):
         return None
+    rest = iter([spec or None for spec in specs])
+    return {
+        name: tree_map(lambda leaf: next(rest) if isinstance(leaf, torch.Tensor) else None, value)
+        for name, value in arguments.items()
+    }
 
-    def of(leaf: Any, wanted: Mapping[int, str]) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return None
-        spec: dict[int, Any] = {0: _BATCH} if shared and leaf.ndim else {}
-        return spec | dict(wanted) or None
 
-    shapes: dict[str, Any] = {}
-    for name, value in zip(names, (*inputs.args, *inputs.kwargs.values()), strict=True):
-        shapes[name] = torch.utils._pytree.tree_map(
-            lambda leaf, n=name: of(leaf, axes.get(n, {})), value
-        )
-    return shapes
+def _arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """Return what the forward is called with, by the names of its parameters."""
+    try:
+        bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
+    except TypeError as error:
+        raise ExportError(
+            f"{type(model).__name__}: its forward does not take ({inputs}): {one_line(error)}; "
+            "pass another --input"
+        ) from error
+    return dict(bound.arguments)
+
+
+def _flat(arguments: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    """Return the tensors of arguments, each under the name that the exporter gives it."""
+    found = []
+    for name, value in arguments.items():
+        for path, leaf in tree_leaves_with_path(value):
+            if isinstance(leaf, torch.Tensor):
+                inner = [
+                    str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path
+                ]
+                found.append(("_".join([name, *inner]), leaf))
+    return found
 
 
 def _input_names(model: nn.Module, inputs: Inputs) -> list[str]:
-    signature = inspect.signature(model.forward)
-    names: list[str] = []
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            names += [f"{parameter.name}_{i}" for i in range(len(inputs.args) - len(names))]
-        elif len(names) < len(inputs.args) and parameter.kind is not parameter.KEYWORD_ONLY:
-            names.append(parameter.name)
-    return names + list(inputs.kwargs)
-
-
-def _wider(inputs: Inputs) -> Inputs:
-    """Return inputs with a batch of at least two: the exporter takes a 1 for a constant."""
-
-    def doubled(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == 1:
-            return torch.cat([leaf, leaf])
-        return leaf
-
-    return inputs.map(doubled)
+    return [name for name, _ in _flat(_arguments(model, inputs))]
 
 
 def _output_names(model: nn.Module, inputs: Inputs, seed: int) -> list[str]:

@@ -1,4 +1,10 @@
-"""Compare what an ONNX graph computes with what it should, output by output and value by value."""
+"""Compare what an ONNX graph computes with what another one does, output by output.
+
+    right:  |graph - exact| <= 8 (noise + eps) max |exact|     or <= the tolerance of a contract
+
+Here are the judgement, and another graph as the reference; a PyTorch model as the reference is in
+`model_parity`.
+"""
 
 from __future__ import annotations
 
@@ -8,40 +14,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+import numpy as np
 
 from rewrite.equivalence.compare import compare
-from rewrite.equivalence.divergence import (
-    Divergence,
-    first_divergent,
-    masked,
-    recorded,
-    value_noise,
-)
-from rewrite.equivalence.equality import original_takes, run_original
-from rewrite.equivalence.record import Event, Known, Record, Sketch, Sketcher
-from rewrite.equivalence.rounding import EXPLAINS, all_rounding, perturbed
-from rewrite.equivalence.verification import Level
+from rewrite.equivalence.divergence import Divergence, carried_bounds, value_noise
+from rewrite.equivalence.record import Record, Sketcher
+from rewrite.equivalence.rounding import EXPLAINS
 from rewrite.errors import VerificationError, one_line
+from rewrite.onnx.counterparts import Parting, find_parting, tied_outputs
+from rewrite.onnx.feeds import feed_of
 from rewrite.onnx.file import OnnxFile
+from rewrite.onnx.noise import perturbed_feed, perturbed_graph
 from rewrite.onnx.report import Check
 from rewrite.onnx.repro import write_repro
-from rewrite.onnx.runtime import Feed, as_array, feed_of, run, session, with_perturbed_weights
+from rewrite.onnx.runtime import Feed, run, session
 from rewrite.onnx.values import record_graph, values_of
-from rewrite.runtime.float64 import in_float64, short_of_memory
-from rewrite.runtime.inputs import Inputs, call, device_of
-from rewrite.runtime.leaves import leaves
-from rewrite.runtime.modes import isolated, widen
+from rewrite.runtime.inputs import Inputs
 
-_EPS = torch.finfo(torch.float32).eps
+EPS = float(np.finfo(np.float32).eps)
 
 
 @dataclass
 class Parity:
-    """What a comparison with a reference found."""
+    """What a comparison with a reference found.
 
+    `tolerance` is what a contract allows instead of what the noise explains; `math.inf` measures
+    only.
+    """
+
+    tolerance: float | None = None
     checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     max_abs: float = 0.0
     max_rel: float = 0.0
     noise: float = 0.0
@@ -52,7 +55,6 @@ class Parity:
     worst: float = 0.0
     where: str = ""
     failed: list[str] = field(default_factory=list)
-    failing: Any = None
 
     def numbers(self) -> dict[str, Any]:
         """Return what a report carries."""
@@ -64,6 +66,7 @@ class Parity:
             "agreement": mean,
             "cosine": min(self.cosines, default=None),
             "divergence": self.divergence,
+            "notes": tuple(dict.fromkeys(self.notes)),
         }
 
     def add(self, name: str, exact: Any, own: Any, got: Any, rounding: float) -> bool:
@@ -71,7 +74,6 @@ class Parity:
         self.ran += 1
         error = compare(exact, got, dtypes=False)
         noise = max(compare(exact, own, dtypes=False).max_rel, rounding)
-        allowed = EXPLAINS * (noise + _EPS)
         self.max_abs = max(self.max_abs, error.max_abs)
         self.max_rel = max(self.max_rel, error.max_rel)
         self.noise = max(self.noise, noise)
@@ -79,20 +81,45 @@ class Parity:
             self.agreements.append(error.agreement)
         if error.cosine is not None:
             self.cosines.append(error.cosine)
-        ratio = error.max_rel / (noise + _EPS)
+        ratio = error.max_rel / (noise + EPS)
         if ratio > self.worst:
             self.worst, self.where = ratio, name
         reasons = list(error.reasons)
-        if error.max_rel > allowed:
-            reasons.append(f"{error.worst} is off by {error.max_rel:.1e}, noise {noise:.1e}")
+        if error.max_rel > self.allowed(noise):
+            scale = f"noise {noise:.1e}" if self.tolerance is None else f"allowed {self.tolerance}"
+            reasons.append(f"{error.worst} is off by {error.max_rel:.1e}, {scale}")
         self.failed += [f"{name}: {reason}" for reason in reasons]
         return not reasons
+
+    def allowed(self, noise: float) -> float:
+        """Return how far an output may be off, relative."""
+        return EXPLAINS * (noise + EPS) if self.tolerance is None else self.tolerance
+
+    def settle(self, parting: Parting | None) -> bool:
+        """Judge the first node that parts: wrong where an output is, or where it is proved.
+
+        Returns whether it is wrong.
+        """
+        if parting is None:
+            return False
+        found = parting.divergence
+        if not parting.proved and not self.failed:
+            self.notes.append(
+                f"node {found.node} ({found.function}) has no counterpart in the reference (the "
+                f"nearest value is off by {found.error_out:.1e}); the outputs agree"
+            )
+            return False
+        self.divergence = found
+        self.failed.insert(0, f"value on the way: {found.note}")
+        return True
 
     def sum_up(self, reference: str) -> None:
         """Turn what was gathered into checks."""
         label = f"parity with {reference}"
         found = f"{self.ran} inputs, error {self.max_rel:.1e}"
-        if self.where:
+        if self.tolerance is not None:
+            found += f", allowed {self.tolerance:.1e}" if math.isfinite(self.tolerance) else ""
+        elif self.where:
             found += f", at most {self.worst:.1f} x the noise ({self.where})"
         if self.agreements:
             found += f", top-1 agreement {sum(self.agreements) / len(self.agreements):.1%}"
@@ -104,179 +131,20 @@ class Parity:
         self.checks += [Check(label, reason, False) for reason in shown]
 
 
-def against_model(
-    opened: OnnxFile,
-    live: Any,
-    model: nn.Module,
-    cases: Sequence[tuple[str, Inputs]],
-    level: Level,
-    repro: str | Path | None,
-    seed: int,
-) -> Parity:
-    """Compare a graph with a PyTorch model in eval mode: outputs on every case, values on one."""
-    parity = Parity()
-    rounding = all_rounding(model)
-    device = device_of(model)
-    for index, (name, inputs) in enumerate(cases):
-        inputs = inputs.to(device)
-        try:
-            with isolated(model):
-                native, own = _native(model, name, inputs, index, seed)
-        except VerificationError:
-            if not index:
-                raise
-            continue
-        feed = feed_of(opened, inputs)
-        try:
-            got = run(live, feed)
-        except VerificationError as error:
-            parity.failed.append(f"{name}: {one_line(error)}")
-            continue
-        own_list, got = _paired(opened, own, got)
-        first = (
-            None
-            if native is None
-            else _First(opened, with_perturbed_weights(opened, seed), native, feed)
-        )
-        with in_float64(model, streamed=short_of_memory(model)):
-            if first is None:
-                exact = call(model, inputs.map(widen), seed)
-                moved = 0.0
-            else:
-                exact, moved = _compare_values(first, model, inputs, rounding, parity, repro, seed)
-        parity.add(name, [leaf for _, leaf in _kept(exact)], own_list, got, moved)
-    parity.sum_up("the PyTorch model")
-    return parity
-
-
-def _kept(output: Any) -> list[tuple[str, Any]]:
-    """Return the leaves of an output that an exporter keeps: tensors and numbers."""
-    return [(p, v) for p, v in leaves(output) if isinstance(v, torch.Tensor | int | float)]
-
-
-def _paired(opened: OnnxFile, own: Any, got: list[Any]) -> tuple[list[Any], list[Any]]:
-    mine = [leaf for _, leaf in _kept(own)]
-    if len(mine) != len(got):
-        raise VerificationError(
-            f"{opened.path}: the graph returns {len(got)} values, the PyTorch model {len(mine)}"
-        )
-    return mine, got
-
-
-@dataclass(frozen=True)
-class _First:
-    """What is known of the first input: the graph, itself with every weight rounded once, and the
-    values of the model in its own dtype."""
-
-    opened: OnnxFile
-    perturbed_graph: OnnxFile
-    native: Record
-    feed: Feed
-
-
-def _native(
-    model: nn.Module, name: str, inputs: Inputs, index: int, seed: int
-) -> tuple[Record | None, Any]:
-    """Run the model in its own dtype; of the first input return the values on the way too."""
-    if index:
-        return None, run_original(model, name, inputs, seed)
-    with original_takes(name, inputs):
-        return recorded(model, inputs, Sketcher(seed), seed)
-
-
-def _compare_values(
-    first: _First,
-    model: nn.Module,
-    inputs: Inputs,
-    rounding: Any,
-    parity: Parity,
-    repro: str | Path | None,
-    seed: int,
-) -> tuple[Any, float]:
-    """Compare every value on the way; return the exact output and what rounding does to it."""
-    opened, feed, sketch = first.opened, first.feed, Sketcher(seed)
-    wide = inputs.map(widen)
-    exact_record, exact = recorded(model, wide, sketch, seed)
-    with perturbed(model, rounding, seed):
-        perturbed_record, moved = recorded(model, wide, sketch, seed)
-    graph = record_graph(opened, feed, sketch)
-    own = _own_noise(first.perturbed_graph, graph, feed, sketch)
-    noise = _with_native(value_noise(exact_record, perturbed_record), exact_record, first.native)
-    parity.divergence, there = _diverging(graph, exact_record, noise, own)
-    if parity.divergence is not None:
-        parity.failed.append(f"value on the way: {parity.divergence.note}")
-        if repro is not None:
-            expected = None
-            if there is not None:
-                again, _ = recorded(model, wide, sketch, seed, keep=there.key)
-                expected = as_array(again.kept[0])
-            write_repro(repro, opened, feed, parity.divergence, expected)
-    ends = [own[number] for number in graph.outputs]
-    return exact, max(compare(exact, moved).max_rel, *ends, 0.0)
-
-
-def _with_native(noise: list[float], exact: Record, native: Record) -> list[float]:
-    """Return the noise, at least that of the model's own dtype where it makes the same values."""
-    own = [0.0] * len(noise)
-    if len(native.values) == len(noise):
-        own = list(map(Sketch.distance, exact.values, native.values))
-    own = [value if math.isfinite(value) else 0.0 for value in own]
-    return [max(*values, _EPS / 4) for values in zip(noise, own, strict=True)]
-
-
-def _own_noise(
-    perturbed_graph: OnnxFile, graph: Record, feed: Feed, sketch: Sketcher
+def own_noise(
+    moved: OnnxFile, graph: Record, feed: Feed, sketch: Sketcher, seed: int
 ) -> list[float]:
-    """Return how far rounding each weight moves the graph's own values in onnxruntime.
+    """Return how far rounding what is stored moves the graph's own values in onnxruntime.
 
     Its kernels round in their own way: an instance norm may lose ten times what PyTorch's does.
     """
-    return value_noise(graph, record_graph(perturbed_graph, feed, sketch))
+    return value_noise(graph, record_graph(moved, perturbed_feed(feed, seed), sketch))
 
 
-def _diverging(
-    graph: Record, reference: Record, noise: Sequence[float], own: Sequence[float]
-) -> tuple[Divergence | None, Event | None]:
-    """Return the first node of `graph` that leaves the values of `reference`.
-
-    The second is the reference's call whose value is missing in the graph.
-    """
-    known = Known(reference.values, noise)
-    found = [known.nearest(value) for value in graph.values]
-    found = [
-        near._replace(noise=max(near.noise, mine)) for near, mine in zip(found, own, strict=True)
-    ]
-    seen = Known(graph.values)
-    theirs = [
-        seen.nearest(value)._replace(noise=mine)
-        for value, mine in zip(reference.values, noise, strict=True)
-    ]
-    event = first_divergent(graph, found, masked(graph, found, reference, theirs))
-    if event is None:
-        return None, None
-    there = first_divergent(reference, theirs, masked(reference, theirs, graph, found))
-    far = max((found[number].distance for number in event.outputs), default=math.inf)
-    near = max((found[number].distance for number in event.inputs), default=0.0)
-    node = event.owner
-    target = _target(event, there)
-    divergence = Divergence(
-        target=target,
-        function=event.function,
-        source=there.source if there is not None else None,
-        source_after=None,
-        error_in=near,
-        error_out=far,
-        node=node,
-        note=f"node {node} ({event.function}) of {target or 'the graph'} is off by {far:.1e}",
-    )
-    return divergence, there
-
-
-def _target(event: Event, there: Event | None) -> str:
-    """Return the PyTorch module of a node: as the exporter noted it, else as the values tell."""
-    if event.source is not None:
-        return event.source
-    return there.owner if there is not None else ""
+def end_bound(graph: Record, own: Sequence[float]) -> float:
+    """Return how far long sums on the way may put the outputs off."""
+    carried = carried_bounds(graph, own)
+    return max((carried[number] for number in graph.outputs), default=0.0)
 
 
 def against_graph(
@@ -286,17 +154,19 @@ def against_graph(
     feeds: Sequence[Feed],
     repro: str | Path | None,
     seed: int,
+    parity: Parity,
 ) -> Parity:
     """Compare a graph with another one: outputs on every input, values on the first."""
-    parity = Parity()
     theirs = session(reference, "disabled")
-    perturbed_graph = with_perturbed_weights(reference, seed)
-    moved_live = session(perturbed_graph, "disabled")
+    moved = perturbed_graph(reference, seed)
+    moved_live = session(moved, "disabled")
+    parting: Parting | None = None
+    bound, at = 0.0, feeds[0]
     for index, feed in enumerate(feeds):
         renamed = _renamed(reference, feed)
         try:
             exact = run(theirs, renamed, graph=reference.path)
-            moved = run(moved_live, renamed, graph=reference.path)
+            away = run(moved_live, perturbed_feed(renamed, seed), graph=reference.path)
         except VerificationError:
             if not index:
                 raise
@@ -310,40 +180,46 @@ def against_graph(
             raise VerificationError(
                 f"{opened.path}: returns {len(got)} values, {reference.path} {len(exact)}"
             )
-        right = parity.add(f"input {index}", exact, moved, got, 0.0)
-        if index == 0 or (not right and parity.divergence is None):
-            parity.divergence, there = _compare_graphs(
-                opened, (reference, perturbed_graph), feed, renamed, seed
-            )
-            if parity.divergence is None:
-                continue
-            parity.failed.append(f"value on the way: {parity.divergence.note}")
-            if repro is not None:
-                name = _output_of(reference, there)
-                values = dict(values_of(reference, renamed, [name])) if name else {}
-                write_repro(repro, opened, feed, parity.divergence, values.get(name))
+        if index == 0 and parity.tolerance is None:
+            parting, bound = _compare_graphs(opened, (reference, moved), feed, renamed, seed)
+        ties = tied_outputs(opened, feed, got, exact, EXPLAINS * EPS)
+        parity.notes += [f"input {index}: output[{i}]: ties of equal values" for i in ties]
+        got = [exact[i] if i in ties else value for i, value in enumerate(got)]
+        right = parity.add(f"input {index}", exact, away, got, bound)
+        if not right and parting is None and parity.tolerance is None:
+            parting, _ = _compare_graphs(opened, (reference, moved), feed, renamed, seed)
+            at = feed
+    if parity.settle(parting) and parting is not None and repro is not None:
+        name = _output_of(reference, parting)
+        values = dict(values_of(reference, _renamed(reference, at), [name])) if name else {}
+        write_repro(repro, opened, at, parting.divergence, values.get(name))
     parity.sum_up(str(reference.path))
     return parity
 
 
 def _compare_graphs(
     opened: OnnxFile, references: tuple[OnnxFile, OnnxFile], feed: Feed, renamed: Feed, seed: int
-) -> tuple[Divergence | None, Event | None]:
-    """Compare every value; `references` are a graph and itself with every weight rounded once."""
-    reference, perturbed_graph = references
+) -> tuple[Parting | None, float]:
+    """Compare every value; `references` are a graph and itself with what is stored moved.
+
+    The second that is returned is how far long sums of both may put the outputs off.
+    """
+    reference, moved = references
     sketch = Sketcher(seed)
     base = record_graph(reference, renamed, sketch)
     graph = record_graph(opened, feed, sketch)
-    theirs = _own_noise(perturbed_graph, base, renamed, sketch)
-    noise = [max(value, _EPS / 4) for value in theirs]
-    own = _own_noise(with_perturbed_weights(opened, seed), graph, feed, sketch)
-    return _diverging(graph, base, noise, own)
+    theirs = own_noise(moved, base, renamed, sketch, seed)
+    noise = [max(value, EPS / 4) for value in theirs]
+    own = own_noise(perturbed_graph(opened, seed), graph, feed, sketch, seed)
+    return find_parting(graph, base, noise, own), max(
+        end_bound(base, theirs), end_bound(graph, own)
+    )
 
 
-def _output_of(reference: OnnxFile, there: Event | None) -> str:
+def _output_of(reference: OnnxFile, parting: Parting) -> str:
     """Return the name of the value that a recorded node makes, "" without one."""
-    for node in reference.model.graph.node if there is not None else ():
-        if there is not None and there.owner in (node.name, node.output[0]):
+    for node in reference.model.graph.node if parting.call is not None else ():
+        if parting.call is not None and parting.call.owner in (node.name, node.output[0]):
             return str(node.output[0])
     return ""
 

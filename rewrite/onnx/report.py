@@ -39,7 +39,7 @@ class OnnxVerification:
         agreement: share of equal top-1 classes.
         cosine: cosine similarity of the outputs.
         divergence: the first node that parts from the reference.
-        notes: what an export did beside exporting.
+        notes: what an export did beside exporting, and what a verification saw and did not judge.
         seconds: how long the verification took.
     """
 
@@ -58,8 +58,15 @@ class OnnxVerification:
 
     @property
     def ok(self) -> bool:
-        """Whether every check came out as it should."""
+        """Whether every check came out as it should; `verdict` says whether there was any."""
         return all(check.ok for check in self.checks)
+
+    @property
+    def verdict(self) -> str:
+        """In a word: verified, wrong, or not verified where nothing was looked at."""
+        if not self.checks:
+            return "not verified"
+        return "verified" if self.ok else "wrong"
 
     def __bool__(self) -> bool:
         return self.ok
@@ -77,6 +84,7 @@ class OnnxVerification:
             values[key] = value if value is not None and math.isfinite(value) else None
         return {
             "ok": self.ok,
+            "verdict": self.verdict,
             **values,
             "checks": [asdict(check) for check in self.checks],
             "operator_counts": dict(self.operator_counts),
@@ -97,7 +105,7 @@ class OnnxVerification:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {'verified' if self.ok else 'wrong'}"]
+        lines = [f"{self.path}: {self.verdict}"]
         lines += [f"  {'ok  ' if c.ok else 'FAIL'} {c.name}: {c.found}" for c in self.checks]
         lines += [f"  note: {note}" for note in self.notes]
         if self.divergence is not None:
@@ -113,7 +121,7 @@ class OnnxVerification:
         for check in self.checks:
             mark = Text("ok", "green") if check.ok else Text("FAIL", "bold red")
             table.add_row(mark, Text(check.name), Text(check.found))
-        yield table
+        yield table if self.checks else f"{self.path}: not verified"
         yield from (f"note: {note}" for note in self.notes)
         if self.divergence is not None:
             yield str(self.divergence)

@@ -1,24 +1,20 @@
-"""Run an ONNX graph in onnxruntime: sessions, inputs that fit the graph, values on the way."""
+"""Run an ONNX graph in onnxruntime: sessions, and runs that can be stopped."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
-from onnx import numpy_helper
 
-from rewrite.equivalence.rounding import Perturbation
 from rewrite.errors import VerificationError, one_line
-from rewrite.onnx.file import Array, OnnxFile, all_nodes
-from rewrite.runtime.inputs import Inputs
-from rewrite.runtime.leaves import tensors
+from rewrite.onnx.file import OnnxFile
 
 Feed = dict[str, np.ndarray[Any, Any]]
 
@@ -41,16 +37,11 @@ _NOISE = (
 )
 
 
-_DEFAULT_SIDE = 64
-
-
-_DEFAULT_LENGTH = 16
-
-
 _FATAL_ONLY = 4
 
 
-_EPS = torch.finfo(torch.float32).eps
+RUN_SECONDS = 600.0
+"""How long one run of a graph may take."""
 
 
 @dataclass(frozen=True)
@@ -109,41 +100,31 @@ def run(
     feed: Feed,
     names: Sequence[str] | None = None,
     graph: str | Path = "the graph",
+    seconds: float = RUN_SECONDS,
 ) -> list[Any]:
     """Run a session; `graph` is what an error calls it.
 
-    Raises:
-        VerificationError: the graph refuses the inputs.
-    """
-    try:
-        return list(session.live.run(names, feed))
-    except Exception as error:
-        shapes = ", ".join(f"{name} {value.dtype}{value.shape}" for name, value in feed.items())
-        raise VerificationError(f"{graph} refuses ({shapes}): {_reason(error)}") from error
-
-
-def feed_of(opened: OnnxFile, inputs: Inputs) -> Feed:
-    """Return inputs by the graph's names: those given by name, the others in order.
+    A graph may hold a loop that never ends: the run is stopped after `seconds`, and by Ctrl-C.
 
     Raises:
-        VerificationError: names, number, types or fixed sizes do not match.
+        VerificationError: the graph refuses the inputs, or does not end.
     """
-    values = opened.inputs
-    names = [value.name for value in values]
-    named = {key: value for key, value in inputs.kwargs.items() if value is not None}
-    positional = tensors(list(inputs.args))
-    unknown = [name for name in named if name not in names]
-    free = [name for name in names if name not in named]
-    if unknown or len(positional) != len(free):
-        given = [f"{name!r}" for name in named] + [f"{len(positional)} by position"]
-        raise VerificationError(
-            f"{opened.path}: the graph's inputs are {', '.join(names)}; given: {', '.join(given)}"
-        )
-    feed: Feed = {}
-    for value in values:
-        tensor = named[value.name] if value.name in named else positional[free.index(value.name)]
-        feed[value.name] = _fitting(opened.path, value, as_array(tensor))
-    return feed
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = _FATAL_ONLY
+    with ThreadPoolExecutor(1) as worker:
+        running = worker.submit(session.live.run, names, feed, options)
+        try:
+            return list(running.result(seconds))
+        except TimeoutError as error:
+            raise VerificationError(
+                f"{graph}: did not end within {seconds:.0f} s and was stopped; "
+                "look for a loop that never ends, or pass a smaller --input"
+            ) from error
+        except Exception as error:
+            shapes = ", ".join(f"{name} {v.dtype}{v.shape}" for name, v in feed.items())
+            raise VerificationError(f"{graph} refuses ({shapes}): {_reason(error)}") from error
+        finally:
+            options.terminate = True  # of a run that has ended it is nothing
 
 
 def as_array(value: Any) -> np.ndarray[Any, Any]:
@@ -157,97 +138,11 @@ def as_array(value: Any) -> np.ndarray[Any, Any]:
     return np.asarray(value)
 
 
-def _fitting(path: Path, value: Any, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    kind = value.type.tensor_type
-    wanted = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-    if array.dtype != wanted:
-        if array.dtype.kind == "f" and np.dtype(wanted).kind == "f":
-            array = array.astype(wanted)
-        else:
-            raise VerificationError(
-                f"{path}: input {value.name} takes {np.dtype(wanted)}, not {array.dtype}; "
-                f"write --input {'x'.join(map(str, array.shape))}:{np.dtype(wanted)}"
-            )
-    sizes = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
-    fits = len(sizes) == array.ndim and all(
-        size is None or size == given for size, given in zip(sizes, array.shape, strict=True)
+def as_tensor(value: np.ndarray[Any, Any]) -> torch.Tensor:
+    """Return an array of any layout and spelling of its type as a tensor of its own."""
+    # numpy has two types of 64 bits, and torch knows one of them.
+    plain = np.array(value)
+    known = (
+        np.dtype(f"{plain.dtype.kind}{plain.dtype.itemsize}") if plain.dtype.kind in "iu" else None
     )
-    if kind.HasField("shape") and not fits:
-        shape = "x".join(d.dim_param or str(d.dim_value) for d in kind.shape.dim)
-        given = "x".join(map(str, array.shape))
-        raise VerificationError(f"{path}: input {value.name} is {shape}, not {given}")
-    return array
-
-
-def accepts(opened: OnnxFile, inputs: Inputs) -> bool:
-    """Return whether the graph's own declaration takes inputs of these shapes."""
-    try:
-        feed_of(opened, inputs)
-    except VerificationError:
-        return False
-    return True
-
-
-def dynamic_axes(opened: OnnxFile) -> dict[str, dict[int, str]]:
-    """Return the axes that each input declares as dynamic, with their names."""
-    return {
-        value.name: {
-            axis: dim.dim_param or "?"
-            for axis, dim in enumerate(value.type.tensor_type.shape.dim)
-            if not dim.HasField("dim_value")
-        }
-        for value in opened.inputs
-    }
-
-
-def synthetic_feed(opened: OnnxFile, batch: int = 1, seed: int = 0) -> Feed:
-    """Return random inputs for a graph: what it declares, and likely sizes where it leaves them."""
-    random = np.random.default_rng(seed)
-    feed: Feed = {}
-    for value in opened.inputs:
-        kind = value.type.tensor_type
-        dims = kind.shape.dim
-        free = _DEFAULT_SIDE if len(dims) >= 4 else _DEFAULT_LENGTH
-        shape = [
-            dim.dim_value if dim.HasField("dim_value") else batch if axis == 0 else free
-            for axis, dim in enumerate(dims)
-        ]
-        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
-        if dtype.kind == "f":
-            feed[value.name] = random.standard_normal(shape).astype(dtype)
-        elif dtype.kind == "b":
-            feed[value.name] = random.integers(0, 2, shape).astype(dtype)
-        else:
-            feed[value.name] = random.integers(0, 2, shape).astype(dtype)
-    return feed
-
-
-def with_perturbed_weights(opened: OnnxFile, seed: int = 0) -> OnnxFile:
-    """Return a copy whose float32 initializers are half an eps off, at random.
-
-    Those that say how large a value is are left: 15 rows instead of 16 are no rounding.
-    """
-    nudge = Perturbation(seed)
-    copy = onnx.ModelProto()
-    copy.CopyFrom(opened.model)
-    weights = {}
-    sizes = {name for node in all_nodes(copy.graph) for name in _size_inputs(node)}
-
-    def moved(value: Array) -> Array:
-        return nudge(torch.from_numpy(value), _EPS).numpy()
-
-    for tensor in copy.graph.initializer:
-        if tensor.name in opened.weights:
-            value = opened.weights[tensor.name]
-            weights[tensor.name] = moved(value) if value.dtype == np.float32 else value
-        elif tensor.data_type == onnx.TensorProto.FLOAT and tensor.name not in sizes:
-            value = np.array(numpy_helper.to_array(tensor))
-            tensor.CopyFrom(numpy_helper.from_array(moved(value), tensor.name))
-    return replace(opened, model=copy, weights=weights)
-
-
-def _size_inputs(node: Any) -> list[str]:
-    """Return the inputs of a node that are floats and decide on a shape."""
-    if node.op_type == "Range":
-        return list(node.input)
-    return list(node.input[1:]) if node.op_type in ("Resize", "Upsample") else []
+    return torch.from_numpy(plain if known is None else plain.view(known))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from rewrite.errors import one_line
+from rewrite.errors import VerificationError, one_line
 from rewrite.onnx.file import LARGE, Array, OnnxFile, all_nodes, initializer
+from rewrite.runtime.float64 import free_bytes
+
+_LEAST_BYTES = 1 << 30
 
 
 def structure_problems(opened: OnnxFile) -> list[str]:
@@ -57,6 +61,38 @@ def _weights_given(opened: OnnxFile) -> onnx.ModelProto:
     del graph.initializer[:]
     graph.initializer.extend(kept)
     return model
+
+
+def check_sizes(opened: OnnxFile, feed: Mapping[str, Array]) -> None:
+    """Raise VerificationError where a value of the graph would not fit into memory.
+
+    Known before anything is run, as far as shape inference knows it from the sizes of the inputs.
+    """
+    model = _weights_given(opened)
+    for value in model.graph.input:
+        if value.name in feed:
+            shape = value.type.tensor_type.shape
+            del shape.dim[:]
+            shape.dim.extend(
+                onnx.TensorShapeProto.Dimension(dim_value=size) for size in feed[value.name].shape
+            )
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except (onnx.shape_inference.InferenceError, RuntimeError):
+        return  # the checker tells of it
+    most = max(free_bytes() // 2, _LEAST_BYTES)
+    for value in (*inferred.graph.value_info, *inferred.graph.output):
+        kind = value.type.tensor_type
+        sizes = [dim.dim_value for dim in kind.shape.dim]
+        if not kind.elem_type or any(size <= 0 for size in sizes):
+            continue
+        needed = math.prod(sizes) * onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).itemsize
+        if needed > most:
+            raise VerificationError(
+                f"{opened.path}: value {value.name} of {'x'.join(map(str, sizes))} would take "
+                f"{needed / 2**30:.0f} GiB, and {most / 2**30:.0f} GiB are to be had; pass a "
+                "smaller --input"
+            )
 
 
 def _constant(opened: OnnxFile, name: str) -> Array | None:

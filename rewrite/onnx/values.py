@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-import torch
 
 from rewrite.equivalence.record import Event, Record, Sketcher
 from rewrite.onnx.file import OnnxFile
-from rewrite.onnx.runtime import run, session
+from rewrite.onnx.noise import long_sums
+from rewrite.onnx.runtime import as_tensor, run, session
 
 if TYPE_CHECKING:
     from rewrite.onnx.runtime import Feed
@@ -34,30 +35,38 @@ def record_graph(opened: OnnxFile, feed: Feed, sketch: Sketcher) -> Record:
     for name, value in feed.items():
         numbers[name] = _add(record, sketch, value, None)
     sketches = {}
-    for portion in _portions(names, opened):
-        for name, value in values_of(opened, feed, portion):
-            if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-                sketches[name] = sketch(torch.from_numpy(np.array(value)))
+    sums, bounds = long_sums(opened), dict[str, float]()
+    fed = ((name, value) for name, value in feed.items() if name in sums)
+    made = (
+        pair for portion in _portions(names, opened) for pair in values_of(opened, feed, portion)
+    )
+    for name, value in itertools.chain(fed, made):
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+            if name not in feed:
+                sketches[name] = sketch(as_tensor(value))
+            bounds.update((output, bound(value)) for output, bound in sums.get(name, ()))
     for node in graph.node:
         given = tuple(numbers[name] for name in node.input if name in numbers)
-        made = [name for name in node.output if name in sketches]
+        produced = [name for name in node.output if name in sketches]
         # Sizes are no values of the model: PyTorch keeps them in Python.
-        if not given or not made or node.op_type in ("Shape", "Size"):
+        if not given or not produced or node.op_type in ("Shape", "Size"):
             continue
         index = len(record.events)
-        for name in made:
+        for name in produced:
             numbers[name] = len(record.values)
+            if bounds.get(name):
+                record.bounds[numbers[name]] = bounds[name]
             record.values.append(sketches[name])
             record.producer.append(index)
         label = node.name or node.output[0]
-        outputs = tuple(numbers[name] for name in made)
+        outputs = tuple(numbers[name] for name in produced)
         record.events.append(Event((label, 0, node.op_type, 0), scope_of(node), given, outputs))
     record.outputs = tuple(numbers[v.name] for v in graph.output if v.name in numbers)
     return record
 
 
 def _add(record: Record, sketch: Sketcher, value: Any, producer: int | None) -> int:
-    record.values.append(sketch(torch.from_numpy(np.array(value))))
+    record.values.append(sketch(as_tensor(value)))
     record.producer.append(producer)
     return len(record.values) - 1
 

@@ -36,6 +36,10 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
         yield from (b for b in module._buffers.values() if b is not None)
         # Old-style weight_norm and friends keep the computed weight, not a leaf, as an attribute.
         yield from (v for v in vars(module).values() if isinstance(v, torch.Tensor))
+        # A recurrent layer lists its weights, a computed one among them.
+        for value in vars(module).values():
+            if isinstance(value, list):
+                yield from (v for v in value if isinstance(v, torch.Tensor))
 
 
 _SMALL = 1 << 16

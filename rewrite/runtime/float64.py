@@ -108,10 +108,13 @@ def short_of_memory(*models: nn.Module) -> bool:
         for tensor in (*model.parameters(), *model.buffers()):
             needed += 8 * tensor.numel()
             device = tensor.device
-    return needed > _free_bytes(device) // 2
+    return needed > free_bytes(device) // 2
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device | None = None) -> int:
+    """Return the memory that is free on a device; by default the computer's."""
+    if device is None:
+        device = torch.device("cpu")
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from rewrite.runtime.control_flow import branches_in_python
 from rewrite.runtime.leaves import tensors
 
 QUICK_SIZE = 64
@@ -95,6 +96,6 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 def call(model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
     """Run `model` without gradients, with the random state seeded and put back."""
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad(), branches_in_python():
         torch.manual_seed(seed)
         return model(*inputs.args, **inputs.kwargs)
