@@ -42,6 +42,9 @@ def add_parsers(subparsers: Any) -> None:
     parser.add_argument("other", metavar="B", nargs="?", help="what is held to it")
     parser.add_argument("--contract", choices=_CONTRACTS, default="exact-in-eval",
                         help="what B promises (default exact-in-eval)")  # fmt: skip
+    parser.add_argument("--tolerance", type=float, metavar="X",
+                        help="of an ONNX graph under --contract approximate: how far an output "
+                        "may be off, relative to its largest value")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="the given input alone")
     parser.add_argument("--calibration", metavar="DATA", help="batches of your own to compare on")
     parser.add_argument("--expect", metavar="OP=N", action="append", default=[],
@@ -68,6 +71,8 @@ def run_verify(options: argparse.Namespace) -> int:
         )
     if not any(onnx_files) and (options.expect or options.expect_no or options.repro):
         raise OptionError("--expect, --expect-no and --repro are about ONNX files")
+    if not any(onnx_files) and options.tolerance is not None:
+        raise OptionError("--tolerance is about ONNX files")
     page: str | None = None
     found: Verification | OnnxVerification
     if any(onnx_files):
@@ -143,6 +148,8 @@ def _verify_onnx(options: argparse.Namespace) -> OnnxVerification:
         model,
         inputs,
         calibration=None if isinstance(model, str | None) else _calibration(options, model),
+        contract=options.contract,
+        tolerance=options.tolerance,
         level=Level.QUICK if options.quick else Level.THOROUGH,
         expect=_expected(options.expect),
         expect_no=options.expect_no,

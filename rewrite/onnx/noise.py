@@ -2,7 +2,7 @@
 
     stored:  v -> v (1 + u),  |u| = eps / 2     weights, constants, inputs; eps of their own type
     summed:  |fl(sum v) - sum v| <= sqrt(n) (eps / 2) sum |v|
-    dotted:  |fl(w x) - w x|     <= sqrt(n / 2) (eps / 2) |w x|     terms of both signs, as they come
+    dotted:  |fl(w x) - w x|     <= sqrt(n / 2) (eps / 2) |w x|     terms of both signs
 
 The second holds with high probability for n numbers added in any order (Higham & Mary, SIAM J.
 Sci. Comput. 41, 2019); one kernel adds pairwise and another one by one, so no measurement of one

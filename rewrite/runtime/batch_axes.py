@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,22 +45,21 @@ def find_batch_axes(
     """
     shared = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
     plain = all(0 not in axes for axes in taken) and None not in shared
-    if plain and len(shared) == 1 and 0 not in shared:
-        return tuple(0 for _ in leaves)
-    for axes in itertools.islice(_assignments(leaves, taken), _TRIALS):
-        if _runs(model, inputs, leaves, axes, seed):
-            return axes
-    return None
+    front = plain and len(shared) == 1 and 0 not in shared
+    if not front or len(leaves) > 1:
+        for axes in itertools.islice(_assignments(leaves, taken), _TRIALS):
+            if _runs(model, inputs, leaves, axes, seed):
+                return axes
+    return tuple(0 for _ in leaves) if front else None
 
 
 def _assignments(
     leaves: Sequence[torch.Tensor], taken: Sequence[frozenset[int]]
 ) -> Iterator[tuple[int | None, ...]]:
     """Yield assignments of an axis to each tensor, all of one size, those at the front first."""
-    sizes = dict.fromkeys(
-        leaf.shape[axis] for axis in (0, 1) for leaf in leaves if leaf.ndim > axis
-    )
-    for size in sizes:
+    held_by = Counter(size for leaf in leaves for size in set(leaf.shape[:2]))
+    # The batch is what the most tensors have; of axes alike the first.
+    for size, _ in held_by.most_common():
         choices: list[list[int | None]] = []
         for leaf, held in zip(leaves, taken, strict=True):
             fit: list[int | None] = [

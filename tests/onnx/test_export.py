@@ -15,8 +15,8 @@ import models
 from rewrite.equivalence.verification import Level
 from rewrite.errors import CheckpointError, ExportError
 from rewrite.onnx.export import check_exportable, export
-from rewrite.onnx.file import open_onnx
 from rewrite.onnx.feeds import dynamic_axes
+from rewrite.onnx.file import open_onnx
 from rewrite.onnx.values import scope_of
 from rewrite.onnx.verify import verify_onnx
 
@@ -213,9 +213,7 @@ def test_a_trace_holds_for_its_own_input_and_other_inputs_tell(tmp_path):
     path, x = tmp_path / "loop.onnx", torch.rand(2, 2)
     wrong = export(Loop(), path, example_inputs=(x,), exporter="torchscript")
     assert any("batch 7: output[0] is off by" in reason for reason in wrong.reasons), str(wrong)
-    found = export(
-        Loop(), path, example_inputs=(x,), exporter="torchscript", dynamic_batch=False
-    )
+    found = export(Loop(), path, example_inputs=(x,), exporter="torchscript", dynamic_batch=False)
     assert found.ok, str(found)
     assert "branches are those of the given input" in found.notes[0]
     more = verify_onnx(path, Loop(), (x,))

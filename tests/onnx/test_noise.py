@@ -60,9 +60,7 @@ def deep(tmp_path, place):
                 [helper.make_tensor_value_info(f"out{index}", TensorProto.FLOAT, [16, 16, 3, 3])],
                 [numpy_helper.from_array(numpy_helper.to_array(weight), f"inner{index}")],
             )
-            nodes.append(
-                make("If", ["yes"], [weight.name], then_branch=branch, else_branch=branch)
-            )
+            nodes.append(make("If", ["yes"], [weight.name], then_branch=branch, else_branch=branch))
         nodes.append(make("Conv", [x, weight.name], [f"c{index}"], pads=[1] * 4))
         nodes.append(make("Tanh", [f"c{index}"], [f"t{index}"]))
         x = f"t{index}"
@@ -107,9 +105,7 @@ def test_a_mask_of_large_numbers_does_not_drown_the_noise(tmp_path):
         make("Add", ["x", "added"], ["logits"]),
         make("Softmax", ["logits"], ["y"]),
     ]
-    path = saved(
-        tmp_path, nodes, {"x": [2, 5], "mask": [2, 5]}, {"y": [2, 5]}, [one, large]
-    )
+    path = saved(tmp_path, nodes, {"x": [2, 5], "mask": [2, 5]}, {"y": [2, 5]}, [one, large])
     opened = open_onnx(path)
     feed = {
         "x": np.random.default_rng(0).standard_normal((2, 5)).astype(np.float32),
@@ -158,7 +154,10 @@ NORMS = {
     "far_from_zero": (nn.Sequential(nn.GroupNorm(2, 8)), (1, 8, 160, 160)),
     "layer_norm": (nn.LayerNorm([8, 128, 128]), (1, 8, 128, 128)),
     "instance_norm": (nn.InstanceNorm2d(4, affine=True), (1, 4, 256, 256)),
-    "mean": (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)), (1, 8, 256, 256)),
+    "mean": (
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)),
+        (1, 8, 256, 256),
+    ),
 }
 
 
