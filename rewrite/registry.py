@@ -18,6 +18,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from rewrite.errors import OptionError
+from rewrite.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from rewrite.protocol import Pass
@@ -86,7 +87,8 @@ def pass_class(name: str) -> type[Pass]:
 
     known = entries()
     if name not in known:
-        raise OptionError(f"{name}: no such pass; known: {', '.join(known)}")
+        hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
+        raise OptionError(f"{name}: no such pass{hint}")
     try:
         loaded = known[name].load()
     except (ImportError, AttributeError) as error:

@@ -37,6 +37,9 @@ def add_parsers(commands: Any, argv: Sequence[str]) -> None:
         "convert",
         help="apply passes to a model and save the result",
         description="Apply passes in the order of their flags, verify each, save the result.",
+        epilog="`rewrite passes` lists the passes, `rewrite passes NAME` the options of one, "
+        "`rewrite convert --NAME --help` its flags. Example: rewrite convert --bn-to-gn "
+        "--num-groups 16 --calibration photos/ model.pt",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("-o", "--output", metavar="OUT.pt", help="default: MODEL.rewritten.pt")

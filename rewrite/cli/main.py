@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rewrite import __version__
-from rewrite.cli import apply_map, compare, convert, export, inspect, passes, verify
+from rewrite.cli import apply_map, compare, completion, convert, export, inspect, passes, verify
 from rewrite.cli.common import FAILED, USAGE, complain
+from rewrite.cli.config import apply_config, find_config
+from rewrite.cli.parser import Parser
 from rewrite.errors import PassError, RewriteError
 
 
@@ -23,7 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with _rare_collection():
-            options = _parser(argv).parse_args(argv)
+            parser = _parser(argv)
+            if "_ARGCOMPLETE" in os.environ:
+                complete(parser)
+            options = parser.parse_args(argv)
             code: int = options.run(options)
     except PassError as error:
         return complain(error, FAILED)
@@ -46,13 +53,22 @@ def _rare_collection() -> Iterator[None]:
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rewrite",
         description="Rewrite trained PyTorch models, prove the result, and export it.",
     )
     parser.add_argument("--version", action="version", version=f"rewrite {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     convert.add_parsers(commands, argv)
-    for command in (inspect, passes, verify, compare, export, apply_map):
+    for command in (inspect, passes, verify, compare, export, apply_map, completion):
         command.add_parsers(commands)
+    if (found := find_config(Path.cwd())) is not None:
+        apply_config(commands.choices, *found)
     return parser
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks what may stand at the cursor, and leave."""
+    import argcomplete
+
+    argcomplete.autocomplete(parser)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewrite.cli.common import OK, load_model, write_report
 from rewrite.errors import OptionError
+from rewrite.runtime.infer_inputs import infer_example_inputs
 from rewrite.signals.measure import signal
 from rewrite.signals.plot import check_plot
 
@@ -24,10 +25,12 @@ def run_signal(
     Raises:
         OptionError: no input is known.
     """
-    if inputs is None:
-        raise OptionError("--signal runs the model; pass --input, such as 8x3x224x224")
     if options.plot is not None:
         check_plot(Path(options.plot))
+    if inputs is None:
+        inputs = infer_example_inputs(model, options.seed)
+    if inputs is None:
+        raise OptionError("--signal runs the model; pass --input, such as 8x3x224x224")
     measured = signal(model, inputs, seed=options.seed)
     if options.plot is not None:
         before = None

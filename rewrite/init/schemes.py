@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 from rewrite.errors import OptionError
 from rewrite.init.gains import gain
+from rewrite.suggest import did_you_mean
 
 # -- schemes -------------------------------------------------------------------------------------
 
@@ -125,7 +126,8 @@ def parse_scheme(text: str) -> Scheme:
     """
     name, *options = text.strip().split(":")
     if name not in _SCHEMES:
-        raise OptionError(f"unknown scheme {name!r}; known are {', '.join(scheme_names())}")
+        hint = did_you_mean(name, scheme_names())
+        raise OptionError(f"unknown scheme {name!r}{hint}; known are {', '.join(scheme_names())}")
     family, distribution = _SCHEMES[name]
     scheme = Scheme(family, distribution, _DEFAULT_MODE.get(family, ""))
     for option in options:

@@ -1,0 +1,32 @@
+"""The command `rewrite completion`: what a shell runs to complete commands, flags and passes."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rewrite.cli.common import OK
+from rewrite.errors import OptionError
+
+_SHELLS = ("bash", "zsh", "fish")
+
+
+def add_parsers(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "completion",
+        help="print the completion of a shell",
+        description='bash, zsh: eval "$(rewrite completion bash)"; '
+        "fish: rewrite completion fish | source",
+    )
+    parser.add_argument("shell", choices=_SHELLS)
+    parser.set_defaults(run=_run_completion)
+
+
+def _run_completion(options: argparse.Namespace) -> int:
+    try:
+        from argcomplete.shell_integration import shellcode
+    except ImportError as error:
+        raise OptionError("completion needs argcomplete; pip install argcomplete") from error
+    print(shellcode(["rewrite"], shell=options.shell))
+    return OK

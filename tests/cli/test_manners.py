@@ -1,0 +1,161 @@
+"""The manners of the command line: version, suggestions, a pass by name, completion, a project's
+defaults, JSON, HTML and what --quiet still says.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import rewrite
+from models.randomize import randomize_norms_
+from rewrite.cli.main import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as left:
+        code = int(left.code or 0)
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    rewrite.save(randomize_norms_(model).eval(), tmp_path / "model.pt")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "model.pt"
+
+
+def test_the_version_is_said(capsys) -> None:
+    assert run(capsys, "--version") == (0, f"rewrite {rewrite.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["convrt"], "did you mean convert?"),
+        (["convert", "--bn-to-gm", "m.pt"], "did you mean --bn-to-gn"),
+        (["convert", "--bn-to-gn", "--num-gruops", "3", "m.pt"], "did you mean --num-groups"),
+        (["passes", "fld"], "did you mean fold?"),
+        (["verify", "a", "b", "--contract", "exat"], "did you mean exact"),
+        (["convert", "--reinit", "kaimng", "m.pt"], "did you mean kaiming"),
+    ],
+)
+def test_what_was_probably_meant_is_said(capsys, arguments: list[str], meant: str) -> None:
+    code, _, said = run(capsys, *arguments)
+    assert code == 2 and meant in said
+
+
+def test_nothing_is_suggested_for_what_is_like_nothing(capsys) -> None:
+    assert "did you mean" not in run(capsys, "xyzzy")[2]
+
+
+def test_one_pass_is_shown_with_its_options_and_an_example(capsys) -> None:
+    code, out, _ = run(capsys, "passes", "bn-to-gn")
+    assert code == 0 and "--num-groups (int" in out and "rewrite convert --bn-to-gn" in out
+    assert "rewrite convert --reinit" in run(capsys, "passes", "reinit")[1]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_completion_is_printed(capsys, shell: str) -> None:
+    code, out, _ = run(capsys, "completion", shell)
+    assert code == 0 and "_ARGCOMPLETE" in out and "rewrite" in out
+
+
+def test_commands_are_completed() -> None:
+    line = "rewrite conv"
+    code = (
+        "import os, sys\n"
+        "line, out = sys.argv[1:]\n"
+        "os.environ.update(_ARGCOMPLETE='1', COMP_LINE=line, COMP_POINT=str(len(line)))\n"
+        "os.environ['_ARGCOMPLETE_STDOUT_FILENAME'] = out\n"
+        "from rewrite.cli.main import main\nmain([])\n"
+    )
+    out = Path("completed.txt")
+    try:
+        subprocess.run([sys.executable, "-c", code, line, str(out)], check=False, timeout=60)
+        assert out.read_text().strip() == "convert"
+    finally:
+        out.unlink(missing_ok=True)
+
+
+def test_a_project_has_defaults_that_the_command_line_overrides(capsys, checkpoint: Path) -> None:
+    config = checkpoint.with_name("pyproject.toml")
+    config.write_text('[tool.rewrite.verify]\ninput = "1x4x9x9"\n')
+    code, _, said = run(capsys, "verify", "model.pt", "model.pt")
+    assert code == 2 and "1x4x9x9" in said
+    assert run(capsys, "verify", "model.pt", "model.pt", "--input", "1x3x9x9")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[tool.rewrite.verfy]\nquick = true", "is no command; did you mean verify?"),
+        ("[tool.rewrite.verify]\nquik = true", "did you mean quick?"),
+        ("[tool.rewrite.verify]\nquick = 3", "does not fit --quick"),
+        ('[tool.rewrite]\nseed = "x"', "does not fit --seed"),
+        ("[tool.rewrite", "cannot be read"),
+    ],
+)
+def test_a_wrong_default_is_one_line(capsys, checkpoint: Path, text: str, said: str) -> None:
+    checkpoint.with_name("pyproject.toml").write_text(text)
+    code, out, err = run(capsys, "verify", "model.pt", "model.pt")
+    assert (code, out, err.count("\n")) == (2, "", 1) and said in err
+
+
+def test_a_pyproject_without_our_table_is_left_alone(capsys, checkpoint: Path) -> None:
+    checkpoint.with_name("pyproject.toml").write_text("[tool.other]\nseed = 'x'\n")
+    assert run(capsys, "verify", "model.pt", "model.pt", "--quick", "--quiet")[0] == 0
+
+
+def test_json_is_printed_for_machines(capsys, checkpoint: Path) -> None:
+    code, out, _ = run(capsys, "verify", "model.pt", "model.pt", "--quick", "--json")
+    assert code == 0 and json.loads(out)["ok"] is True
+
+
+def test_quiet_prints_the_line_that_failed(capsys, checkpoint: Path) -> None:
+    model = rewrite.load(checkpoint)
+    with torch.no_grad():
+        model[0].weight[0] += 0.1
+    rewrite.save(model, "other.pt")
+    code, out, err = run(capsys, "verify", "model.pt", "other.pt", "--quick", "--quiet")
+    assert ((code, out, err.count("\n")) == (1, "", 1) and "off by" in err) or "differs by" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "--fold", "model.pt", "--input", "1x3x9x9"],
+        ["verify", "model.pt", "model.pt", "--quick"],
+        ["compare", "model.pt", "model.pt"],
+    ],
+)
+def test_a_page_is_written(capsys, checkpoint: Path, arguments: list[str]) -> None:
+    assert run(capsys, *arguments, "--html", "page.html")[0] == 0
+    text = Path("page.html").read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>") and "sha256" in text and "torch" in text
+
+
+def test_a_page_takes_no_other_files_place(capsys, checkpoint: Path) -> None:
+    before = checkpoint.read_bytes()
+    code, _, err = run(capsys, "verify", "model.pt", "model.pt", "--html", "model.pt")
+    assert code == 2 and "--html model.pt: is model.pt" in err and checkpoint.read_bytes() == before
+
+
+def test_compare_names_what_differs(capsys, checkpoint: Path) -> None:
+    assert run(capsys, "convert", "--fold", "model.pt", "--input", "1x3x9x9")[0] == 0
+    code, out, _ = run(capsys, "compare", "model.pt", "model.rewritten.pt", "--input", "1x3x9x9")
+    assert code == 0 and "BatchNorm2d  Identity" in out and "1 of 5 modules differ" in out
+
+
+def test_signal_makes_up_an_input(capsys, checkpoint: Path) -> None:
+    code, out, _ = run(capsys, "inspect", "--signal", "model.pt")
+    assert code == 0 and "grad std" in out
