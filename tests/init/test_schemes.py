@@ -148,7 +148,7 @@ def test_following_gain_is_used_by_he_alone():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("he_norml", "unknown scheme 'he_norml'; known are glorot"),
+        ("he_norml", "unknown scheme 'he_norml'; did you mean he_normal"),
         ("he:rellu", "unknown activation 'rellu'; known are"),
         ("he:leaky_relu=x", "not a number"),
         ("orthogonal:fan_in", "has no mode"),
