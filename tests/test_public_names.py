@@ -40,6 +40,7 @@ PUBLIC = {
     "load",
     "open_calibration",
     "parameter_groups",
+    "path_norm",
     "save",
     "signal",
     "training",
