@@ -29,9 +29,8 @@ from benchmarks.corpus import UnbuildableError, fit_inputs, make
 from passes import Reinitialize
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
-from rewrite.graph.spellings import function_name
 from rewrite.init.residual import Residual, residual_branches
-from rewrite.init.residual_tails import ADDITIONS
+from rewrite.init.residual_tails import is_sum
 from rewrite.pipeline import convert
 from rewrite.runtime.float64 import KeepFloat64
 from rewrite.runtime.modes import widen
@@ -157,8 +156,7 @@ def _reason(captured: Captured, residual: Residual) -> str:
 def _additions(captured: Captured) -> int:
     """Return how many additions take two values, neither of them a parameter."""
     return sum(
-        function_name(node) in ADDITIONS
-        and sum(source.op != "get_attr" for source in node.all_input_nodes) == 2
+        is_sum(node) and sum(source.op != "get_attr" for source in node.all_input_nodes) == 2
         for node in captured.nodes()
     )
 

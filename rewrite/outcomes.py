@@ -87,6 +87,14 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Declined:
+    """Why something is not done, and the nodes that stand in its way: an answer, never an error."""
+
+    reason: str
+    nodes: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True)
 class Selection:
     """Which sites are wanted.
 

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from rewrite.outcomes import Declined
 
-class Refused(Exception):  # noqa: N818 - control flow inside the planner, never leaves it
-    """A step that the algebra does not allow; the message is the reason."""
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+
+class DeclinedError(Exception):
+    """A step that the algebra does not allow: it unwinds a propagation and never leaves it."""
+
+    def __init__(self, reason: str, *nodes: Node) -> None:
+        super().__init__(reason)
+        self.declined = Declined(reason, nodes)
+
+
+class Direction(enum.Enum):
+    """Which way a map moves: with the data, or against it."""
+
+    FORWARD = enum.auto()
+    """From what an operation reads to its value."""
+    BACKWARD = enum.auto()
+    """From the value of an operation to what it reads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +65,7 @@ class ChannelMap:
         )
 
     def moved(self, axis: int, index: Tensor | None = None) -> ChannelMap:
-        """Return the lane on another axis, or with another index."""
+        """Return the map on another axis, or with another index."""
         return replace(self, axis=axis, index=self.index if index is None else index)
 
 
@@ -56,8 +76,8 @@ def from_front(axis: int, rank: int) -> int:
     """Return an axis counted from the front.
 
     Raises:
-        Refused: the value has no such axis.
+        DeclinedError: the value has no such axis.
     """
     if not -rank <= axis < rank:
-        raise Refused("the channels are an axis that the value does not have")
+        raise DeclinedError("the channels are an axis that the value does not have")
     return axis % rank

@@ -1,14 +1,14 @@
 """Multiplications and additions by a constant per channel.
 
-    y = c * x,  y = x + c,  y = x - c,  y = x / c      c: one value per channel, made of parameters
+    y = c * x,  y = x / c,  y = a x + b c      c: one value per channel, made of parameters
 
 A constant is a parameter or buffer, or what a forward computes from those alone (torchvision's
-FrozenBatchNorm2d reshapes four buffers and combines them). It is evaluated in float64.
+FrozenBatchNorm2d reshapes four buffers and combines them). It is evaluated in float64. A
+tensor that a forward writes into is none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,25 +18,21 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from rewrite.affine.algebra import Affine
+from rewrite.affine.laws import cast_refusal
 from rewrite.graph.captured import Captured
+from rewrite.graph.inplace import changes_in_place
+from rewrite.graph.operators import conv_of, linear_of, norm_of
+from rewrite.graph.ranks import Ranks
 from rewrite.graph.spellings import function_name
-
-_PURE = frozenset(
-    {
-        "add", "sub", "mul", "div", "truediv", "neg", "rsqrt", "sqrt", "exp", "pow", "reciprocal",
-        "view", "reshape", "unsqueeze", "squeeze", "expand", "flatten", "getitem", "to", "float",
-        "double", "contiguous", "abs", "softplus", "sigmoid", "tanh", "clamp", "t", "transpose",
-        "permute", "type", "type_as",
-    }
-)  # fmt: skip
+from rewrite.graph.traits import Call, Trait, call_of, has
+from rewrite.outcomes import Declined
 
 
 @dataclass(frozen=True)
 class ChannelConstant:
     """A call that multiplies, or adds to, each channel of `operand` a constant of its own.
 
-    `axis` counts the channels from the end; `root` is the parameter it is made of, if one only;
-    `recipe` says how to make it of another checkpoint's tensors (`rewrite.fold.recipes`).
+    `axis` counts the channels from the end; `root` is the parameter it is made of, if one only.
     """
 
     node: Node
@@ -44,31 +40,40 @@ class ChannelConstant:
     axis: int
     affine: Affine
     root: str | None
-    recipe: Mapping[str, Any]
 
 
 class Constants:
     """The values of a captured model that depend on parameters and buffers alone."""
 
-    def __init__(self, captured: Captured) -> None:
+    def __init__(self, captured: Captured, ranks: Ranks | None = None) -> None:
         self._captured = captured
-        self._constant: set[Node] = set()
+        self._ranks = ranks or Ranks(captured)
         self._values: dict[Node, Tensor | None] = {}
+        self._written = {
+            str(node.args[0].target)
+            for node in captured.nodes()
+            if node.args and isinstance(node.args[0], Node) and node.args[0].op == "get_attr"
+            and changes_in_place(captured, node)
+        }  # fmt: skip
+        self._constant: set[Node] = set()
         for node in captured.nodes():
             if self._is_constant(node):
                 self._constant.add(node)
 
     def _is_constant(self, node: Node) -> bool:
         if node.op == "get_attr":
-            return True
+            return str(node.target) not in self._written
         if node.op not in ("call_function", "call_method"):
             return False
         inputs = node.all_input_nodes
-        return (
-            bool(inputs)
-            and all(source in self._constant for source in inputs)
-            and function_name(node) in _PURE
-        )
+        if not inputs or not all(source in self._constant for source in inputs):
+            return False
+        call = call_of(self._captured, node)
+        if call is None or Trait.PURE not in call.operation.traits:
+            return False
+        if Trait.CASTS in call.operation.traits and cast_refusal(self._captured, call):
+            return False
+        return not changes_in_place(self._captured, node)
 
     def value(self, node: Node) -> Tensor | None:
         """Return the float64 value of a constant, or None if `node` is none or has no value."""
@@ -84,7 +89,7 @@ class Constants:
         values = {source: self.value(source) for source in node.all_input_nodes}
         if any(value is None for value in values.values()):
             return None
-        if function_name(node) in ("to", "float", "double", "contiguous", "type", "type_as"):
+        if has(node, Trait.CASTS):
             return values[node.all_input_nodes[0]]
         args: Any = map_arg(node.args, values.__getitem__)
         kwargs: Any = map_arg(node.kwargs, values.__getitem__)
@@ -112,47 +117,93 @@ class Constants:
 
     def channel_constant(self, node: Node) -> ChannelConstant | None:
         """Return what `node` does to each channel, if it scales or shifts it by a constant."""
-        name = function_name(node)
-        if name not in ("add", "iadd", "sub", "isub", "mul", "imul", "div", "truediv", "itruediv"):
+        found = self.at(node)
+        return found if isinstance(found, ChannelConstant) else None
+
+    def at(self, node: Node) -> ChannelConstant | Declined | None:
+        """Return how `node` combines a value and a constant per channel, None if it does not.
+
+        Declined is what does so in another way than a product or a sum, or not alone.
+        """
+        if node.op not in ("call_function", "call_method"):
             return None
-        if len(node.args) != 2 or node.kwargs:
+        constants = [n for n in node.all_input_nodes if n in self._constant]
+        others = [n for n in node.all_input_nodes if n not in self._constant]
+        if len(constants) != 1 or len(others) != 1:
             return None
-        one, other = node.args
-        if not isinstance(one, Node) or not isinstance(other, Node):
-            return None
-        if (one in self._constant) == (other in self._constant):
-            return None
-        constant, operand = (one, other) if one in self._constant else (other, one)
-        if constant is one and name in ("sub", "isub", "div", "truediv", "itruediv"):
-            return None
-        value = self.value(constant)
+        value, operand = self.value(constants[0]), others[0]
         if value is None or value.numel() < 2:
             return None
         axes = [axis for axis in range(value.dim()) if value.shape[axis] > 1]
         if len(axes) != 1:
             return None
-        affine = _affine(name, value.flatten())
-        roots = self.roots(constant)
+        call = call_of(self._captured, node)
+        if call is None:
+            return Declined(
+                f"{function_name(node) or node.target} is not an operation that folding knows",
+                (node,),
+            )
+        affine = self._affine(call, constants[0], value.flatten())
+        if affine is None or isinstance(affine, Declined):
+            return affine
+        axis = axes[0] - value.dim()
+        if (reason := self._unfit(call, operand, value, axis)) is not None:
+            return Declined(reason, (node,))
+        roots = self.roots(constants[0])
         root = next(iter(roots)) if len(roots) == 1 else None
-        recipe = _recipe(name, root, roots)
-        return ChannelConstant(node, operand, axes[0] - value.dim(), affine, root, recipe)
+        return ChannelConstant(node, operand, axis, affine, root)
 
+    def _affine(self, call: Call, constant: Node, value: Tensor) -> Affine | Declined | None:
+        """Return the map of a call, None if it is no such operation."""
+        one, zero = torch.ones_like(value), torch.zeros_like(value)
+        if (terms := call.terms()) is not None and len(call.node.args) < 3:
+            (first, a), (second, b) = terms
+            scale, weight = (a, b) if second is constant else (b, a)
+            if constant not in (first, second):
+                return None
+            return Affine(one * scale, value * weight)
+        if call.name == "mul":
+            return Affine(value, zero)
+        if call.name == "div":
+            if call.get("rounding_mode") is not None:
+                return Declined("rounds its quotient", (call.node,))
+            if call.operand is constant:
+                return Declined("divides a constant by the value", (call.node,))
+            return Affine(value.reciprocal(), zero)
+        if call.name in ("floor_divide", "remainder", "fmod"):
+            return Declined("rounds its quotient", (call.node,))
+        return None
 
-def _recipe(name: str, root: str | None, roots: set[str]) -> dict[str, Any]:
-    operation = name.removeprefix("i").removeprefix("true")
-    target = root or ", ".join(sorted(roots))
-    if root is None:
-        reason = "is computed from several tensors, which the map of keys does not repeat"
-        return {"is": "other", "target": target, "reason": reason}
-    return {"is": "constant", "target": target, "operation": operation, "key": root}
+    def _unfit(self, call: Call, operand: Node, value: Tensor, axis: int) -> str | None:
+        """Return why a value is more than one channel for each number, or is written into."""
+        size, rank = self._ranks.size(operand, axis), self._ranks.rank(operand)
+        if size is not None and size != value.numel():
+            return f"it has {value.numel()} numbers for {size} channels"
+        if rank is not None and rank < value.dim():
+            return f"it gives a value of {rank} axes {value.dim()}"
+        if not changes_in_place(self._captured, call.node):
+            return None
+        if call.operand is not operand:
+            return "it writes into the constant"
+        return "it writes into a value that is read elsewhere" if self._shared(call) else None
 
+    def _shared(self, call: Call) -> bool:
+        """Return whether somebody else may read the value that a call in place writes into."""
+        node, value = call.node, call.operand
+        while isinstance(value, Node) and value.op not in ("placeholder", "get_attr"):
+            if set(value.users) != {node}:
+                return True
+            made = call_of(self._captured, value)
+            if made is None:
+                return norm_of(self._captured, value) is None and not self._is_dense(value)
+            moves = Trait.MOVES in made.operation.traits
+            copies = made.name == "clone"
+            kept = moves or Trait.IDENTITY in made.operation.traits
+            if copies or not (kept or changes_in_place(self._captured, value)):
+                return False
+            node, value = value, made.operand
+        return True
 
-def _affine(name: str, value: Tensor) -> Affine:
-    one, zero = torch.ones_like(value), torch.zeros_like(value)
-    if name in ("add", "iadd"):
-        return Affine(one, value)
-    if name in ("sub", "isub"):
-        return Affine(one, -value)
-    if name in ("mul", "imul"):
-        return Affine(value, zero)
-    return Affine(value.reciprocal(), zero)
+    def _is_dense(self, node: Node) -> bool:
+        dense = conv_of(self._captured, node) or linear_of(self._captured, node)
+        return dense is not None

@@ -15,7 +15,10 @@ from rewrite.graph.ranks import Ranks
 
 @dataclass
 class AnalysisContext:
-    """A captured model as growths read it. `folded` are nodes whose map has moved elsewhere."""
+    """A captured model as growths read it. `folded` are nodes whose map has moved elsewhere.
+
+    `gone` are the keys of norms whose affine part has moved elsewhere: they take up nothing more.
+    """
 
     captured: Captured
     folded: dict[Node, Node]
@@ -27,6 +30,7 @@ class AnalysisContext:
         self.tensor_readers = TensorReaders(self.captured, self.bake)
         self.rules = PropagationRules(self.captured, self.ranks, self.folded)
         self.order = {node: place for place, node in enumerate(self.captured.nodes())}
+        self.gone: set[str] = set()
         self._layers: dict[Node, Layer | None] = {}
 
     def layer(self, node: Node) -> Layer | None:

@@ -14,13 +14,9 @@ from rewrite.affine.layers import Layer, Side
 from rewrite.affine.ledger import Ledger
 from rewrite.graph.captured import TensorRef
 from rewrite.graph.editor import Editor
+from rewrite.outcomes import Declined
 
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a map cannot be absorbed."""
-
-    reason: str
+Refusal = Declined
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
-from rewrite.affine.channel_map import ChannelMap, Refused
+from rewrite.affine.channel_map import ChannelMap, DeclinedError
 from rewrite.affine.context import AnalysisContext
 from rewrite.affine.layers import Layer
 from rewrite.affine.plan import Absorption, Refusal
@@ -130,8 +130,8 @@ class Planner:
             try:
                 lane = ChannelMap(axis, torch.arange(channels), scale, shift)
                 return growth.run(seeds, lane)
-            except Refused as refused:
-                first = first or Refusal(str(refused))
+            except DeclinedError as error:
+                first = first or error.declined
             ways = growth.next_ways()
             if not ways:
                 break

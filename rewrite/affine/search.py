@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
-from rewrite.affine.channel_map import ChannelMap, Refused
+from rewrite.affine.channel_map import ChannelMap, DeclinedError
+from rewrite.affine.laws import Constraints
 from rewrite.affine.layers import Layer, Side
 from rewrite.affine.plan import Absorption, Edit
-from rewrite.affine.rules import Constraints
 from rewrite.graph.inplace import changes_in_place
 from rewrite.graph.operators import norm_of
-from rewrite.graph.spellings import function_name
+from rewrite.graph.traits import Trait, has
 
 if TYPE_CHECKING:
     from rewrite.affine.context import AnalysisContext
@@ -88,18 +88,18 @@ class PropagationSearch:
     def _change(self, value: Node, lane: ChannelMap) -> None:
         if lane.trivial:
             if value in self._lanes:
-                raise Refused(f"{value.name} would have to change and not to change")
+                raise DeclinedError(f"{value.name} would have to change and not to change")
             self._untouched.add(value)
             return
         if value in self._untouched:
-            raise Refused(f"{value.name} would have to change and not to change")
+            raise DeclinedError(f"{value.name} would have to change and not to change")
         if value in self._lanes:
             if not self._lanes[value].same(lane):
-                raise Refused(f"{value.name} would have to change in two different ways")
+                raise DeclinedError(f"{value.name} would have to change in two different ways")
             return
         self._lanes[value] = lane
         if len(self._lanes) > _VALUES:
-            raise Refused(f"more than {_VALUES} values would have to change")
+            raise DeclinedError(f"more than {_VALUES} values would have to change")
         self._check_readers(value)
         self._check_far(value)
         backward, forward = self._near, self._far
@@ -113,13 +113,13 @@ class PropagationSearch:
         readers = self.captured.readers(value)
         called = self.around.rules.called(value)
         if not readers.known:
-            raise Refused(
+            raise DeclinedError(
                 f"the output of {called} has readers that were not traced: {readers.reason}"
             )
         if len(readers.nodes) > 1:
             for reader in readers.nodes:
                 if changes_in_place(self.captured, reader):
-                    raise Refused(
+                    raise DeclinedError(
                         f"the output of {called} is changed in place by "
                         f"{self.around.rules.called(reader)} and read elsewhere"
                     )
@@ -137,14 +137,14 @@ class PropagationSearch:
             if node in self.around.folded or (node, side) in self._done:
                 continue
             if self._sums_later(node):
-                raise Refused(self._far_reason(node, value))
+                raise DeclinedError(self._far_reason(node, value))
             layer = self.around.layer(node)
             if layer is None or (side == "in front" and node.all_input_nodes[:1] != [value]):
                 continue
             if not self.compensate:
-                raise Refused(self._far_reason(node, value))
+                raise DeclinedError(self._far_reason(node, value))
             if side == "in front" and layer.kind == "gain":
-                raise Refused(layer.why_not)
+                raise DeclinedError(layer.why_not)
 
     def _sums_later(self, node: Node) -> bool:
         """Return whether `node` is a sum that no backward growth reaches: it comes after the seeds.
@@ -155,7 +155,7 @@ class PropagationSearch:
             return False
         order = self.around.order
         later = all(s.graph is node.graph and order[s] < order[node] for s in self._seeds)
-        return later and function_name(node) in ("add", "iadd", "sub", "isub")
+        return later and has(node, Trait.ADDS)
 
     def _visit(self, node: Node, value: Node, side: str, near: bool) -> None:
         lane = self._lanes[value]
@@ -163,11 +163,11 @@ class PropagationSearch:
         absorbs = layer is not None and (side == "behind" or node.all_input_nodes[:1] == [value])
         key = (node, side) if absorbs or (node, side) in self._done else (node, "through")
         if node in self._seeds and key not in self._done:
-            raise Refused("its own input depends on its output")
+            raise DeclinedError("its own input depends on its output")
         if key in self._done:
             expected = self._done[key].get(value)
             if expected is None or not expected.same(lane):
-                raise Refused(f"{value.name} would have to change in two different ways")
+                raise DeclinedError(f"{value.name} would have to change in two different ways")
             return
         if side == "in front" and self.around.rules.reads_only_shape(node, value):
             return
@@ -181,7 +181,7 @@ class PropagationSearch:
             return
         if side == "behind" and node.op in ("placeholder", "get_attr"):
             what = "an input" if node.op == "placeholder" else "a constant"
-            raise Refused(f"{node.name} is {what} of the model, not the output of a layer")
+            raise DeclinedError(f"{node.name} is {what} of the model, not the output of a layer")
         demands = self.around.rules.around(node, value, lane, self.demand)
         demands.setdefault(value, lane)
         self._done[key] = demands
@@ -189,7 +189,7 @@ class PropagationSearch:
             if other is not value:
                 self._change(other, needed)
             elif not needed.same(lane):
-                raise Refused(f"{value.name} would have to change in two different ways")
+                raise DeclinedError(f"{value.name} would have to change in two different ways")
 
     def _agree(self, node: Node, value: Node, lane: ChannelMap, absorbs: bool) -> None:
         """Accept another neighbour of a changed value if nothing else has to change for it.
@@ -198,15 +198,15 @@ class PropagationSearch:
         """
         reason = self._far_reason(node, value)
         if absorbs or node.op in ("placeholder", "get_attr", "output"):
-            raise Refused(reason)
+            raise DeclinedError(reason)
         try:
             demands = self.around.rules.around(node, value, lane, self.demand)
-        except Refused:
-            raise Refused(reason) from None
+        except DeclinedError:
+            raise DeclinedError(reason) from None
         for other, needed in demands.items():
             held = self._lanes.get(other)
             if not needed.trivial and (held is None or not held.same(needed)):
-                raise Refused(reason)
+                raise DeclinedError(reason)
         for other, needed in demands.items():
             self._change(other, needed)
         self._done[(node, "through")] = {**demands, value: lane}
@@ -228,19 +228,21 @@ class PropagationSearch:
         if lane.spread and side == "in front" and len(index) and channels % len(index) == 0:
             index = index.repeat_interleave(channels // len(index))
         elif lane.spread:
-            raise Refused(f"{layer.name} reads channels that a flatten repeats unknown times")
+            raise DeclinedError(f"{layer.name} reads channels that a flatten repeats unknown times")
         axis = self._axis(layer, node, lane)
         if axis != layer.axis:
-            raise Refused(_other_axis(layer, side, axis))
+            raise DeclinedError(_other_axis(layer, side, axis))
         if len(index) != channels:
-            raise Refused(f"{layer.name} has {channels} channels where {len(index)} are mapped")
+            raise DeclinedError(
+                f"{layer.name} has {channels} channels where {len(index)} are mapped"
+            )
         if side == "in front":
             if layer.kind == "gain":
-                raise Refused(layer.why_not)
+                raise DeclinedError(layer.why_not)
             if lane.shift and not layer.keeps_shift:
-                raise Refused(layer.why_not)
+                raise DeclinedError(layer.why_not)
         elif layer.kind == "gain" and lane.shift and layer.bias is None and _is_rms(self, node):
-            raise Refused(f"{layer.name} has no bias to take up a shift")
+            raise DeclinedError(f"{layer.name} has no bias to take up a shift")
         inverse = (self.sign > 0) == (side == "behind")
         edit = Edit(layer, side, index, lane.scale, lane.shift, inverse)
         self._edits.setdefault((layer.key, side), {})[node] = edit
@@ -251,7 +253,7 @@ class PropagationSearch:
             return lane.axis
         rank = self.around.ranks.rank(node)
         if rank is None:
-            raise Refused(
+            raise DeclinedError(
                 f"the number of axes of the output of {layer.name} is unknown without example "
                 f"inputs: axis {lane.axis} may not be the one that it writes (pass example_inputs)"
             )
@@ -263,14 +265,16 @@ class PropagationSearch:
         for (_, side), by_call in self._edits.items():
             edit = next(iter(by_call.values()))
             layer = edit.layer
+            if layer.key in self.around.gone:
+                raise DeclinedError(f"the affine part of {layer.name} has been folded itself")
             if not layer.absorbs:
-                raise Refused(f"{layer.name} has no weight and bias to take up a map")
+                raise DeclinedError(f"{layer.name} has no weight and bias to take up a map")
             if (reason := self.around.tensor_readers.refusal(layer)) is not None:
-                raise Refused(reason)
+                raise DeclinedError(reason)
             for call in self.around.tensor_readers.calls(layer):
                 other = by_call.get(call)
                 if other is None:
-                    raise Refused(
+                    raise DeclinedError(
                         f"{layer.name} is called more than once, and at {call.name} its "
                         f"{'output' if side == 'behind' else 'input'} is not normalized so "
                         "(unshare clones the layer for each call)"
@@ -279,7 +283,9 @@ class PropagationSearch:
                     (other.scale, other.shift) == (edit.scale, edit.shift)
                 )
                 if not alike:
-                    raise Refused(f"{layer.name} would have to change differently at {call.name}")
+                    raise DeclinedError(
+                        f"{layer.name} would have to change differently at {call.name}"
+                    )
             edits.append(edit)
         return tuple(edits)
 

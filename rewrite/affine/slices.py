@@ -12,121 +12,195 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from rewrite.affine.channel_map import UNKNOWN_RANK, ChannelMap, Refused, from_front
-from rewrite.graph.arguments import argument
+from rewrite.affine.channel_map import (
+    UNKNOWN_RANK,
+    ChannelMap,
+    DeclinedError,
+    Direction,
+    from_front,
+)
+from rewrite.graph.captured import Captured
 from rewrite.graph.ranks import Ranks
-from rewrite.graph.spellings import function_name, is_getitem
+from rewrite.graph.spellings import is_getitem
+from rewrite.graph.traits import Call, Trait, call_of, has, named
+
+_INDEXING = ("select", "narrow", "slice")
 
 
 class Parts:
-    """Follows lanes into parts of values, and into what is made of parts."""
+    """Follows channel maps into parts of values, and into what is made of parts."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, captured: Captured, ranks: Ranks) -> None:
+        self._captured = captured
         self._ranks = ranks
 
-    def part(self, node: Node, lane: ChannelMap, backward: bool) -> ChannelMap | None:
+    def whole(self, node: Node) -> Node:
+        """Return the value that `node`, an indexing or one result of a split, takes a part of."""
+        source = node.args[0]
+        assert isinstance(source, Node)
+        if is_getitem(node) and has(source, Trait.SPLITS):
+            return self._split_of(source)[1]
+        return source
+
+    def _split_of(self, source: Node) -> tuple[Call, Node]:
+        call = call_of(self._captured, source)
+        if call is None or not isinstance(call.operand, Node):
+            raise DeclinedError(f"{source.name} splits no value", source)
+        return call, call.operand
+
+    def part(self, node: Node, lane: ChannelMap, direction: Direction) -> ChannelMap | None:
         """Follow an indexing or one result of a chunk or split; None if `node` is neither."""
+        if named(node, *_INDEXING):
+            return self._indexing(node, lane, direction)
         if not is_getitem(node) or not isinstance(node.args[0], Node):
             return None
         source, item = node.args[0], node.args[1]
-        called = function_name(source)
-        if called in ("chunk", "split", "tensor_split") and isinstance(item, int):
-            return self._chunk(source, item, lane, backward)
+        if has(source, Trait.SPLITS):
+            if not isinstance(item, int):
+                raise DeclinedError(f"{node.name} takes several parts of {source.name}", node)
+            return self._result(*self._split_of(source), item, lane, direction)
+        if not self._is_tensor(source):
+            raise DeclinedError(f"{node.name} takes one of several results of {source.name}", node)
         items = item if isinstance(item, tuple) else (item,)
-        if any(isinstance(i, Node | list | Tensor) for i in items):
-            raise Refused(f"{node.name} indexes {source.name} by a computed index")
-        return self._slice(source, items, lane, backward)
+        if any(isinstance(i, Node | list | Tensor | bool) for i in items):
+            raise DeclinedError(f"{node.name} indexes {source.name} by a computed index", node)
+        return self._slice(source, items, lane, direction)
 
-    def _chunk(self, source: Node, item: int, lane: ChannelMap, backward: bool) -> ChannelMap:
-        whole = source.args[0]
-        assert isinstance(whole, Node)
-        dim = argument(source, 2, "dim", 0)
+    def _is_tensor(self, source: Node) -> bool:
+        held = source.meta.get("val")
+        call = call_of(self._captured, source)
+        several = call is not None and (
+            call.get("return_indices", False)
+            or call.name in ("max", "min")
+            or "with_indices" in call.name
+        )
+        return isinstance(held, Tensor) or (held is None and not several)
+
+    def _indexing(self, node: Node, lane: ChannelMap, direction: Direction) -> ChannelMap:
+        """Follow `select`, `narrow` and `slice` as the indexing that they are."""
+        call = call_of(self._captured, node)
+        source = None if call is None else call.operand
+        if call is None or not isinstance(source, Node):
+            raise DeclinedError(f"{node.name} indexes no value", node)
+        rank = self._ranks.rank(source)
+        dim = call.get("dim", 0)
+        if call.name == "select":
+            item: Any = call.get("index")
+        elif call.name == "narrow":
+            start, length = call.get("start"), call.get("length")
+            known = isinstance(start, int) and isinstance(length, int) and start >= 0
+            item = slice(start, start + length) if known else None
+        else:
+            bounds = (call.get("start"), call.get("end"), call.get("step"))
+            known = all(bound is None or isinstance(bound, int) for bound in bounds)
+            item = slice(*bounds) if known else None
+        if not isinstance(dim, int) or not isinstance(item, int | slice) or rank is None:
+            raise DeclinedError(f"{node.name} indexes {source.name} by a computed index", node)
+        items = (*(slice(None),) * (dim % rank), item)
+        return self._slice(source, items, lane, direction)
+
+    def _result(
+        self, call: Call, whole: Node, item: int, lane: ChannelMap, direction: Direction
+    ) -> ChannelMap:
+        """Follow the result number `item` of a chunk, split or unbind."""
+        source = call.node
+        dim = call.get("dim", 0)
         if not isinstance(dim, int):
-            raise Refused(f"{source.name} splits along a computed axis")
+            raise DeclinedError(f"{source.name} splits along a computed axis", source)
+        if call.name == "unbind":
+            rank = self._ranks.rank(whole)
+            if rank is None:
+                raise DeclinedError(UNKNOWN_RANK.format(whole.name), source)
+            return self._slice(whole, (*(slice(None),) * (dim % rank), item), lane, direction)
         axis = self._ranks.from_end(whole, dim)
         if axis != lane.axis:
             if (axis < 0) != (lane.axis < 0):
-                raise Refused(UNKNOWN_RANK.format(whole.name))
+                raise DeclinedError(UNKNOWN_RANK.format(whole.name), source)
             return lane
         total = self._ranks.size(whole, axis)
-        if total is None:
-            raise Refused(
-                f"the number of channels of {whole.name} is unknown (pass example_inputs)"
+        if total is None or lane.spread:
+            raise DeclinedError(
+                f"the number of channels of {whole.name} is unknown (pass example_inputs)", source
             )
-        start, stop = _bounds(source, total, item)
-        if backward:
+        start, stop = _bounds(call, total, item)
+        if len(lane.index) != (stop - start if direction is Direction.BACKWARD else total):
+            raise DeclinedError(f"another number of channels of {whole.name} is mapped", source)
+        if direction is Direction.BACKWARD:
             index = torch.full((total,), -1)
             index[start:stop] = lane.index
             return lane.moved(axis, index)
         return lane.moved(axis, lane.index[start:stop])
 
     def _slice(
-        self, source: Node, items: tuple[Any, ...], lane: ChannelMap, backward: bool
+        self, source: Node, items: tuple[Any, ...], lane: ChannelMap, direction: Direction
     ) -> ChannelMap:
         rank = self._ranks.rank(source)
+        backward = direction is Direction.BACKWARD
         if rank is None:
-            raise Refused(UNKNOWN_RANK.format(source.name))
+            raise DeclinedError(UNKNOWN_RANK.format(source.name))
         if Ellipsis in items:
             at = items.index(Ellipsis)
             used = sum(i is not None for i in items) - 1
             items = (*items[:at], *(slice(None),) * (rank - used), *items[at + 1 :])
         items = (*items, *(slice(None),) * (rank - sum(i is not None for i in items)))
-        in_axis = 0
+        place = 0
         out_axes: list[int | None] = []
         for item in items:
             if item is None:
                 out_axes.append(None)
                 continue
             if not isinstance(item, int):
-                out_axes.append(in_axis)
-            in_axis += 1
+                out_axes.append(place)
+            place += 1
         axis = from_front(lane.axis, len(out_axes) if backward else rank)
-        in_front = out_axes[axis] if backward else axis
-        if in_front is None or in_front not in out_axes:
-            raise Refused(f"the channels of {source.name} are indexed away")
-        window = [item for item in items if item is not None][in_front]
+        input_axis = out_axes[axis] if backward else axis
+        if input_axis is None or input_axis not in out_axes:
+            raise DeclinedError(f"the channels of {source.name} are indexed away")
+        window = [item for item in items if item is not None][input_axis]
+        if lane.spread and window != slice(None):
+            raise DeclinedError(f"the number of channels of {source.name} is unknown")
         if window == slice(None):
             length = len(lane.index)
         else:
-            size = self._ranks.size(source, in_front - rank)
+            size = self._ranks.size(source, input_axis - rank)
             if size is None:
-                raise Refused(f"the number of channels of {source.name} is unknown")
+                raise DeclinedError(f"the number of channels of {source.name} is unknown")
             length = size
         positions = torch.arange(length)[window]
+        if len(lane.index) != (len(positions) if backward else length):
+            raise DeclinedError(f"another number of channels of {source.name} is mapped", source)
         if backward:
             index = torch.full((length,), -1)
             index[positions] = lane.index
-            return lane.moved(in_front - rank, index)
-        return lane.moved(out_axes.index(in_front) - len(out_axes), lane.index[positions])
+            return lane.moved(input_axis - rank, index)
+        return lane.moved(out_axes.index(input_axis) - len(out_axes), lane.index[positions])
 
     def join(self, node: Node) -> tuple[list[Node], int] | None:
         """Return the parts of a concatenation and its axis, or None if `node` is none."""
-        if function_name(node) not in ("cat", "concat", "concatenate"):
+        call = call_of(self._captured, node)
+        if call is None or call.name != "cat":
             return None
-        parts = argument(node, 0, "tensors")
-        dim = argument(node, 1, "dim", argument(node, 1, "axis", 0))
+        parts = node.args[0] if node.args else node.kwargs.get("tensors")
+        dim = call.get("dim", 0)
         if not isinstance(parts, list | tuple) or not isinstance(dim, int):
-            raise Refused(f"{node.name} concatenates what is computed")
+            raise DeclinedError(f"{node.name} concatenates what is computed", node)
         if not all(isinstance(part, Node) for part in parts):
-            raise Refused(f"{node.name} concatenates something that is no value")
+            raise DeclinedError(f"{node.name} concatenates something that is no value", node)
         return list(parts), self._ranks.from_end(node, dim)
 
 
-def _bounds(source: Node, total: int, item: int) -> tuple[int, int]:
+def _bounds(call: Call, total: int, item: int) -> tuple[int, int]:
     """Return which positions the result `item` of a chunk or split covers."""
-    given = source.args[1] if len(source.args) > 1 else next(
-        (source.kwargs[k] for k in ("chunks", "split_size_or_sections", "split_size")
-         if k in source.kwargs), None,
-    )  # fmt: skip
-    called = function_name(source)
-    if isinstance(given, int) and called != "tensor_split":
-        step = given if called == "split" else -(-total // given)
+    computed = DeclinedError(f"{call.node.name} splits at computed positions", call.node)
+    if call.name == "tensor_split":
+        raise computed
+    given = call.get("chunks" if call.name == "chunk" else "split_size")
+    if isinstance(given, int):
+        step = given if call.name == "split" else -(-total // given)
         sizes = [min(step, total - start) for start in range(0, total, step)]
-    elif isinstance(given, list | tuple) and called == "split":
-        if not all(isinstance(size, int) for size in given):
-            raise Refused(f"{source.name} splits at computed positions")
+    elif isinstance(given, list | tuple) and all(isinstance(size, int) for size in given):
         sizes = [int(size) for size in given]
     else:
-        raise Refused(f"{source.name} splits at computed positions")
+        raise computed
     item %= len(sizes)
     return sum(sizes[:item]), sum(sizes[: item + 1])

@@ -17,25 +17,25 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import replace
 
-from torch import nn
 from torch.fx import Node
 
 from rewrite.affine.algebra import Affine
-from rewrite.affine.channel_map import Refused
+from rewrite.affine.channel_map import DeclinedError
 from rewrite.affine.constants import Constants
+from rewrite.affine.laws import drops
 from rewrite.affine.layers import Layer, layer_of
 from rewrite.affine.planner import Planner
 from rewrite.fold.links import NEGATIVE, Link, constant_link, norm_link
 from rewrite.fold.merged_kernel import Merge, NoMerge, Term, identity_window, window
 from rewrite.graph.captured import Captured
 from rewrite.graph.operators import Conv, conv_of, norm_of
-from rewrite.graph.spellings import function_name
+from rewrite.graph.traits import Trait, call_of, has
 
 _LINES = 64
 """Operations that one merge may cover: a bound on the work, far above any real block."""
 
 
-_ADDS = frozenset({"add", "iadd", "sub", "isub"})
+_PASSES_ON = ("identity", "contiguous", "dropout")
 
 
 class Branches:
@@ -44,7 +44,7 @@ class Branches:
     def __init__(self, captured: Captured, planner: Planner | None = None) -> None:
         self.captured = captured
         self.planner = planner or Planner(captured)
-        self._constants = Constants(captured)
+        self._constants = Constants(captured, self.planner.surroundings.ranks)
         self._order = {node: place for place, node in enumerate(captured.nodes())}
 
     def find(self) -> Iterator[Merge | NoMerge]:
@@ -52,7 +52,7 @@ class Branches:
         found: dict[Node, Merge | NoMerge] = {}
         covered: set[Node] = set()
         for node in reversed(list(self.captured.nodes())):
-            if node in covered or function_name(node) not in _ADDS:
+            if node in covered or not has(node, Trait.ADDS):
                 continue
             outcome = self._merge(node)
             if isinstance(outcome, Merge):
@@ -90,15 +90,15 @@ class Branches:
         owner = self.captured.owner(root)
         try:
             terms = self._terms(root, source)
-        except Refused:
+        except DeclinedError:
             return None
         convs = [term.conv for term in terms if term.conv is not None]
         if len(terms) < 2 or not convs:
             return None
         try:
             outer = self._outer(convs, len(convs) < len(terms))
-            self._check(root, inside)
-        except Refused as refused:
+            self._check(root, inside, outer)
+        except DeclinedError as refused:
             return NoMerge(root, owner, str(refused))
         return Merge(root, source, inside, owner, terms, outer)
 
@@ -125,7 +125,7 @@ class Branches:
         return [n for n in node.all_input_nodes if self._constants.value(n) is None]
 
     def _linear(self, node: Node) -> bool:
-        if function_name(node) in _ADDS or self._passes_on(node):
+        if has(node, Trait.ADDS) or self._passes_on(node):
             return True
         if self._constants.channel_constant(node) is not None:
             return True
@@ -140,16 +140,10 @@ class Branches:
         inputs = self._inputs(node)
         if len(inputs) != 1 or norm_of(self.captured, node) is not None:
             return False
-        if node.op == "call_module":
-            module = self.captured.module(str(node.target))
-            if isinstance(module, nn.Identity):
-                return True
-            return isinstance(module, nn.modules.dropout._DropoutNd) and not module.training
-        return function_name(node) in ("dropout", "contiguous") and not self._drops(node)
-
-    def _drops(self, node: Node) -> bool:
-        steps = self.planner.surroundings.rules
-        return function_name(node) == "dropout" and steps._drops(node)
+        call = call_of(self.captured, node)
+        if call is None or call.name not in _PASSES_ON:
+            return False
+        return Trait.DROPS not in call.operation.traits or not drops(call)
 
     # -- terms --------------------------------------------------------------------------------
 
@@ -159,45 +153,38 @@ class Branches:
             return self._terms(self.planner.folded[node], source)
         if node is source:
             return (Term(None, Affine.identity(self._channels(source))),)
-        name = function_name(node)
-        if name in _ADDS and self._constants.channel_constant(node) is None:
-            return self._sum(node, source, name in ("sub", "isub"))
+        if has(node, Trait.ADDS) and self._constants.channel_constant(node) is None:
+            return self._sum(node, source)
         conv = conv_of(self.captured, node)
         if conv is not None:
             if conv.input is not source:
-                raise Refused("a branch with two convolutions")
+                raise DeclinedError("a branch with two convolutions")
             channels = self._layer(node).channels_out
             return (Term(conv, Affine.identity(channels)),)
         if self._passes_on(node):
             return self._terms(self._inputs(node)[0], source)
         affine, before, link = self._affine(node)
+        terms = self._terms(before, source)
+        if any(len(term.affine.scale) != len(affine.scale) for term in terms):
+            raise DeclinedError("a map of another number of channels", node)
         return tuple(
             replace(term, affine=affine.after(term.affine), links=(*term.links, link))
-            for term in self._terms(before, source)
+            for term in terms
         )
 
-    def _sum(self, node: Node, source: Node, subtract: bool) -> tuple[Term, ...]:
-        if len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
-            raise Refused("a weighed sum")
-        one, other = node.args
-        if not isinstance(one, Node) or not isinstance(other, Node):
-            value = other if isinstance(one, Node) else one
-            if value == 0 and isinstance(one, Node):
-                return self._terms(one, source)
-            if value == 0 and isinstance(other, Node) and not subtract:
-                return self._terms(other, source)
-            raise Refused("a sum with a number")
-        behind = self._terms(other, source)
-        if subtract:
-            behind = tuple(
-                replace(
-                    t,
-                    affine=Affine(-t.affine.scale, -t.affine.shift),
-                    links=(*t.links, NEGATIVE),
-                )
-                for t in behind
-            )
-        return (*self._terms(one, source), *behind)
+    def _sum(self, node: Node, source: Node) -> tuple[Term, ...]:
+        call = call_of(self.captured, node)
+        terms = None if call is None else call.terms()
+        if terms is None or any(weight not in (1, -1) for _, weight in terms):
+            raise DeclinedError("a weighed sum", node)
+        found: tuple[Term, ...] = ()
+        for value, weight in terms:
+            if isinstance(value, Node):
+                branches = self._terms(value, source)
+                found += branches if weight == 1 else tuple(map(_negative, branches))
+            elif value != 0:
+                raise DeclinedError("a sum with a number", node)
+        return found
 
     def _affine(self, node: Node) -> tuple[Affine, Node, Link]:
         constant = self._constants.channel_constant(node)
@@ -205,7 +192,7 @@ class Branches:
             return constant.affine, constant.operand, constant_link(self.captured, constant)
         layer = self._layer(node)
         if layer.mean is None or layer.var is None:
-            raise Refused("not linear")
+            raise DeclinedError("not linear")
         tensor = self.captured.tensor
         weight = None if layer.weight is None else tensor(layer.weight)
         bias = None if layer.bias is None else tensor(layer.bias)
@@ -215,7 +202,7 @@ class Branches:
     def _layer(self, node: Node) -> Layer:
         layer = layer_of(self.captured, node, None)
         if layer is None:
-            raise Refused("not linear")
+            raise DeclinedError("not linear")
         return layer
 
     def _channels(self, node: Node) -> int:
@@ -224,7 +211,7 @@ class Branches:
             layer = layer_of(self.captured, neighbour, None)
             if layer is not None and layer.kind in ("kernel", "norm"):
                 return layer.channels_out if neighbour is node else layer.channels_in
-        raise Refused("an unknown number of channels")
+        raise DeclinedError("an unknown number of channels")
 
     # -- conditions ---------------------------------------------------------------------------
 
@@ -238,10 +225,10 @@ class Branches:
         widest = max(convs, key=lambda c: tensor(c.weight).shape[2:].numel())
         for conv in convs:
             if isinstance(conv.padding, str):
-                raise Refused(f"{conv.target} has padding={conv.padding!r}")
+                raise DeclinedError(f"{conv.target} has padding={conv.padding!r}")
             for what in ("stride", "groups", "padding_mode", "dims"):
                 if getattr(conv, what) != getattr(widest, what):
-                    raise Refused(
+                    raise DeclinedError(
                         f"{conv.target} has {what}={getattr(conv, what)}, {widest.target} has "
                         f"{getattr(widest, what)}"
                     )
@@ -250,36 +237,46 @@ class Branches:
                 t > 1 and d != w
                 for t, d, w in zip(taps, conv.dilation, widest.dilation, strict=True)
             ):
-                raise Refused(f"{conv.target} and {widest.target} have different dilations")
+                raise DeclinedError(f"{conv.target} and {widest.target} have different dilations")
             if window(conv, widest, self.captured) is None:
-                raise Refused(f"{conv.target} and {widest.target} see different windows")
+                raise DeclinedError(f"{conv.target} and {widest.target} see different windows")
         if has_identity:
             weight = tensor(widest.weight)
             if any(step != 1 for step in widest.stride):
-                raise Refused(f"{widest.target} has stride {widest.stride}, the identity has none")
+                raise DeclinedError(
+                    f"{widest.target} has stride {widest.stride}, the identity has none"
+                )
             if weight.shape[0] != weight.shape[1] * widest.groups:
-                raise Refused(f"{widest.target} changes the number of channels")
+                raise DeclinedError(f"{widest.target} changes the number of channels")
             if identity_window(widest, self.captured) is None:
-                raise Refused(f"{widest.target} has no tap at the center of its window")
+                raise DeclinedError(f"{widest.target} has no tap at the center of its window")
         return widest
 
-    def _check(self, root: Node, inside: frozenset[Node]) -> None:
+    def _check(self, root: Node, inside: frozenset[Node], outer: Conv) -> None:
         for node in inside:
+            constant = self._constants.channel_constant(node)
+            if constant is not None and constant.axis != -(outer.dims + 1):
+                raise DeclinedError(f"{node.name} is by a constant along another axis", node)
             if node is not root:
                 for user in set(node.users) - inside:
                     if not self._asks_shape(root, user, node):
-                        raise Refused(f"{node.name} is also read outside of the branches")
+                        raise DeclinedError(f"{node.name} is also read outside of the branches")
                 readers = self.captured.readers(node)
                 if not readers.known:
-                    raise Refused(readers.reason)
+                    raise DeclinedError(readers.reason)
             layer = layer_of(self.captured, node, None)
             if layer is not None and layer.module is not None:
                 for reason in self.captured.hooks(layer.module):
-                    raise Refused(f"{layer.module} {reason}")
+                    raise DeclinedError(f"{layer.module} {reason}")
         refusal = self.captured.editor.refusal(root)
         if refusal is not None:
-            raise Refused(refusal)
+            raise DeclinedError(refusal)
 
 
 def _layers(merge: Merge) -> list[str]:
     return [term.conv.weight.name if term.conv is not None else "" for term in merge.terms]
+
+
+def _negative(term: Term) -> Term:
+    affine = Affine(-term.affine.scale, -term.affine.shift)
+    return replace(term, affine=affine, links=(*term.links, NEGATIVE))

@@ -20,6 +20,8 @@ from rewrite.affine.layers import Layer
 from rewrite.affine.ledger import Ledger
 from rewrite.affine.planner import Planner
 from rewrite.graph.operators import Norm, norm_of
+from rewrite.graph.spellings import function_name
+from rewrite.outcomes import Declined
 from rewrite.weights.baking import has_old_hooks
 
 
@@ -81,10 +83,10 @@ class Source:
 def sources(planner: Planner) -> Iterator[Source]:
     """Yield every candidate of a captured model, in data-flow order, each layer once."""
     captured = planner.captured
-    constants = Constants(captured)
+    constants = Constants(captured, planner.surroundings.ranks)
     seen: set[Node] = set()
     for node in captured.nodes():
-        if node in seen or node.op not in ("call_module", "call_function"):
+        if node in seen or node.op not in ("call_module", "call_function", "call_method"):
             continue
         norm = norm_of(captured, node)
         if norm is not None:
@@ -92,8 +94,12 @@ def sources(planner: Planner) -> Iterator[Source]:
             seen.update(calls)
             yield _norm_source(planner, norm, calls)
             continue
-        constant = constants.channel_constant(node)
-        if constant is not None:
+        constant = constants.at(node)
+        if isinstance(constant, Declined):
+            calls = captured.call_sites(node)
+            seen.update(calls)
+            yield _declined_source(planner, calls, constant)
+        elif constant is not None:
             chain = _chain(planner, constants, constant)
             seen.update(link.node for link in chain)
             yield _constant_source(planner, chain)
@@ -170,6 +176,15 @@ def _constant_source(planner: Planner, chain: tuple[ChannelConstant, ...]) -> So
     return Source(
         "constant", target, f"{operation} by a constant per channel", first, last, chain[0].axis,
         None, refusal, chain,
+    )  # fmt: skip
+
+
+def _declined_source(planner: Planner, calls: tuple[Node, ...], declined: Declined) -> Source:
+    """Return a line that combines a value and a constant in a way that is not folded."""
+    name = function_name(calls[0]) or str(calls[0].target)
+    return Source(
+        "constant", planner.captured.owner(calls[0]), f"{name} by a constant per channel",
+        calls, calls, 0, None, declined.reason,
     )  # fmt: skip
 
 

@@ -126,6 +126,8 @@ class Folder:
             move.enter(self.ledger, affine)
         if source.kind != "gain":
             self.planner.folded.update(source.passes_on)
+        elif source.layer is not None:
+            self.planner.surroundings.gone.add(source.layer.key)
         return fold
 
     def _blame(self, source: Source, reason: str) -> str:

@@ -14,23 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from rewrite.affine.algebra import Affine
 from rewrite.affine.constants import ChannelConstant
-from rewrite.affine.expressions import evaluate, expression, keys
 from rewrite.affine.layers import Layer
 from rewrite.errors import CheckpointError
+from rewrite.fold.expressions import evaluate, expression, keys
 from rewrite.graph.captured import Captured
-from rewrite.graph.spellings import function_name
+from rewrite.graph.traits import operation
 
 Read = Callable[[str], Tensor]
-
-
-_OPERATIONS = {
-    "add": "add", "sub": "sub", "subtract": "sub", "mul": "mul", "multiply": "mul", "div": "div",
-    "divide": "div", "true_divide": "div", "truediv": "div",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +62,11 @@ def constant_link(captured: Captured, constant: ChannelConstant) -> Link:
     """Return what a constant per channel does, as an expression of tensors where that is exact."""
     node = constant.node
     others = [n for n in node.all_input_nodes if n is not constant.operand]
-    operation = _operation(node)
+    row = operation(node)
     target = constant.root or captured.owner(node)
-    if operation is not None and len(others) == 1:
+    if row is not None and row.name in ("add", "sub", "mul", "div") and len(others) == 1:
         made = expression(others[0], captured.region_of(node).constants)
-        data = {"is": "constant", "target": target, "operation": operation, "value": made}
+        data = {"is": "constant", "target": target, "operation": row.name, "value": made}
         if made is not None and _repeats(captured, data, constant.affine):
             return Link(data)
     reason = "is computed in a way that the map of keys does not repeat"
@@ -85,11 +78,6 @@ def norm_link(layer: Layer) -> Link:
     refs = {"mean": layer.mean, "var": layer.var, "weight": layer.weight, "bias": layer.bias}
     names = {key: None if ref is None else ref.name for key, ref in refs.items()}
     return Link({"is": "norm", "eps": layer.eps, **names})
-
-
-def _operation(node: Node) -> str | None:
-    name = (function_name(node) or "").removesuffix("_")
-    return _OPERATIONS.get(name, _OPERATIONS.get(name.removeprefix("i")))
 
 
 def _repeats(captured: Captured, data: Mapping[str, Any], affine: Affine) -> bool:

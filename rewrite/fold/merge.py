@@ -13,14 +13,15 @@ from rewrite.fold.merged_kernel import Merge, place_of
 from rewrite.fold.recipes import MergeRecipe, TermRecipe
 from rewrite.fold.store import ModelStore
 from rewrite.graph.captured import Captured
-from rewrite.graph.spellings import function_name
+from rewrite.graph.spellings import function_name, is_getitem
+from rewrite.graph.traits import Trait, has, named
 from rewrite.outcomes import Change
 
 _CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-_CHECKS = frozenset({"getattr", "eq", "_assert", "dim", "size"})
-"""What a norm's forward asks of its input beside normalizing it."""
+_CHECKS = frozenset({"eq", "_assert"})
+"""What a norm's forward does with what it asks of its input, beside normalizing it."""
 
 
 def merge_site(
@@ -91,7 +92,7 @@ def _source_of_line(line: Node) -> Node | None:
         latest = max(waiting, key=order.__getitem__)
         waiting.discard(latest)
         inputs = [n for n in latest.all_input_nodes if not _is_constant(n)]
-        if not inputs or function_name(latest) == "getitem":
+        if not inputs or is_getitem(latest):
             return None
         waiting.update(inputs)
     return waiting.pop() if waiting else None
@@ -108,7 +109,7 @@ def _gone(captured: Captured, merge: Merge) -> list[str]:
     """Return the topmost modules all of whose calls lie inside the branches."""
     inside: dict[str, bool] = {}
     for node in captured.nodes():
-        if node.op == "get_attr" or function_name(node) in _CHECKS:
+        if node.op == "get_attr" or _asks(node):
             continue
         names = [captured.owner(node)]
         if node.op == "call_module":
@@ -133,3 +134,7 @@ def _parents(name: str) -> Iterable[str]:
     while "." in name:
         name = name.rpartition(".")[0]
         yield name
+
+
+def _asks(node: Node) -> bool:
+    return has(node, Trait.ASKS) or named(node, "getattr") or function_name(node) in _CHECKS

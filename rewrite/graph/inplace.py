@@ -6,9 +6,17 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from rewrite.graph.captured import Captured
+from rewrite.graph.traits import call_of
+
+_WRITES = (
+    operator.iadd, operator.imul, operator.isub, operator.itruediv, operator.ifloordiv,
+    operator.imod, operator.ipow, operator.setitem,
+)  # fmt: skip
+
 
 _AUGMENTED: Mapping[Any, str] = {
     operator.add: "+=", operator.sub: "-=", operator.mul: "*=", operator.truediv: "/=",
@@ -26,20 +34,12 @@ def changes_in_place(captured: Captured, node: Node) -> bool:
     if node.target in _AUGMENTED:
         # A proxy records `x += y` as `x + y`: only the line of code tells them apart.
         return _AUGMENTED[node.target] in captured.source_text(node)
-    if node.target in (
-        operator.iadd,
-        operator.imul,
-        operator.isub,
-        operator.itruediv,
-        operator.setitem,
-    ):
+    if node.target in _WRITES or node.kwargs.get("out") is not None:
         return True
-    name = getattr(node.target, "__name__", "")
-    return (
-        bool(node.kwargs.get("inplace"))
-        or (name.endswith("_") and not name.endswith("__"))
-        or (
-            name in ("relu", "relu6", "silu", "hardswish", "leaky_relu", "elu")
-            and True in node.args[1:]
-        )
-    )
+    target = node.target
+    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    name = getattr(packet, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    call = call_of(captured, node)
+    return call is not None and call.get("inplace", False) is True

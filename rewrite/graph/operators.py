@@ -31,9 +31,9 @@ from rewrite.graph.spellings import (
     LINEARS,
     NORMS,
     aten,
-    function_name,
+    is_plain,
 )
-from rewrite.tracing.tracer import is_leaf
+from rewrite.graph.traits import operation
 
 if TYPE_CHECKING:
     from rewrite.graph.spellings import NormKind
@@ -121,22 +121,6 @@ class Activation(Operator):
 
 
 _NORM_MODULES = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Return whether `module` computes what its torch.nn base class computes.
-
-    Quantized and fused layers of `torch.ao.nn` inherit from plain ones and compute something else.
-    """
-    base = next((b for b in type(module).__mro__ if not is_parametrization_class(b)), None)
-    while base is not None and not base.__module__.startswith("torch."):
-        base = base.__mro__[1]
-    return base is not None and base.__module__.startswith("torch.nn.modules.") and is_leaf(module)
-
-
-def is_parametrization_class(kind: type) -> bool:
-    """Return whether `torch.nn.utils.parametrize` made `kind` for one module."""
-    return kind.__module__ == "torch.nn.utils.parametrize"
 
 
 def norm_of(captured: Captured, node: Node) -> Norm | None:
@@ -305,9 +289,10 @@ def activation_of(captured: Captured, node: Node) -> Activation | None:
             return None
         slope = module.negative_slope if isinstance(module, nn.LeakyReLU) else None
         return Activation(node, name, inputs[0], name, ACTIVATION_MODULES[kind], slope)
-    called = function_name(node)
-    if called not in ACTIVATION_NAMES:
+    row = operation(node)
+    if row is None or row.name not in ACTIVATION_NAMES:
         return None
+    called = row.name
     slope = None
     if called == "leaky_relu":
         given = _bind(node, ("input", "negative_slope")).get("negative_slope", 0.01)

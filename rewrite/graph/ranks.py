@@ -7,7 +7,6 @@ operation keeps what it is given. What nothing tells stays None, and whoever ask
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -15,40 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from rewrite.graph.arguments import argument
 from rewrite.graph.captured import Captured
 from rewrite.graph.operators import conv_of, linear_of, norm_of
-from rewrite.graph.spellings import function_name
-
-_REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "max", "min", "var", "std", "prod", "norm"})
-
-
-_ELEMENTWISE = frozenset(
-    {
-        "add", "sub", "mul", "div", "truediv", "iadd", "imul", "isub", "itruediv", "neg", "pow",
-        "relu", "relu6", "leaky_relu", "prelu", "elu", "celu", "selu", "gelu", "silu", "mish",
-        "tanh", "sigmoid", "hardswish", "hardsigmoid", "hardtanh", "softplus", "softsign", "exp",
-        "softmax", "log_softmax", "logsigmoid", "clamp", "sqrt", "rsqrt", "abs", "square",
-        "dropout", "dropout2d", "dropout3d", "alpha_dropout", "contiguous", "to", "float", "half",
-        "stochastic_depth", "double", "bfloat16", "type", "type_as", "clone", "detach", "roll",
-        "flip", "normalize",
-        "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-        "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-        "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
-        "interpolate", "pad", "pixel_shuffle", "pixel_unshuffle", "permute", "transpose",
-        "swapaxes", "movedim", "group_norm", "layer_norm", "rms_norm", "instance_norm",
-        "channel_shuffle", "where", "maximum", "minimum", "scaled_dot_product_attention",
-    }
-)  # fmt: skip
-
-
-_MOVES_AXES = frozenset({
-    "permute", "transpose", "swapaxes", "movedim", "pixel_shuffle", "pixel_unshuffle", "pad",
-    "interpolate", "scaled_dot_product_attention",
-})  # fmt: skip
-
-
-_KEEPS = frozenset(name for name in _ELEMENTWISE if "pool" not in name) - _MOVES_AXES
+from rewrite.graph.spellings import function_name, is_getitem
+from rewrite.graph.traits import SPATIAL, Call, Shape, Trait, call_of, has, operation
 
 
 class Ranks:
@@ -87,10 +56,11 @@ class Ranks:
         return None
 
     def _joined_size(self, node: Node, axis: int) -> int | None:
-        if function_name(node) not in ("cat", "concat", "concatenate"):
+        call = call_of(self._captured, node)
+        if call is None or call.name != "cat":
             return None
         parts = node.args[0] if node.args else node.kwargs.get("tensors")
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        dim = call.get("dim", 0)
         if not isinstance(parts, list | tuple) or not isinstance(dim, int):
             return None
         if self.from_end(node, dim) != axis:
@@ -145,6 +115,8 @@ class Ranks:
         if isinstance(module, nn.BatchNorm3d):
             return 5
         before = self._input_rank(node)
+        if getattr(module, "return_indices", False):
+            return None
         if isinstance(module, nn.Flatten):
             return _flattened(before, module.start_dim, module.end_dim)
         if isinstance(module, nn.Unflatten):
@@ -157,50 +129,47 @@ class Ranks:
         return None
 
     def _function_rank(self, node: Node) -> int | None:
-        name = function_name(node) or ""
         before = self._input_rank(node)
-        if node.target is F.batch_norm or "batch_norm" in name:
+        if node.target is F.batch_norm or "batch_norm" in (function_name(node) or ""):
             owner = self._captured.module(self._captured.owner(node))
             fixed = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
             return next((r for kind, r in fixed.items() if isinstance(owner, kind)), before)
-        if name in ("linear",):
-            return before
-        if name in _REDUCTIONS:
-            return _reduced(before, node)
-        if name == "flatten":
-            start, end = argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1)
-            return _flattened(before, start, end)
-        if name in ("view", "reshape", "expand", "repeat"):
-            return _listed(node)
-        if name in ("reshape_as", "view_as", "expand_as"):
-            other = node.args[1] if len(node.args) > 1 else None
-            return self._ranks.get(other) if isinstance(other, Node) else None
-        if name == "unsqueeze":
-            return None if before is None else before + 1
-        if name in ("matmul", "bmm", "einsum"):
-            return before if name != "einsum" else None
-        if name in ("cat", "concat", "concatenate"):
-            return before
-        if node.target is operator.getitem:
+        if is_getitem(node):
             return self._item_rank(node)
-        if name in _ELEMENTWISE:
-            ranks = [self._ranks.get(n) for n in node.all_input_nodes]
-            known = [r for r in ranks if r is not None]
-            return max(known) if known and len(known) == len(ranks) else None
+        call = call_of(self._captured, node)
+        if call is None or call.get("return_indices", False):
+            return None
+        match call.operation.shape:
+            case Shape.SAME:
+                ranks = [self._ranks.get(n) for n in node.all_input_nodes]
+                known = [r for r in ranks if r is not None]
+                return max(known) if known and len(known) == len(ranks) else None
+            case Shape.SAME_RANK:
+                return before
+            case Shape.REDUCED:
+                return _reduced(before, call)
+            case Shape.FLATTENED:
+                return _flattened(before, call.get("start_dim", 0), call.get("end_dim", -1))
+            case Shape.LISTED:
+                return _listed(call)
+            case Shape.LIKE_SECOND:
+                other = call.get("other")
+                return self._ranks.get(other) if isinstance(other, Node) else None
+            case Shape.LONGER:
+                return None if before is None else before + 1
         return None
 
     def _item_rank(self, node: Node) -> int | None:
         source, index = node.args
         if not isinstance(source, Node):
             return None
-        called = function_name(source)
-        if called in ("chunk", "split", "tensor_split", "unbind"):
-            whole = source.args[0]
-            rank = self._ranks.get(whole) if isinstance(whole, Node) else None
-            return None if rank is None else rank - (called == "unbind")
+        if has(source, Trait.SPLITS):
+            rank = self._input_rank(source)
+            row = operation(source)
+            return None if rank is None or row is None else rank - (row.name == "unbind")
         rank = self._ranks.get(source)
         items = index if isinstance(index, tuple) else (index,)
-        if rank is None or any(isinstance(i, Node | list) for i in items):
+        if rank is None or any(isinstance(i, Node | list | bool) for i in items):
             return None
         return rank - sum(isinstance(i, int) for i in items) + sum(i is None for i in items)
 
@@ -219,20 +188,18 @@ def _flattened(before: int | None, start: Any, end: Any) -> int | None:
     return before - ((end % before) - (start % before))
 
 
-def _reduced(before: int | None, node: Node) -> int | None:
-    dims = argument(node, 1, "dim")
-    if before is None or dims is None:
+def _reduced(before: int | None, call: Call) -> int | None:
+    dims = call.get("dim")
+    if before is None or dims is None or isinstance(dims, bool | Node):
         return None
-    if argument(node, 2, "keepdim", False):
+    if call.get("keepdim", False):
         return before
     return before - (len(dims) if isinstance(dims, list | tuple) else 1)
 
 
-def _listed(node: Node) -> int | None:
-    sizes = node.args[1:]
-    if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
-        sizes = tuple(sizes[0])
-    elif len(sizes) == 1 and isinstance(sizes[0], Node):
+def _listed(call: Call) -> int | None:
+    sizes = call.get(call.operation.arguments[0].lstrip("*").partition("|")[0])
+    if not isinstance(sizes, list | tuple) or (len(sizes) == 1 and isinstance(sizes[0], Node)):
         return None
     return len(sizes) or None
 
@@ -242,16 +209,12 @@ def _channels_kept(captured: Captured, node: Node, axis: int) -> Node | None:
     inputs = node.all_input_nodes
     if len(inputs) != 1:
         return None
-    if node.op == "call_module":
-        kind = type(captured.module(str(node.target)))
-        name = kind.__name__
-        if not kind.__module__.startswith("torch.nn.modules."):
-            return None
-        keeps = kind.__module__.endswith((".activation", ".dropout")) or kind is nn.Identity
-    else:
-        name = function_name(node) or ""
-        keeps = name in _KEEPS
-    if "pool" in name.lower():
-        digit = next((c for c in name if c.isdigit()), None)
-        keeps = digit is not None and axis == -(int(digit) + 1)
-    return inputs[0] if keeps else None
+    call = call_of(captured, node)
+    if call is None or call.node.op == "output":
+        return None
+    if call.operation.shape is Shape.SAME and call.name != "normalize":
+        return inputs[0]
+    mixes = call.operation.mixes
+    # A pool over k axes takes its channels to be the axis before them.
+    pools = call.operation.shape is Shape.SAME_RANK and mixes not in (0, SPATIAL)
+    return inputs[0] if pools and axis == -(mixes + 1) else None

@@ -1,4 +1,7 @@
-"""Every spelling of an operation: as a module, a function, a method, an aten operator."""
+"""Every spelling of a layer: as a module, a function, an aten operator; and what a call is called.
+
+The operations between layers stand in `rewrite.graph.traits`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
+
+from rewrite.tracing.tracer import is_leaf
 
 NormKind = Literal["batch", "group", "layer", "instance", "rms"]
 
@@ -138,3 +143,19 @@ def function_name(node: Node) -> str | None:
 def is_getitem(node: Node) -> bool:
     """Return whether `node` indexes a value."""
     return node.op == "call_function" and node.target is operator.getitem
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Return whether `module` computes what its torch.nn base class computes.
+
+    Quantized and fused layers of `torch.ao.nn` inherit from plain ones and compute something else.
+    """
+    base = next((b for b in type(module).__mro__ if not is_parametrization_class(b)), None)
+    while base is not None and not base.__module__.startswith("torch."):
+        base = base.__mro__[1]
+    return base is not None and base.__module__.startswith("torch.nn.modules.") and is_leaf(module)
+
+
+def is_parametrization_class(kind: type) -> bool:
+    """Return whether `torch.nn.utils.parametrize` made `kind` for one module."""
+    return kind.__module__ == "torch.nn.utils.parametrize"

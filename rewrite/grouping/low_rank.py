@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from rewrite.affine.context import AnalysisContext
-from rewrite.affine.plan import Refusal
 from rewrite.graph.captured import Captured
 from rewrite.grouping.basis import seen, write_through, writes_alone
 from rewrite.grouping.fit import WIDEST, NormFit, calls_of
@@ -35,6 +34,7 @@ from rewrite.grouping.permutation import Row, order_of
 from rewrite.grouping.statistics import MeanStatistics
 from rewrite.grouping.swapped_norm import largest_divisor
 from rewrite.nn.modules import ChannelMix
+from rewrite.outcomes import Declined
 
 _SEEN = 0.9
 """Part of the metric that comes from the readers; the rest is what each activation passes on."""
@@ -101,7 +101,7 @@ def _reads(
         if id(fit) in found or len(calls) != 1:
             continue
         order = order_of(around, next(iter(calls)), ours)
-        if isinstance(order, Refusal):
+        if isinstance(order, Declined):
             continue
         rows = tuple(row for row in order.rows if row.side == "reads")
         for name in order.norms:

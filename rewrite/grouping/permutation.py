@@ -24,27 +24,17 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from rewrite.affine.channel_map import ChannelMap, Refused
+from rewrite.affine.channel_map import ChannelMap, DeclinedError
 from rewrite.affine.context import AnalysisContext
+from rewrite.affine.laws import Constraints
 from rewrite.affine.layers import Layer, Side
-from rewrite.affine.plan import Refusal
-from rewrite.affine.rules import Constraints
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.operators import activation_of, norm_of
-from rewrite.graph.spellings import function_name
+from rewrite.graph.traits import Trait, has, named
+from rewrite.outcomes import Declined
 
 _VALUES = 1000
 """Values that may share one order: a bound on the work."""
-
-
-_SUMS = frozenset({"add", "iadd", "sub", "isub"})
-
-
-_WHOLE = frozenset({"stochastic_depth"})
-"""What scales whole samples, all channels alike."""
-
-
-_PAIRWISE = _SUMS | {"mul", "imul", "div", "truediv", "itruediv"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +83,7 @@ class Order:
             captured.editor.set_tensor(row.ref, new)
 
 
-def order_of(around: AnalysisContext, norm: Node, ours: Collection[nn.Module]) -> Order | Refusal:
+def order_of(around: AnalysisContext, norm: Node, ours: Collection[nn.Module]) -> Order | Declined:
     """Return what shares the order of the channels of a norm's input, or why it has to stay.
 
     Args:
@@ -103,8 +93,8 @@ def order_of(around: AnalysisContext, norm: Node, ours: Collection[nn.Module]) -
     """
     try:
         return _Closure(around, ours).run(norm)
-    except Refused as refused:
-        return Refusal(str(refused))
+    except DeclinedError as error:
+        return error.declined
 
 
 @dataclass(eq=False)
@@ -126,7 +116,7 @@ class _Closure:
     def run(self, node: Node) -> Order:
         norm = norm_of(self.captured, node)
         if norm is None or norm.num_features is None:
-            raise Refused(f"{node.name} is no norm with a known number of channels")
+            raise DeclinedError(f"{node.name} is no norm with a known number of channels")
         channels = norm.num_features
         axis = self.around.ranks.from_end(norm.input, norm.channel_axis)
         lane = ChannelMap(axis, torch.arange(channels), scale=True, shift=False)
@@ -141,15 +131,17 @@ class _Closure:
         held = self.lanes.get(value)
         if held is not None:
             if not held.same(lane):
-                raise Refused(f"{value.name} would have two orders")
+                raise DeclinedError(f"{value.name} would have two orders")
             return
         if lane.axis >= 0 or not _in_blocks(lane.index):
-            raise Refused(f"how the channels lie in {value.name} is unknown, or they are a part")
+            raise DeclinedError(
+                f"how the channels lie in {value.name} is unknown, or they are a part"
+            )
         if len(self.lanes) >= _VALUES:
-            raise Refused(f"more than {_VALUES} values share the order")
+            raise DeclinedError(f"more than {_VALUES} values share the order")
         readers = self.captured.readers(value)
         if not readers.known:
-            raise Refused(
+            raise DeclinedError(
                 f"the output of {self.around.rules.called(value)} has readers that were not "
                 f"traced: {readers.reason}"
             )
@@ -166,11 +158,13 @@ class _Closure:
         layer = self.around.layer(node)
         if layer is not None:
             if node.all_input_nodes[0] is not value and not behind:
-                raise Refused(f"{layer.name} reads {value.name} as something else than its input")
+                raise DeclinedError(
+                    f"{layer.name} reads {value.name} as something else than its input"
+                )
             self.at_layer(layer, node, lane, "behind" if behind else "in front")
             return
         if node.op in ("placeholder", "get_attr", "output"):
-            raise Refused(f"it reaches {self.around.rules.called(node)}")
+            raise DeclinedError(f"it reaches {self.around.rules.called(node)}")
         if value not in self.passed.get(node, ()):
             demands = self.around_operation(node, value, lane)
             self.passed[node] = frozenset((value, *demands))
@@ -178,15 +172,18 @@ class _Closure:
                 self.change(other, needed)
 
     def around_operation(self, node: Node, value: Node, lane: ChannelMap) -> dict[Node, ChannelMap]:
-        name = function_name(node) or ""
-        self.linear &= name in _SUMS | _WHOLE or self.is_a(node, nn.Identity)
-        if name in _PAIRWISE:
+        # Stochastic depth scales whole samples, all channels alike.
+        whole = has(node, Trait.ADDS) or named(node, "stochastic_depth")
+        self.linear &= whole or self.is_a(node, nn.Identity)
+        if has(node, Trait.ADDS) or has(node, Trait.MULTIPLIES):
             return self.pairwise(node, lane)
         activation = activation_of(self.captured, node)
         if activation is not None and activation.by_value:
             return {activation.input: lane, node: lane}
-        if "prelu" in name or self.is_a(node, nn.PReLU):
-            raise Refused(f"{self.around.rules.called(node)} may have a slope for each channel")
+        if named(node, "prelu") or self.is_a(node, nn.PReLU):
+            raise DeclinedError(
+                f"{self.around.rules.called(node)} may have a slope for each channel"
+            )
         # What passes any positive scales of the channels works channel by channel.
         return self.around.rules.around(node, value, lane, Constraints(True, lambda ways: 0))
 
@@ -198,9 +195,13 @@ class _Closure:
         demands = {node: lane}
         for operand in node.all_input_nodes:
             if operand.op == "get_attr":
-                raise Refused(f"{self.around.rules.called(node)} reads the constant {operand.name}")
+                raise DeclinedError(
+                    f"{self.around.rules.called(node)} reads the constant {operand.name}"
+                )
             if ranks.rank(operand) is None or ranks.rank(operand) != ranks.rank(node):
-                raise Refused(f"{self.around.rules.called(node)} may broadcast {operand.name}")
+                raise DeclinedError(
+                    f"{self.around.rules.called(node)} may broadcast {operand.name}"
+                )
             demands[operand] = lane
         return demands
 
@@ -208,16 +209,16 @@ class _Closure:
 
     def at_layer(self, layer: Layer, node: Node, lane: ChannelMap, side: Side) -> None:
         if (reason := self.around.tensor_readers.refusal(layer)) is not None:
-            raise Refused(reason)
+            raise DeclinedError(reason)
         if len(self.around.tensor_readers.calls(layer)) != 1:
-            raise Refused(f"{layer.name} is called more than once")
+            raise DeclinedError(f"{layer.name} is called more than once")
         if layer.axis != lane.axis:
-            raise Refused(f"{layer.name} has its channels along another axis")
+            raise DeclinedError(f"{layer.name} has its channels along another axis")
         into, out = layer.channels_in, layer.channels_out
         if lane.spread and side == "in front" and into % len(lane.index) == 0:
             lane = lane.moved(lane.axis, lane.index.repeat_interleave(into // len(lane.index)))
         if len(lane.index) != (out if side == "behind" else into):
-            raise Refused(f"{layer.name} has another number of channels")
+            raise DeclinedError(f"{layer.name} has another number of channels")
         self.layers[layer.name] = None
         if layer.kind != "kernel":
             self.at_norm(layer, node, lane)
@@ -233,7 +234,7 @@ class _Closure:
                 self.row(layer.bias, 0, lane, does)
             return
         if not layout.groups == into == out:
-            raise Refused(f"{layer.name} has groups of channels of its own")
+            raise DeclinedError(f"{layer.name} has groups of channels of its own")
         self.linear = False
         for ref in (layer.weight, layer.bias):
             if ref is not None:
@@ -245,7 +246,7 @@ class _Closure:
         assert norm is not None
         module = None if norm.module is None else self.captured.module(norm.module)
         if layer.kind == "gain" and not any(module is one for one in self.ours):
-            raise Refused(layer.why_not)
+            raise DeclinedError(layer.why_not)
         if norm.module is not None:
             self.norms[norm.module] = None
         for ref in (layer.weight, layer.bias, layer.mean, layer.var):

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 
 from rewrite.affine.context import AnalysisContext
-from rewrite.affine.plan import Refusal
 from rewrite.graph.captured import Captured
 from rewrite.grouping.assignment import Means, regrouped
 from rewrite.grouping.basis import can_mix, mix
 from rewrite.grouping.fit import WIDEST, NormFit, calls_of
 from rewrite.grouping.permutation import Order, order_of
 from rewrite.grouping.statistics import MeanStatistics
+from rewrite.outcomes import Declined
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def shared_orders(
         if id(fit) in met or not _can_gain(fit) or fit.channels > WIDEST:
             continue
         _, calls = calls_of(captured, fit.probe)
-        order = order_of(around, next(iter(calls)), ours) if len(calls) == 1 else Refusal("")
-        if isinstance(order, Refusal):
+        order = order_of(around, next(iter(calls)), ours) if len(calls) == 1 else Declined("")
+        if isinstance(order, Declined):
             continue
         modules = [id(captured.module(name)) for name in order.norms]
         members = tuple(by_module[key] for key in modules if key in by_module)

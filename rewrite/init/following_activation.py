@@ -11,11 +11,9 @@ from torch.fx import Node
 
 from rewrite.graph.captured import Captured
 from rewrite.graph.operators import Activation, activation_of, norm_of
-from rewrite.graph.spellings import function_name
+from rewrite.graph.traits import Trait, operation
 from rewrite.init.gains import activation_names, gain
-from rewrite.init.residual_tails import HANDED_ON, TRANSPARENT
-
-_SUMS = ("add", "iadd", "cat", "concat", "stack", "__add__", "__iadd__", "__radd__")
+from rewrite.init.residual_tails import hands_on
 
 
 def following_activation(captured: Captured, calls: tuple[Node, ...]) -> Activation | None:
@@ -47,8 +45,7 @@ def activation_gain(activation: Activation | None) -> float:
 def _passes(captured: Captured, node: Node) -> bool:
     if norm_of(captured, node) is not None:
         return True
-    if node.op == "call_module":
-        module = captured.module(str(node.target))
-        return isinstance(module, TRANSPARENT)
-    name = function_name(node)
-    return name in HANDED_ON or name in _SUMS
+    row = operation(node)
+    if row is not None and (row.name == "add" or Trait.JOINS in row.traits):
+        return True
+    return hands_on(captured, node)

@@ -17,18 +17,12 @@ from torch.fx import Node
 
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.operators import conv_of, linear_of, norm_of
-from rewrite.graph.spellings import function_name
-from rewrite.init.residual_tails import ADDITIONS, PRODUCTS, Tail, TailFinder, layer_tail
+from rewrite.graph.traits import Trait, has, named
+from rewrite.init.residual_tails import Tail, TailFinder, is_product, is_sum, layer_tail
 from rewrite.tracing.regions import Region
 from rewrite.weights.fans import linear_maps
 
-_SPLITS = ("chunk", "split", "unbind", "tensor_split", "split_with_sizes")
-
-
 _LARGEST_BRANCH = 600  # nodes; what is longer is a skip across the network
-
-
-_ATTENTION = ("matmul", "__matmul__", "bmm", "einsum", "scaled_dot_product_attention")
 
 
 @dataclass(frozen=True)
@@ -89,7 +83,7 @@ class _Finder:
                 self.constant.add(node)
             elif node.op == "call_module":
                 found += _inside_transformer_layer(self.captured, str(node.target))
-            elif function_name(node) in ADDITIONS and (one := self._addition(node, found)):
+            elif is_sum(node) and (one := self._addition(node, found)):
                 found.append(one)
         return found
 
@@ -97,9 +91,8 @@ class _Finder:
         """Return whether the value depends on no input, or on the shape of one alone."""
         if node.op in ("placeholder", "output"):
             return False
-        shape = function_name(node) in ("size", "dim") or (
-            function_name(node) == "getattr"
-            and node.args[1] in ("shape", "ndim", "dtype", "device")
+        shape = named(node, "size", "dim") or (
+            named(node, "getattr") and node.args[1] in ("shape", "ndim", "dtype", "device")
         )
         return shape or all(source in self.constant for source in node.all_input_nodes)
 
@@ -180,7 +173,7 @@ class _Finder:
         norms = scales = 0
         for node in nodes:
             norms += norm_of(self.captured, node) is not None
-            factors = node.all_input_nodes if function_name(node) in PRODUCTS else []
+            factors = node.all_input_nodes if is_product(node) else []
             scales += any(self.ends.switch(factor) is not None for factor in factors)
         return norms, scales
 
@@ -196,14 +189,14 @@ class _Finder:
 
     def _one_source(self, branch: list[Node], shortcut: list[Node], side: Node) -> frozenset[Node]:
         """Return the values at which both sides begin, if the shortcut carries them."""
-        if any(function_name(node) in _ATTENTION for node in shortcut):
+        if any(has(node, Trait.CONTRACTS) for node in shortcut):
             return frozenset()  # a sum inside of an attention
-        if any(function_name(node) in ("interpolate", "upsample") for node in branch):
+        if any(named(node, "interpolate") for node in branch):
             # A pyramid's way down: coarse features are added, not a correction.
             return frozenset()
         starts = self._sources(shortcut) if shortcut else {side}
         return frozenset(
-            node for node in starts & self._sources(branch) if function_name(node) not in _SPLITS
+            node for node in starts & self._sources(branch) if not has(node, Trait.SPLITS)
         )
 
     def _sources(self, nodes: list[Node]) -> set[Node]:

@@ -20,22 +20,14 @@ from torch.fx import Node
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.operators import activation_of, conv_of, linear_of, norm_of
 from rewrite.graph.spellings import function_name
+from rewrite.graph.traits import Trait, call_of, has, named, operation
 from rewrite.weights.fans import linear_maps
 
 TailKind = Literal["norm", "weight", "scale"]
 
 
-ADDITIONS = frozenset({"add", "iadd", "__add__", "__iadd__", "__radd__"})
-
-
-PRODUCTS = frozenset({"mul", "imul", "multiply", "__mul__", "__imul__", "__rmul__"})
-
-
-_PARTS = ADDITIONS | {"sub", "isub", "subtract", "__sub__", "cat", "concat", "stack"}
-
-
 # Applied with a weight that code computes, such as a standardized one.
-_APPLIED = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
+_APPLIED = ("linear", "conv1d", "conv2d", "conv3d")
 
 
 # Attention in one call, by its output projection's weight and bias: place and name.
@@ -46,58 +38,11 @@ _PROJECTED = {
 }
 
 
-# Attention, by the place of its values among the inputs.
-_WEIGHTED_SUMS = {"matmul": 1, "__matmul__": 1, "bmm": 1, "scaled_dot_product_attention": 2}
+# The place of the values among the inputs of a weighted sum.
+_WEIGHTED_SUMS = {"matmul": 1, "bmm": 1, "scaled_dot_product_attention": 2}
 
 
-_SPLITS = frozenset({"chunk", "split", "unbind", "tensor_split", "split_with_sizes"})
-
-
-_WEIGHT_NORMS = frozenset({"batch_norm", "instance_norm"})
-
-
-# Functions with f(0) = 0 that hand on the value of their first argument.
-HANDED_ON = frozenset(
-    {
-        "reshape", "view", "permute", "transpose", "swapaxes", "movedim", "moveaxis", "flatten",
-        "unflatten", "squeeze", "unsqueeze", "contiguous", "clone", "to", "float", "half",
-        "type_as", "expand", "expand_as", "repeat", "roll", "flip", "getitem", "narrow",
-        "select", "pad", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
-        "feature_alpha_dropout", "stochastic_depth", "drop_path", "mean", "sum", "amax",
-        "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d",
-        "interpolate", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "fold", "unfold",
-        "t", "neg", "div", "truediv", "__truediv__", "true_divide", "rot90", "permute_copy",
-        "view_copy", "index_select", "gather", "reshape_as", "view_as",
-    }
-)  # fmt: skip
-
-
-_ZERO_AT_ZERO = frozenset(
-    {
-        "relu", "relu6", "leaky_relu", "prelu", "elu", "celu", "selu", "gelu", "silu", "mish",
-        "hardswish", "hardtanh", "tanh", "softsign", "tanhshrink", "hardshrink", "softshrink",
-        "rrelu",
-    }
-)  # fmt: skip
-
-
-TRANSPARENT = (
-    nn.Identity,
-    nn.modules.dropout._DropoutNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.Flatten,
-    nn.Unflatten,
-    nn.Upsample,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-    nn.ZeroPad2d,
-    nn.Fold,
-    nn.Unfold,
-)
+_WEIGHT_NORMS = ("batch_norm", "instance_norm")
 
 
 @dataclass(frozen=True)
@@ -134,28 +79,27 @@ class TailFinder:
             learned += self._written_later(node)
             if (end := self._end(node)) is not None:
                 return [end, *shifts]
-            name = function_name(node)
             data = [source for source in node.all_input_nodes if source not in self.constant]
-            if name in ADDITIONS and len(data) == 1:
+            if is_sum(node) and len(data) == 1:
                 if 0 not in node.args:  # `sum` of Python starts with 0 + x
                     shift = self._scale([s for s in node.all_input_nodes if s in self.constant])
                     if shift is None:
                         break
                     shifts.append(shift)
                 node = data[0]
-            elif name in _PARTS:
+            elif has(node, Trait.ADDS) or has(node, Trait.JOINS):
                 found = self._all_tails(data, inside)
                 if isinstance(found, str) and not learned:
                     return found
                 return [*(learned[:1] if isinstance(found, str) else found), *shifts]
-            elif name in PRODUCTS and data:
+            elif is_product(node) and data:
                 if scale := self._scale([s for s in node.all_input_nodes if s in self.constant]):
                     learned.append(scale)
                 # Of two factors, one may be a gate that is made from the other.
                 gate = len(data) == 2 and self.leads(data[1], data[0])
                 node = data[1] if gate else data[0]
-            elif name in _WEIGHTED_SUMS:
-                node = data[_WEIGHTED_SUMS[name]]
+            elif (row := operation(node)) is not None and row.name in _WEIGHTED_SUMS:
+                node = data[_WEIGHTED_SUMS[row.name]]
             elif self._hands_on(node):
                 node = node.all_input_nodes[0]
             else:
@@ -202,7 +146,7 @@ class TailFinder:
 
     def computed_weight(self, node: Node) -> TensorRef | None:
         """Return what switches off a layer whose weight code computes, None for anything else."""
-        weight = operand(node, 1, "weight") if function_name(node) in _APPLIED else None
+        weight = operand(node, 1, "weight") if named(node, *_APPLIED) else None
         return self.switch(weight) if isinstance(weight, Node) else None
 
     def switch(self, node: Node) -> TensorRef | None:
@@ -213,14 +157,14 @@ class TailFinder:
             ref = self.captured.ref(node)
             learned = ref is not None and ref.attr in self.captured.module(ref.owner)._parameters
             return ref if learned else None
-        name, inputs = function_name(node), node.all_input_nodes
-        if name in PRODUCTS:
+        inputs = node.all_input_nodes
+        if is_product(node):
             found = [ref for source in inputs if (ref := self.switch(source)) is not None]
             return min(found, key=lambda ref: self.captured.tensor(ref).numel(), default=None)
-        if name in _WEIGHT_NORMS and operand(node, 4, "bias") is None:
+        if named(node, *_WEIGHT_NORMS) and operand(node, 4, "bias") is None:
             gain = operand(node, 3, "weight")
             return self.switch(gain if isinstance(gain, Node) else inputs[0])
-        return self.switch(inputs[0]) if name in HANDED_ON and inputs else None
+        return self.switch(inputs[0]) if inputs and hands_on(self.captured, node) else None
 
     def _scale(self, factors: list[Node]) -> Tail | None:
         found = [ref for factor in factors if (ref := self.switch(factor)) is not None]
@@ -241,15 +185,32 @@ class TailFinder:
             return False
         activation = activation_of(self.captured, node)
         if activation is not None:
-            return activation.name in _ZERO_AT_ZERO
+            call = call_of(self.captured, node)
+            return call is not None and Trait.ZERO in call.operation.traits
         if (norm := norm_of(self.captured, node)) is not None:
             return norm.bias is None
         if node.op == "call_module":
             module = self.captured.module(str(node.target))
             # A module without parameters that could not be traced: DropPath and its like.
-            named = type(module).__name__ in ("DropPath", "StochasticDepth")
-            return isinstance(module, TRANSPARENT) or named
-        return function_name(node) in HANDED_ON | _SPLITS
+            if type(module).__name__ in ("DropPath", "StochasticDepth"):
+                return True
+        return hands_on(self.captured, node)
+
+
+def is_sum(node: Node) -> bool:
+    """Return whether a line adds two values."""
+    return named(node, "add")
+
+
+def is_product(node: Node) -> bool:
+    """Return whether a line multiplies two values."""
+    return named(node, "mul")
+
+
+def hands_on(captured: Captured, node: Node) -> bool:
+    """Return whether a call hands on its first input, scaled, averaged or moved; f(0) = 0."""
+    call = call_of(captured, node)
+    return call is not None and call.operation.hands_on
 
 
 def layer_tail(name: str, module: nn.Module) -> Tail | None:

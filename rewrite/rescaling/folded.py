@@ -18,7 +18,7 @@ from rewrite.fold.candidates import sources
 from rewrite.fold.folder import Folder
 from rewrite.graph.captured import Captured
 from rewrite.graph.operators import conv_of, linear_of, norm_of
-from rewrite.graph.spellings import function_name
+from rewrite.graph.traits import Trait, has
 
 
 @dataclass(frozen=True)
@@ -69,4 +69,4 @@ def _stands_apart(captured: Captured, node: Node) -> bool:
         layer = conv_of(captured, source) or linear_of(captured, source)
         return norm.kind in ("batch", "instance") and (layer is None or len(source.users) > 1)
     constants = any(operand.op == "get_attr" for operand in node.all_input_nodes)
-    return constants and function_name(node) in ("add", "iadd", "sub", "isub")
+    return constants and has(node, Trait.ADDS)

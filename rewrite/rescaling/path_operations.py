@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from rewrite.graph.arguments import argument
 from rewrite.graph.captured import Captured
 from rewrite.graph.spellings import function_name
+from rewrite.graph.traits import argument
 from rewrite.rescaling.path_algebra import PathAlgebra, PowerSum, Window, adaptive_counts
 
 PASSES = frozenset(

@@ -19,10 +19,11 @@ from torch.fx import Node
 
 from rewrite.affine.algebra import Affine
 from rewrite.affine.ledger import Ledger
-from rewrite.affine.plan import Absorption, Refusal, write_tensor
+from rewrite.affine.plan import Absorption, write_tensor
 from rewrite.affine.planner import Planner, plan_backward
 from rewrite.graph.captured import Captured
 from rewrite.graph.operators import Norm
+from rewrite.outcomes import Declined
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def _standardize(captured: Captured, norm: Norm, planner: Planner, ledger: Ledge
     mean, var = captured.tensor(norm.running_mean), captured.tensor(norm.running_var)
     affine = _bounded(Affine.batch_norm(mean, var, None, None, norm.eps))
     plan = plan_backward(captured, norm.node, positive=True, planner=planner)
-    if isinstance(plan, Refusal):
+    if isinstance(plan, Declined):
         return Standardized(prefix=affine, reason=plan.reason)
     if reason := _overflow(captured, plan, affine):
         return Standardized(prefix=affine, reason=reason)

@@ -10,18 +10,18 @@ from torch.fx import Node
 import models
 from models.digits_resnet import digits_resnet
 from rewrite.affine.context import AnalysisContext
-from rewrite.affine.plan import Refusal
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
 from rewrite.graph.operators import norm_of
 from rewrite.grouping.permutation import Order, order_of
+from rewrite.outcomes import Declined
 
 
 def norms(captured: Captured) -> list[Node]:
     return [node for node in captured.nodes() if norm_of(captured, node) is not None]
 
 
-def orders(model: nn.Module) -> tuple[Captured, list[Order | Refusal]]:
+def orders(model: nn.Module) -> tuple[Captured, list[Order | Declined]]:
     captured = capture(model)
     around = AnalysisContext(captured, {})
     return captured, [order_of(around, node, ()) for node in norms(captured)]
@@ -152,7 +152,7 @@ def test_what_is_not_understood_keeps_its_order(what: str) -> None:
     captured = capture(model)
     around = AnalysisContext(captured, {})
     found = order_of(around, norms(captured)[0], ())
-    assert isinstance(found, Refusal)
+    assert isinstance(found, Declined)
     assert found.reason
 
 
@@ -169,4 +169,4 @@ def test_hooked_tied_and_parametrized_layers_keep_their_order() -> None:
     nn.utils.parametrizations.weight_norm(parametrized.conv)
     for model in (hooked, tied, parametrized):
         _, found = orders(model.eval())
-        assert all(isinstance(order, Refusal) for order in found)
+        assert all(isinstance(order, Declined) for order in found)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
-from rewrite.affine.expressions import evaluate, expression, keys
+from rewrite.fold.expressions import evaluate, expression, keys
 
 
 class Computed(nn.Module):
