@@ -1,7 +1,8 @@
 """Export and verification to ONNX over many architectures: verdicts, and time against the export.
 
     python -m benchmarks.verify_onnx                            the quick tier; resumable
-    python -m benchmarks.verify_onnx timm:resnet50 --rows /tmp/rows.jsonl
+    python -m benchmarks.verify_onnx timm:resnet50 --rows rows.jsonl
+    python -m benchmarks.verify_onnx --draw 150                 so many of timm, drawn at random
 
 Each architecture is exported with `rewrite.export` and the file is verified as an export does by
 default: checker, batch sizes, outputs and every value on the way. Times are of the CPU, after an
@@ -15,8 +16,10 @@ again.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import logging
+import random
 import tempfile
 import time
 import warnings
@@ -28,7 +31,8 @@ import torch
 from torch import nn
 
 from benchmarks._table import environment, parser, publish, table
-from benchmarks.corpus import PACKAGES, QUICK, UnbuildableError, build, installed
+from benchmarks.corpus import PACKAGES, QUICK, UnbuildableError, build, construct, installed
+from benchmarks.corpus import names as all_names
 from benchmarks.coverage import read
 from benchmarks.sweep.workers import Limits, run_all
 from rewrite.equivalence.verification import Level
@@ -37,6 +41,8 @@ from rewrite.onnx.export import export
 from rewrite.onnx.verify import verify_onnx
 
 ROWS = Path(__file__).parent / "verify_onnx.jsonl"
+DRAWN = Path(__file__).parent / "verify_onnx_drawn.jsonl"
+MOST_PARAMETERS = 30_000_000
 HEADER = ["architecture", "nodes", "export, s", "verify, s", "ratio", "error", "noise", "verdict"]
 
 
@@ -45,26 +51,72 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--seconds", type=float, default=600, help="limit for one architecture")
     options.add_argument("--megabytes", type=int, default=8_000, help="limit for one architecture")
-    options.add_argument("--rows", type=Path, default=ROWS, help="where the rows are kept")
+    options.add_argument("--rows", type=Path, help="where the rows are kept")
+    options.add_argument(
+        "--draw", type=int, metavar="N", help="architectures of timm below 30 M parameters, drawn"
+    )
+    options.add_argument("--within", type=float, metavar="SECONDS", help="begin no other after it")
     options.add_argument("names", nargs="*", default=QUICK, metavar="PACKAGE:ARCHITECTURE")
     chosen = options.parse_args(arguments)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    names = [name for name in chosen.names if installed(name)]
+    chosen.rows = chosen.rows or (ROWS if chosen.draw is None else DRAWN)
+    names = drawn(chosen.draw) if chosen.draw else [n for n in chosen.names if installed(n)]
     limits = Limits(chosen.seconds, chosen.megabytes)
     measured = {row["name"] for row in read(chosen.rows)}
     pending = [name for name in names if name not in measured]
     _warm_up(names if pending else [])
-    for row in run_all(pending, measure, limits, workers=1):
+    begin = time.monotonic()
+    in_time = itertools.takewhile(
+        lambda _: chosen.within is None or time.monotonic() - begin < chosen.within, pending
+    )
+    for row in run_all(in_time, measure, limits, workers=1):
         with chosen.rows.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
     rows = {row["name"]: row for row in read(chosen.rows)}
-    publish(
-        "verify-onnx",
-        "Export to ONNX, verified",
-        body([rows[n] for n in names]),
-        write=chosen.write,
+    done = [rows[name] for name in names if name in rows]
+    if chosen.draw is None:
+        publish("verify-onnx", "Export to ONNX, verified", body(done), write=chosen.write)
+    else:
+        text = drawn_body(done, len(names))
+        publish("verify-onnx-drawn", "Export to ONNX, drawn", text, write=chosen.write)
+
+
+def drawn(count: int) -> list[str]:
+    """Return so many architectures of timm below 30 M parameters, in an order drawn once."""
+    order = sorted(all_names("timm"))
+    random.Random(0).shuffle(order)
+    found: list[str] = []
+    for name in order:
+        if len(found) == count:
+            break
+        try:
+            model = construct(name, device="meta")
+        except UnbuildableError:
+            continue
+        if sum(p.numel() for p in model.parameters()) < MOST_PARAMETERS:
+            found.append(name)
+    return found
+
+
+def drawn_body(rows: list[dict[str, Any]], asked: int) -> str:
+    """Return the text of the section of drawn architectures: the count, and the special ones."""
+    of = {kind: [r for r in rows if r["status"] == kind] for kind in ("verified", "wrong")}
+    rest = [row for row in rows if row["status"] not in of]
+    done = [row for row in rows if "verify" in row]
+    export_time, verify_time = (sum(row[key] for row in done) for key in ("export", "verify"))
+    traced = [row for row in done if any("torchscript" in note for note in row["notes"])]
+    written = [row for row in done if any("written out" in note for note in row["notes"])]
+    summary = (
+        f"{environment('onnx', 'onnxruntime', 'timm')}. {len(rows)} of {asked} drawn "
+        f"architectures of timm with random statistics: {len(of['verified'])} verified, "
+        f"{len(of['wrong'])} found wrong, {len(rest)} not exported. {len(written)} with attention "
+        f"written out, {len(traced)} traced. Verification took {verify_time / export_time:.2f} of "
+        "the CPU time of the exports together (target: at most 0.35)."
     )
+    special = [*of["wrong"], *rest, *written, *traced]
+    named = list({row["name"]: row for row in special}.values())
+    return f"{summary}\n\n{table(HEADER, [_cells(row) for row in named])}"
 
 
 def body(rows: list[dict[str, Any]]) -> str:

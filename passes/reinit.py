@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from rewrite.errors import OptionError
 from rewrite.graph.captured import Captured
@@ -151,13 +150,7 @@ class Reinitialize(Pass):
         metrics = write(captured, site.target, plan, self.seed, self.forget_bias)
         shown = dict.fromkeys(weight.describe() for weight in plan.weights)
         after = ", ".join(shown) or "fresh"
-        inner = [f"{site.target}." if site.target else "", "parametrizations."]
-        touched = (
-            site.target,
-            *(ref.owner for w in plan.weights for ref in w.ties),
-            *("".join([*inner, key]) for key in (*(w.key for w in plan.weights), *plan.resets)
-              if is_parametrized(plan.module, key)),
-        )  # fmt: skip
+        touched = (site.target, *(ref.owner for w in plan.weights for ref in w.ties))
         return Change(site.target, site.before, after, plan.note, touched, {}, metrics)
 
     def rewrite_all(

@@ -69,7 +69,6 @@ class RemoveWeightNorm(Pass):
         touched: list[str] = [site.target]
         keys: dict[str, str | None] = {}
         for key, ties in plan.ties.items():
-            touched.append(".".join(filter(None, [site.target, "parametrizations", key])))
             keys |= _keys(plan.module, TensorRef(site.target, key))
             for ref in ties:
                 keys |= _keys(captured.module(ref.owner), ref)

@@ -119,10 +119,22 @@ def check_untouched(before: nn.Module, after: nn.Module, touched: Collection[str
     wrong = []
     for name in dict.fromkeys((*old.names, *new.names)):
         # Replacing the root frees nothing below it: a GraphModule keeps its children.
-        if name in free or any(prefix and name.startswith(prefix) for prefix in replaced):
+        if (
+            name in free
+            or _computing(name) in free
+            or any(prefix and name.startswith(prefix) for prefix in replaced)
+        ):
             continue
         wrong += _differing(name, old.names.get(name), new.names.get(name))
     return [name for name in wrong if name not in free]
+
+
+def _computing(name: str) -> str | None:
+    """Return the layer whose weight a parametrization of this name computes, None for others."""
+    parts = name.split(".")
+    if "parametrizations" not in parts:
+        return None
+    return ".".join(parts[: parts.index("parametrizations")])
 
 
 def _differing(name: str, old: nn.Module | None, new: nn.Module | None) -> list[str]:

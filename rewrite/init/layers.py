@@ -17,7 +17,7 @@ from rewrite.init.draw import draw, generator, refusal
 from rewrite.init.following_activation import activation_gain, following_activation
 from rewrite.init.rules import Rule
 from rewrite.outcomes import Skip
-from rewrite.weights.assign import assign, assign_refusal, is_frozen
+from rewrite.weights.assign import assign, assign_refusal, is_frozen, old_hooks
 from rewrite.weights.fans import LinearMap, gate_names, linear_maps
 from rewrite.weights.layout import Layout
 from rewrite.weights.weight_norm import has_old_weight_norm
@@ -137,8 +137,10 @@ def _maps(
 
 def _own_keys(module: nn.Module) -> list[str]:
     """Return the parameters of a module by the names its code uses, parametrized ones included."""
-    old = has_old_weight_norm(module)
-    hidden = {f"{key}_{part}" for key in old for part in "gv"}
+    hooked = tuple(old_hooks(module))
+    hidden = {f"{key}_{part}" for key in has_old_weight_norm(module) for part in "gv"}
+    hidden |= {f"{key}_orig" for key in hooked}
+    old = (*has_old_weight_norm(module), *hooked)
     plain = [k for k, p in module._parameters.items() if p is not None and k not in hidden]
     parametrized = module._modules.get("parametrizations")
     chains = list(parametrized) if isinstance(parametrized, nn.ModuleDict) else []
@@ -247,7 +249,9 @@ def write(
     for weight in plan.weights:
         value = _drawn(name, plan.module, weight, seed)
         ties = [(captured.module(ref.owner), ref.attr) for ref in weight.ties]
-        assign(plan.module, weight.key, value, ties)
+        plan.note = "; ".join(
+            filter(None, [plan.note, assign(plan.module, weight.key, value, ties)])
+        )
         metrics[f"std {weight.key}"] = float(value.std(correction=0)) if value.numel() else 0.0
     for key, constant in plan.resets.items():
         _reset(plan.module, key, constant, forget_bias)

@@ -43,12 +43,14 @@ def scale_residuals(
 
 def _scale(captured: Captured, tail: Tail, kind: str, count: int, where: str) -> str:
     factor = 0.0 if kind in _ZEROING else 1 / math.sqrt(count)
-    _multiply(captured, tail.weight, factor)
+    made = _multiply(captured, tail.weight, factor)
+    after = f" ({made})" if made else ""
     if tail.bias is not None and kind in _ZEROING:
         _multiply(captured, tail.bias, 0.0)
     if factor == 0:
-        return f"{tail.weight.attr} 0: last {tail.kind} of a residual branch of {where}"
-    return f"{tail.weight.attr} times {factor:.4g}: last {tail.kind} of {count} residual branches"
+        return f"{tail.weight.attr} 0: last {tail.kind} of a residual branch of {where}{after}"
+    said = f"{tail.weight.attr} times {factor:.4g}: last {tail.kind} of {count} residual branches"
+    return said + after
 
 
 def _shrink(
@@ -69,11 +71,12 @@ def _shrink(
         if ref in last or ref in done or ref.owner not in allowed:
             continue
         done.add(ref)
-        _multiply(captured, ref, factor)
-        notes.setdefault(ref.owner, []).append(f"{ref.attr} times {factor:.4g} (fixup)")
+        made = _multiply(captured, ref, factor)
+        said = "; ".join(filter(None, [f"{ref.attr} times {factor:.4g} (fixup)", made]))
+        notes.setdefault(ref.owner, []).append(said)
 
 
-def _multiply(captured: Captured, ref: TensorRef, factor: float) -> None:
+def _multiply(captured: Captured, ref: TensorRef, factor: float) -> str:
     value = captured.tensor(ref).detach().double() * factor
     module = captured.module(ref.owner)
     ties = [
@@ -81,4 +84,4 @@ def _multiply(captured: Captured, ref: TensorRef, factor: float) -> None:
         for other in captured.tied(ref)
         if captured.tensor(other) is captured.tensor(ref)
     ]
-    assign(module, ref.attr, value, ties)
+    return assign(module, ref.attr, value, ties)

@@ -3,12 +3,16 @@
     plain                    a new parameter, under every name that shares it
     parametrized             right_inverse(value) into the originals: weight norm, orthogonal ...
     old-style weight norm    g = ||value||, v = value
+    other old-style hooks    NAME_orig = value: spectral norm, pruning
 
-`init.normal_(layer.weight)` on a parametrized layer fills a temporary and changes nothing.
+`init.normal_(layer.weight)` on a parametrized layer fills a temporary and changes nothing. What a
+parametrization remembers of the old weight (the vectors of a spectral norm) is refreshed, the
+weight is read back, and what the parametrization made of it is said.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,20 +20,23 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
+from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
 
+from rewrite.errors import one_line
 from rewrite.nn.weight_norm import WeightNorm
+from rewrite.weights.spectral import refresh_chain, refresh_old_spectral_norm
 from rewrite.weights.weight_norm import has_old_weight_norm
+
+_READ_BACK = 1.0
+"""How many times the square root of eps a weight may differ from the value that it was given."""
 
 
 def assign_refusal(module: nn.Module, name: str) -> str | None:
     """Return why `name` of a module cannot be given a value, or None."""
-    if name in has_old_weight_norm(module):
+    if name in has_old_weight_norm(module) or name in old_hooks(module):
         return None
     if parametrize.is_parametrized(module, name):
-        chain: Any = module.parametrizations[name]  # type: ignore[index]
-        if all(hasattr(step, "right_inverse") for step in chain):
-            return None
-        return f"{name} has a parametrization without right_inverse; remove it first"
+        return _parametrization_refusal(module, name)
     value = module._parameters.get(name)
     if value is None:
         return f"{name} is no parameter"
@@ -40,10 +47,35 @@ def assign_refusal(module: nn.Module, name: str) -> str | None:
     return None
 
 
+def _parametrization_refusal(module: nn.Module, name: str) -> str | None:
+    chain: Any = module.parametrizations[name]  # type: ignore[index]
+    if not all(hasattr(step, "right_inverse") for step in chain):
+        return f"{name} has a parametrization without right_inverse; remove it first"
+    trial = copy.deepcopy(chain)  # an inverse may write into its parametrization
+    try:
+        with torch.no_grad():
+            trial.right_inverse(getattr(module, name).detach().clone())
+    except Exception as error:  # noqa: BLE001 - anybody's code
+        return f"{name}: {_kind(module, name)} takes no value: {one_line(error)}; remove it first"
+    return None
+
+
+def old_hooks(module: nn.Module) -> dict[str, Any]:
+    """Return the hooks that compute a weight from `NAME_orig`, by the weight's name."""
+    found = {}
+    for hook in module._forward_pre_hooks.values():
+        name = getattr(hook, "name", getattr(hook, "_tensor_name", None))
+        if isinstance(name, str) and module._parameters.get(f"{name}_orig") is not None:
+            found[name] = hook
+    return found
+
+
 def is_frozen(module: nn.Module, name: str) -> bool:
     """Return whether nothing behind `name` of a module requires a gradient."""
     if name in has_old_weight_norm(module):
         sources = [getattr(module, f"{name}_{part}") for part in "gv"]
+    elif name in old_hooks(module):
+        sources = [getattr(module, f"{name}_orig")]
     elif parametrize.is_parametrized(module, name):
         sources = list(module.parametrizations[name].parameters())  # type: ignore[union-attr, index]
     else:
@@ -57,16 +89,29 @@ def assign(
     name: str,
     value: torch.Tensor,
     ties: Sequence[tuple[nn.Module, str]] = (),
-) -> None:
-    """Give `name` of `module`, and of what is tied to it, this value; `requires_grad` is kept."""
+) -> str:
+    """Give `name` of `module`, and of what is tied to it, this value; `requires_grad` is kept.
+
+    Returns what a parametrization made of the value, "" where the weight is the value. A value that
+    it makes NaN or infinity of (zero, through a spectral norm) leaves the weight as it was.
+    """
+    hooked = name in old_hooks(module)
+    if hooked or parametrize.is_parametrized(module, name):
+        # The originals keep their identity, so what shares them follows.
+        before = {key: t.detach().clone() for key, t in module.state_dict().items()}
+        computed = vars(module).get(name)
+        with torch.no_grad():
+            (_assign_hooked if hooked else _assign_through)(module, name, value)
+            made = getattr(module, name).detach()
+            if bool(made.isfinite().all()) or not bool(value.isfinite().all()):
+                return _made_of(module, name, value, made)
+            module.load_state_dict(before)
+            if hooked:
+                vars(module)[name] = computed
+        return f"{name} is left as it was: {_kind(module, name)} makes NaN or infinity of the value"
     if name in has_old_weight_norm(module):
         _assign_old(module, name, value)
-        return
-    if parametrize.is_parametrized(module, name):
-        # The originals keep their identity, so what shares them follows.
-        with torch.no_grad():
-            _assign_through(module, name, value)
-        return
+        return ""
     old = module._parameters[name]
     assert old is not None  # `assign_refusal` has seen to it
     parameter = nn.Parameter(_like(value, old), old.requires_grad)
@@ -74,6 +119,34 @@ def assign(
         holder._parameters[key] = parameter
         if isinstance(holder, nn.RNNBase):
             refresh_recurrent(holder)
+    return ""
+
+
+def _made_of(module: nn.Module, name: str, value: torch.Tensor, made: torch.Tensor) -> str:
+    """Say how the weight that is read back is related to the value that was given."""
+    given, read = value.detach().to(made.device, torch.float64), made.to(torch.float64)
+    if given.shape != read.shape:
+        return f"{name}: {_kind(module, name)} makes {tuple(read.shape)} of {tuple(given.shape)}"
+    size = float(given.norm())
+    allowed = _READ_BACK * torch.finfo(made.dtype).eps ** 0.5
+    if float((read - given).norm()) <= allowed * size or not size:
+        return ""
+    scale = float((read * given).sum()) / size**2
+    apart = float((read - scale * given).norm()) / max(float(read.norm()), size * abs(scale))
+    if apart <= allowed:
+        return f"{name} is {scale:.4g} times what was drawn: {_kind(module, name)}"
+    return (
+        f"{name} is not what was drawn but what {_kind(module, name)} makes of it: "
+        f"{float((read - given).norm()) / size:.2g} away, relative"
+    )
+
+
+def _kind(module: nn.Module, name: str) -> str:
+    """Return what computes a weight, in words."""
+    if (hook := old_hooks(module).get(name)) is not None:
+        return type(hook).__name__
+    chain: Any = module.parametrizations[name]  # type: ignore[index]
+    return ", ".join(type(step).__name__.strip("_") for step in chain)
 
 
 def _like(value: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -100,6 +173,24 @@ def _assign_through(module: nn.Module, name: str, value: torch.Tensor) -> None:
         chain.original0.data, chain.original1.data = g, v.clone()
         return
     setattr(module, name, value)
+    _refresh(module, name)
+
+
+def _assign_hooked(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    original = getattr(module, f"{name}_orig")
+    original.data = _like(value, original)
+    _refresh(module, name)
+
+
+def _refresh(module: nn.Module, name: str) -> None:
+    """Bring what a weight's computation remembers of it up to date, and compute it."""
+    hook = old_hooks(module).get(name)
+    if hook is not None:
+        if isinstance(hook, OldSpectralNorm):
+            refresh_old_spectral_norm(module, hook)
+        hook(module, None)
+    elif parametrize.is_parametrized(module, name):
+        refresh_chain(module, name)
 
 
 def _assign_old(module: nn.Module, name: str, value: torch.Tensor) -> None:

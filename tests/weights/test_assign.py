@@ -1,0 +1,165 @@
+"""A weight through what computes it: read back it is what was given, or a note says what it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import rewrite
+from passes import Reinitialize
+from rewrite.weights.assign import assign, assign_refusal
+from rewrite.weights.spectral import leading_vectors
+
+old_spectral_norm = pytest.mark.filterwarnings("ignore:.*spectral_norm.*is deprecated")
+
+
+def value(shape=(32, 16), scale=0.5):
+    generator = torch.Generator().manual_seed(1)
+    return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def sigma(weight):
+    return float(torch.linalg.matrix_norm(weight.detach().flatten(1).double(), 2))
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
+def test_the_leading_vectors_are_those_of_the_decomposition(shape):
+    matrix = value(shape)
+    u, v = leading_vectors(matrix)
+    torch.testing.assert_close(u @ matrix @ v, torch.linalg.svdvals(matrix)[0])
+
+
+class Halved(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+    def right_inverse(self, x):
+        return x * 2
+
+
+class Symmetric(nn.Module):
+    def forward(self, x):
+        return x.triu() + x.triu(1).transpose(-1, -2)
+
+    def right_inverse(self, x):
+        return x.triu()
+
+
+class PowerNorm(nn.Module):
+    """A spectral norm of somebody's own: one vector, moved at each reading in train mode."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.register_buffer("u", torch.ones(rows) / rows**0.5)
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                v = nn.functional.normalize(x.T @ self.u, dim=0)
+                self.u.copy_(nn.functional.normalize(x @ v, dim=0))
+        return x / (self.u @ x).norm()
+
+    def right_inverse(self, x):
+        return x
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "normed",
+    [
+        lambda layer: parametrizations.spectral_norm(layer),
+        pytest.param(lambda layer: nn.utils.spectral_norm(layer), marks=old_spectral_norm),
+        lambda layer: parametrize.register_parametrization(layer, "weight", PowerNorm(32)) or layer,
+    ],
+    ids=["parametrization", "old hook", "somebody's own"],
+)
+def test_a_spectral_norm_gets_the_vectors_of_the_new_weight(normed, training):
+    torch.manual_seed(0)
+    layer = normed(nn.Linear(16, 32))
+    layer.train(training)
+    for _ in range(20):
+        layer(torch.randn(4, 16))
+    note = assign(layer, "weight", value())
+    layer.eval()(torch.randn(4, 16))
+    assert abs(sigma(layer.weight) - 1) < 1e-3
+    expected = value() / sigma(value())
+    torch.testing.assert_close(layer.weight.double(), expected, rtol=2e-3, atol=1e-4)
+    assert "times what was drawn" in note
+    assert layer.training is False
+
+
+def test_a_spectral_norm_of_a_convolution_on_another_axis():
+    layer = parametrizations.spectral_norm(nn.ConvTranspose2d(4, 6, 3), dim=1).eval()
+    assign(layer, "weight", value((4, 6, 3, 3)))
+    assert abs(sigma(layer.weight.transpose(0, 1)) - 1) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("parametrized", "words"),
+    [
+        (lambda m: parametrize.register_parametrization(m, "weight", Halved()) or m, ""),
+        (lambda m: parametrizations.weight_norm(m), ""),
+        (lambda m: parametrizations.orthogonal(m), "Orthogonal makes of it"),
+        (lambda m: prune.l1_unstructured(m, "weight", 0.5), "L1Unstructured makes of it"),
+    ],
+    ids=["invertible", "weight norm", "orthogonal", "pruned"],
+)
+def test_the_weight_is_read_back(parametrized, words):
+    torch.manual_seed(0)
+    layer = parametrized(nn.Linear(16, 32)).eval()
+    note = assign(layer, "weight", value())
+    same = torch.allclose(layer.weight.double(), value(), atol=1e-6)
+    assert same == (not words)
+    assert words in note
+    assert bool(note) == bool(words)
+
+
+def test_what_is_projected_says_how_far():
+    layer = nn.Linear(8, 8)
+    parametrize.register_parametrization(layer, "weight", Symmetric())
+    note = assign(layer, "weight", value((8, 8)))
+    assert "Symmetric makes of it" in note
+    symmetric = value((8, 8)).triu() + value((8, 8)).triu(1).T
+    away = float((symmetric - value((8, 8))).norm() / value((8, 8)).norm())
+    assert f"{away:.2g} away" in note
+    assert assign(layer, "weight", symmetric) == ""
+
+
+def test_a_value_that_becomes_nan_leaves_the_weight_as_it_was():
+    layer = parametrizations.spectral_norm(nn.Linear(16, 32)).eval()
+    before = layer.weight.detach().clone()
+    note = assign(layer, "weight", torch.zeros(32, 16, dtype=torch.float64))
+    assert "left as it was" in note
+    torch.testing.assert_close(layer.weight, before)
+
+
+def test_a_parametrization_that_takes_no_value_is_refused_before():
+    layer = parametrizations.orthogonal(nn.Linear(8, 8), use_trivialization=False)
+    reason = assign_refusal(layer, "weight")
+    assert reason is not None
+    assert "takes no value" in reason
+    assert "\n" not in reason
+
+
+@pytest.mark.parametrize(
+    "normed",
+    [
+        lambda layer: parametrizations.spectral_norm(layer),
+        pytest.param(lambda layer: nn.utils.spectral_norm(layer), marks=old_spectral_norm),
+    ],
+    ids=["parametrization", "old hook"],
+)
+def test_reinitialization_reports_what_a_spectral_norm_makes(normed):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), normed(nn.Linear(32, 16)))
+    x = torch.randn(64, 16)
+    for _ in range(30):
+        model(x)
+    model.eval()
+    result = rewrite.convert(model, [Reinitialize(scheme="he")], example_inputs=(x,))
+    new = result.model.eval()
+    new(x)
+    assert abs(sigma(new[2].weight) - 1) < 1e-5
+    assert "times what was drawn" in str(result.report)
