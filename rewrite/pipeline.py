@@ -85,7 +85,8 @@ def convert(
             keywords. They make shapes known to the passes and are what verification runs on;
             without them the first batch of `calibration` is taken, or an input is inferred.
         calibration: batches for passes that fit to data.
-        only, skip: shell patterns on qualified names; `skip` wins.
+        only: shell patterns on qualified names; what matches none is left alone.
+        skip: shell patterns; what matches one is left alone, also where `only` matches.
         verify: whether to run both models and check each pass's contract.
         check: whether a broken contract is an error; without, `report.ok` says it.
         seed: of everything random here.
