@@ -33,5 +33,7 @@ from .signals.measure import signal as signal
 from .signals.report import Signal as Signal
 from .swap.anchor import Recentering as Recentering
 from .training.parameter_groups import parameter_groups as parameter_groups
+from .training.recover import recover as recover
+from .training.recovered import Recovered as Recovered
 
 __version__: str

@@ -15,7 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rewrite import __version__
-from rewrite.cli import apply_map, compare, completion, convert, export, inspect, passes, verify
+from rewrite.cli import (
+    apply_map,
+    compare,
+    completion,
+    convert,
+    export,
+    inspect,
+    passes,
+    recover,
+    verify,
+)
 from rewrite.cli.common import FAILED, USAGE, complain
 from rewrite.cli.config import apply_config, find_config
 from rewrite.cli.parser import Parser
@@ -60,7 +70,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rewrite {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     convert.add_parsers(commands, argv)
-    for command in (inspect, passes, verify, compare, export, apply_map, completion):
+    for command in (inspect, passes, verify, compare, recover, export, apply_map, completion):
         command.add_parsers(commands)
     if (found := find_config(Path.cwd())) is not None:
         apply_config(commands.choices, *found)

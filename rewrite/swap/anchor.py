@@ -79,10 +79,24 @@ class Recentering:
         if self._done >= self._steps:
             return
         self._done += 1
-        part = self._done / self._steps
         for module, first in self._norms:
-            after = first ** (1 - part) * self._eps**part
+            after = self._at(first)
             assert isinstance(module.weight, torch.Tensor)
             with torch.no_grad():
                 module.weight.mul_(math.sqrt((1 + after) / (1 + float(module.eps))))  # type: ignore[arg-type]
-            module.eps = after
+            module.eps = after  # type: ignore[assignment]
+
+    @property
+    def done(self) -> int:
+        """How many steps it has taken."""
+        return self._done
+
+    def resume(self, done: int) -> None:
+        """Go on after `done` steps, with weights that have taken them already."""
+        self._done = min(done, self._steps)
+        for module, first in self._norms:
+            module.eps = self._at(first)  # type: ignore[assignment]
+
+    def _at(self, first: float) -> float:
+        part = self._done / self._steps
+        return float(first ** (1 - part) * self._eps**part)

@@ -3,8 +3,11 @@ from .calibration_error import fit_temperature as fit_temperature
 from .distillation import Distillation as Distillation
 from .label_smoothing import LabelSmoothing as LabelSmoothing
 from .label_smoothing import OnlineLabelSmoothing as OnlineLabelSmoothing
+from .options import RecoverOptions as RecoverOptions
 from .parameter_groups import normalized_decay as normalized_decay
 from .parameter_groups import parameter_groups as parameter_groups
+from .recover import recover as recover
+from .recovered import Recovered as Recovered
 from .schedule import correct_momentum as correct_momentum
 from .schedule import linear_scaling as linear_scaling
 from .schedule import warmup as warmup

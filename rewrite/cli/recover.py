@@ -1,0 +1,176 @@
+"""The command `rewrite recover`: train a converted model until it answers as the original does."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rewrite.cli.common import (
+    FAILED,
+    MODEL_HELP,
+    OK,
+    add_model_arguments,
+    complain,
+    load_model,
+    write_report,
+)
+from rewrite.errors import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import nn
+
+    from rewrite.training.recovered import Recovered
+
+_CHOICES = {
+    "optimizer": ("adamw", "sgd"),
+    "loss": ("distill", "match"),
+    "precision": ("no", "fp16", "bf16"),
+}
+_NUMBERS: dict[str, tuple[type, str]] = {
+    "epochs": (int, "passes over the data (default 1)"),
+    "rate": (float, "learning rate of a batch of 32; scaled linearly"),
+    "batch_size": (int, "samples of a micro-batch (default 32)"),
+    "accumulate": (int, "micro-batches of a step (default 1)"),
+    "weight_decay": (float, "normalized decay of the matrices of layers (default 0.05)"),
+    "temperature": (float, "of the soft targets (default 2)"),
+    "features": (float, "weight of the features at the swapped norms (default 0)"),
+    "label_weight": (float, "share of the labels in the loss (default 0.5)"),
+    "warmup": (float, "share of the steps in which the rate rises (default 0.1)"),
+    "evaluations": (int, "how often agreement is measured (default 10)"),
+    "patience": (int, "evaluations without a better agreement to stop after (default 0: never)"),
+}
+
+
+def add_parsers(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "recover",
+        help="train a converted model until it answers as the original does",
+        description="A few steps of training, without labels, that bring a converted model back.",
+    )
+    parser.add_argument("student", metavar="STUDENT", help=f"the converted model: {MODEL_HELP}")
+    parser.add_argument("--teacher", metavar="TEACHER", required=True, help="the original model")
+    parser.add_argument("--data", metavar="DATA", required=True,
+                        help="a folder of images, a file of arrays, or package.module:factory")  # fmt: skip
+    parser.add_argument("-o", "--output", metavar="OUT.pt", help="default: STUDENT.recovered.pt")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing output")
+    parser.add_argument("--labels", action="store_true",
+                        help="the data have labels: an .npz of two arrays, or a factory")  # fmt: skip
+    parser.add_argument("--smoothing", default="0.1", help="of the labels: a number, or online")
+    parser.add_argument("--recenter", action="store_true", help="let the anchors of the norms go")
+    for name, choices in _CHOICES.items():
+        parser.add_argument(f"--{name}", choices=choices, default=choices[0])
+    for name, (kind, text) in _NUMBERS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
+    parser.add_argument("--state", metavar="FOLDER", help="save the training there, and go on")
+    parser.add_argument("--plot", metavar="OUT.png|svg", help="draw the curves")
+    add_model_arguments(parser)
+    parser.set_defaults(run=run_recover)
+
+
+def run_recover(options: argparse.Namespace) -> int:
+    """Open models and data, train, write what came of it."""
+    from rewrite.files import check_writable
+
+    output = Path(options.output or _default_output(options.student))
+    check_writable(output, overwrite=options.force)
+    for path in (options.report, options.plot):
+        if path is not None:
+            check_writable(path)
+    student, teacher = load_model(options, options.student), load_model(options, options.teacher)
+    data = open_data(options.data, student, labels=options.labels)
+    recovered = train(options, student, teacher, data, _settings(options))
+    return finish(options, recovered, output)
+
+
+def train(
+    options: argparse.Namespace,
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Iterable[Any],
+    settings: dict[str, Any],
+) -> Recovered[nn.Module]:
+    """Train with a progress line."""
+    from rewrite.progress import ProgressLine
+    from rewrite.training.recover import recover
+
+    with ProgressLine(enabled=not options.quiet) as progress:
+        state = getattr(options, "state", None)
+        return recover(student, teacher, data, state=state, progress=progress, **settings)
+
+
+def finish(options: argparse.Namespace, recovered: Recovered[nn.Module], output: Path) -> int:
+    """Save the model, draw and report; in several processes the first one does."""
+    from rewrite.checkpoint.load import save
+
+    if not _is_first():
+        return OK if recovered.ok else FAILED
+    save(recovered.model, output, overwrite=True)
+    if getattr(options, "plot", None) is not None:
+        recovered.plot(options.plot)
+    write_report(options, recovered)
+    if not recovered.ok:
+        return complain(f"{recovered.stopped}; wrote the best state to {output}", FAILED)
+    if not options.quiet:
+        print(f"wrote {output}")
+    return OK
+
+
+def open_data(reference: str, model: nn.Module, *, labels: bool) -> Iterable[Any]:
+    """Return the batches of DATA; with labels, an .npz of two arrays, or what a factory yields.
+
+    Raises:
+        OptionError: nothing usable is there.
+    """
+    from rewrite.calibration.data import open_calibration
+
+    path = Path(reference)
+    if not labels or not path.exists():
+        return open_calibration(reference, model)
+    if path.suffix != ".npz":
+        raise OptionError(f"{reference}: labels come in an .npz of two arrays, or from a factory")
+    import numpy as np
+    import torch
+
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            arrays = [torch.from_numpy(held[name]) for name in held.files]
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{reference}: cannot be read: {error}") from error
+    if len(arrays) != 2:
+        raise OptionError(f"{reference}: holds {len(arrays)} arrays; inputs and labels are two")
+    inputs, targets = arrays
+    if targets.dtype.is_floating_point:
+        raise OptionError(f"{reference}: labels are {targets.dtype}; save class numbers as int64")
+    return [(inputs, targets.long())]
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    named = {name: getattr(options, name) for name in _NUMBERS}
+    smoothing = options.smoothing
+    if smoothing != "online":
+        try:
+            smoothing = float(smoothing)
+        except ValueError:
+            raise OptionError(f"--smoothing {smoothing}: write a number, or online") from None
+    return {name: value for name, value in named.items() if value is not None} | {
+        **{name: getattr(options, name) for name in _CHOICES},
+        "labels": options.labels, "recenter": options.recenter, "smoothing": smoothing,
+        "seed": options.seed,
+    }  # fmt: skip
+
+
+def _default_output(student: str) -> str:
+    path = Path(student)
+    if path.exists():
+        return str(path.with_name(f"{path.stem}.recovered.pt"))
+    return student.rpartition(":")[2].split("(")[0] + ".recovered.pt"
+
+
+def _is_first() -> bool:
+    import os
+
+    return int(os.environ.get("RANK", "0")) == 0

@@ -1,0 +1,80 @@
+"""Student and teacher on the samples that no step has seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rewrite.errors import OptionError
+from rewrite.runtime.hooks import in_eval_mode
+from rewrite.runtime.leaves import tensors
+from rewrite.swap.agreement import Sums
+from rewrite.training.recovered import Held
+from rewrite.training.samples import Samples
+
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out samples with the teacher's outputs on them, noted once."""
+
+    samples: Samples
+    outputs: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, teacher: nn.Module, samples: Samples) -> HeldOut:
+        """Run the teacher on the samples."""
+        return cls(samples, outputs_of(teacher, samples))
+
+    def measure(self, student: nn.Module) -> tuple[Held, tuple[Tensor, ...]]:
+        """Return how a student agrees with the teacher, and its outputs.
+
+        Raises:
+            OptionError: it returns other shapes than the teacher.
+        """
+        found = outputs_of(student, self.samples)
+        check_fit(found, self.outputs)
+        whole = Sums()
+        for old, new in zip(self.outputs, found, strict=True):
+            whole.add(old, new)
+        top1 = accuracy = None
+        first, own = self.outputs[0], found[0]
+        if first.dim() >= 2 and first.shape[1] > 1:
+            top1 = float((first.argmax(1) == own.argmax(1)).double().mean())
+            if self.samples.labels is not None:
+                right = own.argmax(1) == self.samples.labels.to(own.device)
+                accuracy = float(right.double().mean())
+        error = whole.metrics["error"]
+        return Held(len(self.samples), top1, whole.cosine, error, accuracy), found
+
+
+def outputs_of(model: nn.Module, samples: Samples) -> tuple[Tensor, ...]:
+    """Return every tensor that a model returns in eval mode, for all samples, on the CPU."""
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    dtype = None if parameter is None else parameter.dtype
+    parts: list[list[Tensor]] = []
+    with in_eval_mode(model), torch.no_grad():
+        for index in torch.arange(len(samples)).split(_CHUNK):  # type: ignore[no-untyped-call]
+            chunk = samples.take(index).to(device, dtype).inputs
+            try:
+                output = model(*chunk.args, **chunk.kwargs)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                message = str(error).splitlines()[0]
+                raise OptionError(
+                    f"training data ({chunk}): the model rejects it: {message}"
+                ) from error
+            parts.append([t.detach().float().cpu() for t in tensors(output)])
+    if not parts[0]:
+        raise OptionError("the model returns no tensor: nothing to compare")
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def check_fit(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> None:
+    """Raise OptionError unless two models return tensors of the same shapes."""
+    own, other = [tuple(t.shape[1:]) for t in student], [tuple(t.shape[1:]) for t in teacher]
+    if own != other:
+        raise OptionError(f"the student returns {own} a sample, the teacher {other}: not a pair")

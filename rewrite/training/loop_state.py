@@ -1,0 +1,149 @@
+"""Where a training stands, to stop anywhere and go on from there as if nothing had been.
+
+The optimizer, the schedule, the model and the random generators are accelerate's to keep; this is
+the rest: the step, the curves, the best state, what the loss and the recentering remember.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from rewrite.errors import CheckpointError, OptionError
+from rewrite.swap.anchor import Recentering
+from rewrite.training.recovered import Held
+
+
+@dataclass
+class LoopState:
+    """What the loop knows beside its optimizer.
+
+    Attributes:
+        student: the model that is trained, not wrapped.
+        target: the loss on labels, with its statistics; None without labels.
+        recentering: the schedule of the anchors; None to keep them.
+        seed, plan: what a state has to have in common with the training that it goes on with.
+        step: steps done.
+        steps, agreements: the curves so far.
+        best: the best state on the held-out samples, with the eps of each norm.
+        stale: evaluations since then.
+    """
+
+    student: nn.Module
+    target: nn.Module | None
+    recentering: Recentering | None
+    plan: dict[str, Any]
+    step: int = 0
+    steps: list[tuple[int, float, float]] = field(default_factory=list)
+    agreements: list[tuple[int, Held]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
+    stale: int = 0
+
+    def note(self, held: Held) -> None:
+        """Take an evaluation in: the best state is kept."""
+        self.agreements.append((self.step, held))
+        if not self.best or held.score > tuple(self.best["score"]):
+            self.keep(held)
+        else:
+            self.stale += 1
+
+    def keep(self, held: Held) -> None:
+        """Make the present state the best one."""
+        tensors = {k: v.detach().cpu().clone() for k, v in self.student.state_dict().items()
+                   if isinstance(v, Tensor)}  # fmt: skip
+        eps = {name: module.eps for name, module in self.student.named_modules()
+               if isinstance(getattr(module, "eps", None), float)}  # fmt: skip
+        self.best = {"score": list(held.score), "state": tensors, "eps": eps, "step": self.step}
+        self.stale = 0
+
+    def restore_best(self) -> None:
+        """Give the student its best state back."""
+        self.student.load_state_dict(self.best["state"])
+        for name, module in self.student.named_modules():
+            if name in self.best["eps"]:
+                module.eps = self.best["eps"][name]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it as plain data and tensors."""
+        return {
+            "plan": self.plan,
+            "step": self.step,
+            "steps": [list(row) for row in self.steps],
+            "agreements": [[step, vars(held)] for step, held in self.agreements],
+            "best": self.best,
+            "stale": self.stale,
+            "target": {} if self.target is None else self.target.state_dict(),
+            "recentered": 0 if self.recentering is None else self.recentering.done,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            OptionError: it is of another training.
+        """
+        for key, value in self.plan.items():
+            if state["plan"].get(key) != value:
+                was = state["plan"].get(key)
+                raise OptionError(f"the saved state is of {key} {was}, this training of {value}")
+        self.step, self.stale, self.best = state["step"], state["stale"], state["best"]
+        self.steps = [(int(s), float(loss), float(rate)) for s, loss, rate in state["steps"]]
+        self.agreements = [(int(step), Held(**held)) for step, held in state["agreements"]]
+        if self.target is not None:
+            self.target.load_state_dict(state["target"])
+        if self.recentering is not None:
+            self.recentering.resume(state["recentered"])
+
+
+def save_state(accelerator: Any, folder: Path) -> None:
+    """Write everything that is needed to go on into `folder`, completely or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    temporary = folder.with_name(f"{folder.name}.part")
+    try:
+        if accelerator.is_main_process and temporary.exists():
+            shutil.rmtree(temporary)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(temporary))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+        accelerator.wait_for_everyone()
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the state cannot be written: {error}") from error
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Note Ctrl-C instead of raising it, so that a step is never cut in two.
+
+    Yields:
+        A list that is empty until somebody interrupts. A second Ctrl-C raises.
+    """
+    met: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield met
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, _: Any) -> None:
+        met.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield met
+    finally:
+        signal.signal(signal.SIGINT, before)

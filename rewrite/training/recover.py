@@ -1,0 +1,318 @@
+"""`recover`: a few steps of training that bring a converted model back to what it was.
+
+    teacher: the original     student: the converted model     L / n over the global batch of n
+
+The loop is plain; what may run on several devices, in mixed precision, and stop and go on, is
+accelerate's. The samples of a step, and the mean of its loss, do not depend on how many workers and
+micro-batches share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from rewrite.errors import OptionError
+from rewrite.runtime.copying import copy_model
+from rewrite.swap.anchor import Recentering
+from rewrite.training.calibration_error import calibration_error, fit_temperature
+from rewrite.training.held_out import HeldOut
+from rewrite.training.label_smoothing import OnlineLabelSmoothing, check_labels
+from rewrite.training.loop_state import LoopState, interrupts, save_state
+from rewrite.training.objective import Objective, swapped_norms
+from rewrite.training.options import RATES, REFERENCE_BATCH, RecoverOptions
+from rewrite.training.parameter_groups import normalized_decay, parameter_groups
+from rewrite.training.recovered import Calibrated, Recovered
+from rewrite.training.samples import Samples, read_samples, split, step_count, steps_of
+from rewrite.training.schedule import linear_scaling, warmup
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_CLIP = 1.0
+
+
+def recover(
+    student: Model,
+    teacher: nn.Module,
+    data: Iterable[Any],
+    *,
+    options: RecoverOptions | None = None,
+    state: str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> Recovered[Model]:
+    """Train a copy of `student` until it answers as `teacher` does.
+
+    Args:
+        student: the converted model; it is left as it is.
+        teacher: the original.
+        data: batches: tensors, tuples of inputs, dicts; with `labels` they end in labels.
+        options: how to train; or give its fields by keyword: `epochs`, `labels`, `optimizer`, …
+        state: a folder: the training is saved there at each evaluation and when interrupted, and
+            goes on from what is there.
+        progress: called with a line at each step.
+
+    Returns:
+        The best state on the samples that were held out, and how it was found.
+
+    Raises:
+        OptionError: student, teacher, data and options do not fit, or accelerate is missing.
+        CheckpointError: the state cannot be written.
+    """
+    if options is None:
+        options = _options(settings)
+    elif settings:
+        raise OptionError("recover: pass options or their fields, not both")
+    accelerator = _accelerator(options)
+    torch.manual_seed(options.seed)
+    model = copy_model(student)
+    _check_trainable(model)
+    fitted, held = split(read_samples(model, data, options.labels))
+    return _Recovery(model, teacher, fitted, held, options, accelerator).run(  # type: ignore[return-value]
+        None if state is None else Path(state), progress or (lambda line: None)
+    )
+
+
+def _options(settings: dict[str, Any]) -> RecoverOptions:
+    try:
+        return RecoverOptions(**settings)
+    except TypeError as error:
+        raise OptionError(f"recover: {str(error).rpartition('__init__() ')[2]}") from error
+
+
+def _accelerator(options: RecoverOptions) -> Any:
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise OptionError("recover needs accelerate; pip install 'rewrite[train]'") from error
+    return Accelerator(mixed_precision=options.precision)
+
+
+def _check_trainable(model: nn.Module) -> None:
+    if not any(p.requires_grad for p in model.parameters()):
+        raise OptionError("the student has no trainable parameter")
+
+
+class _Recovery:
+    """One training, from its samples to its result."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        fitted: Samples,
+        held: Samples,
+        options: RecoverOptions,
+        accelerator: Any,
+    ) -> None:
+        self.student, self.options, self.accelerator = student, options, accelerator
+        self.fitted = fitted
+        self.teacher = copy_model(teacher).eval().requires_grad_(False).to(accelerator.device)
+        self.held = HeldOut.of(self.teacher, held)
+        first = self.held.outputs[0]
+        classes = first.shape[1] if first.dim() >= 2 and first.shape[1] > 1 else None
+        self.objective = Objective(options, self.teacher, classes)
+        self.notes: list[str] = []
+        if options.labels and classes is not None:
+            self._check_labels(classes)
+        world = accelerator.num_processes
+        self.per_epoch = step_count(fitted, options.batch_size, options.accumulate, world)
+        self.total = self.per_epoch * options.epochs
+        self.batch = min(options.batch_size * options.accumulate * world, len(fitted))
+        if not self.total:
+            raise OptionError(f"{len(fitted)} samples for {world} workers: too few for a step")
+
+    # -- the course ---------------------------------------------------------------------------
+
+    def run(self, folder: Path | None, say: Callable[[str], None]) -> Recovered[nn.Module]:
+        """Train, and return the best state."""
+        start = time.perf_counter()
+        self._prepare()
+        state = self.state
+        if folder is not None and folder.exists():
+            self.accelerator.load_state(str(folder))
+        before_outputs = None
+        if not state.agreements:
+            held, before_outputs = self.held.measure(self.student)
+            state.note(held)
+        stopped = self._train(folder, say)
+        state.restore_best()
+        after, outputs = self.held.measure(self.student)
+        return Recovered(
+            self.student, state.agreements[0][1], after, tuple(state.steps),
+            tuple(state.agreements), stopped, tuple(self.notes),
+            self._calibration(before_outputs, outputs), time.perf_counter() - start,
+        )  # fmt: skip
+
+    def _train(self, folder: Path | None, say: Callable[[str], None]) -> str:
+        """Run the steps that are left; return why they ended early, or ""."""
+        state, options = self.state, self.options
+        every = max(1, self.total // options.evaluations)
+        began, first = time.perf_counter(), state.step
+        with interrupts() as interrupted:
+            for epoch in range(state.step // self.per_epoch, options.epochs):
+                for size, parts in self._steps(epoch):
+                    loss = self._step(size, parts)
+                    if not math.isfinite(loss):
+                        return (
+                            f"the loss is {loss} at step {state.step + 1}: the best state is kept"
+                        )
+                    self._advance(loss)
+                    left = (time.perf_counter() - began) / (state.step - first)
+                    say(self._line(loss, left * (self.total - state.step)))
+                    if state.step % every == 0 or state.step == self.total:
+                        self._evaluate()
+                        if folder is not None:
+                            save_state(self.accelerator, folder)
+                        if options.patience and state.stale >= options.patience:
+                            return f"no better agreement in {state.stale} evaluations"
+                    elif interrupted and folder is not None:
+                        save_state(self.accelerator, folder)
+                    if interrupted:
+                        kept = "" if folder is None else f"; {folder} goes on from there"
+                        return f"interrupted after step {state.step}{kept}"
+        return ""
+
+    def _steps(self, epoch: int) -> Iterable[tuple[int, list[Samples]]]:
+        """Return the steps of an epoch that are left."""
+        options, accelerator = self.options, self.accelerator
+        place = (accelerator.process_index, accelerator.num_processes)
+        steps = steps_of(
+            self.fitted, epoch, options.seed, options.batch_size, options.accumulate, place
+        )
+        done = self.state.step - epoch * self.per_epoch
+        return (step for number, step in enumerate(steps) if number >= done)
+
+    def _step(self, size: int, parts: list[Samples]) -> float:
+        """Take one step of the optimizer; return the mean loss over the global batch."""
+        accelerator = self.accelerator
+        total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+        dtype = next(self.student.parameters()).dtype
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            with _synchronizing(accelerator, self.model, last), accelerator.autocast():
+                batch = part.to(accelerator.device, dtype)
+                summed = self.objective(self.model, batch, self.pairs)
+                # DDP takes the mean over workers; the sum of all samples is what is divided here.
+                accelerator.backward(summed / size * accelerator.num_processes)
+            total += summed.detach().double()
+        mean = float(accelerator.reduce(total, "sum")) / size
+        if math.isfinite(mean):
+            accelerator.clip_grad_norm_(self.model.parameters(), _CLIP)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return mean
+
+    def _advance(self, loss: float) -> None:
+        state = self.state
+        state.step += 1
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        state.steps.append((state.step, loss, rate))
+        self.schedule.step()
+        if state.recentering is not None:
+            state.recentering()
+        if state.step % self.per_epoch == 0:
+            self._next_epoch()
+
+    def _next_epoch(self) -> None:
+        if isinstance(self.objective.target, OnlineLabelSmoothing):
+            missing = self.objective.target.next_epoch()
+            if missing:
+                names = ", ".join(map(str, missing[:10]))
+                line = f"classes without a right answer in an epoch keep their labels: {names}"
+                self.notes = [*dict.fromkeys([*self.notes, line])]
+
+    def _evaluate(self) -> None:
+        state = self.state
+        held, _ = self.held.measure(self.student)
+        done = state.recentering is None or state.step >= self.annealed
+        if done and state.recentering is not None and state.best["step"] < self.annealed:
+            state.agreements.append((state.step, held))
+            state.keep(held)  # The first plain norms: what came before has other norms.
+        elif done:
+            state.note(held)
+        else:
+            state.agreements.append((state.step, held))
+
+    def _line(self, loss: float, seconds: float) -> str:
+        held = self.state.agreements[-1][1]
+        rate = self.state.steps[-1][2]
+        return (
+            f"step {self.state.step} of {self.total}: loss {loss:.4f}, rate {rate:.2g}, {held}, "
+            f"{seconds:.0f} s left"
+        )
+
+    # -- setting up ---------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        options, accelerator = self.options, self.accelerator
+        self.pairs = swapped_norms(self.student, self.teacher) if options.features else []
+        if options.features and not self.pairs:
+            raise OptionError("features: the student has no norm in the place of a BatchNorm")
+        self.student.train()
+        for module in self.student.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()  # What no swap replaced keeps its statistics.
+        decay = normalized_decay(options.weight_decay, self.batch, len(self.fitted), options.epochs)
+        groups = [{k: g[k] for k in ("params", "weight_decay")} for g in
+                  parameter_groups(self.student, decay)]  # fmt: skip
+        rate = linear_scaling(options.rate or RATES[options.optimizer], self.batch, REFERENCE_BATCH)
+        optimizer: torch.optim.Optimizer
+        if options.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(groups, lr=rate)
+        else:
+            optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
+        rising = round(options.warmup * self.total)
+        start = min(1.0, REFERENCE_BATCH / self.batch) if self.batch > REFERENCE_BATCH else 0.1
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup(step, rising, start) * self._falling(step, rising)
+        )
+        self.annealed = max(1, round(0.7 * self.total))
+        recentering = Recentering(self.student, self.annealed) if options.recenter else None
+        self.model, self.optimizer = accelerator.prepare(self.student, optimizer)
+        self.schedule = schedule
+        plan = {"samples": len(self.fitted), "steps": self.total, "options": repr(options)}
+        self.state = LoopState(self.student, self.objective.target, recentering, plan)
+        accelerator.register_for_checkpointing(self.state, self.schedule)
+        if self.objective.target is not None:
+            self.objective.target.to(accelerator.device)
+
+    def _falling(self, step: int, rising: int) -> float:
+        """Return the factor of a cosine from 1 to 0 over the steps behind the warmup."""
+        part = max(0, step - rising) / max(1, self.total - rising)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
+
+    def _check_labels(self, classes: int) -> None:
+        assert self.fitted.labels is not None
+        check_labels(self.fitted.labels, classes)
+        check_labels(self.held.samples.labels, classes)  # type: ignore[arg-type]
+        counts = torch.bincount(self.fitted.labels[self.fitted.labels >= 0], minlength=classes)
+        if empty := torch.nonzero(counts == 0).flatten().tolist():
+            names = ", ".join(map(str, empty[:10]))
+            self.notes.append(f"{len(empty)} classes have no sample to train on: {names}")
+
+    def _calibration(
+        self, before: tuple[torch.Tensor, ...] | None, after: tuple[torch.Tensor, ...]
+    ) -> dict[str, Calibrated] | None:
+        """Return how sure and how right teacher and student are, where labels are known."""
+        labels = self.held.samples.labels
+        if labels is None or self.held.outputs[0].dim() != 2:
+            return None
+        outputs = {"teacher": self.held.outputs, "student before": before, "student after": after}
+        return {
+            name: Calibrated(calibration_error(one[0], labels), fit_temperature(one[0], labels))
+            for name, one in outputs.items()
+            if one is not None
+        }
+
+
+def _synchronizing(accelerator: Any, model: nn.Module, last: bool) -> Any:
+    """Return a context in which gradients are shared by the workers only at the last batch."""
+    return contextlib.nullcontext() if last else accelerator.no_sync(model)

@@ -1,0 +1,130 @@
+"""What a recovery did: agreement before and after, its course, why it ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from torch import nn
+
+from rewrite.training.calibration_error import Reliability
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Held:
+    """How student and teacher agree on what was held out.
+
+    Attributes:
+        samples: how many there were.
+        top1: share of samples with the same largest output; None if the output has no classes.
+        cosine, error: of the outputs; the error is relative to how much the teacher's vary.
+        accuracy: share of right answers; None without labels.
+    """
+
+    samples: int
+    top1: float | None
+    cosine: float
+    error: float
+    accuracy: float | None = None
+
+    @property
+    def score(self) -> tuple[float, float]:
+        """What is compared: top-1 first, then the error."""
+        return (-1.0 if self.top1 is None else self.top1, -self.error)
+
+    def __str__(self) -> str:
+        parts = [] if self.top1 is None else [f"same top-1 on {self.top1:.1%}"]
+        parts += [f"cosine {self.cosine:.4f}", f"relative error {self.error:.3f}"]
+        parts += [] if self.accuracy is None else [f"accuracy {self.accuracy:.1%}"]
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """How sure one model is, beside how right: its bins, and the temperature that fits best."""
+
+    reliability: Reliability
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Recovered(Generic[Model]):
+    """A student that was trained, and how that went.
+
+    Attributes:
+        model: the best state on the held-out samples; the start, where nothing was better.
+        before, after: agreement with the teacher on what was held out.
+        steps: of each step: its number, loss and learning rate.
+        agreements: of each evaluation: after which step, and what it found.
+        stopped: why it ended before its time; "" if it did not.
+        notes: what the user should know beside it.
+        calibration: with labels, of "teacher", "student before" and "student after".
+        seconds: how long it took.
+    """
+
+    model: Model
+    before: Held
+    after: Held
+    steps: tuple[tuple[int, float, float], ...]
+    agreements: tuple[tuple[int, Held], ...]
+    stopped: str = ""
+    notes: tuple[str, ...] = ()
+    calibration: dict[str, Calibrated] | None = None
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether the training came to its end, or stopped because nothing improved any more."""
+        return not self.stopped or self.stopped.startswith("no better")
+
+    def to_json(self) -> str:
+        """Return everything but the model as JSON."""
+        held = {name: asdict(getattr(self, name)) for name in ("before", "after")}
+        more: dict[str, Any] = {
+            "steps": [dict(zip(("step", "loss", "rate"), row, strict=True)) for row in self.steps],
+            "agreements": [{"step": step} | asdict(found) for step, found in self.agreements],
+            "stopped": self.stopped,
+            "notes": list(self.notes),
+            "seconds": self.seconds,
+        }
+        if self.calibration is not None:
+            more["calibration"] = {name: asdict(one) for name, one in self.calibration.items()}
+        return json.dumps(held | more, indent=2)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw loss, rate and agreement, and with labels the reliability, into a .png or .svg.
+
+        Raises:
+            OptionError: another suffix, or matplotlib is not installed.
+        """
+        from rewrite.training.plot import plot_recovery
+
+        return plot_recovery(self, Path(path))
+
+    def tables(self) -> Iterator[RenderableType]:
+        """Yield what rich prints of it."""
+        from rich.table import Table
+
+        table = Table("", "before", "after", title=f"{self.before.samples} held-out samples")
+        rows = [("same top-1", "top1"), ("cosine", "cosine"), ("relative error", "error"),
+                ("accuracy", "accuracy")]  # fmt: skip
+        for label, key in rows:
+            old, new = getattr(self.before, key), getattr(self.after, key)
+            if old is not None:
+                table.add_row(label, f"{old:.4f}", f"{new:.4f}")
+        yield table
+        for name, one in (self.calibration or {}).items():
+            yield (
+                f"{name}: calibration error {one.reliability.error:.4f}, best temperature "
+                f"{one.temperature:.2f}"
+            )
+        yield f"{len(self.steps)} steps in {self.seconds:.0f} s"
+        yield from (*self.notes, *([self.stopped] if self.stopped else []))

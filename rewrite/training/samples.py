@@ -1,0 +1,153 @@
+"""Training data in memory: read once, a part held out, in an order that a seed decides.
+
+    held out   sample number n with n mod 5 = 4, at most 512; of fewer than five the last
+    a step     the next b k w samples of the epoch's permutation: b a micro-batch, k accumulated,
+               w workers; worker r takes numbers r, r + w, r + 2 w …
+
+So k workers with batches of n read what one with batches of k n reads, step by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from rewrite.errors import OptionError
+from rewrite.runtime.inputs import Inputs, batches_for
+from rewrite.runtime.leaves import tensors
+
+STREAMED = 4096
+"""Samples that are read of a source that is not in memory already."""
+
+_HOLD_OUT, _MOST_HELD = 5, 512
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs of a model, stacked along axis 0, and their labels, if there are any."""
+
+    inputs: Inputs
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(tensors([self.inputs.args, dict(self.inputs.kwargs)])[0])
+
+    def take(self, index: Tensor) -> Samples:
+        """Return the samples of these numbers, int64."""
+        chosen = self.inputs.map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf)
+        return Samples(chosen, None if self.labels is None else self.labels[index])
+
+    def to(self, device: torch.device, dtype: torch.dtype | None) -> Samples:
+        """Return these samples on a device, what floats in `dtype`."""
+
+        def moved(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return leaf.to(device, dtype if leaf.is_floating_point() else None)
+
+        labels = None if self.labels is None else self.labels.to(device)
+        return Samples(self.inputs.map(moved), labels)
+
+
+def read_samples(model: nn.Module, source: Iterable[Any], labels: bool) -> Samples:
+    """Read batches: tensors, tuples of positional inputs, or dicts of keyword inputs.
+
+    Args:
+        model: what the inputs are for; values beyond what its forward takes are left out.
+        source: the batches; of a source that is no list, the first 4096 samples.
+        labels: whether a tuple ends in labels, or a dict has `labels`.
+
+    Raises:
+        OptionError: there are fewer than two samples, or labels are missing.
+    """
+    if isinstance(source, Tensor):
+        source = [source]
+    streamed = not isinstance(source, Sequence)
+    parts: list[Samples] = []
+    count = 0
+    for number, batch in enumerate(source):
+        part = _part(model, batch, labels, number)
+        parts.append(part)
+        count += len(part)
+        if streamed and count >= STREAMED:
+            break
+    if count < 2:
+        raise OptionError(f"training data: {count} sample; one is held out, so pass 2 or more")
+    joined = tree_map(_joined, *([part.inputs.args, dict(part.inputs.kwargs)] for part in parts))
+    known = [part.labels for part in parts if part.labels is not None]
+    return Samples(Inputs(joined[0], joined[1]), torch.cat(known) if known else None)
+
+
+def _part(model: nn.Module, batch: Any, labels: bool, number: int) -> Samples:
+    targets = None
+    if labels and isinstance(batch, Mapping) and "labels" in batch:
+        targets = batch["labels"]
+        batch = {key: value for key, value in batch.items() if key != "labels"}
+    elif labels and isinstance(batch, tuple | list) and len(batch) > 1:
+        *batch, targets = batch
+    elif labels:
+        raise OptionError(f"training data: batch {number} has no labels beside its inputs")
+    inputs = batches_for(model, batch)
+    leaves = tensors([inputs.args, dict(inputs.kwargs)])
+    if not leaves or leaves[0].dim() == 0:
+        raise OptionError(f"training data: batch {number} holds no tensor of samples")
+    if any(x.is_floating_point() and not bool(torch.isfinite(x).all()) for x in leaves):
+        raise OptionError(f"training data: batch {number} holds NaN or infinity")
+    if targets is not None:
+        targets = torch.as_tensor(targets)
+        if len(targets) != len(leaves[0]):
+            raise OptionError(
+                f"training data: batch {number} has {len(leaves[0])} samples, {len(targets)} labels"
+            )
+    return Samples(inputs, targets)
+
+
+def _joined(*leaves: Any) -> Any:
+    return torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
+
+
+def split(samples: Samples) -> tuple[Samples, Samples]:
+    """Return what to fit to, and what is held out."""
+    numbers = torch.arange(len(samples))
+    held = (numbers % _HOLD_OUT == _HOLD_OUT - 1) & (numbers < _HOLD_OUT * _MOST_HELD)
+    if not held.any():
+        held[-1] = True
+    return samples.take(numbers[~held]), samples.take(numbers[held])
+
+
+def steps_of(
+    samples: Samples,
+    epoch: int,
+    seed: int,
+    batch_size: int,
+    accumulate: int,
+    place: tuple[int, int],
+) -> Iterator[tuple[int, list[Samples]]]:
+    """Yield, step by step, the size of the global batch and this worker's micro-batches.
+
+    Args:
+        samples: what to fit to.
+        epoch: its number; it decides the permutation, with `seed`.
+        seed: of the order.
+        batch_size: samples of a micro-batch.
+        accumulate: micro-batches of a step.
+        place: rank of this worker, and how many there are.
+    """
+    rank, world = place
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(samples), generator=generator)
+    for chosen in order.split(batch_size * accumulate * world):  # type: ignore[no-untyped-call]
+        if len(chosen) >= world:
+            own = chosen[rank::world]
+            yield len(chosen), [samples.take(part) for part in own.split(batch_size)]
+
+
+def step_count(samples: Samples, batch_size: int, accumulate: int, world: int) -> int:
+    """Return how many steps an epoch has."""
+    whole, rest = divmod(len(samples), batch_size * accumulate * world)
+    return whole + (rest >= world)
