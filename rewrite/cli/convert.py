@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,9 @@ def add_parsers(commands: Any, argv: Sequence[str]) -> None:
     )
     parser.add_argument("--mean", metavar="R,G,B", help="subtracted from calibration images")
     parser.add_argument("--std", metavar="R,G,B", help="calibration images are divided by it")
+    parser.add_argument("--recover", metavar="DATA",
+                        help="train the result on unlabelled data until it answers as the model "
+                        "did (`rewrite recover` has the options)")  # fmt: skip
     parser.add_argument("--onnx", metavar="OUT.onnx", help="export and verify the result as well")
     add_model_arguments(parser)
     if argv[:1] == ["convert"]:
@@ -116,9 +120,11 @@ def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool
             model, chosen, example_inputs=inputs,
             calibration=_calibration(options, model), only=options.only, skip=options.skip,
             verify=not (options.no_verify or options.dry_run), seed=options.seed, progress=progress,
-            check=False, consume=options.html is None,
+            check=False, consume=options.html is None and options.recover is None,
         )  # fmt: skip
         code = _judge(result.report, len(chosen), options)
+        if code == OK and options.recover is not None and result.report.changes:
+            result = _recovered(options, result, model)
         page = _page(options, result, model, inputs) if options.html else None
         del model
         exported = None
@@ -140,6 +146,28 @@ def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool
         if not exported.ok:
             return complain(f"{options.onnx}: does not agree with the model", FAILED)
     return code
+
+
+def _recovered(
+    options: argparse.Namespace, result: Result[nn.Module], model: nn.Module
+) -> Result[nn.Module]:
+    """Return the result trained on --recover DATA, with what came of it among the notes."""
+    if options.dry_run:
+        return result
+    from rewrite.cli.recover import open_data
+    from rewrite.distributed import rank_and_world
+    from rewrite.training.recover import recover
+
+    if rank_and_world()[1] > 1:
+        raise OptionError(
+            "--recover runs in one process; use `accelerate launch -m rewrite recover`"
+        )
+    data = open_data(options.recover, model, labels=False)
+    trained = recover(result.model, model, data, seed=options.seed)
+    notes = [f"recovered: {trained.before}; after {len(trained.steps)} steps {trained.after}"]
+    notes += [trained.stopped] if trained.stopped else []
+    report = replace(result.report, notes=(*result.report.notes, *notes))
+    return replace(result, model=trained.model, report=report)
 
 
 def _page(

@@ -53,12 +53,19 @@ def add_parsers(commands: Any) -> None:
     )
     parser.add_argument("student", metavar="STUDENT", help=f"the converted model: {MODEL_HELP}")
     parser.add_argument("--teacher", metavar="TEACHER", required=True, help="the original model")
-    parser.add_argument("--data", metavar="DATA", required=True,
-                        help="a folder of images, a file of arrays, or package.module:factory")  # fmt: skip
+    parser.add_argument(
+        "--data",
+        metavar="DATA",
+        required=True,
+        help="a folder of images, a file of arrays, or package.module:factory",
+    )
     parser.add_argument("-o", "--output", metavar="OUT.pt", help="default: STUDENT.recovered.pt")
     parser.add_argument("--force", action="store_true", help="overwrite an existing output")
-    parser.add_argument("--labels", action="store_true",
-                        help="the data have labels: an .npz of two arrays, or a factory")  # fmt: skip
+    parser.add_argument(
+        "--labels",
+        action="store_true",
+        help="the data have labels: an .npz of two arrays, or a factory",
+    )
     parser.add_argument("--smoothing", default="0.1", help="of the labels: a number, or online")
     parser.add_argument("--recenter", action="store_true", help="let the anchors of the norms go")
     for name, choices in _CHOICES.items():

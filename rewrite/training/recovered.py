@@ -109,8 +109,8 @@ class Recovered(Generic[Model]):
 
         return plot_recovery(self, Path(path))
 
-    def tables(self) -> Iterator[RenderableType]:
-        """Yield what rich prints of it."""
+    def tables(self, *, verbose: bool = False) -> Iterator[RenderableType]:
+        """Yield what rich prints of it; with `verbose` every evaluation."""
         from rich.table import Table
 
         table = Table("", "before", "after", title=f"{self.before.samples} held-out samples")
@@ -121,6 +121,8 @@ class Recovered(Generic[Model]):
             if old is not None:
                 table.add_row(label, f"{old:.4f}", f"{new:.4f}")
         yield table
+        for step, held in self.agreements if verbose else ():
+            yield f"after step {step}: {held}"
         for name, one in (self.calibration or {}).items():
             yield (
                 f"{name}: calibration error {one.reliability.error:.4f}, best temperature "

@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rewrite
+from rewrite.cli.main import main
+from rewrite.errors import CheckpointError, OptionError
+from rewrite.training import RecoverOptions, recover
+from rewrite.training.samples import read_samples, split, steps_of
+
+pytest.importorskip("accelerate")
+
+
+def _teacher(classes: int = 4) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, classes)).eval()
+
+
+def _student(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(2)
+    layers = [nn.Linear(6, 16), nn.LayerNorm(16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 4)]
+    return nn.Sequential(*layers).eval()
+
+
+def _data(count: int = 80) -> list[Tensor]:
+    return list(torch.randn(count, 6, generator=torch.Generator().manual_seed(3)).split(16))
+
+
+def _labelled() -> list[tuple[Tensor, Tensor]]:
+    return [(x, _teacher()(x).argmax(1)) for x in _data()]
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_student_comes_to_agree_and_the_arguments_stay() -> None:
+    student, teacher = _student(), _teacher()
+    states = [{k: v.clone() for k, v in m.state_dict().items()} for m in (student, teacher)]
+    recovered = recover(student, teacher, _data(400), epochs=10, rate=0.01)
+    assert recovered.ok and recovered.before.top1 is not None and recovered.after.top1 is not None
+    assert recovered.after.top1 > 0.85 > recovered.before.top1 + 0.2
+    assert recovered.after.error < 0.5 * recovered.before.error
+    for model, state in zip((student, teacher), states, strict=True):
+        assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+        assert not model.training and all(p.requires_grad for p in model.parameters())
+
+
+def test_the_best_state_is_what_comes_back() -> None:
+    recovered = recover(_student(), _teacher(), _data(), rate=3.0, epochs=3)
+    scores = [held.score for _, held in recovered.agreements]
+    assert recovered.after.score == pytest.approx(max(scores))
+
+
+@pytest.mark.parametrize("options", [{"labels": True}, {"labels": True, "smoothing": "online"}])
+def test_labels(options: dict[str, object]) -> None:
+    recovered = recover(_student(), _teacher(), _labelled(), epochs=4, rate=0.01, **options)
+    assert recovered.after.accuracy is not None
+    assert recovered.calibration is not None and set(recovered.calibration) == {
+        "teacher", "student before", "student after",
+    }  # fmt: skip
+    assert recovered.calibration["teacher"].reliability.accuracy == 1.0
+
+
+def test_a_global_batch_is_one_step_however_it_is_divided() -> None:
+    results = []
+    for batch_size, accumulate in ((24, 1), (8, 3), (5, 5), (12, 2)):
+        results.append(
+            recover(
+                _student().double(), _teacher().double(), _data(), epochs=2, optimizer="sgd",
+                batch_size=batch_size, accumulate=accumulate,
+            ).model
+        )  # fmt: skip
+
+    def distance(one: nn.Module, other: nn.Module) -> float:
+        pairs = zip(one.parameters(), other.parameters(), strict=True)
+        return max(float((a - b).abs().max()) for a, b in pairs)
+
+    with torch.no_grad():
+        assert distance(results[0], results[1]) < 1e-12
+        assert distance(results[0], results[3]) < 1e-12
+        assert distance(results[0], results[2]) > 1e-6  # 25 samples a step are not 24
+
+
+def test_workers_read_what_one_reads() -> None:
+    samples = read_samples(_teacher(), _data(), labels=False)
+    alone = [
+        (size, parts[0].inputs.args[0]) for size, parts in steps_of(samples, 1, 0, 12, 1, (0, 1))
+    ]
+    for rank in range(3):
+        shared = list(steps_of(samples, 1, 0, 4, 1, (rank, 3)))
+        for (size, whole), (other, parts) in zip(alone, shared, strict=True):
+            assert size == other
+            assert torch.equal(whole[rank::3], torch.cat([p.inputs.args[0] for p in parts]))
+
+
+_WORKER = """
+import sys, torch
+sys.path[:0] = [{tests!r}, {root!r}]
+torch.set_num_threads(1)
+import test_recover as t
+from rewrite.training import recover
+recovered = recover(t._student().double(), t._teacher().double(), t._data(), epochs=2,
+                    optimizer="sgd", batch_size=8, weight_decay=0.1)
+import os
+if os.environ.get("RANK", "0") == "0":
+    torch.save(recovered.model.state_dict(), {out!r})
+"""
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    here = Path(__file__)
+    script = tmp_path / "worker.py"
+    out = tmp_path / "two.pt"
+    script.write_text(
+        _WORKER.format(tests=str(here.parent), root=str(here.parents[2]), out=str(out))
+    )
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+         "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+         str(script)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+             "ACCELERATE_USE_CPU": "true"},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    alone = recover(
+        _student().double(), _teacher().double(), _data(), epochs=2, optimizer="sgd",
+        batch_size=16, weight_decay=0.1,
+    )  # fmt: skip
+    for key, value in torch.load(out).items():
+        torch.testing.assert_close(value, alone.model.state_dict()[key], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, "online"])
+def test_kill_and_resume_is_bit_identical(tmp_path: Path, smoothing: float | str) -> None:
+    settings = {"epochs": 3, "labels": True, "smoothing": smoothing, "batch_size": 8,
+                "evaluations": 4}  # fmt: skip
+    whole = recover(_student(0.3), _teacher(), _labelled(), **settings)
+
+    def dies(line: str) -> None:
+        if line.startswith("step 15 "):
+            raise MemoryError
+
+    state = tmp_path / "state"
+    with pytest.raises(MemoryError):
+        recover(_student(0.3), _teacher(), _labelled(), state=state, progress=dies, **settings)
+    resumed = recover(_student(0.3), _teacher(), _labelled(), state=state, **settings)
+    assert resumed.steps == whole.steps and resumed.agreements == whole.agreements
+    assert _same(resumed.model, whole.model) and not _same(resumed.model, _student(0.3))
+
+
+def test_an_interrupt_saves_and_goes_on(tmp_path: Path) -> None:
+    settings = {"epochs": 2, "batch_size": 8, "evaluations": 2}
+    whole = recover(_student(0.3), _teacher(), _data(), **settings)
+
+    def interrupts(line: str) -> None:
+        if line.startswith("step 3 "):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    state = tmp_path / "state"
+    cut = recover(_student(0.3), _teacher(), _data(), state=state, progress=interrupts, **settings)
+    assert "interrupted after step" in cut.stopped and len(cut.steps) < len(whole.steps)
+    resumed = recover(_student(0.3), _teacher(), _data(), state=state, **settings)
+    assert resumed.steps == whole.steps and _same(resumed.model, whole.model)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(OptionError, match="the saved state is of steps 16, this training of 24"):
+        recover(_student(0.3), _teacher(), _data(), state=state, **{**settings, "epochs": 3})
+
+
+def test_recentering_leaves_plain_norms(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(16, 4),
+    ).eval()  # fmt: skip
+    data = list(torch.randn(60, 1, 6, 6).split(10))
+    student = rewrite.convert(model, ["bn-to-gn{num_groups=4}"], example_inputs=(data[0],)).model
+    assert student[1].eps > 0.5
+    settings = {"recenter": True, "batch_size": 8, "epochs": 2, "features": 0.1}
+    recovered = recover(student, model, data, **settings)
+    assert recovered.model[1].eps == pytest.approx(1e-5)
+    kept = recover(student, model, data, **{**settings, "recenter": False})
+    assert kept.model[1].eps == student[1].eps
+
+    def dies(line: str) -> None:
+        if line.startswith("step 8 "):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        recover(student, model, data, state=tmp_path / "s", progress=dies, **settings)
+    resumed = recover(student, model, data, state=tmp_path / "s", **settings)
+    assert _same(resumed.model, recovered.model) and resumed.model[1].eps == recovered.model[1].eps
+
+
+def test_patience_stops_early() -> None:
+    recovered = recover(
+        _teacher(),
+        _teacher(),
+        _data(),
+        epochs=5,
+        rate=1e-6,
+        batch_size=8,
+        evaluations=20,
+        patience=2,
+    )
+    assert recovered.stopped == "no better agreement in 2 evaluations" and recovered.ok
+
+
+class Explodes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        return self.fc(x) * (float("nan") if self.calls > 3 and self.training else 1.0)
+
+
+def test_a_loss_that_is_not_a_number_stops_with_the_best_state() -> None:
+    recovered = recover(Explodes(), _teacher(), _data(), batch_size=8)
+    assert recovered.stopped.startswith("the loss is nan at step 4") and not recovered.ok
+    assert all(torch.isfinite(p).all() for p in recovered.model.parameters())
+
+
+def test_outputs_without_classes() -> None:
+    teacher, student = nn.Linear(6, 1), nn.Sequential(nn.Linear(6, 1))
+    with pytest.raises(OptionError, match="no classes"):
+        recover(student, teacher, _data())
+    recovered = recover(student, teacher, _data(), loss="match", epochs=10, rate=0.05)
+    assert recovered.after.top1 is None and recovered.after.error < recovered.before.error / 2
+
+
+@pytest.mark.parametrize(
+    ("student", "data", "settings", "message"),
+    [
+        (nn.Linear(6, 5), _data(), {}, "the student returns .* the teacher .* not a pair"),
+        (nn.Linear(7, 4), _data(), {}, "the model rejects it"),
+        (_student(), [torch.zeros(1, 6)], {}, "1 sample; one is held out"),
+        (_student(), [], {}, "0 sample"),
+        (_student(), [torch.full((4, 6), float("nan"))], {}, "NaN or infinity"),
+        (_student(), _data(), {"labels": True}, "has no labels"),
+        (_student(), [(torch.zeros(4, 6), torch.tensor([0, 1, 2, 9]))], {"labels": True},
+         "label 9 is out of range: the model has 4 classes"),
+        (_student(), [(torch.zeros(4, 6), torch.zeros(3).long())], {"labels": True},
+         "4 samples, 3 labels"),
+        (_student(), _data(), {"epochs": 0}, "epochs is 0"),
+        (_student(), _data(), {"optimizer": "adam"}, "pass one of adamw, sgd"),
+        (_student(), _data(), {"epoch": 1}, "unexpected keyword argument 'epoch'"),
+        (_student(), _data(), {"features": 1.0}, "no norm in the place of a BatchNorm"),
+        (_student().requires_grad_(False), _data(), {}, "no trainable parameter"),
+    ],
+)  # fmt: skip
+def test_bad_input(
+    student: nn.Module, data: list[object], settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message) as raised:
+        recover(student, _teacher(), data, **settings)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_class_without_samples_is_named() -> None:
+    x = torch.cat(_data())
+    data = [(x, torch.zeros(len(x), dtype=torch.long))]
+    recovered = recover(_student(), _teacher(), data, labels=True)
+    assert "3 classes have no sample to train on: 1, 2, 3" in recovered.notes
+
+
+def test_accelerate_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(OptionError, match=r"pip install 'rewrite\[train\]'"):
+        recover(_student(), _teacher(), _data())
+
+
+def test_a_state_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="the state cannot be written"):
+        recover(_student(), _teacher(), _data(), state=tmp_path / "file" / "state")
+
+
+def test_splitting_holds_one_in_five_out() -> None:
+    samples = read_samples(_teacher(), _data(12), labels=False)
+    fitted, held = split(samples)
+    assert (len(fitted), len(held)) == (10, 2)
+    assert torch.equal(held.inputs.args[0], samples.inputs.args[0][[4, 9]])
+    assert len(split(samples.take(torch.arange(3)))[1]) == 1
+
+
+def test_options_and_their_fields() -> None:
+    with pytest.raises(OptionError, match="not both"):
+        recover(_student(), _teacher(), _data(), options=RecoverOptions(), epochs=2)
+
+
+# -- the command ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 4),
+    ).eval()  # fmt: skip
+    torch.save(model, tmp_path / "model.pt")
+    x = torch.randn(40, 1, 6, 6)
+    np.savez(tmp_path / "data.npz", x=x.numpy(), y=model(x).argmax(1).numpy())
+    return tmp_path
+
+
+def test_the_command(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = str(files / "model.pt"), str(files / "data.npz")
+    assert main(["convert", "--bn-to-gn", "--num-groups", "4", model, "--quiet"]) == 0
+    student = str(files / "model.rewritten.pt")
+    report, plot = files / "r.json", files / "p.svg"
+    arguments = ["recover", student, "--teacher", model, "--data", data]
+    assert main([*arguments, "--labels", "--report", str(report), "--plot", str(plot)]) == 0
+    shown = capsys.readouterr().out
+    assert "same top-1" in shown and "student after: calibration error" in shown
+    assert isinstance(rewrite.load(str(files / "model.rewritten.recovered.pt"))[1], nn.GroupNorm)
+    assert '"agreements"' in report.read_text() and "<svg" in plot.read_text()
+    assert main(arguments) == 2 and "recovered.pt" in capsys.readouterr().err
+    assert main([*arguments, "-o", str(files / "no" / "such" / "out.pt")]) == 2
+    assert main([*arguments, "--force", "--smoothing", "much"]) == 2
+    assert main(["recover", student, "--teacher", model, "--data", "nothing", "--force"]) == 2
+    assert all(line.startswith("rewrite: ") for line in capsys.readouterr().err.splitlines())
+
+
+def test_convert_recovers_in_one_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = str(files / "model.pt"), str(files / "data.npz")
+    assert main(["convert", "--bn-to-gn", model, "--recover", data]) == 0
+    assert "recovered: same top-1 on" in " ".join(capsys.readouterr().out.split())
