@@ -33,6 +33,8 @@ from rewrite.fold.store import ModelStore
 from rewrite.fold.unfolded import UnfoldedNorm
 from rewrite.graph.captured import Captured
 from rewrite.graph.editor import Editor
+from rewrite.observe.plan import Options
+from rewrite.observe.road import ObservedSite, observed_outcomes
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
 from rewrite.weights.baking import Baked, bake
@@ -79,6 +81,14 @@ class FoldNorm(Pass):
         default="bake",
         metadata={"help": "layers whose weight is computed: bake (make them plain), refuse"},
     )
+    untie: bool = field(
+        default=False,
+        metadata={"help": "give a head that shares its weight with the embedding its own"},
+    )
+    strict_outputs: bool = field(
+        default=False,
+        metadata={"help": "leave a norm alone whose output another call would return"},
+    )
     input_norm: str | None = field(
         default=None,
         metadata={"help": "fold the preprocessing (x - mean) / std, given as MEAN/STD by commas"},
@@ -103,8 +113,9 @@ class FoldNorm(Pass):
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
         """Yield every norm and constant in data-flow order; a site's plan says what it does."""
         decided = self._decide(captured, None)
-        for outcome in decided.outcomes:
-            if isinstance(outcome, Site):
+        options = Options(self.untie, self.strict_outputs)
+        for outcome in observed_outcomes(captured, decided.outcomes, options):
+            if isinstance(outcome, Site) and not isinstance(outcome.plan, ObservedSite):
                 yield replace(outcome, plan=_Planned(outcome.plan, decided))
             else:
                 yield outcome
@@ -157,6 +168,13 @@ class FoldNorm(Pass):
         self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
         """Fold all sites: each layer's new weight is computed once, from all that it takes up."""
+        observed = [site for site in sites if isinstance(site.plan, ObservedSite)]
+        traced = [site for site in sites if not isinstance(site.plan, ObservedSite)]
+        changes = self._rewrite_traced(captured, traced) if traced else []
+        return [*changes, *(site.plan.carry_out(captured) for site in observed)]
+
+    def _rewrite_traced(self, captured: Captured, sites: Sequence[Site]) -> list[Change]:
+        """Fold the sites that the symbolic road found."""
         decided = self._decided(captured, sites)
         plans = [site for site in decided.outcomes if isinstance(site, Site)]
         for outcome in decided.outcomes:

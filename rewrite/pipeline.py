@@ -16,6 +16,7 @@ from torch import nn
 from rewrite import registry
 from rewrite.errors import ContractError, PassError
 from rewrite.graph.capture import capture
+from rewrite.observe.calls import known_calls
 from rewrite.offenders import offenders
 from rewrite.outcomes import Contract, Selection
 from rewrite.preconditions import check_convertible, why_not_run
@@ -23,7 +24,7 @@ from rewrite.progress import Announced
 from rewrite.protocol import Applied, Pass, apply_pass, find_sites
 from rewrite.report import PassReport, Report
 from rewrite.runtime.copying import copy_model
-from rewrite.runtime.inputs import Inputs
+from rewrite.runtime.inputs import ExampleCall, Inputs
 from rewrite.snapshot import Snapshot, take_snapshot
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def convert(
     passes: Pass | type[Pass] | str | Iterable[Pass | type[Pass] | str],
     *,
     example_inputs: Any = None,
+    example_calls: Sequence[Any] | None = None,
     calibration: Iterable[Any] | None = None,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -84,6 +86,10 @@ def convert(
         example_inputs: what the forward takes: a tensor, a tuple of positional inputs or a dict of
             keywords. They make shapes known to the passes and are what verification runs on;
             without them the first batch of `calibration` is taken, or an input is inferred.
+        example_calls: several calls, each as `example_inputs`. Where a forward cannot be traced,
+            what they show is the evidence, and all of them are verified. Without them a model of
+            transformers is called as its users call it: with and without a padded mask, with a
+            cache, with a batch of two.
         calibration: batches for passes that fit to data.
         only: shell patterns on qualified names; what matches none is left alone.
         skip: shell patterns; what matches one is left alone, also where `only` matches.
@@ -104,6 +110,9 @@ def convert(
     chosen = registry.as_passes(passes)
     check_convertible(model)
     inputs = None if example_inputs is None else Inputs.of(example_inputs)
+    calls = known_calls(model, inputs, example_calls, seed)
+    if inputs is None and calls:
+        inputs = calls[0].inputs
     notes: tuple[str, ...] = ()
     runs = verify
     if verify and (reason := why_not_run(model)):
@@ -111,8 +120,9 @@ def convert(
     elif verify:
         inputs, notes = _inputs(model, inputs, calibration)
     work = _Conversion(
-        inputs, runs and inputs is not None, verify, calibration, seed, progress or (lambda _: None)
-    )
+        inputs, runs and inputs is not None, verify, calibration, seed,
+        progress or (lambda _: None), calls,
+    )  # fmt: skip
     selection = Selection(tuple(only), tuple(skip))
     before: nn.Module = model
     reports: list[PassReport] = []
@@ -202,6 +212,7 @@ class _Conversion:
     calibration: Iterable[Any] | None
     seed: int
     say: Callable[[str], None]
+    calls: tuple[ExampleCall, ...] = ()
 
     def apply(
         self,
@@ -245,7 +256,7 @@ class _Conversion:
         calibration = self.calibration
         if calibration is not None:
             calibration = Announced(calibration, self.say, pass_.name)
-        applied = apply_pass(pass_, after, self.inputs, calibration, selection)
+        applied = apply_pass(pass_, after, self.inputs, calibration, selection, self.calls)
         seconds = time.perf_counter() - start
         verification = None
         touched = {name: pass_.name for change in applied.changes for name in change.touched}
@@ -291,7 +302,7 @@ class _Conversion:
         return outcome
 
     def _targets(self, pass_: Pass, before: nn.Module, selection: Selection) -> tuple[str, ...]:
-        captured = capture(copy_model(before), self.inputs)
+        captured = capture(copy_model(before), self.inputs, self.calls)
         sites, _ = find_sites(pass_, captured, selection)
         return tuple(dict.fromkeys(site.target for site in sites))
 
@@ -319,7 +330,7 @@ class _Conversion:
 
         return verify(
             before, after, self.inputs, contract=contract, level=Level.QUICK, touched=touched,
-            seed=self.seed,
+            calls=[each for each in self.calls if each.inputs is not self.inputs], seed=self.seed,
         )  # fmt: skip
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule
     from torch.fx.passes.infra.pass_base import PassResult
 
+    from rewrite.runtime.inputs import ExampleCall
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -129,6 +131,7 @@ def apply_pass(
     example_inputs: Any = None,
     calibration: Iterable[Any] | None = None,
     selection: Selection | None = None,
+    calls: Sequence[ExampleCall] = (),
 ) -> Applied:
     """Apply one pass to `model` in place and return its changes and skips.
 
@@ -138,11 +141,12 @@ def apply_pass(
         example_inputs: a tensor, a tuple of positional inputs or a dict of keywords.
         calibration: batches for passes that fit to data.
         selection: which sites are wanted; all of them without one.
+        calls: calls that may be observed, where a forward cannot be traced.
 
     Raises:
         PassError: the pass itself failed; the cause is chained.
     """
-    captured = capture(model, example_inputs)
+    captured = capture(model, example_inputs, calls)
     sites, skips = find_sites(pass_, captured, selection)
     try:
         changes = pass_.rewrite_all(captured, sites, calibration) if sites else []

@@ -18,7 +18,10 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import (  # type: ignore[attr-defined, unused-ignore]
+    CONFIG_MAPPING,
+    CONFIG_MAPPING_NAMES,
+)
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from benchmarks.corpus import transformers_inputs

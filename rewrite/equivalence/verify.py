@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,12 +30,13 @@ from torch import nn
 
 from rewrite.equivalence.compare import compare
 from rewrite.equivalence.equality import Findings, judge, run_original
+from rewrite.equivalence.generation import compare_generation
 from rewrite.equivalence.rounding import identical
 from rewrite.equivalence.verification import JUDGED, Case, Level, Verification
 from rewrite.errors import VerificationError, one_line
 from rewrite.outcomes import Contract, as_choice
 from rewrite.runtime.infer_inputs import infer_example_inputs
-from rewrite.runtime.inputs import Inputs, batches_for, call, device_of
+from rewrite.runtime.inputs import ExampleCall, Inputs, batches_for, call, device_of
 from rewrite.runtime.modes import evaluating, isolated
 from rewrite.runtime.tree import Tree
 
@@ -54,6 +55,7 @@ def verify(
     contract: Contract | str = Contract.EXACT_IN_EVAL,
     level: Level | str = Level.THOROUGH,
     touched: Collection[str] = (),
+    calls: Sequence[ExampleCall] = (),
     seed: int = 0,
 ) -> Verification:
     """Hold `b` to `contract` against the original `a`; neither is changed.
@@ -68,6 +70,8 @@ def verify(
         level: quick or thorough.
         touched: qualified names of the modules that were rewritten, if known (a mapping gives the
             pass of each); the report of a divergence then says which rewrite it lies in.
+        calls: calls that are judged beside the example inputs, by their names; where equality is
+            promised and the model generates, 16 greedy tokens have to be equal, too.
         seed: of every random number, so that two runs see the same inputs.
 
     Raises:
@@ -77,10 +81,14 @@ def verify(
     contract = as_choice(Contract, contract, "contract")
     level = as_choice(Level, level, "level")
     begin = time.perf_counter()
+    if example_inputs is None and calls:
+        example_inputs, calls = calls[0].inputs, calls[1:]
     given = _given(a, example_inputs, calibration, level, contract, seed)
+    given += [(each.name, each.inputs.to(device_of(a))) for each in calls]
     with evaluating(a, b):
         if contract in JUDGED:
             found = judge(a, b, given, contract, level, touched=touched, seed=seed)
+            compare_generation(a, b, given, found)
         else:
             found = _observe(a, b, given, level, seed)
     return Verification(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from rewrite.graph.captured import Captured
-from rewrite.runtime.inputs import Inputs
+from rewrite.runtime.inputs import ExampleCall, Inputs
 from rewrite.runtime.tree import Tree
 from rewrite.tracing.regions import trace_regions
 
 
-def capture(model: nn.Module, example_inputs: Any = None) -> Captured:
+def capture(
+    model: nn.Module, example_inputs: Any = None, calls: Sequence[ExampleCall] = ()
+) -> Captured:
     """Read `model` as graphs, without changing or running it.
 
     Args:
@@ -20,6 +23,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Captured:
         example_inputs: a tensor, a tuple of positional inputs or a dict of keywords; with them
             each node knows the shape of its value, and branches on sizes are followed. Nothing is
             computed: a stand-in without numbers is run.
+        calls: calls that may be observed, where a forward cannot be traced.
 
     Returns:
         The captured model. What cannot be traced is in `opaque`, with the reason.
@@ -27,4 +31,4 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Captured:
     tree = Tree(model)
     inputs = None if example_inputs is None else Inputs.of(example_inputs)
     regions, opaque, error = trace_regions(tree, inputs)
-    return Captured(model, tree, tuple(regions), opaque, error)
+    return Captured(model, tree, tuple(regions), opaque, error, example_calls=tuple(calls))

@@ -37,6 +37,7 @@ from rewrite.tracing.tracer import hook_reasons
 
 if TYPE_CHECKING:
     from rewrite.graph.editor import Editor
+    from rewrite.runtime.inputs import ExampleCall
 
 
 _NOT_TRACED = "is not called in any traced forward"
@@ -77,6 +78,8 @@ class Captured:
         notes: what a pass has to say of the whole model; it goes into the report.
         exact: what tensors that a pass wrote are before they are rounded, in float64 and by
             qualified name; verification asks for them.
+        example_calls: calls that may be observed, where a forward cannot be traced.
+        observed: what these showed (`rewrite.observe`), once somebody asked.
     """
 
     model: nn.Module
@@ -86,6 +89,8 @@ class Captured:
     shape_error: str | None = None
     notes: list[str] = field(default_factory=list)
     exact: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+    example_calls: tuple[ExampleCall, ...] = ()
+    observed: Any = field(default=None, repr=False)
     _class_words: dict[type, frozenset[str] | None] = field(default_factory=dict, repr=False)
 
     # -- modules ------------------------------------------------------------------------------

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from rewrite.runtime.control_flow import branches_in_python
-from rewrite.runtime.leaves import tensors
+from rewrite.runtime.leaves import mapped, tensors
 
 QUICK_SIZE = 64
 
@@ -37,7 +36,7 @@ class Inputs:
 
     def map(self, function: Callable[[Any], Any]) -> Inputs:
         """Return these inputs with `function` applied to every leaf of nested containers."""
-        return Inputs(tree_map(function, self.args), tree_map(function, dict(self.kwargs)))
+        return Inputs(mapped(self.args, function), mapped(dict(self.kwargs), function))
 
     def to(self, device: torch.device) -> Inputs:
         """Return these inputs with every tensor on `device`."""
@@ -52,6 +51,14 @@ class Inputs:
     def __str__(self) -> str:
         shapes = [_shape_text(t) for t in tensors([self.args, dict(self.kwargs)])]
         return ", ".join(shapes) or "no tensors"
+
+
+@dataclass(frozen=True)
+class ExampleCall:
+    """One call of a model: what it is called in reports, and what the model gets."""
+
+    name: str
+    inputs: Inputs
 
 
 def _shape_text(tensor: torch.Tensor) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 ROOT = "output"
 
@@ -34,11 +36,36 @@ def leaves(value: Any, path: str = ROOT) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _is_plain_object(value: Any) -> bool:
-    """Return whether `value` is an object that merely carries tensors (torchvision's ImageList)."""
+_DEPTH = 4
+"""How deep an object may hold the tensors that it carries: objects may point at each other."""
+
+
+def _is_plain_object(value: Any, depth: int = _DEPTH) -> bool:
+    """Return whether `value` is an object that merely carries tensors: an image list, a cache."""
     if isinstance(value, torch.Tensor | torch.nn.Module | type) or not hasattr(value, "__dict__"):
         return False
-    return any(isinstance(item, torch.Tensor) for item in vars(value).values())
+    return depth > 0 and any(_carries(item, depth - 1) for item in vars(value).values())
+
+
+def _carries(item: Any, depth: int) -> bool:
+    """Return whether `item` is a tensor, or a list of tensors or of objects that carry some."""
+    if isinstance(item, list | tuple):
+        return any(_carries(part, depth) for part in item)
+    return isinstance(item, torch.Tensor) or _is_plain_object(item, depth)
+
+
+def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Return `value` with `function` applied to every leaf of nested containers.
+
+    An object that carries tensors (a cache) is copied, with each of its tensors replaced.
+    """
+
+    def one(leaf: Any) -> Any:
+        if not _is_plain_object(leaf):
+            return function(leaf)
+        return copy.deepcopy(leaf, {id(tensor): function(tensor) for tensor in tensors(leaf)})
+
+    return tree_map(one, value)
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -1,0 +1,205 @@
+"""The calls that evidence rests on: those given, or those that a model's users make.
+
+A model of transformers says in its configuration and in the names of its forward's arguments what
+it takes. Generation models are called as generation calls them: a prefill, a padded batch of two,
+and one more step with the cache of the first.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewrite.errors import OptionError, one_line
+from rewrite.runtime.inputs import ExampleCall, Inputs, call, device_of, dtype_of
+from rewrite.runtime.leaves import leaves
+from rewrite.runtime.modes import evaluating, isolated
+
+_LENGTH = 8
+_PADDED = 3
+_VOCABULARY = 64
+_CACHES = ("past_key_values", "cache", "cache_params")
+"""What the cache of a first call is called in its output, and in the arguments of the next."""
+
+
+def given_calls(given: Sequence[Any]) -> tuple[ExampleCall, ...]:
+    """Return the calls that a user gave: tensors, tuples of positional inputs, or keywords.
+
+    Raises:
+        OptionError: no call was given, or one holds no tensor.
+    """
+    if not given:
+        raise OptionError("example_calls is empty: give at least one call, or leave it out")
+    calls = []
+    for number, item in enumerate(given, start=1):
+        if isinstance(item, ExampleCall):
+            calls.append(item)
+            continue
+        inputs = Inputs.of(item)
+        if not any(isinstance(leaf, torch.Tensor) for _, leaf in _leaves(inputs)):
+            raise OptionError(f"example call {number} holds no tensor")
+        calls.append(ExampleCall(f"call {number} ({', '.join(_described(inputs))})", inputs))
+    return tuple(calls)
+
+
+def known_calls(
+    model: nn.Module, inputs: Inputs | None, given: Sequence[Any] | None, seed: int = 0
+) -> tuple[ExampleCall, ...]:
+    """Return the calls that may be observed: those given, or those that are known of the model."""
+    if given is not None:
+        return given_calls(given)
+    calls = default_calls(model, seed)
+    if inputs is None:
+        return calls
+    return (ExampleCall("example input", inputs), *calls)
+
+
+def default_calls(model: nn.Module, seed: int = 0) -> tuple[ExampleCall, ...]:
+    """Return the calls that the users of a transformers model make; () for any other model.
+
+    Each is tried: what the model refuses is left out.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "model_type"):
+        return ()
+    generator = torch.Generator().manual_seed(seed)
+    calls: list[ExampleCall] = []
+    with evaluating(model), isolated(model):
+        first = _main_inputs(model, config, 1, generator)
+        if first is None:
+            return ()
+        generates = "input_ids" in first
+        output = _tried(model, first)
+        if output is None:
+            return ()
+        calls.append(ExampleCall("prefill" if generates else "one sample", Inputs((), first)))
+        two = _main_inputs(model, config, 2, generator)
+        assert two is not None
+        if generates and "attention_mask" in _parameters(model):
+            mask = torch.ones_like(two["input_ids"])
+            mask[0, :_PADDED] = 0
+            two = {**two, "attention_mask": mask}
+        if _tried(model, two) is not None:
+            name = "padded mask, batch 2" if "attention_mask" in two else "batch 2"
+            calls.append(ExampleCall(name, Inputs((), two)))
+        step = _cache_step(model, first, output, generator)
+        if step is not None:
+            calls.append(ExampleCall("cache step", Inputs((), step)))
+    return tuple(calls)
+
+
+def hidden_states_call(call: ExampleCall) -> ExampleCall:
+    """Return the same call with every hidden state asked for: it shows what else changes."""
+    keywords = {**call.inputs.kwargs, "output_hidden_states": True}
+    return ExampleCall("output_hidden_states=True", Inputs(call.inputs.args, keywords))
+
+
+def takes_hidden_states(model: nn.Module) -> bool:
+    """Return whether the model can be asked for its hidden states."""
+    config = getattr(model, "config", None)
+    return config is not None and hasattr(config, "output_hidden_states")
+
+
+def refusal_of(model: nn.Module, call_: ExampleCall) -> str | None:
+    """Return what a model says to an example call that it refuses, or None."""
+    with evaluating(model), isolated(model):
+        try:
+            call(model, call_.inputs.clone())
+        except Exception as error:  # noqa: BLE001 - a forward may raise anything
+            return f"{call_.name}: the model refuses it: {one_line(error)}"
+    return None
+
+
+def _tried(model: nn.Module, keywords: dict[str, Any]) -> Any:
+    try:
+        return call(model, Inputs((), keywords).clone())
+    except Exception:  # noqa: BLE001 - what a model refuses is not one of its calls
+        return None
+
+
+def _parameters(model: nn.Module) -> set[str]:
+    return set(inspect.signature(model.forward).parameters)
+
+
+def _main_inputs(
+    model: nn.Module, config: Any, batch: int, generator: torch.Generator
+) -> dict[str, Any] | None:
+    """Return the inputs that every use of the model gives, by the names of its arguments."""
+    names = _parameters(model)
+    device, dtype = device_of(model), dtype_of(model)
+
+    def tokens(length: int = _LENGTH) -> torch.Tensor:
+        text = getattr(config, "text_config", None) or config
+        size = getattr(text, "vocab_size", None) or _VOCABULARY
+        low = 3 if size > 8 else 0
+        ids = torch.randint(low, size, (batch, length), generator=generator)
+        return ids.to(device)
+
+    def floats(*shape: int) -> torch.Tensor:
+        return torch.randn(batch, *shape, generator=generator).to(device, dtype)
+
+    found: dict[str, Any] = {}
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "pixel_values" and main in names:
+        found[main] = floats(*_image_shape(config))
+    elif main == "input_features" and main in names:
+        found[main] = floats(*_feature_shape(config))
+    elif main == "input_values" and main in names:
+        patches = hasattr(config, "num_mel_bins") and hasattr(config, "max_length")
+        shape = (config.max_length, config.num_mel_bins) if patches else (1600,)
+        found[main] = floats(*shape)
+    elif "input_ids" in names:
+        found["input_ids"] = tokens()
+    else:
+        return None
+    if "pixel_values" in names and main == "input_ids" and hasattr(config, "projection_dim"):
+        found["pixel_values"] = floats(*_image_shape(getattr(config, "vision_config", config)))
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
+        found["decoder_input_ids"] = tokens(5)
+    return found
+
+
+def _image_shape(config: Any) -> tuple[int, int, int]:
+    vision = getattr(config, "vision_config", None) or config
+    size = getattr(vision, "image_size", None) or 64
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
+    return int(channels), int(height), int(width)
+
+
+def _feature_shape(config: Any) -> tuple[int, int]:
+    bins = getattr(config, "num_mel_bins", None) or 80
+    frames = getattr(config, "max_source_positions", None)
+    if getattr(config, "model_type", "") == "whisper" and frames:
+        return int(bins), 2 * int(frames)
+    width = getattr(config, "input_feat_per_channel", None) or bins
+    return 32, int(getattr(config, "feature_projection_input_dim", None) or width)
+
+
+def _cache_step(
+    model: nn.Module, first: dict[str, Any], output: Any, generator: torch.Generator
+) -> dict[str, Any] | None:
+    names = _parameters(model)
+    name = next((n for n in _CACHES if n in names and getattr(output, n, None) is not None), None)
+    if name is None:
+        return None
+    key = "decoder_input_ids" if "decoder_input_ids" in first else "input_ids"
+    if key not in first:
+        return None
+    ids = first[key]
+    order = torch.randperm(ids.shape[1], generator=generator)[:1].to(ids.device)
+    step = {**first, key: ids[:, order], name: getattr(output, name)}
+    return step if _tried(model, step) is not None else None
+
+
+def _leaves(inputs: Inputs) -> list[tuple[str, Any]]:
+    return list(leaves([inputs.args, dict(inputs.kwargs)]))
+
+
+def _described(inputs: Inputs) -> list[str]:
+    words = [f"{len(inputs.args)} positional"] if inputs.args else []
+    return words + list(inputs.kwargs)

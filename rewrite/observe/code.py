@@ -1,0 +1,189 @@
+"""Lines that no observed call took, in the code between a norm and what reads it.
+
+    def forward(self, x, raw=False):
+        h = self.norm(x)
+        if raw:
+            return self.head(h * 2)      # no call took it, and it reads h: the fold is refused
+        return self.head(h)
+
+Names are followed through each function on the way, in the order of its statements: from the norm's
+call outwards through what returns its value, and inwards into what is given it. A line was taken if
+it made a value or called a module in some call. A statement that was not may hand the value on (an
+alias, a return, a list of outputs); where it computes with it or calls a reader, the fold is
+refused, with that line. Decorators that pass on whatever they are given are passed through.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.fx import Node
+
+from rewrite.graph.captured import Captured
+from rewrite.observe.code_constants import function_at
+from rewrite.observe.code_reader import Function, FunctionReader, Untaken
+from rewrite.observe.evidence import Evidence
+from rewrite.observe.export import CodeLine, ObservedCall, in_torch
+from rewrite.observe.plan import ObservedFold
+from rewrite.observe.spellings import op_name
+
+_READ_AT_MOST = 4000
+
+
+class CodeIndex:
+    """Which lines ran in the calls of some evidence, and which functions each of them called.
+
+    Frames of torch, and of decorators that pass on whatever they are given, are left out.
+    """
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.lines: dict[str, set[int]] = {}
+        self.callees: dict[tuple[str, int], set[CodeLine]] = {}
+        self._plain: dict[CodeLine, bool] = {}
+        for observed in evidence.calls:
+            for stack in observed.stacks:
+                plain = self.outside(stack)
+                for line in plain:
+                    self.lines.setdefault(line.file, set()).add(line.number)
+                for caller, callee in itertools.pairwise(plain):
+                    self.callees.setdefault((caller.file, caller.number), set()).add(callee)
+
+    def outside(self, stack: Sequence[CodeLine]) -> tuple[CodeLine, ...]:
+        """Return the lines of a stack that are the model's own."""
+        return tuple(line for line in stack if self._is_plain(line))
+
+    def _is_plain(self, line: CodeLine) -> bool:
+        if line not in self._plain:
+            found = None if in_torch(line.file) else function_at(line.file, line.number)
+            passes = found is not None and found[0].args.vararg is not None
+            self._plain[line] = not in_torch(line.file) and not passes
+        return self._plain[line]
+
+
+@dataclass(eq=False)
+class CodeCheck:
+    """Reads the code around one fold."""
+
+    captured: Captured
+    index: CodeIndex
+    fold: ObservedFold
+    _owners: list[str] = field(default_factory=list)
+    _mapped: set[tuple[str, int]] = field(default_factory=set)
+    _absorbed: dict[tuple[str, int], set[str]] = field(default_factory=dict)
+    _done: dict[tuple[tuple[str, int], frozenset[str], tuple[CodeLine, ...]], bool] = field(
+        default_factory=dict
+    )
+
+    def check(self) -> None:
+        """Refuse the fold if code that no call took reads its values.
+
+        Raises:
+            Untaken: it does; the line is named.
+        """
+        owners: dict[str, None] = {}
+        for observed, node in self._values():
+            owners.update(dict.fromkeys(observed.owners(node)))
+            if stack := self.index.outside(observed.stack(node)):
+                self._mapped.add((stack[-1].file, stack[-1].number))
+        for observed, flow in self.fold.flows:
+            for read in flow.reads:
+                owners.update(dict.fromkeys(observed.owners(read.node)))
+                if stack := self.index.outside(observed.stack(read.node)):
+                    place = (stack[-1].file, stack[-1].number)
+                    self._absorbed.setdefault(place, set()).add(op_name(read.node))
+        self._owners = list(owners)
+        for chain in {self.index.outside(o.stack(s.node)) for o, s in self.fold.sites}:
+            if chain:
+                self.inner(chain)
+
+    def _values(self) -> Iterator[tuple[ObservedCall, Node]]:
+        for observed, flow in self.fold.flows:
+            yield from ((observed, node) for node in flow.labels)
+
+    # -- what the reader of a function asks -----------------------------------------------------
+
+    def inner(self, chain: tuple[CodeLine, ...]) -> bool:
+        """Read the function of the first line of `chain`, in which the norm is called there."""
+        found = function_at(chain[0].file, chain[0].number)
+        if found is None:
+            raise Untaken(f"the code at {chain[0]} cannot be read")
+        return self.read(Function(chain[0].file, *found), frozenset(), chain)
+
+    def read(
+        self, function: Function, tainted: frozenset[str], chain: tuple[CodeLine, ...] = ()
+    ) -> bool:
+        """Read a function whose parameters `tainted` hold the value; does it return it?"""
+        key = (function.key, tainted, chain)
+        if key not in self._done:
+            if len(self._done) > _READ_AT_MOST:
+                raise Untaken("its code is too long to be followed")
+            self._done[key] = True  # while it is being read: a recursion hands the value on
+            reader = FunctionReader(self, function, set(tainted), chain)
+            reader.block(function.node.body)
+            self._done[key] = reader.returns
+        return self._done[key]
+
+    def modules(self, function: Function) -> list[nn.Module]:
+        """Return the modules whose forward a function may be a part of."""
+        return [self.captured.module(name) for name in self._instances(function)]
+
+    def _instances(self, function: Function) -> list[str]:
+        return [
+            name
+            for name in self._owners
+            if name in self.captured.tree.names
+            and function.inside in {k.__name__ for k in type(self.captured.module(name)).__mro__}
+        ]
+
+    def reader_names(self, function: Function) -> set[str]:
+        """Return the children of those modules on the way to a reader, or to the norm."""
+        names: set[str] = set()
+        for owner in self._instances(function):
+            prefix = f"{owner}." if owner else ""
+            for target in (*self.fold.layers, self.fold.target):
+                if target.startswith(prefix):
+                    names.add(target.removeprefix(prefix).split(".")[0])
+        return names
+
+    def taken(self, file: str, node: ast.stmt) -> bool:
+        """Return whether a call made a value, or called a module, on a line of a statement."""
+        held = self.index.lines.get(file, set())
+        return any(number in held for number in _span(node))
+
+    def moves(self, file: str, node: ast.stmt) -> bool:
+        """Return whether a value that carries the map was made on a line of a statement."""
+        return any((file, number) in self._mapped for number in _span(node))
+
+    def absorbs(self, function: Function, node: ast.stmt, path: Sequence[str]) -> bool:
+        """Return whether what a call by that name returns is the output of a layer that reads."""
+        if len(path) > 1 and path[0] == function.first:
+            child = ".".join(path[1:])
+            owners = self._instances(function)
+            if any((f"{o}.{child}" if o else child) in self.fold.layers for o in owners):
+                return True
+        names = set().union(*(self._absorbed.get((function.file, n), ()) for n in _span(node)))
+        return bool(path) and path[-1] in names
+
+    def callees(self, file: str, node: ast.stmt) -> list[Function]:
+        """Return the functions that ran in what a statement called."""
+        found: dict[tuple[str, int], Function] = {}
+        for number in _span(node):
+            for line in self.index.callees.get((file, number), ()):
+                held = function_at(line.file, line.number)
+                if held is not None:
+                    function = Function(line.file, *held)
+                    found[function.key] = function
+        return list(found.values())
+
+
+def _span(node: ast.stmt) -> range:
+    """Return the lines of a statement; of one with a body, those of its head."""
+    last = node.end_lineno or node.lineno
+    body = getattr(node, "body", None)
+    if isinstance(body, list) and body:
+        last = max(node.lineno, body[0].lineno - 1)
+    return range(node.lineno, last + 1)

@@ -1,0 +1,133 @@
+"""Carry out an observed fold: build its recipe, run it on the model, say what changed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.spellings import is_plain
+from rewrite.observe.plan import ObservedFold, ReaderEdit, _ranges
+from rewrite.observe.recipe import run_recipe
+from rewrite.outcomes import Change
+
+
+def recipe_of(captured: Captured, fold: ObservedFold) -> dict[str, Any]:
+    """Return an observed fold as plain data."""
+    gone = _may_go(captured, fold)
+    neutral = {fold.weight.tensor: (1.0 - fold.weight.offset) / fold.weight.factor}
+    if fold.bias is not None:
+        neutral[fold.bias] = 0.0
+    return {
+        "do": "fold-observed",
+        "weight": fold.weight.tensor,
+        "factor": fold.weight.factor,
+        "offset": fold.weight.offset,
+        "bias": fold.bias,
+        "edits": [_edit(captured, edit) for edit in fold.edits],
+        "neutral": {} if gone else neutral,
+        "gone": list(neutral) if gone else [],
+    }
+
+
+def carry_out(captured: Captured, fold: ObservedFold, before: str) -> Change:
+    """Fold one norm of the model in place and return what changed."""
+    recipe = recipe_of(captured, fold)
+    untied = {edit.untied for edit in fold.edits if edit.untied}
+    aliases = {name for edit in recipe["edits"] for name in edit["aliases"]}
+
+    def read(name: str) -> Tensor:
+        return captured.tensor(_ref(name))
+
+    def write(name: str, tensor: Tensor) -> None:
+        if name not in aliases:  # those are written together with the first name
+            _write(captured, name, tensor, alone=name in untied)
+
+    run_recipe(recipe, read, write, captured.exact)
+    if recipe["gone"]:
+        _drop(captured, fold.target)
+    notes = [*fold.notes]
+    if not recipe["gone"]:
+        notes.append("its class needs a weight: it stays, and does nothing")
+    if untied:
+        notes.append(f"{', '.join(sorted(untied))} is a tensor of its own now")
+        _untie_config(captured.model)
+    keys = dict.fromkeys(recipe["gone"])
+    for name in list(keys):
+        owner, _, attr = name.rpartition(".")
+        keys.update({f"{alias}.{attr}": None for alias in captured.aliases(owner)})
+    owners = [_ref(edit.read.tensor).owner for edit in fold.edits]
+    return Change(
+        fold.target, before, f"its affine part folded into {', '.join(fold.layers)}",
+        note="; ".join(notes), touched=(*fold.layers, *owners), keys=keys, recipe=recipe,
+    )  # fmt: skip
+
+
+def _edit(captured: Captured, edit: ReaderEdit) -> dict[str, Any]:
+    read = edit.read
+    shape = captured.tensor(_ref(read.tensor)).shape
+    parts = _ranges(read.operand.part(read.axis), shape)
+    channels: int | list[int] = list(read.channels)
+    if read.channels == tuple(range(len(read.channels))):
+        channels = len(read.channels)
+    bias_part = None
+    if edit.has_bias and read.bias is not None:
+        held = read.bias[1].part(-1)
+        bias_part = [held[0].start, held[0].length] if held else None
+    tied = captured.tied(_ref(read.tensor))
+    return {
+        "weight": read.tensor,
+        "axis": read.axis,
+        "channels": channels,
+        "parts": [list(part) for part in parts],
+        "bias": edit.bias,
+        "has_bias": edit.has_bias,
+        "bias_part": bias_part,
+        "shifts": edit.bias is not None,
+        "into": edit.untied or read.tensor,
+        "aliases": [] if edit.untied else [ref.name for ref in tied],
+    }
+
+
+def _write(captured: Captured, name: str, tensor: Tensor, alone: bool) -> None:
+    """Set a tensor in every place that holds it, as one; or in one place alone."""
+    ref = _ref(name)
+    old = getattr(captured.module(ref.owner), ref.attr, None)
+    others = () if alone or old is None else captured.tied(ref)
+    captured.editor.set_tensor(ref, tensor)
+    new = captured.module(ref.owner)._parameters.get(ref.attr)
+    for other in others:
+        held = captured.module(other.owner)._parameters
+        if new is not None and held.get(other.attr) is old:
+            held[other.attr] = new
+
+
+def _may_go(captured: Captured, fold: ObservedFold) -> bool:
+    """Return whether the norm's class can do without a weight."""
+    module = captured.module(fold.target)
+    return isinstance(module, nn.LayerNorm | nn.RMSNorm) and is_plain(module)
+
+
+def _drop(captured: Captured, target: str) -> None:
+    """Put a norm without weight and bias, otherwise the same, in place of one that has them."""
+    new = copy.copy(captured.module(target))
+    new._parameters = {**new._parameters, "weight": None}
+    if "bias" in new._parameters:
+        new._parameters["bias"] = None
+    new.elementwise_affine = False  # type: ignore[assignment]
+    captured.editor.replace(target, new)
+
+
+def _untie_config(model: nn.Module) -> None:
+    """Tell the model's configuration that its head has a weight of its own."""
+    config = getattr(model, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        if part is not None and getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+
+
+def _ref(name: str) -> TensorRef:
+    owner, _, attr = name.rpartition(".")
+    return TensorRef(owner, attr)

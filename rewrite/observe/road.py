@@ -1,0 +1,140 @@
+"""The observed road of a pass: sites and skips of the norms that no trace could reach.
+
+The symbolic road stays first: a norm that it folds is left to it. What it declines is decided again
+from the evidence of the example calls, with the reason that these show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from rewrite.errors import CaptureError
+from rewrite.graph.captured import Captured
+from rewrite.observe.code import CodeCheck, CodeIndex
+from rewrite.observe.code_reader import Untaken
+from rewrite.observe.evidence import Evidence, observe
+from rewrite.observe.execute import carry_out
+from rewrite.observe.flow import Unfollowed
+from rewrite.observe.norms import norms_of
+from rewrite.observe.plan import Declined, ObservedFold, ObservedPlanner, Options
+from rewrite.outcomes import Change, Site, Skip
+
+
+@dataclass(frozen=True, eq=False)
+class ObservedSite:
+    """The plan of a site that was found on the observed road."""
+
+    fold: ObservedFold
+    before: str
+
+    def carry_out(self, captured: Captured) -> Change:
+        """Fold it."""
+        return carry_out(captured, self.fold, self.before)
+
+
+def evidence_of(captured: Captured) -> Evidence | None:
+    """Return what the calls of a captured model show; None where there is nothing to observe.
+
+    What cannot be exported is noted in `captured.notes`.
+
+    Raises:
+        CaptureError: the model refuses a call.
+    """
+    if captured.observed is None and captured.example_calls and _untraced(captured):
+        try:
+            captured.observed = observe(captured.model, captured.example_calls)
+        except CaptureError as error:
+            if "refuses it" in str(error):
+                raise
+            captured.notes.append(str(error))
+            captured.example_calls = ()
+            return None
+        captured.notes += [f"evidence: the calls {captured.observed.words}"]
+        captured.notes += captured.observed.failed
+    found: Evidence | None = captured.observed
+    return found
+
+
+def observed_outcomes(
+    captured: Captured, traced: Iterable[Site | Skip], options: Options
+) -> Iterator[Site | Skip]:
+    """Yield the outcomes of both roads: the traced ones, and what calls show of what they decline.
+
+    Args:
+        captured: the model, with its calls.
+        traced: the outcomes of the symbolic road.
+        options: what a user allows.
+    """
+    traced = list(traced)
+    evidence = evidence_of(captured)
+    if evidence is None:
+        yield from traced
+        return
+    sites = {outcome.target for outcome in traced if isinstance(outcome, Site)}
+    decided = [item for item in decide(captured, evidence, options) if item[0] not in sites]
+    folds = {target for target, _, decision in decided if isinstance(decision, ObservedFold)}
+    decided = [
+        item
+        for item in decided
+        if item[0] in folds or not sites & {f"{item[0]}.weight", f"{item[0]}.bias"}
+    ]
+    known = {target for target, _, _ in decided}
+    for outcome in traced:
+        # A product with the weight of a norm is that norm: its class stays, on this road.
+        norm = outcome.target.removesuffix(".weight").removesuffix(".bias")
+        if norm not in (folds if isinstance(outcome, Site) else known):
+            yield outcome
+    for target, before, decision in decided:
+        if isinstance(decision, ObservedFold):
+            yield Site(target, before, None, ObservedSite(decision, before))
+        else:
+            yield Skip(target, before, decision.reason)
+
+
+def decide(
+    captured: Captured, evidence: Evidence, options: Options
+) -> Iterator[tuple[str, str, ObservedFold | Declined]]:
+    """Yield (target, what stands there, decision) for each norm that a call showed.
+
+    What the calls allow is held against the code that none of them took, and against what one more
+    call returns.
+    """
+    index = CodeIndex(evidence)
+    for target, before, decision in ObservedPlanner(captured, evidence, options).decide():
+        final: ObservedFold | Declined = decision
+        if isinstance(decision, ObservedFold):
+            try:
+                CodeCheck(captured, index, decision).check()
+                _check_wider(evidence, decision, options)
+            except (Untaken, Unfollowed) as reason:
+                final = Declined(str(reason))
+        yield target, before, final
+
+
+def _check_wider(evidence: Evidence, fold: ObservedFold, options: Options) -> None:
+    """Note which outputs of a wider call change, or refuse to change any."""
+    wider = evidence.wider
+    if wider is None:
+        return
+    calls = {
+        n.node: fold.channels for n in norms_of(wider) if n.weight.tensor == fold.weight.tensor
+    }
+    returned = evidence.follower(wider).follow(calls, all_outputs=True).returned
+    paths = [path.removeprefix("output") for path in returned]
+    if not paths:
+        return
+    changes = f"{wider.call.name} would return another {', '.join(dict.fromkeys(paths))}"
+    if options.strict_outputs:
+        raise Unfollowed(changes)
+    fold.notes.append(changes)
+
+
+def _untraced(captured: Captured) -> bool:
+    """Return whether a forward could not be traced, in a model that normalizes by its input."""
+    if "" in captured.opaque:
+        return True
+    kinds = nn.LayerNorm | nn.RMSNorm
+    return bool(captured.opaque) and any(isinstance(m, kinds) for m in captured.model.modules())

@@ -1,0 +1,78 @@
+"""Models of transformers, converted as their users would: no inputs given."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rewrite
+from passes import FoldNorm
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}  # fmt: skip
+
+
+def made(name: str, **config: Any) -> nn.Module:
+    """Return a small model in float64 with every 1-D parameter drawn at random."""
+    transformers.logging.set_verbosity_error()
+    kind = getattr(transformers, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: nn.Module = kind(kind.config_class(**config))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data = torch.rand(parameter.shape, generator=generator) + 0.25
+    return model.double().eval()
+
+
+def test_llama_folds_and_is_verified_on_every_call() -> None:
+    model = made("LlamaForCausalLM", **SIZES, num_key_value_heads=2)
+    result = rewrite.convert(model, "fold")
+    assert len(result.report.changes) == 5 and not result.report.skips
+    cases = {case.name for case in result.report.verification.cases}
+    assert {"padded mask, batch 2", "cache step", "16 greedy tokens"} <= cases
+    assert type(result.model) is type(model)
+    assert any("hidden_states" in change.note for change in result.report.changes)
+    strict = rewrite.convert(model, FoldNorm(strict_outputs=True), verify=False).report
+    assert [skip.target for skip in strict.skips] == ["model.norm"]
+
+
+def test_gpt2_folds_into_transposed_weights_and_its_tied_head_is_said() -> None:
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    model = made("GPT2LMHeadModel", **sizes)
+    result = rewrite.convert(model, "fold")
+    assert len(result.report.changes) == 4
+    (skip,) = result.report.skips
+    assert skip.target == "transformer.ln_f" and "untie" in skip.reason
+    untied = rewrite.convert(model, FoldNorm(untie=True))
+    assert len(untied.report.changes) == 5
+    assert untied.model.config.tie_word_embeddings is False
+    assert model.config.tie_word_embeddings is True
+
+
+def test_vit_folds() -> None:
+    model = made(
+        "ViTForImageClassification", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, image_size=32, patch_size=8,
+    )  # fmt: skip
+    result = rewrite.convert(model, "fold")
+    assert len(result.report.changes) == 5
+    assert "vit.layernorm" in {change.target for change in result.report.changes}
+
+
+def test_gemma2_keeps_the_norms_behind_its_blocks() -> None:
+    model = made("Gemma2ForCausalLM", **SIZES, num_key_value_heads=2, head_dim=8)
+    report = rewrite.convert(model, FoldNorm(untie=True)).report
+    kept = {skip.target.rpartition(".")[2] for skip in report.skips}
+    assert kept == {"post_attention_layernorm", "post_feedforward_layernorm"}
+    assert len(report.changes) == 5
