@@ -18,11 +18,11 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from rewrite.functional.aliases import Memory, is_number, shared_inputs
 from rewrite.functional.augmented import AugmentedAssignments
 from rewrite.functional.forms import Make, cast, functional, same, written
 from rewrite.functional.untraced_writes import untraced_writes
 from rewrite.graph.captured import Captured
+from rewrite.graph.effects import Memory, is_number, shared_inputs
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
 from rewrite.tracing.regions import Region, forward_branches, forward_defaults

@@ -156,7 +156,9 @@ def apply_pass(
     except Exception as error:
         raise PassError(f"{pass_.name}: {error}") from error
     done = tuple(_complete(captured, change) for change in _with_forwards(captured, changes))
-    return Applied(captured.model, done, tuple(skips), tuple(captured.notes), captured.exact)
+    touched = frozenset(name for change in done for name in change.touched)
+    notes = (*captured.notes, *captured.code.other_entries(touched))
+    return Applied(captured.model, done, tuple(skips), notes, captured.exact)
 
 
 def _with_forwards(captured: Captured, changes: Sequence[Change]) -> list[Change]:

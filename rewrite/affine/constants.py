@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 from rewrite.affine.algebra import Affine
 from rewrite.affine.laws import cast_refusal
 from rewrite.graph.captured import Captured
-from rewrite.graph.inplace import changes_in_place
+from rewrite.graph.effects import changes_in_place
 from rewrite.graph.operators import conv_of, linear_of, norm_of
 from rewrite.graph.ranks import Ranks
 from rewrite.graph.spellings import function_name
@@ -49,12 +49,6 @@ class Constants:
         self._captured = captured
         self._ranks = ranks or Ranks(captured)
         self._values: dict[Node, Tensor | None] = {}
-        self._written = {
-            str(node.args[0].target)
-            for node in captured.nodes()
-            if node.args and isinstance(node.args[0], Node) and node.args[0].op == "get_attr"
-            and changes_in_place(captured, node)
-        }  # fmt: skip
         self._constant: set[Node] = set()
         for node in captured.nodes():
             if self._is_constant(node):
@@ -62,7 +56,7 @@ class Constants:
 
     def _is_constant(self, node: Node) -> bool:
         if node.op == "get_attr":
-            return str(node.target) not in self._written
+            return self._captured.is_fixed(node)
         if node.op not in ("call_function", "call_method"):
             return False
         inputs = node.all_input_nodes

@@ -19,7 +19,6 @@ from rewrite.affine.channel_map import ChannelMap, DeclinedError
 from rewrite.affine.laws import Constraints
 from rewrite.affine.layers import Layer, Side
 from rewrite.affine.plan import Absorption, Edit
-from rewrite.graph.inplace import changes_in_place
 from rewrite.graph.operators import norm_of
 from rewrite.graph.traits import Trait, has
 
@@ -116,13 +115,12 @@ class PropagationSearch:
             raise DeclinedError(
                 f"the output of {called} has readers that were not traced: {readers.reason}"
             )
-        if len(readers.nodes) > 1:
-            for reader in readers.nodes:
-                if changes_in_place(self.captured, reader):
-                    raise DeclinedError(
-                        f"the output of {called} is changed in place by "
-                        f"{self.around.rules.called(reader)} and read elsewhere"
-                    )
+        if found := self.captured.effects.late_write(value):
+            write, reader = found
+            raise DeclinedError(
+                f"the output of {called} is changed in place by "
+                f"{self.around.rules.called(write)} and read elsewhere ({reader.name})"
+            )
 
     def _check_far(self, value: Node) -> None:
         """Refuse at once what a far neighbour of `value` will refuse, whatever else changes.

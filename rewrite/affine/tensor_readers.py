@@ -47,6 +47,8 @@ class TensorReaders:
         for ref in (layer.weight, layer.bias):
             if ref is None:
                 continue
+            if (whole := captured.code.read_whole(ref.owner)) is not None:
+                return whole
             if tied := captured.tied(ref):
                 return f"{ref.name} is one tensor with {tied[0].name}"
             if layer.module is not None and (reader := self.reader(ref)) is not None:
@@ -61,6 +63,8 @@ class TensorReaders:
 
     def reader(self, ref: TensorRef, calls: tuple[Node, ...] = ()) -> str | None:
         """Return what reads a tensor itself, beside the functional `calls`, in words, or None."""
+        if (whole := self._captured.code.read_whole(ref.owner)) is not None:
+            return whole
         others = [node for node in self._readers.get(ref.name, ()) if node not in calls]
         return f"{ref.name} is also read by {others[0].name} directly" if others else None
 

@@ -97,7 +97,7 @@ class Branches:
             return None
         try:
             outer = self._outer(convs, len(convs) < len(terms))
-            self._check(root, inside, outer)
+            self._check(root, inside, outer, source)
         except DeclinedError as refused:
             return NoMerge(root, owner, str(refused))
         return Merge(root, source, inside, owner, terms, outer)
@@ -252,7 +252,10 @@ class Branches:
                 raise DeclinedError(f"{widest.target} has no tap at the center of its window")
         return widest
 
-    def _check(self, root: Node, inside: frozenset[Node], outer: Conv) -> None:
+    def _check(self, root: Node, inside: frozenset[Node], outer: Conv, source: Node) -> None:
+        first = min(inside, key=self._order.__getitem__)
+        if (write := self.captured.effects.written_between(source, first, root)) is not None:
+            raise DeclinedError(f"{write.name} writes into what the branches read, between the two")
         for node in inside:
             constant = self._constants.channel_constant(node)
             if constant is not None and constant.axis != -(outer.dims + 1):

@@ -125,8 +125,14 @@ def _norm_refusal(
         old = has_old_hooks(captured.module(norm.module))
         if reason := hooks[0] if hooks and old else planner.more_than_a_layer(norm.module):
             return f"{reason}: its call is more than a normalization"
+        code = captured.code
+        if (chosen := code.chosen(norm.module)) is not None:
+            return chosen
         if (caller := captured.unknown_caller(norm.module)) is not None:
             return caller
+        goes = norm.kind == "batch" and norm.node.op == "call_module"
+        if goes and (held := code.exchanged(norm.module)) is not None:
+            return held
     if norm.kind == "batch":
         if norm.running_mean is None or norm.running_var is None:
             return (

@@ -23,7 +23,6 @@ from rewrite.affine.planner import Planner
 from rewrite.fold.candidates import Source
 from rewrite.fold.requirements import Requirements, culprit, narrowest, uninvertible
 from rewrite.graph.captured import Captured
-from rewrite.graph.inplace import changes_in_place
 
 Part = Literal["both", "scale", "shift", "shift over scale"]
 
@@ -139,19 +138,16 @@ class Folder:
         return self.captured.editor.refusal(source.first[0])
 
     def _aliasing(self, source: Source) -> str | None:
-        """Return why y cannot become x itself: something writes into y, and x has other readers."""
+        """Return why y cannot become x itself: the one is written, and the other read later."""
         if source.kind == "gain":
             return None
         for first, last in zip(source.first, source.last, strict=True):
-            value = source.inputs[first]
-            if len(value.users) > 1 or value.op in ("placeholder", "get_attr"):
-                for reader in last.users:
-                    if changes_in_place(self.captured, reader):
-                        called = self.planner.called
-                        return (
-                            f"{called(reader)} writes into its output, and the input of the norm, "
-                            "which would take its place, is read elsewhere"
-                        )
+            if found := self.captured.effects.parted(last, source.inputs[first]):
+                write, seen = found
+                return (
+                    f"{self.planner.called(write)} writes into its output or its input, which "
+                    f"would be one value, and {seen.name} sees it"
+                )
         return None
 
     # -- ways ---------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ from torch.fx import Graph, Node
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from rewrite.graph.effects import Effects
+from rewrite.graph.model_code import ModelCode
 from rewrite.graph.untraced_branches import UntracedBranches
 from rewrite.runtime.tree import Tree
 from rewrite.tracing.records import Frame
@@ -232,6 +234,28 @@ class Captured:
         """Return every other place that holds the same tensor, or a view of the same storage."""
         tensor = self.tensor(ref)
         return tuple(other for other in self._holders.get(_storage(tensor), ()) if other != ref)
+
+    def is_fixed(self, node: Node) -> bool:
+        """Return whether a `get_attr` node is the same tensor at every call.
+
+        It is not if a forward writes or assigns it, or makes it anew.
+        """
+        name = str(node.target)
+        if name in self.effects.written_tensors or name in self.region_of(node).made:
+            return False
+        owner, _, attr = name.rpartition(".")
+        return attr not in self.code.assigned(owner)
+
+    @cached_property
+    def code(self) -> ModelCode:
+        """What the code of the model does with its modules, beside calling them."""
+        entered = {name for region in self.regions for name in region.entered if region.name == ""}
+        return ModelCode(self.tree, frozenset(entered | set(self._calls) - self._roots))
+
+    @cached_property
+    def effects(self) -> Effects:
+        """What the traced forwards write, and which values share memory."""
+        return Effects(self)
 
     # -- editing ------------------------------------------------------------------------------
 

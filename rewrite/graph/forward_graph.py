@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _NormBase
 
 from rewrite.graph.captured import Captured
+from rewrite.graph.effects import has_effect
 from rewrite.runtime.copying import lazy_copy
 from rewrite.runtime.stand_in import stand_in, without_values
 from rewrite.runtime.tree import Tree, tensor_names
@@ -148,8 +149,7 @@ def drop_dead_code(graph: Graph, owner: nn.Module) -> None:
     before = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
     for node in reversed(list(graph.nodes)):
         pure = node.op == "get_attr" or _is_size(node)
-        pure = pure or (node.op == "call_function" and not node.is_impure())
-        pure = pure or (node.op == "call_method" and not str(node.target).endswith("_"))
+        pure = pure or (node.op in ("call_function", "call_method") and not has_effect(node))
         if pure and not node.users:
             graph.erase_node(node)
     after = {str(n.target) for n in graph.nodes if n.op == "get_attr"}

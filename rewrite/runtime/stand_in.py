@@ -92,6 +92,15 @@ class Attributes:
                 held.clear()
                 held.update(copied)
 
+    def unchanged(self) -> set[int]:
+        """Return the ids of tensors that are attributes as they were, and that nothing wrote."""
+        return {
+            id(value)
+            for module, (copied, _) in self._held.items()
+            for key, value in copied.items()
+            if isinstance(value, Tensor) and not value._version and vars(module).get(key) is value
+        }
+
 
 def _differs(value: Any, copied: Any) -> bool:
     """Return whether two containers of one length hold other objects, or in another order."""

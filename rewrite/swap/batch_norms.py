@@ -79,6 +79,9 @@ def _candidate(captured: Captured, norm: Norm) -> Candidate | Skip:
     if norm.module is not None and (holder := _fused_holder(captured, norm.module)) is not None:
         reason = f"belongs to {holder}, fused for quantization: convert the float model instead"
         return Skip(norm.target, before, reason)
+    called = norm.module if norm.node.op == "call_module" else None
+    if called is not None and (held := captured.code.exchanged(called)) is not None:
+        return Skip(norm.target, before, held)
     if norm.num_features is None:
         return Skip(norm.target, before, "has neither parameters nor statistics: channels unknown")
     if (refusal := captured.editor.refusal(norm.node)) is not None:

@@ -56,6 +56,7 @@ class Trace:
         graph: the fx graph.
         frames, lines: per node, the forward that made the call and the line of its code.
         constants: tensors of the graph that no module holds.
+        made: those of them that no attribute holds, or that were written: made at each call.
         entered: the modules whose forward the trace went through, the root first.
         kept: the values that a forward keeps on its module, and where.
         decisions: where a size was needed as a number.
@@ -65,6 +66,7 @@ class Trace:
     frames: dict[Node, Frame] = field(default_factory=dict)
     lines: dict[Node, tuple[CodeType, int]] = field(default_factory=dict)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    made: frozenset[str] = frozenset()
     entered: list[str] = field(default_factory=list)
     kept: dict[Node, str] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)

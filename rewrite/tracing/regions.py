@@ -36,6 +36,7 @@ class Region:
         branches: those of them that the forward's own code branches on.
         frames, lines: per node, the forward that made the call and the line of its code.
         constants: tensors of the graph that no module holds.
+        made: those of them that are made anew, or written, at each call.
         entered: the modules whose forward this trace went through.
         kept: values that a forward keeps on its module, and the attribute that holds each.
         decisions: where its code needed a size as a number, and may do something else for another.
@@ -48,6 +49,7 @@ class Region:
     frames: dict[Node, Frame] = field(default_factory=dict)
     lines: dict[Node, Any] = field(default_factory=dict)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    made: frozenset[str] = frozenset()
     entered: frozenset[str] = frozenset()
     kept: dict[Node, str] = field(default_factory=dict)
     decisions: tuple[Decision, ...] = ()
@@ -175,7 +177,7 @@ def _region(name: str, trace: Trace, assumed: dict[str, Any], branches: tuple[st
     alive = set(trace.graph.nodes)
     frames = {node: frame for node, frame in trace.frames.items() if node in alive}
     return Region(
-        name, trace.graph, assumed, branches, frames, trace.lines, trace.constants,
+        name, trace.graph, assumed, branches, frames, trace.lines, trace.constants, trace.made,
         frozenset(trace.entered), trace.kept, real_decisions(trace.decisions),
     )  # fmt: skip
 

@@ -154,6 +154,12 @@ class RegionTracer(Tracer):
                     where = f"{entered}.{key}" if entered else key
                     kept = (node for node in nodes_of(value) if node.graph is self.graph)
                     self._trace.kept.update(dict.fromkeys(kept, where))
+            kept_tensors = self._before.unchanged()
+            self._trace.made = frozenset(
+                name
+                for name, tensor in self._trace.constants.items()
+                if id(tensor) not in kept_tensors
+            )
             self._before.put_back()
             self._deciding = {}
         self._trace.graph = self.graph

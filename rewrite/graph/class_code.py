@@ -1,0 +1,315 @@
+"""What the code of one class does with the modules that it holds, beside calling them.
+
+    isinstance(self.norm, nn.BatchNorm1d)      a test: another class takes another way
+    self.bn.num_features                       a read of what another module may not have
+    sum(p.pow(2).sum() for p in self.parameters())       a read of every tensor below
+    self.bn[self.domain](x)                    a choice that an attribute makes
+    self.cache = x[..., -2:]                   an assignment
+
+Read are the functions that `forward` reaches: methods by name, properties, bases, and functions of
+the same file that are given a module.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+Path = tuple[str | None, ...]
+"""Attributes and keys below `self`; None for a key that the code does not spell."""
+
+_TENSORS = frozenset(
+    {"parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "get_parameter",
+     "get_buffer", "_parameters", "_buffers"}
+)  # fmt: skip
+
+_KINDS = frozenset({"dtype", "device", "is_cuda"})
+
+
+@dataclass(frozen=True)
+class Use:
+    """One line that does something with a module other than calling it.
+
+    Attributes:
+        path: the module below the class's own; None where it is a local variable.
+        text: the code.
+        place: "file.py:123".
+        kinds: the classes that a test names.
+    """
+
+    path: Path | None
+    text: str
+    place: str
+    kinds: tuple[type, ...] = ()
+
+
+@dataclass
+class ClassCode:
+    """What the code of one class does.
+
+    Attributes:
+        tests, reads, tensors, choices, assigned: uses by kind. A path that is read or assigned
+            ends with the attribute; one whose tensors are read, or that is chosen from, is a
+            module's.
+        calls: what is called, by path.
+        others: by the name of each public method that `forward` does not reach, what it spells.
+    """
+
+    tests: list[Use] = field(default_factory=list)
+    reads: list[Use] = field(default_factory=list)
+    tensors: list[Use] = field(default_factory=list)
+    choices: list[Use] = field(default_factory=list)
+    assigned: list[Use] = field(default_factory=list)
+    calls: list[Path] = field(default_factory=list)
+    others: dict[str, list[Path]] = field(default_factory=dict)
+
+
+def code_of(kind: type) -> ClassCode:
+    """Return what the code of a class does."""
+    functions = _functions(kind)
+    found = ClassCode()
+    reached: set[str] = set()
+    pending = ["forward"]
+    while pending:
+        name = pending.pop()
+        if name in reached:
+            continue
+        reached.add(name)
+        for function in functions.get(name, ()):
+            reader = _Reader(function, {}, found)
+            reader.read()
+            pending += [word for word in reader.words if word in functions]
+            if "super" not in function.__code__.co_names:
+                break  # what it overrides does not run
+    for name, variants in functions.items():
+        if name not in reached and not name.startswith("_") and name not in ("train", "eval"):
+            aside = ClassCode()
+            for function in variants[:1]:
+                _Reader(function, {}, aside).read()
+            found.others[name] = [*aside.calls, *(use.path for use in aside.reads if use.path)]
+            found.others[name] += [use.path for use in aside.tensors if use.path is not None]
+    return found
+
+
+def _functions(kind: type) -> dict[str, list[FunctionType]]:
+    """Return the functions of a class and its bases by name, without those of torch."""
+    found: dict[str, list[FunctionType]] = {}
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        for name, value in vars(base).items():
+            function: Any = value.fget if isinstance(value, property) else value
+            function = getattr(function, "__func__", function)
+            function = inspect.unwrap(function) if callable(function) else function
+            if isinstance(function, FunctionType):
+                found.setdefault(name, []).append(function)
+    return found
+
+
+class _Reader:
+    """Reads one function; `env` says which of its names stand for modules."""
+
+    def __init__(
+        self, function: FunctionType, env: Mapping[str, Path], found: ClassCode, depth: int = 0
+    ) -> None:
+        self.words: set[str] = set()
+        self._function = function
+        self._found = found
+        self._depth = depth
+        self._file = function.__code__.co_filename.rpartition("/")[2]
+        self._env: dict[str, Path] = dict(env)
+        self._parents: dict[ast.AST, ast.AST] = {}
+
+    def read(self) -> None:
+        """Note what the function does."""
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(self._function)))
+        except (OSError, TypeError, SyntaxError):
+            return
+        names = self._function.__code__.co_varnames
+        if not self._env and names:
+            self._env[names[0]] = ()
+        for node in ast.walk(tree):
+            for child in ast.iter_child_nodes(node):
+                self._parents[child] = node
+        for _ in range(2):  # an alias of an alias
+            self._aliases(tree)
+        for node in ast.walk(tree):
+            self._node(node)
+
+    def _aliases(self, tree: ast.AST) -> None:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and len(node.targets) == 1:
+                pairs: list[tuple[ast.AST, Path | None]] = [
+                    (node.targets[0], self._path(node.value))
+                ]
+            elif isinstance(node, ast.For | ast.comprehension):
+                pairs = list(self._items(node.target, node.iter))
+            else:
+                continue
+            for target, path in pairs:
+                if isinstance(target, ast.Name) and path:
+                    self._env.setdefault(target.id, path)
+
+    def _items(self, target: ast.AST, source: ast.AST) -> Iterator[tuple[ast.AST, Path | None]]:
+        """Yield the names of a loop, and the items that they stand for."""
+        if isinstance(source, ast.Call) and isinstance(target, ast.Tuple):
+            name = getattr(source.func, "id", getattr(source.func, "attr", ""))
+            if name == "zip":
+                for part, value in zip(target.elts, source.args, strict=False):
+                    yield from self._items(part, value)
+                return
+            if name == "enumerate" and len(target.elts) == 2:
+                yield from self._items(target.elts[1], source.args[0])
+                return
+            if name in ("items", "named_children") and len(target.elts) == 2:
+                path = self._path(getattr(source.func, "value", source))
+                yield target.elts[1], None if path is None else (*path, None)
+                return
+        if isinstance(source, ast.Call) and isinstance(source.func, ast.Attribute):
+            path = self._path(source.func.value)
+            wanted = source.func.attr in ("values", "children")
+            yield target, (*path, None) if path is not None and wanted else None
+            return
+        path = self._path(source)
+        yield target, None if path is None else (*path, None)
+
+    def _path(self, node: ast.AST) -> Path | None:
+        if isinstance(node, ast.Name):
+            return self._env.get(node.id)
+        if isinstance(node, ast.Attribute):
+            path = self._path(node.value)
+            return None if path is None else (*path, node.attr)
+        if isinstance(node, ast.Subscript):
+            path = self._path(node.value)
+            key = node.slice.value if isinstance(node.slice, ast.Constant) else None
+            return None if path is None else (*path, None if key is None else str(key))
+        if _called(node) == "getattr":
+            assert isinstance(node, ast.Call)
+            path = self._path(node.args[0])
+            name = node.args[1]
+            key = str(name.value) if isinstance(name, ast.Constant) else None
+            return None if path is None else (*path, key)
+        return None
+
+    def _use(self, node: ast.AST, path: Path | None, kinds: tuple[type, ...] = ()) -> Use:
+        line = self._function.__code__.co_firstlineno + getattr(node, "lineno", 1) - 1
+        return Use(path, ast.unparse(node), f"{self._file}:{line}", kinds)
+
+    def _node(self, node: ast.AST) -> None:
+        if isinstance(node, ast.Call):
+            self._call(node)
+        elif isinstance(node, ast.Subscript):
+            self._subscript(node)
+        elif isinstance(node, ast.If | ast.IfExp):
+            self._branch(node)
+        if isinstance(node, ast.Attribute | ast.Subscript):
+            self._attribute(node)
+
+    def _attribute(self, node: ast.Attribute | ast.Subscript) -> None:
+        parent = self._parents.get(node)
+        if isinstance(node, ast.Attribute):
+            self.words.add(node.attr)
+        path = self._path(node)
+        if path is None:
+            return
+        if not isinstance(node.ctx, ast.Load):
+            self._found.assigned.append(self._use(node, path))
+        elif isinstance(parent, ast.Call) and parent.func is node:
+            if path[-1] is not None and path[-1].endswith("_") and len(path) > 1:
+                self._found.assigned.append(self._use(parent, path[:-1]))
+            self._found.calls.append(path)
+            self._found.reads.append(self._use(node, path))
+        elif isinstance(node, ast.Attribute):
+            self._found.reads.append(self._use(node, path))
+            if node.attr in _TENSORS:
+                self._found.tensors.append(self._use(node, path[:-1]))
+
+    def _call(self, node: ast.Call) -> None:
+        name = _called(node)
+        first = node.args[0] if node.args else None
+        if first is not None and name in ("isinstance", "issubclass", "hasattr", "type"):
+            inner = first.args[0] if isinstance(first, ast.Call) and first.args else first
+            path = self._path(inner)
+            kinds = self._classes(node.args[1]) if len(node.args) > 1 else ()
+            if name == "type" and isinstance(parent := self._parents.get(node), ast.Compare):
+                kinds = tuple(k for c in parent.comparators for k in self._classes(c))
+            if path is not None or kinds:
+                self._found.tests.append(self._use(node, path, kinds))
+        elif name == "functional_call" and first is not None and self._path(first) is not None:
+            self._found.tensors.append(self._use(node, self._path(first)))
+        elif name in _TENSORS and isinstance(node.func, ast.Attribute):
+            path = self._path(node.func.value)
+            if path is not None and not self._asks_kind(node):
+                self._found.tensors.append(self._use(node, path))
+        elif isinstance(node.func, ast.Name) and self._depth < 3:
+            self._enter(node)
+
+    def _enter(self, node: ast.Call) -> None:
+        """Read a function of the same file that is given a module."""
+        function = self._function.__globals__.get(getattr(node.func, "id", ""))
+        function = inspect.unwrap(function) if callable(function) else function
+        if not isinstance(function, FunctionType):
+            return
+        if function.__module__.partition(".")[0] == "torch":
+            return
+        names = function.__code__.co_varnames
+        given = {n: self._path(a) for n, a in zip(names, node.args, strict=False)}
+        given |= {k.arg: self._path(k.value) for k in node.keywords if k.arg in names}
+        env = {name: path for name, path in given.items() if path is not None}
+        if env:
+            _Reader(function, env, self._found, self._depth + 1).read()
+
+    def _asks_kind(self, node: ast.Call) -> bool:
+        """Return whether a line reads no more of a parameter than its dtype or device."""
+        parent: ast.AST = node
+        for _ in range(3):
+            parent = self._parents.get(parent, node)
+            if isinstance(parent, ast.Attribute) and parent.attr in _KINDS:
+                return True
+        return False
+
+    def _classes(self, node: ast.AST) -> tuple[type, ...]:
+        parts = node.elts if isinstance(node, ast.Tuple) else [node]
+        found = []
+        for part in parts:
+            names = ast.unparse(part).split(".")
+            value: Any = self._function.__globals__.get(names[0])
+            for name in names[1:]:
+                value = getattr(value, name, None)
+            found += [value] if isinstance(value, type) and issubclass(value, nn.Module) else []
+        return tuple(found)
+
+    def _subscript(self, node: ast.Subscript) -> None:
+        path = self._path(node.value)
+        if path and any(self._is_state(part) for part in ast.walk(node.slice)):
+            self._found.choices.append(self._use(node, (*path, None)))
+
+    def _branch(self, node: ast.If | ast.IfExp) -> None:
+        if not any(self._is_state(part) for part in ast.walk(node.test)):
+            return
+        for part in ast.walk(node):
+            if isinstance(part, ast.Call) and (path := self._path(part.func)):
+                self._found.choices.append(Use(path, *self._words(node)))
+
+    def _words(self, node: ast.If | ast.IfExp) -> tuple[str, str]:
+        use = self._use(node.test, None)
+        return f"if {use.text}", use.place
+
+    def _is_state(self, node: ast.AST) -> bool:
+        """Return whether `node` is an attribute of the module itself, which somebody may set."""
+        path = self._path(node) if isinstance(node, ast.Attribute) else None
+        return path is not None and len(path) == 1 and path[0] != "training"
+
+
+def _called(node: ast.AST) -> str:
+    if not isinstance(node, ast.Call):
+        return ""
+    return str(getattr(node.func, "id", getattr(node.func, "attr", "")))

@@ -1,0 +1,301 @@
+"""What calls write, which values share memory, and who reads that memory after a write.
+
+    n : v ← f(v)     in place, is      n = f(v)     if no alias of v is read after n,
+                                        n = f(v)     with v replaced by n in the later readers of v
+
+The second only where all of them read v itself: a view that was taken before the write would have
+to be taken again. An operation that nothing is known of may return any of its inputs.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+from rewrite.graph.spellings import function_name
+from rewrite.tracing.regions import Region
+from rewrite.tracing.tracer import is_leaf
+
+
+class Model(Protocol):
+    """What is asked of a captured model here."""
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The traced forwards."""
+
+    def module(self, name: str) -> nn.Module:
+        """Return the module called `name`."""
+
+    def source_text(self, node: Node) -> str:
+        """Return the line of code that made a call."""
+
+
+_VIEWS = frozenset(
+    {"view", "reshape", "flatten", "unflatten", "transpose", "permute", "getitem", "chunk", "split",
+     "split_with_sizes", "tensor_split", "unbind", "squeeze", "unsqueeze", "expand", "expand_as",
+     "view_as", "narrow", "select", "t", "movedim", "swapaxes", "moveaxis", "diagonal", "detach",
+     "contiguous", "to", "type_as", "float", "half", "double", "bfloat16", "type", "getattr",
+     "unfold", "ravel", "as_strided", "broadcast_to", "broadcast_tensors", "real", "imag",
+     "pad",
+     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout",
+     "feature_alpha_dropout", "reshape_as", "atleast_1d", "atleast_2d", "atleast_3d", "cuda", "cpu",
+     "clone_if_needed", "rearrange", "stochastic_depth", "drop_path", "tuple", "list"}
+)  # fmt: skip
+"""What may return its input, or a part of it, by the function's plain name."""
+
+_SHARING_MODULES = (
+    nn.Identity, nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.ConstantPad2d,
+    nn.modules.dropout._DropoutNd,
+)  # fmt: skip
+
+_NUMBERS = frozenset({"size", "dim", "numel", "len", "ndimension", "stride", "element_size"})
+
+
+def shared_inputs(captured: Model, node: Node, prefix: str = "") -> tuple[Node, ...]:
+    """Return the inputs of `node` whose memory its value may share.
+
+    Args:
+        captured: the model.
+        node: a node of one of its graphs.
+        prefix: the owner that the targets of the graph's modules are relative to.
+    """
+    inputs = tuple(node.all_input_nodes)
+    if node.op == "call_module":
+        name = f"{prefix}.{node.target}" if prefix else str(node.target)
+        module = captured.module(name)
+        if getattr(module, "inplace", False) is True:
+            return inputs[:1]
+        return () if is_leaf(module) and not isinstance(module, _SHARING_MODULES) else inputs
+    if node.op == "output":
+        return ()
+    name = function_name(node) or ""
+    if name in _VIEWS:
+        return inputs[:1] if name not in ("broadcast_tensors", "tuple", "list") else inputs
+    if writes := _written(node):
+        return writes
+    if node.op == "call_function" and not _is_torch(node.target):
+        return inputs  # Somebody's function, called as one node: it may return what it gets.
+    return ()
+
+
+def _written(node: Node) -> tuple[Node, ...]:
+    """Return the inputs that an operation spelled in place writes, and returns."""
+    if node.op not in ("call_function", "call_method"):
+        return ()
+    spelled = str(node.target) if node.op == "call_method" else _name(node)
+    plain = spelled.endswith("_") and not spelled.endswith("__")
+    flagged = node.kwargs.get("inplace") or (spelled in _FLAGGED and True in node.args[1:])
+    if plain or flagged or node.target in _IN_PLACE_OPERATORS or spelled in _SETTERS:
+        first = node.args[0] if node.args else node.kwargs.get("input")
+        return tuple(n for n in node.all_input_nodes if n is first)
+    out = node.kwargs.get("out")
+    outs = out if isinstance(out, tuple | list) else (out,)
+    return tuple(value for value in outs if isinstance(value, Node))
+
+
+_SETTERS = frozenset({"__setitem__", "set_data"})
+
+_FLAGGED = frozenset({"relu", "relu6", "silu", "hardswish", "leaky_relu", "elu", "mish", "celu"})
+"""Functions whose `inplace` may be given by its place."""
+
+_IN_PLACE_OPERATORS = frozenset(
+    {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
+     operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul,
+     operator.ilshift, operator.irshift, operator.setitem}
+)  # fmt: skip
+
+_AUGMENTED: Mapping[Any, str] = {
+    operator.add: "+=", operator.sub: "-=", operator.mul: "*=", operator.truediv: "/=",
+    operator.floordiv: "//=", operator.mod: "%=", operator.pow: "**=", operator.matmul: "@=",
+    operator.and_: "&=", operator.or_: "|=", operator.xor: "^=",
+}  # fmt: skip
+
+
+def writes(captured: Model, node: Node) -> tuple[Node, ...]:
+    """Return the inputs of `node` that it writes into."""
+    if node.op == "call_module":
+        module = captured.module(str(node.target))
+        return tuple(node.all_input_nodes[:1]) if getattr(module, "inplace", False) is True else ()
+    if node.target in _AUGMENTED:
+        # A proxy records `x += y` as `x + y`: only the line of code tells them apart.
+        written = _AUGMENTED[node.target] in captured.source_text(node)
+        first = node.args[0] if node.args else None
+        return (first,) if written and isinstance(first, Node) else ()
+    return _written(node)
+
+
+def changes_in_place(captured: Model, node: Node) -> bool:
+    """Return whether `node` writes into its first input."""
+    return bool(writes(captured, node))
+
+
+def has_effect(node: Node) -> bool:
+    """Return whether a line does more than return a value, by its spelling alone."""
+    return bool(_written(node)) or node.is_impure()
+
+
+def _name(node: Node) -> str:
+    target = node.target
+    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    return str(getattr(packet, "__name__", ""))
+
+
+def _is_torch(target: object) -> bool:
+    module = str(getattr(target, "__module__", None) or "")
+    kind = type(target).__module__
+    return module.startswith(("torch", "_operator", "math", "builtins")) or kind.startswith("torch")
+
+
+def is_number(node: Node) -> bool:
+    """Return whether a value is made of sizes alone: a number, which nothing can write into."""
+    name = function_name(node)
+    if name in _NUMBERS or (name == "getattr" and node.args[1:2] in (("shape",), ("ndim",))):
+        return True
+    inputs = node.all_input_nodes
+    return node.op == "call_function" and bool(inputs) and all(is_number(n) for n in inputs)
+
+
+class Memory:
+    """The values of one graph by the memory that they may share.
+
+    Args:
+        graph: the graph.
+        shared: the inputs of a node whose memory its value may share.
+    """
+
+    def __init__(self, graph: Graph, shared: Callable[[Node], tuple[Node, ...]]) -> None:
+        self._shared = shared
+        self._place = {node: index for index, node in enumerate(graph.nodes)}
+        self._returned: dict[Node, list[Node]] = {}
+        for node in graph.nodes:
+            for source in shared(node):
+                self._returned.setdefault(source, []).append(node)
+
+    def place(self, node: Node) -> int:
+        """Return the place of `node` in the order of the graph."""
+        return self._place[node]
+
+    def later_readers(self, write: Node, written: Node) -> Iterator[tuple[Node, Node]]:
+        """Yield (alias, reader): who reads memory of `written` after `write`, but through it.
+
+        An alias that is made after the write is made by such a reader, and counts as it does.
+        """
+        for alias in self.family(write, written):
+            if self._place[alias] > self._place[write]:
+                continue
+            for user in alias.users:
+                if user is not write and self._place[user] > self._place[write]:
+                    yield alias, user
+
+    def family(self, write: Node, written: Node) -> list[Node]:
+        """Return the values that may share memory with `written`, but for what `write` returns."""
+        found, pending = {written: None}, [written]
+        while pending:
+            value = pending.pop()
+            for other in (*self._shared(value), *self._returned.get(value, ())):
+                if other not in found and other is not write:
+                    found[other] = None
+                    pending.append(other)
+        return list(found)
+
+
+class Effects:
+    """The writes of a captured model: which values they concern, and which tensors of the model.
+
+    Args:
+        captured: the model.
+    """
+
+    def __init__(self, captured: Model) -> None:
+        self._captured = captured
+        self._memory: dict[Graph, Memory] = {}
+
+    def memory(self, node: Node) -> Memory:
+        """Return the values of the graph of `node` by the memory that they may share."""
+        if node.graph not in self._memory:
+            self._memory[node.graph] = Memory(node.graph, self._shared)
+        return self._memory[node.graph]
+
+    def _shared(self, node: Node) -> tuple[Node, ...]:
+        return writes(self._captured, node) or shared_inputs(self._captured, node)
+
+    @cached_property
+    def _writes(self) -> dict[Graph, list[_Write]]:
+        """By graph: each write, and the values whose memory it writes."""
+        found: dict[Graph, list[_Write]] = {}
+        for region in self._captured.regions:
+            found[region.graph] = [
+                _Write(node, value, frozenset(self.memory(node).family(node, value)))
+                for node in region.graph.nodes
+                for value in writes(self._captured, node)
+            ]
+        return found
+
+    @cached_property
+    def written_tensors(self) -> dict[str, Node]:
+        """The parameters, buffers and attributes that a forward writes, and the call that does."""
+        found: dict[str, Node] = {}
+        for graph_writes in self._writes.values():
+            for write in graph_writes:
+                for value in write.family:
+                    if value.op == "get_attr":
+                        found.setdefault(str(value.target), write.node)
+        return found
+
+    def late_write(self, value: Node) -> tuple[Node, Node] | None:
+        """Return a write into the memory of `value`, and who reads that memory after it.
+
+        The graph shows that reader the value from before the write.
+        """
+        memory = self.memory(value)
+        for write in self._writes.get(value.graph, ()):
+            if value in write.family:
+                for _, reader in memory.later_readers(write.node, write.written):
+                    return write.node, reader
+        return None
+
+    def parted(self, node: Node, value: Node) -> tuple[Node, Node] | None:
+        """Return why the value of `node` cannot be its input `value` itself, or None.
+
+        Returns:
+            A write into the memory of the one, and what sees it of the other: a later reader, or
+            the input or tensor of the model that it is.
+        """
+        memory = self.memory(node)
+        for write in self._writes.get(node.graph, ()):
+            if memory.place(write.node) <= memory.place(node):
+                continue
+            for own, other in ((value, node), (node, value)):
+                if own not in write.family or other in write.family:
+                    continue
+                for alias in memory.family(write.node, other):
+                    if alias.op in ("placeholder", "get_attr"):
+                        return write.node, alias
+                    for reader in alias.users:
+                        later = memory.place(reader) > memory.place(write.node)
+                        if later and reader is not node:
+                            return write.node, reader
+        return None
+
+    def written_between(self, value: Node, first: Node, last: Node) -> Node | None:
+        """Return what writes into the memory of `value` after `first` and before `last`."""
+        place = self.memory(value).place
+        for write in self._writes.get(value.graph, ()):
+            if place(first) < place(write.node) < place(last) and value in write.family:
+                return write.node
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Write:
+    node: Node
+    written: Node
+    family: frozenset[Node]

@@ -1,0 +1,171 @@
+"""What the code of a model does with one of its modules, beside calling it: who else has a hold.
+
+Each class is read once (`class_code`); what it does with a path below `self` is looked up in the
+tree, so that the answers are about modules by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+from torch import nn
+
+from rewrite.graph.class_code import ClassCode, Path, Use, code_of
+from rewrite.runtime.tree import Tree, join
+
+_PARAMETERS = frozenset({"weight", "bias"})
+_HARMLESS = frozenset({"forward", "__call__", "training"}) | _PARAMETERS
+
+
+class ModelCode:
+    """The code of the classes of a model, and what it says about each module.
+
+    Args:
+        tree: the modules of the model.
+        called: the names of the modules that some traced forward calls or enters.
+    """
+
+    def __init__(self, tree: Tree, called: frozenset[str]) -> None:
+        self._tree = tree
+        self._called = called
+
+    @cached_property
+    def _classes(self) -> dict[type, ClassCode]:
+        kinds = {type(module) for _, module in self._tree.modules()}
+        own = (
+            k for k in kinds if not k.__module__.startswith(("torch.nn", "torch.ao", "torch.fx"))
+        )
+        return {kind: code_of(kind) for kind in own}
+
+    def _owners(self) -> Iterator[tuple[str, nn.Module, ClassCode]]:
+        for name, module in self._tree.modules():
+            if type(module) in self._classes:
+                yield name, module, self._classes[type(module)]
+
+    def _at(self, owner: str, path: Path) -> Iterator[tuple[str, Path]]:
+        """Yield the modules that `path` goes to, by first name, and what is left of the path."""
+        places: list[str] = [owner]
+        left = list(path)
+        while left:
+            step = left[0]
+            below = []
+            for place in places:
+                children = self._tree.get(place)._modules
+                keys = [k for k, child in children.items() if child is not None]
+                wanted = keys if step is None else [k for k in keys if k == step]
+                below += [self._tree.name(self._tree.get(join(place, key))) for key in wanted]
+            hidden = [
+                name
+                for place in places
+                for name in self._tree.names
+                if step is not None and not below and _is_item(name, join(place, step))
+            ]
+            if not below and not hidden:
+                break
+            if hidden:
+                for name in hidden:
+                    yield self._tree.name(self._tree.get(name)), tuple(left[2:])
+                return
+            places, left = below, left[1:]
+        for place in places:
+            yield place, tuple(left)
+
+    @cached_property
+    def _uses(self) -> dict[str, str]:
+        """By module: a line that tests its class or reads what only it has."""
+        found: dict[str, str] = {}
+        for owner, _, code in self._owners():
+            for use in code.tests:
+                for name in self._tested(owner, use):
+                    found.setdefault(name, f"{use.text} at {use.place} tests what it is")
+            for use in code.reads:
+                assert use.path is not None
+                for name, left in self._at(owner, use.path):
+                    if name != owner and len(left) == 1 and left[0] not in _HARMLESS:
+                        found.setdefault(name, f"{use.text} at {use.place} reads of it")
+        for module, how in self._tree.pinned.items():
+            found.setdefault(self._tree.name(module), how)
+        return found
+
+    def _tested(self, owner: str, use: Use) -> Iterator[str]:
+        if use.path is not None:
+            yield from (name for name, left in self._at(owner, use.path) if not left)
+            return
+        for name, module in self._tree.modules():
+            below = name != owner and (not owner or name.startswith(f"{owner}."))
+            if below and isinstance(module, use.kinds):
+                yield name
+
+    @cached_property
+    def _chosen(self) -> dict[str, str]:
+        """By module: the line that chooses it by an attribute, where another was not traced."""
+        found: dict[str, str] = {}
+        for owner, _, code in self._owners():
+            by_line: dict[tuple[str, str], set[str]] = {}
+            for use in code.choices:
+                assert use.path is not None
+                names = {name for name, left in self._at(owner, use.path) if not left}
+                by_line.setdefault((use.text, use.place), set()).update(names - {owner})
+            for (text, place), names in by_line.items():
+                if names - self._called and names & self._called:
+                    for name in names:
+                        found.setdefault(name, f"{text} at {place} chooses it by an attribute")
+        return found
+
+    @cached_property
+    def _read_whole(self) -> dict[str, str]:
+        """By module: a line that reads every tensor of it and below."""
+        return {
+            name: f"{use.text} at {use.place} reads all tensors of {name or 'the model'}"
+            for owner, _, code in self._owners()
+            for use in code.tensors
+            if use.path is not None
+            for name, left in self._at(owner, use.path)
+            if not left
+        }
+
+    @cached_property
+    def _assigned(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for owner, _, code in self._owners():
+            for use in code.assigned:
+                for name, left in self._at(owner, use.path or ()):
+                    if left and left[0] is not None:
+                        found.setdefault(name, set()).add(left[0])
+        return found
+
+    def assigned(self, name: str) -> frozenset[str]:
+        """Return the attributes of a module that some forward assigns or writes."""
+        return frozenset(self._assigned.get(name, ()))
+
+    def exchanged(self, name: str) -> str | None:
+        """Return why another module cannot take the place of `name` unnoticed, or None."""
+        return self._uses.get(name) or self._chosen.get(name) or self.read_whole(name)
+
+    def chosen(self, name: str) -> str | None:
+        """Return which line chooses `name` by an attribute, though another was traced, or None."""
+        return self._chosen.get(name)
+
+    def read_whole(self, name: str) -> str | None:
+        """Return which line reads every tensor of `name`, or of a module around it, or None."""
+        for place in (name, *self._tree.aliases(name)):
+            parts = place.split(".") if place else []
+            for length in range(len(parts), -1, -1):
+                if (reason := self._read_whole.get(".".join(parts[:length]))) is not None:
+                    return reason
+        return None
+
+    def other_entries(self, touched: frozenset[str]) -> Iterator[str]:
+        """Yield the methods beside `forward` that read a module of `touched`, in words."""
+        for owner, module, code in self._owners():
+            for method, paths in code.others.items():
+                read = {n for path in paths for n, _ in self._at(owner, path)} & touched
+                if named := sorted(read - {owner}):
+                    kind = type(module).__name__
+                    what = ", ".join(named)
+                    yield f"{kind}.{method}() reads {what}, which changed: what it returns differs"
+
+
+def _is_item(name: str, container: str) -> bool:
+    return name.startswith(f"{container}[") or name.startswith(f"{container}.")
