@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -91,16 +92,24 @@ def write_report(options: argparse.Namespace, found: Reported, page: str | None 
     """Print what was found and write its JSON and its HTML page, as the options say."""
     from rewrite.files import write_bytes
 
+    text = _with_provenance(options, found.to_json()) if options.report or options.json else ""
     if options.report:
-        write_bytes(options.report, found.to_json().encode())
+        write_bytes(options.report, text.encode())
     if options.html and page is not None:
         write_bytes(options.html, page.encode())
     if options.json:
-        print(found.to_json().rstrip())
+        print(text.rstrip())
     elif not options.quiet:
         screen = console()
         for shown in found.tables(verbose=options.verbose):
             screen.print(shown)
+
+
+def _with_provenance(options: argparse.Namespace, report: str) -> str:
+    """Return a report's JSON with the command line, the files that were read, and the versions."""
+    files = [getattr(options, name, None) for name in ("model", "other", "input")]
+    found = {**json.loads(report), "provenance": own_provenance(*files)}
+    return json.dumps(found, indent=2) + "\n"
 
 
 def own_provenance(*files: str | None) -> dict[str, str]:
@@ -117,12 +126,18 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
+def _written_reports(options: argparse.Namespace) -> Iterable[tuple[str, str | None]]:
+    """Yield the flag and the value of each report that a command may be asked to write."""
+    for name in ("report", "html", "node_data"):
+        yield f"--{name.replace('_', '-')}", getattr(options, name, None)
+
+
 def check_report(options: argparse.Namespace, *others: str | None) -> None:
     """Raise when a report cannot be written, or would take the place of another file."""
     from rewrite.files import check_writable
 
     taken = [*others, options.input]
-    for flag, name in (("--report", options.report), ("--html", options.html)):
+    for flag, name in _written_reports(options):
         if not name:
             continue
         place = check_writable(name).resolve()

@@ -53,6 +53,8 @@ def add_parsers(subparsers: Any) -> None:
                         help="an ONNX operator that may not occur (repeatable)")  # fmt: skip
     parser.add_argument("--repro", metavar="DIR",
                         help="write the diverging ONNX node with inputs and outputs")  # fmt: skip
+    parser.add_argument("--node-data", metavar="OUT.json",
+                        help="write the error of each ONNX node, for Model Explorer")  # fmt: skip
     add_model_arguments(parser)
     parser.set_defaults(run=run_verify)
 
@@ -69,14 +71,19 @@ def run_verify(options: argparse.Namespace) -> int:
         raise OptionError(
             f"{options.model} alone has nothing to be held to; give a second model, or an ONNX file"
         )
-    if not any(onnx_files) and (options.expect or options.expect_no or options.repro):
-        raise OptionError("--expect, --expect-no and --repro are about ONNX files")
+    about_graphs = options.expect or options.expect_no or options.repro or options.node_data
+    if not any(onnx_files) and about_graphs:
+        raise OptionError("--expect, --expect-no, --repro and --node-data are about ONNX files")
+    if options.node_data and (options.other is None or all(onnx_files)):
+        raise OptionError("--node-data needs the PyTorch model that the graph is held to")
     if not any(onnx_files) and options.tolerance is not None:
         raise OptionError("--tolerance is about ONNX files")
     page: str | None = None
     found: Verification | OnnxVerification
     if any(onnx_files):
         found = _verify_onnx(options)
+        if options.node_data:
+            _write_node_data(options)
         if options.html:
             from rewrite.html.pages import onnx_page
 
@@ -156,6 +163,24 @@ def _verify_onnx(options: argparse.Namespace) -> OnnxVerification:
         repro=options.repro,
         seed=options.seed,
     )
+
+
+def _write_node_data(options: argparse.Namespace) -> None:
+    from rewrite.files import write_bytes
+    from rewrite.onnx.node_data import node_data, node_errors
+    from rewrite.runtime.infer_inputs import infer_example_inputs
+
+    graph, reference = options.model, options.other
+    if _is_onnx(reference):
+        graph, reference = reference, graph
+    model = load_model(options, reference).eval()
+    inputs: Any = _named_inputs(options) or example_inputs(options, model)
+    if inputs is None:
+        inputs = infer_example_inputs(model, options.seed)
+    if inputs is None:
+        raise OptionError("--node-data runs both; pass --input, such as 1x3x224x224")
+    errors = node_errors(graph, model, inputs, options.seed)
+    write_bytes(options.node_data, node_data(errors).encode())
 
 
 def _named_inputs(options: argparse.Namespace) -> dict[str, Any] | None:

@@ -118,7 +118,10 @@ def test_a_pyproject_without_our_table_is_left_alone(capsys, checkpoint: Path) -
 
 def test_json_is_printed_for_machines(capsys, checkpoint: Path) -> None:
     code, out, _ = run(capsys, "verify", "model.pt", "model.pt", "--quick", "--json")
-    assert code == 0 and json.loads(out)["ok"] is True
+    found = json.loads(out)
+    assert code == 0 and found["ok"] is True
+    assert found["provenance"]["rewrite"] == rewrite.__version__
+    assert found["provenance"]["model.pt"].startswith("sha256 ")
 
 
 def test_quiet_prints_the_line_that_failed(capsys, checkpoint: Path) -> None:
