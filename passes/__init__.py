@@ -12,8 +12,10 @@ from passes.out_of_place import OutOfPlace
 from passes.recalibrate_bn import RecalibrateBatchNorm
 from passes.reinit import Reinitialize
 from passes.remove_weight_norm import RemoveWeightNorm
+from passes.remove_weight_standardize import RemoveWeightStandardize
 from passes.sync_bn_to_bn import SyncBatchNormToBatchNorm
 from passes.weight_norm import WeightNorm
+from passes.weight_standardize import WeightStandardize
 
 __all__ = [
     "BatchNormToGroupNorm",
@@ -28,6 +30,8 @@ __all__ = [
     "RecalibrateBatchNorm",
     "Reinitialize",
     "RemoveWeightNorm",
+    "RemoveWeightStandardize",
     "SyncBatchNormToBatchNorm",
     "WeightNorm",
+    "WeightStandardize",
 ]

@@ -7,8 +7,23 @@ stays readable when a definition moves.
 from rewrite.nn.mean_only import MeanOnlyBatchNorm
 from rewrite.nn.modules import ChannelAffine, ChannelLayerNorm, ChannelMix
 from rewrite.nn.weight_norm import WeightNorm
+from rewrite.nn.weight_standardization import WeightStandardization
 
-__all__ = ["ChannelAffine", "ChannelLayerNorm", "ChannelMix", "MeanOnlyBatchNorm", "WeightNorm"]
+__all__ = [
+    "ChannelAffine",
+    "ChannelLayerNorm",
+    "ChannelMix",
+    "MeanOnlyBatchNorm",
+    "WeightNorm",
+    "WeightStandardization",
+]
 
-for _kind in (ChannelAffine, ChannelLayerNorm, ChannelMix, MeanOnlyBatchNorm, WeightNorm):
+for _kind in (
+    ChannelAffine,
+    ChannelLayerNorm,
+    ChannelMix,
+    MeanOnlyBatchNorm,
+    WeightNorm,
+    WeightStandardization,
+):
     _kind.__module__ = __name__

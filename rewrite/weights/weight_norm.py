@@ -121,7 +121,7 @@ def add_weight_norm(module: nn.Module, name: str, layout: Layout) -> None:
 def _register(
     module: nn.Module, name: str, parametrization: nn.Module, requires_grad: bool
 ) -> None:
-    _own_class(module, _parametrized(module))
+    own_class(module, _parametrized(module))
     # `unsafe` skips a trial run on the live parameter; shapes and dtypes are ours to get right.
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
     for parameter in _chain(module, name).parameters():
@@ -160,14 +160,14 @@ def remove_weight_norm(module: nn.Module, name: str) -> nn.Parameter:
     _drop_load_hook(module, name)
     left = tuple(key for key in _parametrized(module) if key != name)
     del module.parametrizations[name]  # type: ignore[union-attr, operator]
-    _own_class(module, left)
+    own_class(module, left)
     module._parameters[name] = weight
     if isinstance(module, nn.RNNBase) and not left:
         module._init_flat_weights()
     return weight
 
 
-def _own_class(module: nn.Module, names: tuple[str, ...]) -> None:
+def own_class(module: nn.Module, names: tuple[str, ...]) -> None:
     """Give a parametrized module a class of its own, with properties for `names` alone.
 
     PyTorch makes a class for each parametrized module, but a deep copy shares it with the original,

@@ -1,0 +1,87 @@
+"""Weight standardization (Qiao et al. 2019, https://arxiv.org/abs/1903.10520).
+
+    w = g (v − mean(v)) / √(var(v) + ε) + o      mean and variance over a unit's inputs and kernel
+
+With g = √(var(w) + ε), o = mean(w), v = w the weight is what it was, in both modes, for every input;
+what changes is the geometry that an optimizer sees. Recipes for small and for private
+batches put it beside GroupNorm. (The paper has neither g nor o: it begins from random weights.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from rewrite.errors import OptionError
+from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.order import in_data_flow_order
+from rewrite.outcomes import Change, Contract, Site, Skip
+from rewrite.protocol import Pass
+from rewrite.weights.fans import layer_kind
+from rewrite.weights.standardization import standardization_refusal, standardize_weight
+from rewrite.weights.weight_norm import weight_layouts
+
+_KINDS = ("conv", "conv_transpose", "linear")
+
+
+@dataclass(frozen=True)
+class WeightStandardize(Pass):
+    """Reparameterize the weights of layers by standardized weights.
+
+    Rewrites: the weights of Conv and ConvTranspose (1d, 2d, 3d), and with `kinds` of Linear, by
+    output unit of their layout.
+
+    Declines: weights under another parametrization, lazy, integer, quantized or empty; weights that
+    another place holds too; units with a single input; layers whose weight code reads.
+    """
+
+    name: ClassVar[str] = "weight-standardize"
+    contract: ClassVar[Contract] = Contract.EXACT
+
+    kinds: str = field(
+        default="conv,conv_transpose",
+        metadata={"help": f"kinds of layer, of {','.join(_KINDS)}; default conv,conv_transpose"},
+    )
+    eps: float = field(default=1e-5, metadata={"help": "added to the variance (default 1e-5)"})
+
+    def __post_init__(self) -> None:
+        for kind in self._kinds():
+            if kind not in _KINDS:
+                raise OptionError(
+                    f"{self.name}: unknown layer kind {kind!r}; known are {', '.join(_KINDS)}"
+                )
+        if not 0 < self.eps < float("inf"):
+            raise OptionError(f"{self.name}: eps is {self.eps}; pass a positive number")
+
+    def _kinds(self) -> tuple[str, ...]:
+        return tuple(kind.strip() for kind in self.kinds.split(",") if kind.strip())
+
+    def find(self, captured: Captured) -> Iterable[Site | Skip]:
+        """Yield every layer of the kinds."""
+        read = {str(node.target) for node in captured.nodes() if node.op == "get_attr"}
+        for name, module in in_data_flow_order(captured):
+            layouts = weight_layouts(module)
+            if "weight" not in layouts or layer_kind(module) not in self._kinds():
+                continue
+            before = type(module).__name__.removeprefix("Parametrized")
+            reason = standardization_refusal(module, layouts["weight"])
+            ref = TensorRef(name, "weight")
+            if reason is None and (tied := captured.tied(ref)):
+                reason = f"is tied to {tied[0].name}"
+            if reason is None and ref.name in read:
+                reason = "is read by code, too"
+            if reason is None:
+                yield Site(name, before, plan=layouts["weight"])
+            elif "already" not in reason:
+                yield Skip(name, before, f"weight {reason}")
+
+    def rewrite(self, captured: Captured, site: Site) -> Change:
+        """Reparameterize the weight of one layer."""
+        standardize_weight(captured.module(site.target), site.plan, self.eps)
+        ref = TensorRef(site.target, "weight")
+        stem = f"{TensorRef(site.target, 'parametrizations').name}.weight.original"
+        after = f"{site.before} with weight standardization"
+        return Change(
+            site.target, site.before, after, touched=(site.target,), keys={ref.name: f"{stem}2"}
+        )
