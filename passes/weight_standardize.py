@@ -2,8 +2,9 @@
 
     w = g (v − mean(v)) / √(var(v) + ε) + o      mean and variance over a unit's inputs and kernel
 
-With g = √(var(w) + ε), o = mean(w), v = w the weight is what it was, in both modes; what changes is the geometry that an optimizer sees. Recipes for small and for private
-batches put it beside GroupNorm. (The paper has neither g nor o: it begins from random weights.)
+With g = √(var(w) + ε), o = mean(w), v = w the weight is what it was, in both modes; what changes is
+the geometry that an optimizer sees. Recipes for small and for private batches put it beside
+GroupNorm. (The paper has neither g nor o: it begins from random weights.)
 """
 
 from __future__ import annotations

@@ -14,6 +14,32 @@ def is_standardized(module: nn.Module, key: str = "weight") -> bool:
     """Return whether weight `key` is computed by a weight standardization, and by it alone."""
     if not parametrize.is_parametrized(module, key):
         return False
+    chain = module.parametrizations[key]  # type: ignore[index]
+    return len(chain) == 1 and isinstance(chain[0], WeightStandardization)
+
+
+def standardization_refusal(module: nn.Module, layout: Layout) -> str | None:
+    """Return why the weight of a layer cannot be standardized, or None."""
+    if is_standardized(module):
+        return "is standardized already"
+    if (reason := weight_refusal(module, "weight")) is not None:
+        return reason
+    weight = module._parameters["weight"]
+    assert weight is not None
+    if layout.units(weight)[0, 0].numel() < 2:
+        return "has one input a unit: nothing varies within it"
+    return None
+
+
+def standardize_weight(module: nn.Module, layout: Layout, eps: float) -> None:
+    """Compute the weight of a layer from a gain, an offset and itself."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    own_class(module, tuple(getattr(module, "parametrizations", ())))
+    groups = layout.groups if layout.inputs_first else 1
+    made = WeightStandardization(groups, layout.inputs_first, eps)
+    # `unsafe` skips a trial run on the live parameter; shapes and dtypes are ours to get right.
+    parametrize.register_parametrization(module, "weight", made, unsafe=True)
     parametrizations = module.get_submodule("parametrizations")
     parametrizations.train(module.training)
     for parameter in parametrizations.get_submodule("weight").parameters():
