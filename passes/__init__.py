@@ -9,6 +9,7 @@ from passes.fold import FoldNorm
 from passes.freeze_bn import FreezeBatchNorm
 from passes.merge_branches import MergeBranches
 from passes.out_of_place import OutOfPlace
+from passes.rebalance import Rebalance
 from passes.recalibrate_bn import RecalibrateBatchNorm
 from passes.reinit import Reinitialize
 from passes.remove_weight_norm import RemoveWeightNorm
@@ -27,6 +28,7 @@ __all__ = [
     "FreezeBatchNorm",
     "MergeBranches",
     "OutOfPlace",
+    "Rebalance",
     "RecalibrateBatchNorm",
     "Reinitialize",
     "RemoveWeightNorm",

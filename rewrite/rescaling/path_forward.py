@@ -22,17 +22,17 @@ from torch.fx.node import map_arg
 from rewrite.errors import CaptureError
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.operators import conv_of, linear_of, norm_of
+from rewrite.graph.traits import Call, call_of
 from rewrite.rescaling.folded import FoldedTensors
 from rewrite.rescaling.path_algebra import PathAlgebra
 from rewrite.rescaling.path_layers import Layers, NotHomogeneous, Weights, raw
 from rewrite.rescaling.path_operations import (
     ADDS,
-    MOVES,
     MULTIPLIES,
-    PASSES,
-    SHAPES,
     Operations,
-    operation_name,
+    asks,
+    moves,
+    passes,
 )
 from rewrite.runtime.leaves import tensors
 
@@ -130,9 +130,9 @@ class PathForward:
         captured = self._captured
         if node.op == "get_attr":
             return self._constant(str(node.target))
-        name = operation_name(captured, node)
+        call = call_of(captured, node)
         inputs = [n for n in node.all_input_nodes if n in self._on_path]
-        if not inputs or name in SHAPES:
+        if not inputs or (call is not None and asks(call)):
             return self._call(node)
         self._on_path.add(node)
         if node in self._passes_on:
@@ -146,20 +146,26 @@ class PathForward:
                 raise self._refusal(node, str(refused)) from None
         if node.op == "call_module":
             self._check_plain(node, str(node.target))
-        if name in ADDS:
-            return self._add(node, name)
-        if name in MULTIPLIES:
-            return self._multiply(node, name, inputs)
-        if name in PASSES:
+        if (opaque := captured.opaque.get(str(node.target))) is not None:
+            raise self._refusal(node, f"{opaque.name} was not traced: {opaque.reason}")
+        return self._operation(node, call, inputs)
+
+    def _operation(self, node: Node, call: Call | None, inputs: list[Node]) -> Any:
+        """Return what an operation without weights of its own makes of paths."""
+        if call is None:
+            raise self._refusal(node, "an operation that is not known to be homogeneous")
+        if call.name in ADDS:
+            return self._add(node, call.name)
+        if call.name in MULTIPLIES:
+            return self._multiply(node, call, inputs)
+        if passes(call):
             return self._values[inputs[0]]
-        if name in MOVES:
+        if moves(call):
             self._check_moved(node, inputs)
             return self._call(node)
-        result = self._operations.unary(node, name, self._values[inputs[0]])
-        if result is None and (opaque := captured.opaque.get(str(node.target))) is not None:
-            raise self._refusal(node, f"{opaque.name} was not traced: {opaque.reason}")
+        result = self._operations.unary(node, call.name, self._values[inputs[0]])
         if result is None:
-            raise self._refusal(node, f"{name} is not positively homogeneous")
+            raise self._refusal(node, f"{call.name} is not positively homogeneous")
         return result
 
     def _call(self, node: Node) -> Any:
@@ -200,12 +206,14 @@ class PathForward:
         one, other = (self._powered(value) for value in self._operands(node))
         return self._algebra.plus(one, other)
 
-    def _multiply(self, node: Node, name: str, inputs: list[Node]) -> Tensor:
+    def _multiply(self, node: Node, call: Call, inputs: list[Node]) -> Tensor:
         one, other = self._operands(node)
         both = isinstance(one, Node) and isinstance(other, Node)
         if both and one in self._on_path and other in self._on_path:
             raise self._refusal(node, "a product of two computed values is of the second degree")
-        if "div" in name:
+        if call.get("rounding_mode") is not None:
+            raise self._refusal(node, "it rounds")
+        if call.name == "div":
             if other in inputs:
                 raise self._refusal(node, "it divides by a computed value")
             return self._powered(one) / self._powered(other)

@@ -10,12 +10,12 @@
 Definition: Gonon et al. 2024, "A path-norm toolkit for modern networks", as in its implementation
 `pathnorm-pytorch`: max pooling adds up, average pooling is linear, a slope of a leaky unit belongs
 to the activation and not to the path. What stands in no row is not known to be positively
-homogeneous.
+homogeneous: the traits stand in `rewrite.graph.traits`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,68 +23,41 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from rewrite.graph.captured import Captured
-from rewrite.graph.spellings import function_name
-from rewrite.graph.traits import argument
+from rewrite.graph.traits import Call, Shape, Trait, argument
 from rewrite.rescaling.path_algebra import PathAlgebra, PowerSum, Window, adaptive_counts
 
-PASSES = frozenset(
-    {
-        "relu", "leaky_relu", "leakyrelu", "prelu", "rrelu", "abs", "absolute", "identity",
-        "dropout", "dropout1d", "dropout2d", "dropout3d", "alphadropout", "featurealphadropout",
-        "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "stochastic_depth",
-        "contiguous", "to", "float", "half", "double", "bfloat16", "type", "type_as", "clone",
-        "detach", "requires_grad", "neg", "negative", "positive",
-    }
-)  # fmt: skip
-"""f(d x) = d f(x) for d > 0, value by value."""
+ADDS = frozenset({"add", "sub", "rsub", "maximum", "minimum"})
 
 
-MOVES = frozenset(
-    {
-        "flatten", "unflatten", "view", "reshape", "view_as", "reshape_as", "permute", "transpose",
-        "swapaxes", "movedim", "t", "squeeze", "unsqueeze", "cat", "concat", "concatenate", "stack",
-        "chunk", "split", "tensor_split", "unbind", "getitem", "select", "narrow", "index_select",
-        "expand", "expand_as", "repeat", "repeat_interleave", "tile", "roll", "flip",
-        "pixel_shuffle", "pixelshuffle", "pixel_unshuffle", "pixelunshuffle", "channel_shuffle",
-        "channelshuffle",
-        "reflectionpad1d", "reflectionpad2d", "reflectionpad3d", "replicationpad1d",
-        "replicationpad2d", "replicationpad3d", "circularpad1d", "circularpad2d", "circularpad3d",
-        "zeropad1d", "zeropad2d", "zeropad3d", "unfold",
-    }
-)  # fmt: skip
-"""Values move and none changes."""
+MULTIPLIES = frozenset({"mul", "div"})
 
 
-SHAPES = frozenset(
-    {
-        "size", "dim", "ndimension", "numel", "stride", "is_contiguous", "get_device",
-        "is_floating_point", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor",
-        "getattr", "zeros_like", "ones_like", "empty_like", "full_like", "len", "is_tensor",
-    }
-)  # fmt: skip
-"""A value is asked for its shape, dtype or device and nothing else."""
+_SUMS_UP = frozenset({"fold"})
+"""Moves values and adds up those that meet."""
 
 
-ADDS = frozenset({"add", "iadd", "sub", "isub", "subtract", "rsub", "maximum", "minimum"})
+def asks(call: Call) -> bool:
+    """Return whether a call asks a value for its shape, dtype or device and nothing else."""
+    return Trait.ASKS in call.operation.traits or call.name == "getattr"
 
 
-MULTIPLIES = frozenset({"mul", "imul", "multiply", "div", "truediv", "itruediv", "divide"})
+def moves(call: Call) -> bool:
+    """Return whether values move and none changes."""
+    return Trait.MOVES in call.operation.traits and call.name not in _SUMS_UP
 
 
-_INTERPOLATES = frozenset(
-    {"interpolate", "upsample", "upsamplingbilinear2d", "upsamplingnearest2d"}
-)
+def passes(call: Call) -> bool:
+    """Return whether f(d x) = d f(x) for d > 0, value by value."""
+    row = call.operation
+    if Trait.CASTS in row.traits:
+        given = (*call.node.args, *call.node.kwargs.values())
+        if any(isinstance(a, torch.dtype) and not a.is_floating_point for a in given):
+            return False
+    linked = row.traits & (Trait.ADDS | Trait.MULTIPLIES | Trait.ROUNDS | Trait.MOVES)
+    return row.hands_on and row.shape is Shape.SAME and not linked
 
 
-def operation_name(captured: Captured, node: Node) -> str:
-    """Return the plain name of what a node computes, as a function's, in lower case."""
-    if node.op != "call_module":
-        return function_name(node) or node.op
-    kind = type(captured.module(str(node.target)))
-    if not kind.__module__.startswith("torch.nn.modules."):
-        return f"the module {kind.__name__}"
-    name = kind.__name__.lower()
-    return name.replace("maxpool", "max_pool").replace("avgpool", "avg_pool")
+_CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
 
 class Operations:
@@ -106,9 +79,9 @@ class Operations:
             return self._pool(node, name, x)
         if name in ("mean", "sum", "amax", "amin"):
             return self._reduce(node, name, x)
-        if name in _INTERPOLATES:
+        if name == "interpolate":
             return self._resize(node, x)
-        if name == "pad" or name.startswith("constantpad"):
+        if name == "pad":
             return self._pad(node, x)
         return None
 
@@ -218,6 +191,8 @@ class Operations:
         sizes = self._option(node, 1, "pad", None)
         if node.op == "call_module":
             module: Any = self._captured.module(str(node.target))
+            if not isinstance(module, _CONSTANT_PADS):
+                return cast(Tensor, module(x))
             sizes, mode, fill = module.padding, "constant", module.value
         else:
             mode, fill = argument(node, 2, "mode", "constant"), argument(node, 3, "value", 0)

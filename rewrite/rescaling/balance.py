@@ -1,0 +1,289 @@
+"""Scales that balance what is written and what is read, unit by unit.
+
+    P_u = Σ or max over edges into u of M r_u / r_i,     Q_u = the same over edges out of u
+
+    "l2"         min Σ all edges              P_u = Q_u       r = d²,   m = w²     (ENorm)
+    "equalize"   the largest of both alike    P_u = Q_u       r = d,    m = |w|    (max for Σ)
+    "path"       min n log S - Σ_u k_u log r_u,  S = Σ all edges,  n = how many edges there are,
+                 k_u = edges into u - out of u;  n (P_u - Q_u) / S = k_u   r = 1/d²,  m = κ(w)
+
+The first and the third are convex in log r: block coordinate descent, one group of channels at a
+time, goes down to the only minimum there is, where the equation holds. One step solves it for all
+units of a group, with a = n P / S and b = n Q / S: r ← r (k + √(k² + 4ab)) / 2a, which is √(Q/P)
+for k = 0. For "path" that is the minimum of a bound (log S ≤ log S₀ + S / S₀ - 1), so it too goes
+down. Where units of a group are coupled, half a step does: e^((x-y)/2) ≤ (e^x + e^-y) / 2.
+
+Stock et al. 2019, https://arxiv.org/abs/1902.10416 (ENorm); Nagel et al. 2019,
+https://arxiv.org/abs/1906.04721 (equalization); Lebeurrier et al. 2026,
+https://arxiv.org/abs/2602.19799 (path-conditioned training).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rewrite.rescaling.couplings import Coupling
+
+LARGEST_LOG_SCALE = 19 * math.log(2)
+"""Of d: a map beyond 2^20 is not inverted, as it loses precision (`rewrite.fold.requirements`)."""
+
+
+_COARSE_SWEEPS, _COARSE_TOLERANCE = 30, 1e-12
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """Scales, and how well they balance.
+
+    Attributes:
+        log_scales: log d of every unit, float64; 0 for a unit that nothing writes or nothing reads.
+        before, after: the largest |log d| of a single step, at the beginning and at the end.
+        sweeps: how many rounds it took.
+        loss: what is minimized, before and after; None for "equalize".
+    """
+
+    log_scales: Tensor
+    before: float
+    after: float
+    sweeps: int
+    loss: tuple[float, float] | None
+
+
+class Balance:
+    """Block coordinate descent over the groups of units of one network.
+
+    Args:
+        edges: the couplings; units are numbers, -1 has scale 1.
+        groups: the units that may change, group by group.
+        largest: max instead of Σ.
+        counted: whether units have a k ("path").
+    """
+
+    def __init__(
+        self,
+        edges: Sequence[Coupling],
+        groups: Sequence[Tensor],
+        *,
+        largest: bool = False,
+        counted: bool = False,
+    ) -> None:
+        self._largest = largest
+        self._counted = counted
+        self._edges = list(edges)
+        self._given = torch.cat([*groups, torch.zeros(0, dtype=torch.int64)])
+        alive = self._alive()
+        kept = [group[[unit in alive for unit in group.tolist()]] for group in groups]
+        self._units = torch.cat([*kept, torch.zeros(0, dtype=torch.int64)])
+        self._size = len(self._units)
+        self._place = {unit: number for number, unit in enumerate(self._units.tolist())}
+        starts = torch.tensor([0, *(len(group) for group in kept)]).cumsum(0).tolist()
+        self._slices = [slice(a, b) for a, b in itertools.pairwise(starts) if a < b]
+        self._writes = [self._numbers(edge.writes) for edge in edges]
+        self._reads = [self._numbers(edge.reads) for edge in edges]
+        self._around = [self._neighbours(part) for part in self._slices]
+        self.log_r = torch.zeros(self._size + 1, dtype=torch.float64)  # the last one stays 0
+        self.count = sum(float(e.counts.sum() * e.matrix.shape[1]) for e in edges)
+        self.k = self._k() if counted else torch.zeros(self._size, dtype=torch.float64)
+        self._totals = [float(self._rows(i).sum()) + e.constant for i, e in enumerate(edges)]
+
+    def run(self, tolerance: float = 1e-10, sweeps: int = 1000) -> Balanced:
+        """Go down until no step changes a scale by more than `tolerance`, relative."""
+        before, first = self._imbalance(), self.loss()
+        moved, done = math.inf, 0
+        while moved > tolerance and done < sweeps:
+            moved = max((self._step(number) for number in range(len(self._slices))), default=0.0)
+            if not self._largest and len(self._slices) > 1:
+                self._shift_groups()
+            done += 1
+        half = 1.0 if self._largest else 0.5
+        loss = None if self._largest else (first, self.loss())
+        place = [self._place.get(unit, self._size) for unit in self._given.tolist()]
+        scales = (-half if self._counted else half) * self.log_r[place]
+        return Balanced(scales, half * before, half * self._imbalance(), done, loss)
+
+    def loss(self) -> float:
+        """Return what is minimized; for "equalize" the sum of what outputs gather, which is not."""
+        total = sum(self._totals)
+        if not self._counted:
+            return total
+        return self.count * math.log(total) - float((self.k * self.log_r[:-1]).sum())
+
+    # -- steps --------------------------------------------------------------------------------
+
+    def _step(self, number: int) -> float:
+        """Balance one group, and return the largest change of a log d."""
+        part = self._slices[number]
+        change = self._wanted(number)
+        if any(i in self._around[number][1] for i in self._around[number][0]):
+            change = change / 2
+        bound = LARGEST_LOG_SCALE * (1 if self._largest else 2)
+        old = self.log_r[part].clone()
+        self.log_r[part] = (old + change).clamp(-bound, bound)
+        if self._counted:
+            self._add_up({*self._around[number][0], *self._around[number][1]})
+        return float((self.log_r[part] - old).abs().max()) * (1.0 if self._largest else 0.5)
+
+    def _wanted(self, number: int) -> Tensor:
+        """Return the change of log r that solves the equation of every unit of a group."""
+        p, q = self.sides(number)
+        if not self._counted:
+            return (q / p).log() / 2
+        scale = self.count / sum(self._totals)
+        return solve(scale * p, scale * q, self.k[self._slices[number]]).log()
+
+    def sides(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return P and Q of the units of a group."""
+        part = self._slices[number]
+        writers, readers = self._around[number]
+        written = self._collect(writers, self._writes, self._rows)[part]
+        read = self._collect(readers, self._reads, self._columns)[part]
+        return written, read
+
+    def _imbalance(self) -> float:
+        wanted = [self._wanted(number) for number in range(len(self._slices))]
+        return max((float(w.abs().max()) for w in wanted if w.numel()), default=0.0)
+
+    def _shift_groups(self) -> None:
+        """Balance whole groups against each other: what single groups pass on only slowly."""
+        place = torch.full((self._size + 1,), len(self._slices))
+        for number, part in enumerate(self._slices):
+            place[part] = number
+        between = self._between_groups(place)
+        k = torch.stack([self.k[part].sum() for part in self._slices])
+        loops = sum(edge.constant for edge in self._edges)
+        shift = shift_of_groups(between, k, self.count if self._counted else None, loops)
+        self.log_r[:-1] += shift[place[:-1]]
+        self._add_up(range(len(self._edges)))
+
+    def _between_groups(self, place: Tensor) -> Tensor:
+        """Return the sums of all edges between groups; the last row and column are of scale 1."""
+        size = len(self._slices) + 1
+        between = torch.zeros(size, size, dtype=torch.float64)
+        for i, edge in enumerate(self._edges):
+            owners, scale = place[self._writes[i]], self._r(self._writes[i])
+            for owner in set(owners.flatten().tolist()):
+                own = torch.where(owners == owner, scale, 0.0)
+                given = torch.matmul(own[:, None, :], edge.matrix).squeeze(1)
+                given = given / self._r(self._reads[i])
+                between[owner].index_add_(0, place[self._reads[i]].flatten(), given.flatten())
+        return between
+
+    # -- sums ---------------------------------------------------------------------------------
+
+    def _r(self, numbers: Tensor) -> Tensor:
+        return self.log_r[numbers].exp()
+
+    def _rows(self, i: int) -> Tensor:
+        """Return what each output of a layer gathers, (groups, out)."""
+        inverse = (-self.log_r[self._reads[i]]).exp()
+        matrix = self._edges[i].matrix
+        gathered = (
+            (matrix * inverse[:, None, :]).amax(2)
+            if self._largest
+            else torch.matmul(matrix, inverse[:, :, None]).squeeze(2)
+        )
+        return gathered * self._r(self._writes[i])
+
+    def _columns(self, i: int) -> Tensor:
+        """Return what each input of a layer gives, (groups, in)."""
+        scale = self._r(self._writes[i])
+        matrix = self._edges[i].matrix
+        gathered = (
+            (matrix * scale[:, :, None]).amax(1)
+            if self._largest
+            else torch.matmul(scale[:, None, :], matrix).squeeze(1)
+        )
+        return gathered / self._r(self._reads[i])
+
+    def _collect(
+        self, layers: Sequence[int], numbers: list[Tensor], side: Callable[[int], Tensor]
+    ) -> Tensor:
+        total = torch.zeros(self._size + 1, dtype=torch.float64)
+        for i in layers:
+            values = side(i).flatten()
+            if self._largest:
+                total.scatter_reduce_(0, numbers[i].flatten(), values, "amax")
+            else:
+                total.index_add_(0, numbers[i].flatten(), values)
+        return total
+
+    def _add_up(self, layers: Iterable[int]) -> None:
+        """Add up the edges of layers anew."""
+        for i in layers:
+            self._totals[i] = float(self._rows(i).sum()) + self._edges[i].constant
+
+    # -- structure ----------------------------------------------------------------------------
+
+    def _alive(self) -> set[int]:
+        """Return the units that something other than zero writes, and something reads."""
+        written = {u for e in self._edges for u in e.writes[e.matrix.amax(2) > 0].tolist()}
+        read = {u for e in self._edges for u in e.reads[e.matrix.amax(1) > 0].tolist()}
+        return written & read
+
+    def _numbers(self, units: Tensor) -> Tensor:
+        numbers = [self._place.get(unit, self._size) for unit in units.flatten().tolist()]
+        return torch.tensor(numbers, dtype=torch.int64).view(units.shape)
+
+    def _neighbours(self, part: slice) -> tuple[list[int], list[int]]:
+        def touching(numbers: list[Tensor]) -> list[int]:
+            return [
+                i
+                for i, own in enumerate(numbers)
+                if bool(((own >= part.start) & (own < part.stop)).any())
+            ]
+
+        return touching(self._writes), touching(self._reads)
+
+    def _k(self) -> Tensor:
+        balance = torch.zeros(self._size + 1, dtype=torch.float64)
+        for i, edge in enumerate(self._edges):
+            counts = edge.counts.double()
+            into = counts.sum(2).expand(-1, edge.matrix.shape[1])
+            out = counts.squeeze(1) * edge.matrix.shape[1]
+            balance.index_add_(0, self._writes[i].flatten(), into.flatten())
+            balance.index_add_(0, self._reads[i].flatten(), -out.flatten())
+        return balance[:-1]
+
+
+def solve(a: Tensor, b: Tensor, k: Tensor) -> Tensor:
+    """Return the r > 0 with a r - b / r = k, without cancellation; a, b > 0."""
+    root = (k * k + 4 * a * b).sqrt()
+    return torch.where(k > 0, (k + root) / (2 * a), 2 * b / (root - k))
+
+
+def shift_of_groups(between: Tensor, k: Tensor, count: float | None, loops: float) -> Tensor:
+    """Return log r of each group that balances them: the same descent, one unit a group.
+
+    Args:
+        between: the sums of edges from group to group, (groups + 1, groups + 1); row and column
+            of the last are of scale 1.
+        k: of each group.
+        count: n of "path"; None for "l2".
+        loops: the sum of edges that nothing changes and that are not in `between`.
+    """
+    shift = torch.zeros(len(k) + 1, dtype=torch.float64)
+    loops += float(between.diagonal().sum())
+    edges = between.clone().fill_diagonal_(0.0)
+    for _ in range(_COARSE_SWEEPS):
+        moved = 0.0
+        for group in range(len(k)):
+            r = shift.exp()
+            p = (edges[group] / r).sum() * r[group]
+            q = (edges[:, group] * r).sum() / r[group]
+            if not p > 0 or not q > 0:
+                continue
+            scale = 1.0
+            if count is not None:
+                scale = count / (loops + float((edges * r[:, None] / r[None]).sum()))
+            change = solve(scale * p, scale * q, k[group]).log()
+            shift[group] += change
+            moved = max(moved, float(change.abs()))
+        if moved < _COARSE_TOLERANCE:
+            break
+    return shift[:-1]

@@ -1,0 +1,73 @@
+"""The curvature of the squared path norm by each parameter, of one forward and one backward.
+
+    γ²(w) = Σ over paths Π w_e²           κ_e = ½ ∂²γ²/∂w_e² = ∂γ²/∂(w_e²)
+
+It is the sum over the paths through e of all other weights squared: what Path-SGD divides by
+(Neyshabur et al. 2015), and the diagonal of ∂Φᵀ∂Φ that path-conditioned training balances. Scaling
+w_e by d divides κ_e by d².
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rewrite.graph.captured import Captured, TensorRef
+from rewrite.rescaling.path_algebra import PowerSum
+from rewrite.rescaling.path_forward import PathForward
+from rewrite.runtime.inputs import device_of
+
+
+class PathCurvature:
+    """κ of every parameter of one captured model, computed anew from its weights as they are.
+
+    Args:
+        captured: the model; a norm is read as it is in eval mode, as a layer of its own.
+        ones: ones of the shapes of its inputs, float64.
+
+    Raises:
+        CaptureError: the model is not positively homogeneous; the message names the line.
+    """
+
+    def __init__(self, captured: Captured, ones: Sequence[Tensor]) -> None:
+        self._captured = captured
+        self._ones = tuple(ones)
+        self._squares: dict[int, Tensor] = {}
+        self._forward = PathForward(captured, PowerSum(2), self._square, folded=None)
+        self.compute()
+
+    def compute(self) -> dict[int, Tensor]:
+        """Return κ, float64, by the `id` of each parameter that is on a path."""
+        self._squares = {}
+        with torch.enable_grad():
+            total = self._forward.run(self._ones)
+            leaves = list(self._squares.values())
+            found = torch.autograd.grad(total, leaves, allow_unused=True)
+        named = zip(self._squares, leaves, found, strict=True)
+        return {key: torch.zeros_like(leaf) if grad is None else grad for key, leaf, grad in named}
+
+    def _square(self, ref: TensorRef) -> Tensor:
+        tensor = self._captured.tensor(ref)
+        if id(tensor) not in self._squares:
+            self._squares[id(tensor)] = tensor.detach().double().square().requires_grad_()
+        return self._squares[id(tensor)]
+
+
+def ones_of(captured: Captured) -> tuple[Tensor, ...] | None:
+    """Return ones of the shapes of the root's inputs, one sample each; None if one is unknown."""
+    region = next((region for region in captured.regions if not region.name), None)
+    if region is None:
+        return None
+    ones, device = [], device_of(captured.model)
+    for node in region.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.is_floating_point():
+            shape = (1, *value.shape[1:]) if value.dim() > 1 else value.shape
+            ones.append(torch.ones(shape, dtype=torch.float64, device=device))
+        elif value is not None or not node.args:
+            return None
+    return tuple(ones)

@@ -1,0 +1,137 @@
+"""A rescaling as a plan: the scale of each channel, and recipes that state dicts repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rewrite.affine.algebra import Affine
+from rewrite.affine.layers import Layer
+from rewrite.affine.plan import Absorption, Edit
+from rewrite.errors import OptionError
+from rewrite.fold.folder import Move
+from rewrite.fold.recipes import FoldRecipe
+from rewrite.fold.requirements import Requirements
+from rewrite.graph.captured import Captured
+from rewrite.rescaling.balance import Balance, Balanced
+from rewrite.rescaling.couplings import Measure, couplings
+from rewrite.rescaling.path_kappa import PathCurvature, ones_of
+from rewrite.rescaling.scales import ScaledLayer, ScaleGroup, Scales
+
+OBJECTIVES = ("path", "l2", "equalize")
+
+
+@dataclass(frozen=True, eq=False)
+class Rescaling:
+    """Scales of one model that balance it.
+
+    Attributes:
+        scales: which channels share one.
+        groups: those that may change.
+        log_scales: log d of the units of each group.
+        found: how well they balance.
+    """
+
+    scales: Scales
+    groups: tuple[ScaleGroup, ...]
+    log_scales: tuple[Tensor, ...]
+    found: Balanced
+
+    def recipe(self, number: int) -> FoldRecipe:
+        """Return what it takes to rescale one group, here or on another checkpoint."""
+        group = self.groups[number]
+        place = {unit: position for position, unit in enumerate(group.units.tolist())}
+
+        def index(labels: Tensor) -> Tensor:
+            roots = self.scales.free(labels).tolist()
+            return torch.tensor([place.get(root, -1) for root in roots])
+
+        edits = [
+            Edit(w.layer, "behind", index(w.writes), True, False, False) for w in group.writers
+        ]
+        edits += [
+            Edit(r.layer, "in front", index(r.reads), True, False, True) for r in group.readers
+        ]
+        scale = self.log_scales[number].exp()
+        aliases = {
+            edit.layer.name: self.scales.captured.aliases(edit.layer.module)
+            for edit in edits
+            if edit.layer.module is not None
+        }
+        return FoldRecipe(
+            group.target, Affine(scale, torch.zeros_like(scale)),
+            Requirements(adds=False, positive=True, invertible=True),
+            (Move(Absorption(tuple(edits), needs_positive=True), "scale"),), aliases,
+        )  # fmt: skip
+
+
+def plan_rescaling(
+    scales: Scales, objective: str, wanted: Collection[str] | None = None
+) -> Rescaling:
+    """Return the scales that balance a model.
+
+    Args:
+        scales: those of the captured model.
+        objective: "path", "l2" or "equalize".
+        wanted: the targets of the groups that may change; all of them without it.
+
+    Raises:
+        OptionError: another objective, or "path" without a known input shape.
+        CaptureError: "path", and the model is not positively homogeneous.
+    """
+    groups = tuple(g for g in scales.groups() if wanted is None or g.target in wanted)
+    largest, counted = objective == "equalize", objective == "path"
+    measure = measure_of(scales.captured, objective)
+    edges = couplings(scales, measure, largest, biases=counted)
+    solver = Balance(edges, [group.units for group in groups], largest=largest, counted=counted)
+    found = solver.run()
+    sizes = [len(group.units) for group in groups]
+    parts = torch.split(found.log_scales, sizes) if groups else ()
+    return Rescaling(scales, groups, tuple(parts), found)
+
+
+def measure_of(captured: Captured, objective: str) -> Measure:
+    """Return what an objective weighs each number of a layer by.
+
+    Raises:
+        OptionError, CaptureError: as `plan_rescaling`.
+    """
+    if objective not in OBJECTIVES:
+        raise OptionError(f"objective is {objective!r}; pass one of {', '.join(OBJECTIVES)}")
+
+    def tensor(layer: Layer, attr: str) -> Tensor:
+        ref = layer.weight if attr == "weight" else layer.bias
+        assert ref is not None
+        return captured.tensor(ref)
+
+    if objective == "path":
+        ones = ones_of(captured)
+        if ones is None:
+            raise OptionError("the shape of an input is unknown; pass example_inputs")
+        curvature = PathCurvature(captured, ones).compute()
+        return lambda layer, attr, rows: _curved(curvature, tensor(layer, attr))[rows]
+    if objective == "equalize":
+        return lambda layer, attr, rows: tensor(layer, attr).detach()[rows].double().abs()
+    return lambda layer, attr, rows: tensor(layer, attr).detach()[rows].double().square()
+
+
+def _curved(curvature: dict[int, Tensor], tensor: Tensor) -> Tensor:
+    """Return κ of a tensor; 0 where no path passes: an unused head."""
+    found = curvature.get(id(tensor))
+    return torch.zeros_like(tensor, dtype=torch.float64) if found is None else found
+
+
+def describe(group: ScaleGroup) -> str:
+    """Return a group in a few words: "64 channels of conv1, read by conv2"."""
+
+    def names(layers: Sequence[ScaledLayer]) -> str:
+        found = [scaled.layer.name for scaled in layers]
+        return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+    return (
+        f"{len(group.units)} channels written by {names(group.writers)}, "
+        f"read by {names(group.readers)}"
+    )

@@ -1,0 +1,360 @@
+"""passes.Rebalance: the same function, balanced weights, and what is declined."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rewrite
+from models import randomize_norms_
+from passes import Rebalance
+from rewrite.errors import OptionError
+from rewrite.fold.replay import apply_report
+from rewrite.outcomes import Contract
+from rewrite.protocol import apply_pass
+from rewrite.runtime.copying import copy_model
+
+RIGHT, WRONG = 1e-12, 1e-3
+OBJECTIVES = ("path", "l2", "equalize")
+
+
+def error(a: nn.Module, b: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        left, right = a(x), b(x)
+    return float((left - right).abs().max() / left.abs().max())
+
+
+def unbalance_(*layers: nn.Module) -> None:
+    """Scale the rows of layers by random factors: another function, badly balanced."""
+    with torch.no_grad():
+        for layer in layers:
+            shape = (-1, *(1,) * (layer.weight.dim() - 1))
+            layer.weight.mul_(torch.exp(1.5 * torch.randn(layer.weight.shape[0])).view(shape))
+
+
+class Residual(nn.Module):
+    """A stream of 8 channels with an inner branch and a concatenation at the end."""
+
+    def __init__(self, norm: bool = False) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1)
+        self.outer = nn.Conv2d(6, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.norm = nn.BatchNorm2d(8) if norm else nn.Identity()
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.head = nn.Conv2d(12, 5, 1, groups=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = x + self.outer(F.leaky_relu(self.inner(x)))
+        y = self.norm(self.depthwise(F.max_pool2d(x, 2)))
+        y = self.up(torch.relu_(y))
+        return self.head(torch.cat([y, F.avg_pool2d(x, 1)], 1))
+
+
+class Flattened(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.grouped = nn.Conv2d(6, 8, 3, groups=2)
+        self.fc1, self.fc2 = nn.Linear(8 * 16, 10), nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.flatten(torch.relu(self.grouped(torch.relu(self.conv(x)))), 1)
+        return self.fc2(torch.relu(self.fc1(x)))
+
+
+class Gated(nn.Module):
+    """Squeeze and excitation: the gate keeps its scale, what it multiplies has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        gate = self.excite(torch.relu(self.squeeze(x.mean((2, 3), keepdim=True))))
+        return self.last(x * torch.sigmoid(gate))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "residual": Residual,
+    "norms": lambda: Residual(norm=True),
+    "flattened": Flattened,
+    "gated": Gated,
+}
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = randomize_norms_(MODELS[name]())
+    kernels = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    unbalance_(*kernels)
+    size = 8
+    return model.double().eval(), torch.randn(2, 3, size, size, dtype=torch.float64)
+
+
+def rebalanced(model: nn.Module, x: Tensor, **options: str) -> rewrite.Result[nn.Module]:
+    return rewrite.convert(model, [Rebalance(**options)], example_inputs=(x,))
+
+
+CASES = [
+    (name, objective)
+    for name in MODELS
+    for objective in OBJECTIVES
+    if (name, objective) != ("gated", "path")
+]
+
+
+@pytest.mark.parametrize(("name", "objective"), CASES)
+def test_the_function_stays_and_a_second_time_changes_nothing(name: str, objective: str) -> None:
+    model, x = build(name)
+    result = rebalanced(model, x, objective=objective)
+    assert result.report.ok and result.report.changes
+    assert error(model, result.model, x) < RIGHT
+    assert list(result.model.state_dict()) == list(model.state_dict())
+    assert not rebalanced(result.model, x, objective=objective).report.changes
+    model.train(), result.model.train()
+    assert error(model, result.model, x) < RIGHT
+
+
+@pytest.mark.parametrize(("name", "objective"), CASES)
+def test_replayed_on_another_checkpoint(name: str, objective: str) -> None:
+    model, x = build(name)
+    report = json.loads(rebalanced(model, x, objective=objective).report.to_json())
+    torch.manual_seed(5)
+    other = randomize_norms_(MODELS[name](), 5).double().eval()
+    again = MODELS[name]().double().eval()
+    again.load_state_dict(apply_report(report, other.state_dict()))
+    assert error(other, again, x) < RIGHT
+    pairs = zip(other.parameters(), again.parameters(), strict=True)
+    moved = [(a - b).abs().max() for a, b in pairs]
+    assert max(moved) > WRONG
+
+
+def test_every_kind_of_layer_of_the_residual_network_is_scaled() -> None:
+    model, x = build("norms")
+    changes = rebalanced(model, x, objective="l2").report.changes
+    assert {change.target for change in changes} == {"stem", "inner", "norm", "up"}
+    stream = next(change for change in changes if change.target == "stem")
+    assert set(stream.touched) == {"stem", "outer", "inner", "depthwise", "head"}
+
+
+# -- the fixed points -----------------------------------------------------------------------------
+
+
+def rows_and_columns(model: nn.Sequential, power: float) -> tuple[Tensor, Tensor]:
+    first, last = model[0].weight.abs() ** power, model[2].weight.abs() ** power
+    return first, last
+
+
+def two_layers() -> tuple[nn.Sequential, Tensor]:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 3)).double()
+    unbalance_(model[0])
+    return model, torch.randn(5, 4, dtype=torch.float64)
+
+
+def test_l2_reaches_the_least_sum_of_squares() -> None:
+    model, x = two_layers()
+    after = rebalanced(model, x, objective="l2").model
+    first, last = rows_and_columns(after, 2)
+    torch.testing.assert_close(first.sum(1), last.sum(0), rtol=1e-9, atol=0)
+    # The minimum over all rescalings, in closed form: 2 Σ_u ||w_u|| ||v_u||.
+    rows, columns = rows_and_columns(model, 2)
+    least = 2 * (rows.sum(1) * columns.sum(0)).sqrt().sum()
+    torch.testing.assert_close(first.sum() + last.sum(), least, rtol=1e-12, atol=0)
+    assert least < 0.9 * (rows.sum() + columns.sum())
+
+
+def test_equalize_gives_both_sides_one_range() -> None:
+    model, x = two_layers()
+    first, last = rows_and_columns(rebalanced(model, x, objective="equalize").model, 1)
+    torch.testing.assert_close(first.amax(1), last.amax(0), rtol=1e-9, atol=0)
+
+
+def test_path_reaches_the_minimum_of_the_criterion() -> None:
+    model, x = two_layers()
+
+    def criterion(log_scale: Tensor, weights: nn.Sequential) -> Tensor:
+        """n log Σ κ' - Σ log κ'/κ, where incoming edges have κ' = κ/d² and outgoing ones κ d²."""
+        w, b, v = weights[0].weight ** 2, weights[0].bias ** 2, weights[2].weight ** 2
+        d = torch.exp(2 * log_scale)
+        leaving = (w.sum(1) + b) * d
+        kappa = [v.sum(0)[:, None] / d[:, None] * torch.ones_like(w), v.sum(0) / d]
+        kappa += [leaving[None] * torch.ones_like(v), torch.ones(3, dtype=torch.float64)]
+        count = sum(part.numel() for part in kappa)
+        k = 2 * log_scale * (3 - 5)  # outgoing less incoming numbers of each unit
+        return count * torch.log(sum(part.sum() for part in kappa)) - k.sum()
+
+    after = rebalanced(model, x, objective="path").model
+    zero = torch.zeros(7, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(criterion(zero, after), zero)
+    assert slope.abs().max() < 1e-6
+    (slope,) = torch.autograd.grad(criterion(zero, model), zero)
+    assert slope.abs().max() > WRONG
+
+
+# -- options --------------------------------------------------------------------------------------
+
+
+def clipped_model() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1)]
+    model = nn.Sequential(*layers).double()
+    unbalance_(model[0], model[2])
+    return model, torch.randn(2, 3, 4, 4, dtype=torch.float64)
+
+
+def test_relu6_keeps_its_channels_and_says_so() -> None:
+    model, x = clipped_model()
+    result = rebalanced(model, x, objective="l2")
+    assert [change.target for change in result.report.changes] == ["2"]
+    reasons = {skip.target: skip.reason for skip in result.report.skips}
+    assert "ReLU6" in reasons["0"]
+    assert error(model, result.model, x) < RIGHT
+
+
+def test_relu6_becomes_relu_by_option_and_the_change_is_measured() -> None:
+    model, x = clipped_model()
+    item = Rebalance(objective="l2", clipped="relu")
+    assert item.contract is Contract.APPROXIMATE and Rebalance().contract is Contract.EXACT
+    result = rewrite.convert(model, [item], example_inputs=(x,))
+    targets = [change.target for change in result.report.changes]
+    assert targets == ["1", "0", "2"] and type(result.model[1]) is nn.ReLU
+    plain = copy_model(model)
+    plain[1] = nn.ReLU()
+    assert error(plain, result.model, x) < RIGHT
+    assert result.report.to_json().count("another function")
+
+
+def test_functional_clips_are_replaced_too() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.clamp(F.relu6(self.a(x)), 0, 5))
+
+    model = Net().double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    applied = apply_pass(Rebalance(clipped="relu"), copy_model(model), x)
+    assert [change.after for change in applied.changes][:2] == ["ReLU", "ReLU"]
+    with torch.no_grad():
+        expected = model.b(F.relu(model.a(x)))
+        torch.testing.assert_close(applied.model(x), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("options", [{"objective": "l1"}, {"clipped": "maybe"}])
+def test_options_are_checked(options: dict[str, str]) -> None:
+    with pytest.raises(OptionError, match="pass"):
+        Rebalance(**options)
+
+
+# -- declining ------------------------------------------------------------------------------------
+
+
+class Declined(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        if kind == "tied":
+            self.c.weight = self.a.weight
+        if kind == "hook":
+            self.a.register_forward_hook(lambda *_: None)
+        if kind == "half":
+            self.to(torch.bfloat16)
+        self.scale = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(x) if self.kind == "half" else x
+        y = self.a(x)
+        if self.kind == "tanh":
+            y = torch.tanh(y)
+        if self.kind == "constant":
+            y = torch.relu(y + self.scale)
+        if self.kind == "product":
+            y = y * y
+        if self.kind == "input":
+            y = torch.relu(y) + x
+        if self.kind == "returned":
+            return self.b(torch.relu(y)), y
+        return self.b(torch.relu(y))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("tied", "one tensor with"),
+        ("hook", "forward hook"),
+        ("half", "stored in torch.bfloat16"),
+        ("tanh", "does not commute"),
+        ("constant", "adds something whose scale is fixed"),
+        ("product", "multiplies or divides two computed values"),
+        ("input", "adds something whose scale is fixed"),
+        ("returned", "returned"),
+    ],
+)
+def test_declines(kind: str, reason: str) -> None:
+    model = Declined(kind)
+    unbalance_(model.a)
+    dtype = torch.bfloat16 if kind == "half" else torch.float32
+    applied = apply_pass(Rebalance(), model, torch.randn(2, 4, dtype=dtype))
+    assert not applied.changes
+    assert any(skip.target == "a" and reason in skip.reason for skip in applied.skips)
+
+
+def test_a_plain_twin_of_what_is_declined_is_rewritten() -> None:
+    model = Declined("plain")
+    unbalance_(model.a)
+    assert [c.target for c in apply_pass(Rebalance(), model, torch.randn(2, 4)).changes] == ["a"]
+
+
+def test_path_declines_a_network_that_is_not_homogeneous() -> None:
+    applied = apply_pass(Rebalance(objective="path"), Gated().eval(), torch.randn(1, 3, 8, 8))
+    (skip,) = applied.skips
+    assert "sigmoid is not positively homogeneous" in skip.reason and not applied.changes
+
+
+def test_a_site_that_is_left_out_keeps_its_scale() -> None:
+    model, x = build("flattened")
+    result = rewrite.convert(model, [Rebalance()], example_inputs=(x,), skip=("fc1",))
+    assert {change.target for change in result.report.changes} == {"conv", "grouped"}
+    assert torch.equal(result.model.fc2.weight, model.fc2.weight)
+    assert error(model, result.model, x) < RIGHT
+
+
+def test_a_unit_that_nothing_writes_or_reads_is_left_alone() -> None:
+    model, x = two_layers()
+    with torch.no_grad():
+        model[0].weight[0] = 0
+        model[2].weight[:, 1] = 0
+    result = rebalanced(model, x, objective="l2")
+    assert torch.equal(result.model[0].weight[1], model[0].weight[1])
+    assert error(model, result.model, x) < RIGHT
+
+
+def test_a_shared_layer_is_scaled_at_all_its_calls() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.a(x))
+            return self.c(torch.relu(self.b(torch.relu(self.b(x)))))
+
+    torch.manual_seed(0)
+    model, x = Shared().double(), torch.randn(3, 4, dtype=torch.float64)
+    unbalance_(model.a, model.b)
+    result = rebalanced(model, x)
+    assert [change.target for change in result.report.changes] == ["a"]
+    assert error(model, result.model, x) < RIGHT
