@@ -151,16 +151,16 @@ PLAIN: Mapping[str, Callable[[Tensor], Tensor]] = {
     "pow": lambda x: x**2,
     # casts
     "to(dtype)": lambda x: x.to(torch.float64),
-    "to(int32)": lambda x: (4 * x).to(torch.int32).to(torch.float64),
-    "to(x.dtype)": lambda x: (4 * x).long().to(x.dtype),
-    "int": lambda x: (4 * x).int().double(),
-    "type(int)": lambda x: (4 * x).type(torch.int16).double(),
+    "to(int32)": lambda x: x.to(torch.int32).to(torch.float64),
+    "to(x.dtype)": lambda x: x.long().to(x.dtype),
+    "int": lambda x: x.int().double(),
+    "type(int)": lambda x: x.type(torch.int16).double(),
     "double": lambda x: x.double(),
     "type": lambda x: x.type(torch.float64),
     "view(dtype)": lambda x: x.view(torch.int64).double() * 1e-18,
     "clone": lambda x: x.clone(),
     "contiguous": lambda x: x.contiguous(),
-    "round": lambda x: (2 * x).round(),
+    "round": lambda x: x.round(),
     "floor": lambda x: torch.floor(2 * x),
     "sign": torch.sign,
     # activations
@@ -333,6 +333,29 @@ PATTERN: tuple[tuple[Mapping[str, Builder], int], ...] = (
     (OPERATIONS, 1), (_LAYERS, 1),
 )  # fmt: skip
 """What is drawn, and at most how often: at least one of each."""
+
+
+def around_norm(operation: str, before: bool) -> Chain:
+    """Return one operation between a norm and the only layer that can take up its map.
+
+    That is the layer before the norm (a shift cannot go into a padded one behind it), or the one
+    behind the norm.
+    """
+    torch.manual_seed(0)
+    sample = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    chain = Chain()
+    with torch.no_grad():
+        chain.layers.append(LAYERS["conv 3x3, padded"](sample).double())
+        chain.names.append("conv 3x3, padded")
+        layers = ["conv 1x1", "conv1d", "linear"]
+        ahead = [[operation], list(_NORMS), ["relu"], ["conv 3x3, padded", "sigmoid"]]
+        for candidates in ahead if before else [["sigmoid"], list(_NORMS), [operation], layers]:
+            for name in candidates:
+                length = len(chain.names)
+                _append(chain, name, {**OPERATIONS, **_NORMS, **_LAYERS}[name], sample)
+                if len(chain.names) > length:
+                    break
+    return chain.eval()
 
 
 @st.composite
