@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from rewrite.affine.plan import Refusal
 from rewrite.errors import CheckpointError, OptionError, PassError
 from rewrite.fold.branches import Branches
 from rewrite.fold.candidates import Source, sources
@@ -35,7 +34,7 @@ from rewrite.graph.captured import Captured
 from rewrite.graph.editor import Editor
 from rewrite.observe.plan import Options
 from rewrite.observe.road import ObservedSite, observed_outcomes
-from rewrite.outcomes import Change, Contract, Site, Skip
+from rewrite.outcomes import Change, Contract, Declined, Site, Skip
 from rewrite.protocol import Pass
 from rewrite.weights.baking import Baked, bake
 
@@ -316,7 +315,7 @@ def _fold_input(folder: Folder, mean: Tensor, std: Tensor) -> Site | Skip:
         PassError: what reads the input cannot take it up.
     """
     fold = fold_input(folder, mean, std)
-    if isinstance(fold, Refusal):
+    if isinstance(fold, Declined):
         raise PassError(f"input_norm cannot be folded: {fold.reason}; leave the option out")
     return Site("input", "(x - mean) / std", fold.source.first[0], fold)
 

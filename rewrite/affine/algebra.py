@@ -2,8 +2,8 @@
 
     layer(x) = W*x + b             W: a convolution, transposed convolution or linear map
 
-    behind it:      s.(W*x + b) + t  =  (s.W)*x + (s.b + t)            always
-    in front of it: W*(s.x + t) + b  =  (W.s)*x + (b + sum_ik W_oik t_i)
+    output side    s.(W*x + b) + t  =  (s.W)*x + (s.b + t)            always
+    input side     W*(s.x + t) + b  =  (W.s)*x + (b + sum_ik W_oik t_i)
 
 The second holds where every output position reads the same taps: a linear map, or a convolution
 whose padding adds no zeros (or t = 0). Everything is computed in float64 and rounded once, into the
@@ -89,7 +89,7 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class Layout:
+class KernelLayout:
     """How a weight is laid out: (out, in/groups, *taps); transposed (in, out/groups, *taps)."""
 
     groups: int = 1
@@ -106,13 +106,16 @@ class Layout:
 
 def scale_weight(
     weight: Tensor,
-    layout: Layout,
-    behind: Tensor | None,
-    in_front: Tensor | None,
+    layout: KernelLayout,
+    output_side: Tensor | None,
+    input_side: Tensor | None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the weight of `behind . (W * (in_front . x))`, rounded once, to `dtype` or its own."""
-    rows, columns = (in_front, behind) if layout.transposed else (behind, in_front)
+    """Return the weight of `output_side . (W * (input_side . x))`, rounded once.
+
+    The dtype is that of the weight, unless another is given.
+    """
+    rows, columns = (input_side, output_side) if layout.transposed else (output_side, input_side)
     source = weight.detach()
     result = torch.empty_like(source, dtype=dtype)
     if not source.numel():
@@ -135,7 +138,7 @@ def scale_weight(
     return result
 
 
-def shift_through(weight: Tensor, layout: Layout, shift: Tensor) -> Tensor:
+def shift_through(weight: Tensor, layout: KernelLayout, shift: Tensor) -> Tensor:
     """Return W * (a constant `shift` per input channel): one float64 value per output channel.
 
     A transposed kernel has to have a single tap: with more, its output is not constant.
@@ -152,16 +155,16 @@ def shift_through(weight: Tensor, layout: Layout, shift: Tensor) -> Tensor:
 def absorb(
     weight: Tensor,
     bias: Tensor | None,
-    layout: Layout,
-    behind: Affine | None = None,
-    in_front: Affine | None = None,
+    layout: KernelLayout,
+    output_side: Affine | None = None,
+    input_side: Affine | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias of `behind(W * in_front(x) + b)`, each rounded once.
+    """Return weight and bias of `output_side(W * input_side(x) + b)`, each rounded once.
 
     The bias stays None where it had been and would be zero.
     """
-    shift = absorbed_bias(weight, bias, layout, behind, in_front)
-    new_weight = absorbed_weight(weight, layout, behind, in_front)
+    shift = absorbed_bias(weight, bias, layout, output_side, input_side)
+    new_weight = absorbed_weight(weight, layout, output_side, input_side)
     if bias is None and not bool(shift.any()):
         return new_weight, None
     return new_weight, shift.to(weight.dtype if bias is None else bias.dtype)
@@ -169,18 +172,18 @@ def absorb(
 
 def absorbed_weight(
     weight: Tensor,
-    layout: Layout,
-    behind: Affine | None,
-    in_front: Affine | None,
+    layout: KernelLayout,
+    output_side: Affine | None,
+    input_side: Affine | None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the weight of `behind(W * in_front(x) + b)`, rounded to `dtype` or its own."""
+    """Return the weight of `output_side(W * input_side(x) + b)`, rounded to `dtype` or its own."""
     device = weight.device
     return scale_weight(
         weight,
         layout,
-        None if behind is None else behind.scale.to(device),
-        None if in_front is None else in_front.scale.to(device),
+        None if output_side is None else output_side.scale.to(device),
+        None if input_side is None else input_side.scale.to(device),
         dtype,
     )
 
@@ -188,20 +191,20 @@ def absorbed_weight(
 def absorbed_bias(
     weight: Tensor,
     bias: Tensor | None,
-    layout: Layout,
-    behind: Affine | None,
-    in_front: Affine | None,
+    layout: KernelLayout,
+    output_side: Affine | None,
+    input_side: Affine | None,
 ) -> Tensor:
-    """Return the bias of `behind(W * in_front(x) + b)` in float64."""
+    """Return the bias of `output_side(W * input_side(x) + b)` in float64."""
     old = weight.detach()
     shift = torch.zeros(layout.out_channels(old), dtype=torch.float64, device=old.device)
     if bias is not None:
         shift = shift + bias.detach().double()
-    if in_front is not None and bool(in_front.shift.any()):
-        shift = shift + shift_through(old, layout, in_front.shift.to(old.device))
-    if behind is not None:
-        behind = behind.to(old.device)
-        shift = behind.scale * shift + behind.shift
+    if input_side is not None and bool(input_side.shift.any()):
+        shift = shift + shift_through(old, layout, input_side.shift.to(old.device))
+    if output_side is not None:
+        output_side = output_side.to(old.device)
+        shift = output_side.scale * shift + output_side.shift
     return shift
 
 

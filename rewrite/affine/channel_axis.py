@@ -58,7 +58,9 @@ class Channels:
             "unflatten": self._merged.view,
         }
 
-    def follow(self, call: Call, lane: ChannelMap, direction: Direction) -> ChannelMap | None:
+    def follow(
+        self, call: Call, channel_map: ChannelMap, direction: Direction
+    ) -> ChannelMap | None:
         """Return the map at the input of a call (backward) or at its value; None: not my kind.
 
         Raises:
@@ -67,7 +69,7 @@ class Channels:
         follow = self._follow.get(call.name)
         if follow is None or not isinstance(call.operand, Node):
             return None
-        return follow(call, call.operand, lane, direction)
+        return follow(call, call.operand, channel_map, direction)
 
     def _rank(self, source: Node) -> int:
         rank = self._ranks.rank(source)
@@ -76,23 +78,23 @@ class Channels:
         return rank
 
     def _flatten(
-        self, call: Call, source: Node, lane: ChannelMap, direction: Direction
+        self, call: Call, source: Node, channel_map: ChannelMap, direction: Direction
     ) -> ChannelMap:
         start, end = call.get("start_dim", 0), call.get("end_dim", -1)
         _check_axes(call, start, end)
-        return self._merged.flatten(source, lane, direction, start, end)
+        return self._merged.flatten(source, channel_map, direction, start, end)
 
     # -- the order of the axes ----------------------------------------------------------------
 
     def _permute(
-        self, call: Call, source: Node, lane: ChannelMap, direction: Direction
+        self, call: Call, source: Node, channel_map: ChannelMap, direction: Direction
     ) -> ChannelMap:
         dims = call.get("dims") or ()
         _check_axes(call, *dims)
-        return _reordered(lane, [dim % len(dims) for dim in dims], direction)
+        return _reordered(channel_map, [dim % len(dims) for dim in dims], direction)
 
     def _transpose(
-        self, call: Call, source: Node, lane: ChannelMap, direction: Direction
+        self, call: Call, source: Node, channel_map: ChannelMap, direction: Direction
     ) -> ChannelMap:
         rank = self._rank(source)
         one, other = call.get("dim0", 0), call.get("dim1", 1)
@@ -100,35 +102,35 @@ class Channels:
         order = list(range(rank))
         if rank > 1:
             order[one % rank], order[other % rank] = order[other % rank], order[one % rank]
-        return _reordered(lane, order, direction)
+        return _reordered(channel_map, order, direction)
 
     def _movedim(
-        self, call: Call, source: Node, lane: ChannelMap, direction: Direction
+        self, call: Call, source: Node, channel_map: ChannelMap, direction: Direction
     ) -> ChannelMap:
         rank = self._rank(source)
         moved, to = call.get("source"), call.get("destination")
         _check_axes(call, moved, to)
         order = [axis for axis in range(rank) if axis != moved % rank]
         order.insert(to % rank, moved % rank)
-        return _reordered(lane, order, direction)
+        return _reordered(channel_map, order, direction)
 
     def _unsqueeze(
-        self, call: Call, source: Node, lane: ChannelMap, direction: Direction
+        self, call: Call, source: Node, channel_map: ChannelMap, direction: Direction
     ) -> ChannelMap:
         rank = self._rank(source)
         dim = call.get("dim")
         _check_axes(call, dim)
         new = dim % (rank + 1)
         if direction is Direction.BACKWARD:
-            axis = from_front(lane.axis, rank + 1)
+            axis = from_front(channel_map.axis, rank + 1)
             if axis == new:
                 raise DeclinedError(f"the channels are an axis that {source.name} does not have")
-            return lane.moved((axis - (axis > new)) - rank)
-        axis = from_front(lane.axis, rank)
-        return lane.moved((axis + (axis >= new)) - (rank + 1))
+            return channel_map.moved((axis - (axis > new)) - rank)
+        axis = from_front(channel_map.axis, rank)
+        return channel_map.moved((axis + (axis >= new)) - (rank + 1))
 
     def _squeeze(
-        self, call: Call, source: Node, lane: ChannelMap, direction: Direction
+        self, call: Call, source: Node, channel_map: ChannelMap, direction: Direction
     ) -> ChannelMap:
         rank = self._rank(source)
         dims = call.get("dim") or ()
@@ -143,16 +145,16 @@ class Channels:
             )
         kept = [axis for axis in range(rank) if axis not in gone]
         if direction is Direction.BACKWARD:
-            return lane.moved(kept[from_front(lane.axis, len(kept))] - rank)
-        axis = from_front(lane.axis, rank)
+            return channel_map.moved(kept[from_front(channel_map.axis, len(kept))] - rank)
+        axis = from_front(channel_map.axis, rank)
         if axis in gone:
             raise DeclinedError(f"the channels of {source.name} are squeezed away", call.node)
-        return lane.moved(kept.index(axis) - len(kept))
+        return channel_map.moved(kept.index(axis) - len(kept))
 
     # -- the order of the positions -----------------------------------------------------------
 
     def _reorder(
-        self, call: Call, source: Node, lane: ChannelMap, direction: Direction
+        self, call: Call, source: Node, channel_map: ChannelMap, direction: Direction
     ) -> ChannelMap:
         """Follow a roll or a flip, along the channels too."""
         rank = self._rank(source)
@@ -162,31 +164,31 @@ class Channels:
         _check_axes(call, *dims, *shifts)
         if not dims:
             raise DeclinedError(f"{call.node.name} moves the positions of all axes as one")
-        index = lane.index
+        index = channel_map.index
         for dim, shift in zip(dims, shifts, strict=True):
-            if dim % rank == from_front(lane.axis, rank):
-                _check_known(call, lane)
+            if dim % rank == from_front(channel_map.axis, rank):
+                _check_known(call, channel_map)
                 sign = -1 if direction is Direction.BACKWARD else 1
                 index = index.flip(0) if call.name == "flip" else index.roll(sign * shift)
-        return lane.moved(lane.axis, index)
+        return channel_map.moved(channel_map.axis, index)
 
     def _channel_shuffle(
-        self, call: Call, source: Node, lane: ChannelMap, direction: Direction
+        self, call: Call, source: Node, channel_map: ChannelMap, direction: Direction
     ) -> ChannelMap:
         groups = call.get("groups")
         _check_axes(call, groups)
-        if from_front(lane.axis, self._rank(source)) != 1:
-            return lane
-        _check_known(call, lane)
-        rows = groups if direction is Direction.FORWARD else len(lane.index) // groups
-        return lane.moved(lane.axis, lane.index.view(rows, -1).t().flatten())
+        if from_front(channel_map.axis, self._rank(source)) != 1:
+            return channel_map
+        _check_known(call, channel_map)
+        rows = groups if direction is Direction.FORWARD else len(channel_map.index) // groups
+        return channel_map.moved(channel_map.axis, channel_map.index.view(rows, -1).t().flatten())
 
 
-def _reordered(lane: ChannelMap, order: list[int], direction: Direction) -> ChannelMap:
+def _reordered(channel_map: ChannelMap, order: list[int], direction: Direction) -> ChannelMap:
     """Return a map behind axes in another order: axis k of the value is `order[k]` of the input."""
-    axis = from_front(lane.axis, len(order))
+    axis = from_front(channel_map.axis, len(order))
     backward = direction is Direction.BACKWARD
-    return lane.moved((order[axis] if backward else order.index(axis)) - len(order))
+    return channel_map.moved((order[axis] if backward else order.index(axis)) - len(order))
 
 
 def _check_axes(call: Call, *given: Any) -> None:
@@ -195,29 +197,31 @@ def _check_axes(call: Call, *given: Any) -> None:
         raise DeclinedError(f"the axes that {call.node.name} moves are computed", call.node)
 
 
-def _check_known(call: Call, lane: ChannelMap) -> None:
-    if lane.spread:
+def _check_known(call: Call, channel_map: ChannelMap) -> None:
+    if channel_map.spread:
         raise DeclinedError(f"{call.node.name} moves channels of unknown places", call.node)
 
 
-def _pixel_shuffle(call: Call, source: Node, lane: ChannelMap, direction: Direction) -> ChannelMap:
+def _pixel_shuffle(
+    call: Call, source: Node, channel_map: ChannelMap, direction: Direction
+) -> ChannelMap:
     """Follow a pixel shuffle: r*r neighbouring channels become the pixels of one; or back."""
     shuffles = call.name == "pixel_shuffle"
     factor = call.get("upscale_factor" if shuffles else "downscale_factor")
     _check_axes(call, factor)
     size = factor**2
-    if lane.axis != -3:
+    if channel_map.axis != -3:
         raise DeclinedError(
             "the channels are not the axis that a pixel shuffle takes apart", call.node
         )
     if shuffles == (direction is Direction.BACKWARD):
-        return lane.moved(-3, lane.index.repeat_interleave(size))
-    if len(lane.index) % size:
+        return channel_map.moved(-3, channel_map.index.repeat_interleave(size))
+    if len(channel_map.index) % size:
         raise DeclinedError("the channels do not fill the pixels of a pixel shuffle", call.node)
-    index: Tensor = lane.index.view(-1, size)
+    index: Tensor = channel_map.index.view(-1, size)
     if not torch.equal(index, index[:, :1].expand_as(index)):
         raise DeclinedError(
             f"a pixel shuffle makes one channel of {size}, and the norm maps those differently",
             call.node,
         )
-    return lane.moved(-3, index[:, 0].contiguous())
+    return channel_map.moved(-3, index[:, 0].contiguous())

@@ -1,28 +1,59 @@
-"""What every propagation of an affine map needs to know of the graph around it."""
+"""What a propagation is asked for, and what it needs to know of the graph around it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
-from rewrite.affine.layers import Layer, layer_of
+from rewrite.affine.channel_map import Direction
+from rewrite.affine.layers import Layer, Side, layer_of
 from rewrite.affine.rules import PropagationRules
 from rewrite.affine.tensor_readers import TensorReaders
 from rewrite.graph.captured import Captured
 from rewrite.graph.ranks import Ranks
 
 
+@dataclass(frozen=True, eq=False)
+class MapRequest:
+    """A map y = s.x + t that is to be absorbed.
+
+    Attributes:
+        direction: whether what produces x absorbs it, or what reads y.
+        values: per call that the map stands at, the value that is mapped.
+        axis: of the channels in those values.
+        channels: how many there are.
+        scale, shift: which parts the map has.
+        positive: every scale is positive.
+        absorb_inverse: layers that the change meets against its direction may absorb the inverse.
+    """
+
+    direction: Direction
+    values: Mapping[Node, Node]
+    axis: int
+    channels: int
+    scale: bool = True
+    shift: bool = True
+    positive: bool = False
+    absorb_inverse: bool = False
+
+    @property
+    def side(self) -> Side:
+        """The side of each call on which the mapped value lies."""
+        return Side.INPUT if self.direction is Direction.BACKWARD else Side.OUTPUT
+
+
 @dataclass
 class AnalysisContext:
-    """A captured model as growths read it. `folded` are nodes whose map has moved elsewhere.
+    """A captured model as propagations read it. `folded` are nodes whose map has moved elsewhere.
 
     `gone` are the keys of norms whose affine part has moved elsewhere: they take up nothing more.
     """
 
     captured: Captured
     folded: dict[Node, Node]
-    unshare: bool = False
+    clone_shared: bool = False
     bake: bool = False
 
     def __post_init__(self) -> None:
@@ -41,7 +72,7 @@ class AnalysisContext:
             layer = None
             if node.op in ("call_module", "call_function"):
                 layer = layer_of(self.captured, node, rank)
-            if layer is not None and self.unshare and self._separable(layer):
+            if layer is not None and self.clone_shared and self._separable(layer):
                 layer = replace(layer, call=node)
             self._layers[node] = layer
         return self._layers[node]

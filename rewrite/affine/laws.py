@@ -57,7 +57,7 @@ class UnaryLaws:
         self._ranks = ranks
 
     def around(
-        self, call: Call, value: Node, lane: ChannelMap, constraints: Constraints
+        self, call: Call, value: Node, channel_map: ChannelMap, constraints: Constraints
     ) -> dict[Node, ChannelMap]:
         """Return the map of the operand, given that of the value; or the other way round.
 
@@ -72,13 +72,13 @@ class UnaryLaws:
             )
         if _occurrences(node, operand) > 1:
             raise DeclinedError(f"{called(self._captured, node)} reads a value twice", node)
-        self._check(call, lane, constraints)
+        self._check(call, channel_map, constraints)
         if call.operation.shape is Shape.REDUCED:
             direction = Direction.BACKWARD if value is node else Direction.FORWARD
-            return self._reduce(call, operand, lane, direction)
-        return {operand if value is node else node: lane}
+            return self._reduce(call, operand, channel_map, direction)
+        return {operand if value is node else node: channel_map}
 
-    def _check(self, call: Call, lane: ChannelMap, constraints: Constraints) -> None:
+    def _check(self, call: Call, channel_map: ChannelMap, constraints: Constraints) -> None:
         traits = call.operation.traits
         if Trait.ROUNDS in traits:
             self._decline(call, "rounds its values")
@@ -91,16 +91,18 @@ class UnaryLaws:
             self._decline(call, "casts to integers")
         if call.get("return_indices", False):
             self._decline(call, "returns the places of its values, too")
-        self._keeps_channels_apart(call, lane)
+        self._keeps_channels_apart(call, channel_map)
         if Trait.SHIFTS not in traits:
-            self._only_scale(call, lane, _WORDS.get(call.name, "does not keep what is added"))
+            self._only_scale(
+                call, channel_map, _WORDS.get(call.name, "does not keep what is added")
+            )
         elif Trait.DROPS in traits:
-            self._drops(call, lane)
+            self._drops(call, channel_map)
         elif call.name.startswith("avg_pool"):
-            self._averages(call, lane)
+            self._averages(call, channel_map)
         elif call.name in ("pad", "constant_pad_nd"):
-            self._pads(call, lane)
-        if lane.scale and Trait.SCALES not in traits:
+            self._pads(call, channel_map)
+        if channel_map.scale and Trait.SCALES not in traits:
             if not constraints.positive:
                 self._decline(call, "passes only positive scales, and some are not")
             constraints.relied_on_sign = True
@@ -108,43 +110,43 @@ class UnaryLaws:
     def _decline(self, call: Call, why: str) -> None:
         raise DeclinedError(f"{called(self._captured, call.node)} {why}", call.node)
 
-    def _only_scale(self, call: Call, lane: ChannelMap, does: str) -> None:
-        if lane.shift:
+    def _only_scale(self, call: Call, channel_map: ChannelMap, does: str) -> None:
+        if channel_map.shift:
             self._decline(call, f"{does}: a shift does not pass through it")
 
-    def _keeps_channels_apart(self, call: Call, lane: ChannelMap) -> None:
+    def _keeps_channels_apart(self, call: Call, channel_map: ChannelMap) -> None:
         """Decline a window that reaches over the channels."""
         mixes = call.operation.mixes
         if mixes == 0:
             return
         rank = self._ranks.rank(operand_of(call))
-        if lane.axis >= 0 or (rank is None and mixes == SPATIAL):
+        if channel_map.axis >= 0 or (rank is None and mixes == SPATIAL):
             self._decline(
                 call, "takes a value whose number of axes is unknown (pass example_inputs)"
             )
         first = 2 - rank if mixes == SPATIAL and rank is not None else -mixes
-        if lane.axis >= first:
+        if channel_map.axis >= first:
             self._decline(call, "reads neighbouring channels together")
 
     # -- conditions ---------------------------------------------------------------------------
 
-    def _drops(self, call: Call, lane: ChannelMap) -> None:
+    def _drops(self, call: Call, channel_map: ChannelMap) -> None:
         if not drops(call):
             return
         if call.name == "alpha_dropout":
             self._decline(call, "puts other values in the place of some (training mode)")
-        self._only_scale(call, lane, "drops values of (training mode)")
+        self._only_scale(call, channel_map, "drops values of (training mode)")
 
-    def _averages(self, call: Call, lane: ChannelMap) -> None:
+    def _averages(self, call: Call, channel_map: ChannelMap) -> None:
         """Decline a shift where an average weighs something that is not its input."""
         padding = call.get("padding", 0)
         pads = any(padding) if isinstance(padding, list | tuple) else padding != 0
         if call.get("divisor_override") is not None:
-            self._only_scale(call, lane, "divides by another number than that of its inputs")
+            self._only_scale(call, channel_map, "divides by another number than that of its inputs")
         if pads and call.get("count_include_pad", True):
-            self._only_scale(call, lane, "averages over zeros of its padding")
+            self._only_scale(call, channel_map, "averages over zeros of its padding")
 
-    def _pads(self, call: Call, lane: ChannelMap) -> None:
+    def _pads(self, call: Call, channel_map: ChannelMap) -> None:
         sizes = call.get("pad")
         kind = type(call.module).__name__ if call.module is not None else ""
         zeros = call.name == "constant_pad_nd" or (
@@ -156,16 +158,17 @@ class UnaryLaws:
             raise DeclinedError(
                 f"{called(self._captured, call.node)} pads by computed sizes", call.node
             )
-        own = sizes[2 * (-lane.axis - 1) : 2 * -lane.axis] if -lane.axis <= len(sizes) // 2 else ()
-        if lane.axis >= 0 or any(own):
+        place = -channel_map.axis
+        own = sizes[2 * (place - 1) : 2 * place] if place <= len(sizes) // 2 else ()
+        if channel_map.axis >= 0 or any(own):
             self._decline(call, "pads the channels themselves")
         if zeros and any(size > 0 for size in sizes):
             if call.get("value", 0) not in (0, None):
                 self._decline(call, "pads with a constant")
-            self._only_scale(call, lane, "pads with zeros")
+            self._only_scale(call, channel_map, "pads with zeros")
 
     def _reduce(
-        self, call: Call, source: Node, lane: ChannelMap, direction: Direction
+        self, call: Call, source: Node, channel_map: ChannelMap, direction: Direction
     ) -> dict[Node, ChannelMap]:
         dims = call.get("dim")
         dims = (dims,) if isinstance(dims, int) else dims
@@ -180,12 +183,12 @@ class UnaryLaws:
         gone = {dim % rank for dim in dims}
         kept = [axis for axis in range(rank) if keep or axis not in gone]
         backward = direction is Direction.BACKWARD
-        axis = kept[lane.axis % len(kept)] if backward else lane.axis % rank
+        axis = kept[channel_map.axis % len(kept)] if backward else channel_map.axis % rank
         if axis in gone:
             self._decline(call, "reduces over the channels")
         if backward:
-            return {source: lane.moved(axis - rank)}
-        return {call.node: lane.moved(kept.index(axis) - len(kept))}
+            return {source: channel_map.moved(axis - rank)}
+        return {call.node: channel_map.moved(kept.index(axis) - len(kept))}
 
 
 def operand_of(call: Call) -> Node:

@@ -1,8 +1,8 @@
 """Layers that absorb an affine map per channel, on their input side or their output side.
 
-    kernel   y = W*x + b        behind it: any map; in front of it: any, unless padding adds zeros
+    kernel   y = W*x + b        output side: any map; input side: any, unless padding adds zeros
     norm     y = s.x + t        a batch norm in eval mode: any map on either side
-    gain     y = g.n(x) + h     layer, group, RMS or instance norm: any map behind it
+    gain     y = g.n(x) + h     layer, group, RMS or instance norm: any map on its output side
 
 Maps are collected as two short vectors a layer and side. A weight is computed once, from all of
 them, when the ledger is written: it is rounded once, whatever was folded into it.
@@ -10,16 +10,22 @@ them, when the ledger is written: it is rounded once, whatever was folded into i
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from typing import Literal
 
 from torch.fx import Node
 
-from rewrite.affine.algebra import Layout
+from rewrite.affine.algebra import KernelLayout
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.operators import Conv, Norm, conv_of, linear_of, norm_of
 
-Side = Literal["in front", "behind"]
+
+class Side(enum.StrEnum):
+    """A side of a layer; the values are how maps of keys write it."""
+
+    INPUT = "in front"
+    OUTPUT = "behind"
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Layer:
     axis: int
     channels_in: int
     channels_out: int
-    layout: Layout
+    layout: KernelLayout
     weight: TensorRef | None
     bias: TensorRef | None
     mean: TensorRef | None = None
@@ -72,7 +78,7 @@ def layer_of(captured: Captured, node: Node, rank: int | None) -> Layer | None:
     if (linear := linear_of(captured, node)) is not None:
         out, into = captured.tensor(linear.weight).shape
         return Layer(
-            linear.target, "kernel", node, linear.module, -1, into, out, Layout(),
+            linear.target, "kernel", node, linear.module, -1, into, out, KernelLayout(),
             linear.weight, linear.bias,
         )  # fmt: skip
     norm = norm_of(captured, node)
@@ -80,7 +86,7 @@ def layer_of(captured: Captured, node: Node, rank: int | None) -> Layer | None:
 
 
 def _conv_layer(captured: Captured, conv: Conv) -> Layer:
-    layout = Layout(conv.groups, conv.transposed)
+    layout = KernelLayout(conv.groups, conv.transposed)
     weight = captured.tensor(conv.weight)
     why_not = _loses_shift(conv, tuple(weight.shape[2:]))
     return Layer(
@@ -131,7 +137,7 @@ def norm_layer(captured: Captured, norm: Norm, rank: int | None) -> Layer | None
     if norm.kind in ("batch", "instance") and has_statistics and not norm.training:
         whole = norm.module is not None or (norm.weight is not None and norm.bias is not None)
         return Layer(
-            norm.target, "norm", norm.node, norm.module, axis, channels, channels, Layout(),
+            norm.target, "norm", norm.node, norm.module, axis, channels, channels, KernelLayout(),
             norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, absorbs=whole,
         )  # fmt: skip
     if norm.kind == "batch":
@@ -139,7 +145,7 @@ def norm_layer(captured: Captured, norm: Norm, rank: int | None) -> Layer | None
     if norm.weight is None or len(norm.normalized_shape) > 1:
         return None
     return Layer(
-        norm.target, "gain", norm.node, norm.module, axis, channels, channels, Layout(),
+        norm.target, "gain", norm.node, norm.module, axis, channels, channels, KernelLayout(),
         norm.weight, norm.bias, keeps_shift=False,
         why_not=f"{norm.target} normalizes by statistics of its input",
     )  # fmt: skip

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rewrite.affine.algebra import Affine, absorbed_bias, absorbed_weight
-from rewrite.affine.layers import Layer
+from rewrite.affine.layers import Layer, Side
 from rewrite.graph.captured import TensorRef
-
-if TYPE_CHECKING:
-    from rewrite.affine.layers import Side
-
 
 Read = Callable[[TensorRef], Tensor]
 
@@ -32,31 +27,31 @@ class Ledger:
     def __init__(self, read: Read) -> None:
         self._read = read
         self._layers: dict[str, Layer] = {}
-        self._front: dict[str, Affine] = {}
-        self._behind: dict[str, Affine] = {}
+        self._input: dict[str, Affine] = {}
+        self._output: dict[str, Affine] = {}
 
     def take(self, layer: Layer, side: Side, affine: Affine) -> None:
         """Note that `layer` takes up `affine` on one side, next to the value it reads or writes."""
         self._layers[layer.key] = layer
-        if side == "behind":
-            before = self._behind.get(layer.key)
-            self._behind[layer.key] = affine if before is None else affine.after(before)
+        if side is Side.OUTPUT:
+            before = self._output.get(layer.key)
+            self._output[layer.key] = affine if before is None else affine.after(before)
         else:
-            before = self._front.get(layer.key)
-            self._front[layer.key] = affine if before is None else before.after(affine)
+            before = self._input.get(layer.key)
+            self._input[layer.key] = affine if before is None else before.after(affine)
 
     def affine(self, layer: Layer) -> Affine:
         """Return the map that a batch norm is by now, or the gain and bias of another norm."""
         base = self._base(layer)
-        if (front := self._front.get(layer.key)) is not None:
-            base = base.after(front.to(base.scale.device))
-        if (behind := self._behind.get(layer.key)) is not None:
-            base = behind.to(base.scale.device).after(base)
+        if (before := self._input.get(layer.key)) is not None:
+            base = base.after(before.to(base.scale.device))
+        if (after := self._output.get(layer.key)) is not None:
+            base = after.to(base.scale.device).after(base)
         return base
 
     def forget(self, layer: Layer) -> None:
         """Drop a norm that is itself folded: what it took up has moved on with it."""
-        for held in (self._layers, self._front, self._behind):
+        for held in (self._layers, self._input, self._output):
             held.pop(layer.key, None)
 
     def layers(self) -> tuple[Layer, ...]:
@@ -102,7 +97,7 @@ class Ledger:
             bias = None if layer.bias is None else self._read(layer.bias)
             return absorbed_bias(
                 self._read(layer.weight), bias, layer.layout,
-                self._behind.get(layer.key), self._front.get(layer.key),
+                self._output.get(layer.key), self._input.get(layer.key),
             )  # fmt: skip
         affine = self.affine(layer)
         scale, shift = affine.scale, affine.shift
@@ -116,7 +111,7 @@ class Ledger:
         assert layer.weight is not None
         return absorbed_weight(
             self._read(layer.weight), layer.layout,
-            self._behind.get(layer.key), self._front.get(layer.key), dtype,
+            self._output.get(layer.key), self._input.get(layer.key), dtype,
         )  # fmt: skip
 
     def alone(self, layer: Layer) -> Ledger:
@@ -125,7 +120,7 @@ class Ledger:
         held = {ref: self._read(ref) for ref in refs if ref is not None}
         ledger = Ledger(held.__getitem__)
         ledger._layers[layer.key] = layer
-        for mine, maps in ((ledger._front, self._front), (ledger._behind, self._behind)):
+        for mine, maps in ((ledger._input, self._input), (ledger._output, self._output)):
             if layer.key in maps:
                 mine[layer.key] = maps[layer.key]
         return ledger

@@ -36,7 +36,7 @@ class MergedAxes:
         self._ranks = ranks
 
     def flatten(
-        self, source: Node, lane: ChannelMap, direction: Direction, start: int, end: int
+        self, source: Node, channel_map: ChannelMap, direction: Direction, start: int, end: int
     ) -> ChannelMap:
         """Follow the axes `start` to `end`, which become one."""
         backward = direction is Direction.BACKWARD
@@ -46,23 +46,23 @@ class MergedAxes:
         first, last = start % rank, end % rank
         flat_rank = rank - (last - first)
         if backward:
-            axis = from_front(lane.axis, flat_rank)
+            axis = from_front(channel_map.axis, flat_rank)
             if axis < first:
-                return lane.moved(axis - rank)
+                return channel_map.moved(axis - rank)
             if axis > first:
-                return lane.moved(axis + (last - first) - rank)
-            return self._unmerge(source, lane, first, last, rank)
-        axis = from_front(lane.axis, rank)
+                return channel_map.moved(axis + (last - first) - rank)
+            return self._unmerge(source, channel_map, first, last, rank)
+        axis = from_front(channel_map.axis, rank)
         if axis < first:
-            return lane.moved(axis - flat_rank)
+            return channel_map.moved(axis - flat_rank)
         if axis > last:
-            return lane.moved(axis - (last - first) - flat_rank)
-        return self._merge(source, lane, axis, first, last, rank, flat_rank)
+            return channel_map.moved(axis - (last - first) - flat_rank)
+        return self._merge(source, channel_map, axis, first, last, rank, flat_rank)
 
     def _merge(
         self,
         source: Node,
-        lane: ChannelMap,
+        channel_map: ChannelMap,
         axis: int,
         first: int,
         last: int,
@@ -77,34 +77,34 @@ class MergedAxes:
             )
         if before == 0 or (first == 0 and axis > 0):
             raise DeclinedError(f"the channels of {source.name} merge with its batch axis")
-        index = lane.index.repeat(before)
+        index = channel_map.index.repeat(before)
         if after is None:
             if before != 1:
                 raise DeclinedError(
                     f"the channels of {source.name} merge with axes of unknown length"
                 )
-            return replace(lane.moved(first - flat_rank, index), spread=True)
-        return lane.moved(first - flat_rank, index.repeat_interleave(after))
+            return replace(channel_map.moved(first - flat_rank, index), spread=True)
+        return channel_map.moved(first - flat_rank, index.repeat_interleave(after))
 
     def _unmerge(
-        self, source: Node, lane: ChannelMap, first: int, last: int, rank: int
+        self, source: Node, channel_map: ChannelMap, first: int, last: int, rank: int
     ) -> ChannelMap:
         """Find the one axis of `first` to `last` that carries channels, behind a flatten."""
-        if lane.spread:
+        if channel_map.spread:
             raise DeclinedError(f"the channels of {source.name} are merged twice")
-        length = len(lane.index)
+        length = len(channel_map.index)
         # The usual case: the channels are the first of the merged axes.
         channels = self._ranks.size(source, first - rank)
         shape = self._captured.shape(source)
         if first == 0:
             raise DeclinedError(f"the batch axis of {source.name} is merged into the channels")
         if channels is not None and channels and length % channels == 0:
-            index = lane.index.view(channels, -1)
+            index = channel_map.index.view(channels, -1)
             if bool((index == index[:, :1]).all()):
-                return lane.moved(first - rank, index[:, 0].contiguous())
+                return channel_map.moved(first - rank, index[:, 0].contiguous())
         if shape is not None:
-            labels = lane.index.view(tuple(shape[first : last + 1]))
-            return self._only_axis(source, lane, labels, first - rank)
+            labels = channel_map.index.view(tuple(shape[first : last + 1]))
+            return self._only_axis(source, channel_map, labels, first - rank)
         if channels is None:
             raise DeclinedError(
                 f"the number of channels of {source.name} is unknown before the flatten"
@@ -114,8 +114,10 @@ class MergedAxes:
             "norm maps each of those differently"
         )
 
-    def _only_axis(self, source: Node, lane: ChannelMap, labels: Tensor, first: int) -> ChannelMap:
-        """Return the lane on the only axis along which `labels` vary; their first is `first`."""
+    def _only_axis(
+        self, source: Node, channel_map: ChannelMap, labels: Tensor, first: int
+    ) -> ChannelMap:
+        """Return the map on the only axis along which `labels` vary; their first is `first`."""
         varying = [
             axis
             for axis in range(labels.dim())
@@ -128,16 +130,18 @@ class MergedAxes:
             )
         kept = varying[0] if varying else 0
         index = labels.movedim(kept, 0).reshape(labels.shape[kept], -1)[:, 0].contiguous()
-        return lane.moved(first + kept, index)
+        return channel_map.moved(first + kept, index)
 
-    def view(self, call: Call, source: Node, lane: ChannelMap, direction: Direction) -> ChannelMap:
+    def view(
+        self, call: Call, source: Node, channel_map: ChannelMap, direction: Direction
+    ) -> ChannelMap:
         """Follow a view into another shape, by the shapes of the example inputs."""
         node = call.node
         backward = direction is Direction.BACKWARD
         if any(isinstance(given, torch.dtype) for given in (*node.args, *node.kwargs.values())):
             raise DeclinedError(f"{node.name} reads the bits of {source.name} as another dtype")
         if _flattens_from_one(call, source):
-            return self.flatten(source, lane, direction, 1, -1)
+            return self.flatten(source, channel_map, direction, 1, -1)
         old, new = self._captured.shape(source), self._captured.shape(node)
         if old is None or new is None:
             raise DeclinedError(
@@ -145,16 +149,20 @@ class MergedAxes:
                 "(pass example_inputs)"
             )
         given, wanted = (new, old) if backward else (old, new)
-        axis = from_front(lane.axis, len(given))
-        if lane.spread:
+        axis = from_front(channel_map.axis, len(given))
+        if channel_map.spread:
             raise DeclinedError(f"the channels of {source.name} are merged twice")
         trailing = len(given) - axis
         if len(wanted) >= trailing and tuple(given[axis:]) == tuple(wanted[-trailing:]):
-            return lane.moved(-trailing)
+            return channel_map.moved(-trailing)
         if axis == 0 or given[0] != wanted[0]:
             raise DeclinedError(f"the view {node.name} mixes the channels with the batch axis")
-        labels = lane.index.view(-1, *(1,) * (len(given) - axis - 1)).expand(tuple(given[1:]))
-        return self._only_axis(source, lane, labels.reshape(tuple(wanted[1:])), 1 - len(wanted))
+        labels = channel_map.index.view(-1, *(1,) * (len(given) - axis - 1)).expand(
+            tuple(given[1:])
+        )
+        return self._only_axis(
+            source, channel_map, labels.reshape(tuple(wanted[1:])), 1 - len(wanted)
+        )
 
     def _product(self, source: Node, axes: range, rank: int) -> int | None:
         sizes = [self._ranks.size(source, axis - rank) for axis in axes]

@@ -30,7 +30,7 @@ class OperandRules:
         self._ranks = ranks
 
     def around(
-        self, call: Call, value: Node, lane: ChannelMap, constraints: Constraints
+        self, call: Call, value: Node, channel_map: ChannelMap, constraints: Constraints
     ) -> dict[Node, ChannelMap]:
         """Return the maps that a sum, product or quotient demands of its operands and value.
 
@@ -40,31 +40,31 @@ class OperandRules:
         one, other = call.operand, call.get("other")
         if one is other:
             self._decline(call, "combines a value with itself")
-        if isinstance(one, Node) and isinstance(other, Node) and lane.axis >= 0:
+        if isinstance(one, Node) and isinstance(other, Node) and channel_map.axis >= 0:
             raise DeclinedError(UNKNOWN_RANK.format(call.node.name), call.node)
         if value is not call.node and value is not one and value is not other:
             self._decline(call, f"reads {value.name} as something else than an operand")
         if Trait.ADDS in call.operation.traits:
-            return self._add(call, value, lane, constraints)
-        if lane.shift:
+            return self._add(call, value, channel_map, constraints)
+        if channel_map.shift:
             does = "multiplies" if call.name == "mul" else "divides"
             self._decline(call, f"{does}: a shift does not pass through it")
         if call.name == "mul":
-            return self._multiply(call, (one, other), value, lane, constraints)
-        return self._divide(call, (one, other), value, lane)
+            return self._multiply(call, (one, other), value, channel_map, constraints)
+        return self._divide(call, (one, other), value, channel_map)
 
     def _decline(self, call: Call, why: str) -> None:
         raise DeclinedError(f"{called(self._captured, call.node)} {why}", call.node)
 
-    def _fits(self, call: Call, value: Any, lane: ChannelMap) -> None:
+    def _fits(self, call: Call, value: Any, channel_map: ChannelMap) -> None:
         """Decline a value that is broadcast along the channels."""
         if isinstance(value, Node):
-            size = self._ranks.size(value, lane.axis)
-            if size is not None and size != len(lane.index):
+            size = self._ranks.size(value, channel_map.axis)
+            if size is not None and size != len(channel_map.index):
                 self._decline(call, f"broadcasts {value.name} over the channels")
 
     def _add(
-        self, call: Call, value: Node, lane: ChannelMap, constraints: Constraints
+        self, call: Call, value: Node, channel_map: ChannelMap, constraints: Constraints
     ) -> dict[Node, ChannelMap]:
         terms = call.terms()
         if terms is None or len(call.node.args) > 2:
@@ -74,26 +74,26 @@ class OperandRules:
             )
         weights = {term: weight for term, weight in terms if not is_constant(term)}
         constants = [term for term, _ in terms if is_constant(term)]
-        if lane.scale and any(isinstance(c, Node) or c != 0 for c in constants):
+        if channel_map.scale and any(isinstance(c, Node) or c != 0 for c in constants):
             self._decline(call, "adds a constant, which would have to be scaled")
         for operand in weights:
-            self._fits(call, operand, lane)
-        absorbing = self._absorbing(call, value, lane, weights, constraints)
+            self._fits(call, operand, channel_map)
+        absorbing = self._absorbing(call, value, channel_map, weights, constraints)
         return {
-            call.node: lane,
-            **{term: replace(lane, shift=term is absorbing) for term in weights},
+            call.node: channel_map,
+            **{term: replace(channel_map, shift=term is absorbing) for term in weights},
         }
 
     def _absorbing(
         self,
         call: Call,
         value: Node,
-        lane: ChannelMap,
+        channel_map: ChannelMap,
         weights: dict[Node, Any],
         constraints: Constraints,
     ) -> Node | None:
         """Return the operand whose shift is that of the sum, None where there is no shift."""
-        if not lane.shift:
+        if not channel_map.shift:
             return None
         alone = [term for term, weight in weights.items() if weight == 1]
         if value is call.node and alone:
@@ -113,26 +113,26 @@ class OperandRules:
         call: Call,
         factors: tuple[Any, Any],
         value: Node,
-        lane: ChannelMap,
+        channel_map: ChannelMap,
         constraints: Constraints,
     ) -> dict[Node, ChannelMap]:
         operands = [factor for factor in factors if not is_constant(factor)]
         if not operands:
             self._decline(call, "multiplies constants")
         chosen = operands[constraints.choose(len(operands))] if value is call.node else value
-        self._fits(call, chosen, lane)
-        return {call.node: lane, chosen: lane}
+        self._fits(call, chosen, channel_map)
+        return {call.node: channel_map, chosen: channel_map}
 
     def _divide(
-        self, call: Call, operands: tuple[Any, Any], value: Node, lane: ChannelMap
+        self, call: Call, operands: tuple[Any, Any], value: Node, channel_map: ChannelMap
     ) -> dict[Node, ChannelMap]:
         dividend = operands[0]
         if call.get("rounding_mode") is not None:
             self._decline(call, "rounds its quotient")
         if is_constant(dividend) or (value is not call.node and value is not dividend):
             self._decline(call, "divides by the value")
-        self._fits(call, dividend, lane)
-        return {call.node: lane, dividend: lane}
+        self._fits(call, dividend, channel_map)
+        return {call.node: channel_map, dividend: channel_map}
 
 
 def is_constant(value: Any) -> bool:

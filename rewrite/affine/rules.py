@@ -68,7 +68,7 @@ class PropagationRules:
         return bool(row.traits & (Trait.LIKE_SECOND | Trait.CASTS)) and not first
 
     def around(
-        self, node: Node, value: Node, lane: ChannelMap, constraints: Constraints
+        self, node: Node, value: Node, channel_map: ChannelMap, constraints: Constraints
     ) -> dict[Node, ChannelMap]:
         """Return the maps that `node` demands of its inputs and value, given one of them.
 
@@ -78,13 +78,13 @@ class PropagationRules:
         backward = value is node
         direction = Direction.BACKWARD if backward else Direction.FORWARD
         if node in self._folded:
-            return {self._folded[node] if backward else node: lane}
+            return {self._folded[node] if backward else node: channel_map}
         joined = self._parts.join(node)
         if joined is not None:
-            return self._join(node, value, lane, *joined)
+            return self._join(node, value, channel_map, *joined)
         if has(node, Trait.SPLITS) and not backward:
-            return self._split(node, lane)
-        part = self._parts.part(node, lane, direction)
+            return self._split(node, channel_map)
+        part = self._parts.part(node, channel_map, direction)
         if part is not None:
             return {self._parts.whole(node) if backward else node: part}
         call = call_of(self._captured, node)
@@ -94,22 +94,22 @@ class PropagationRules:
                 "channel",
                 node,
             )
-        followed = self._channels.follow(call, lane, direction)
+        followed = self._channels.follow(call, channel_map, direction)
         if followed is not None:
             return {call.operand if backward else node: followed}
         if call.operation.traits & Trait.ADDS or call.name in ("mul", "div"):
-            return self._operands.around(call, value, lane, constraints)
-        return self._laws.around(call, value, lane, constraints)
+            return self._operands.around(call, value, channel_map, constraints)
+        return self._laws.around(call, value, channel_map, constraints)
 
     # -- joining and parting ------------------------------------------------------------------
 
     def _join(
-        self, node: Node, value: Node, lane: ChannelMap, parts: list[Node], axis: int
+        self, node: Node, value: Node, channel_map: ChannelMap, parts: list[Node], axis: int
     ) -> dict[Node, ChannelMap]:
-        if (axis < 0) != (lane.axis < 0):
+        if (axis < 0) != (channel_map.axis < 0):
             raise DeclinedError(UNKNOWN_RANK.format(node.name), node)
-        if axis != lane.axis:
-            return {node: lane, **dict.fromkeys(parts, lane)}
+        if axis != channel_map.axis:
+            return {node: channel_map, **dict.fromkeys(parts, channel_map)}
         sizes = [self._ranks.size(part, axis) for part in parts]
         if None in sizes:
             unknown = parts[sizes.index(None)]
@@ -121,12 +121,12 @@ class PropagationRules:
         demands: dict[Node, ChannelMap] = {}
         if value is not node:
             pieces = [
-                lane.index if part is value else lane.index.new_full((size or 0,), -1)
+                channel_map.index if part is value else channel_map.index.new_full((size or 0,), -1)
                 for part, size in zip(parts, sizes, strict=True)
             ]
-            whole = lane.moved(axis, torch.cat(pieces))
+            whole = channel_map.moved(axis, torch.cat(pieces))
         else:
-            whole = lane
+            whole = channel_map
         start = 0
         for part, size in zip(parts, sizes, strict=True):
             assert size is not None
@@ -141,10 +141,12 @@ class PropagationRules:
             )
         return {node: whole, **demands}
 
-    def _split(self, node: Node, lane: ChannelMap) -> dict[Node, ChannelMap]:
+    def _split(self, node: Node, channel_map: ChannelMap) -> dict[Node, ChannelMap]:
         demands: dict[Node, ChannelMap] = {}
         for user in node.users:
-            part = self._parts.part(user, lane, Direction.FORWARD) if is_getitem(user) else None
+            part = (
+                self._parts.part(user, channel_map, Direction.FORWARD) if is_getitem(user) else None
+            )
             if part is None:
                 raise DeclinedError(f"{self.called(user)} reads all parts of {node.name}", user)
             demands[user] = part

@@ -48,23 +48,23 @@ class Parts:
             raise DeclinedError(f"{source.name} splits no value", source)
         return call, call.operand
 
-    def part(self, node: Node, lane: ChannelMap, direction: Direction) -> ChannelMap | None:
+    def part(self, node: Node, channel_map: ChannelMap, direction: Direction) -> ChannelMap | None:
         """Follow an indexing or one result of a chunk or split; None if `node` is neither."""
         if named(node, *_INDEXING):
-            return self._indexing(node, lane, direction)
+            return self._indexing(node, channel_map, direction)
         if not is_getitem(node) or not isinstance(node.args[0], Node):
             return None
         source, item = node.args[0], node.args[1]
         if has(source, Trait.SPLITS):
             if not isinstance(item, int):
                 raise DeclinedError(f"{node.name} takes several parts of {source.name}", node)
-            return self._result(*self._split_of(source), item, lane, direction)
+            return self._result(*self._split_of(source), item, channel_map, direction)
         if not self._is_tensor(source):
             raise DeclinedError(f"{node.name} takes one of several results of {source.name}", node)
         items = item if isinstance(item, tuple) else (item,)
         if any(isinstance(i, Node | list | Tensor | bool) for i in items):
             raise DeclinedError(f"{node.name} indexes {source.name} by a computed index", node)
-        return self._slice(source, items, lane, direction)
+        return self._slice(source, items, channel_map, direction)
 
     def _is_tensor(self, source: Node) -> bool:
         held = source.meta.get("val")
@@ -76,7 +76,7 @@ class Parts:
         )
         return isinstance(held, Tensor) or (held is None and not several)
 
-    def _indexing(self, node: Node, lane: ChannelMap, direction: Direction) -> ChannelMap:
+    def _indexing(self, node: Node, channel_map: ChannelMap, direction: Direction) -> ChannelMap:
         """Follow `select`, `narrow` and `slice` as the indexing that they are."""
         call = call_of(self._captured, node)
         source = None if call is None else call.operand
@@ -97,10 +97,10 @@ class Parts:
         if not isinstance(dim, int) or not isinstance(item, int | slice) or rank is None:
             raise DeclinedError(f"{node.name} indexes {source.name} by a computed index", node)
         items = (*(slice(None),) * (dim % rank), item)
-        return self._slice(source, items, lane, direction)
+        return self._slice(source, items, channel_map, direction)
 
     def _result(
-        self, call: Call, whole: Node, item: int, lane: ChannelMap, direction: Direction
+        self, call: Call, whole: Node, item: int, channel_map: ChannelMap, direction: Direction
     ) -> ChannelMap:
         """Follow the result number `item` of a chunk, split or unbind."""
         source = call.node
@@ -111,28 +111,30 @@ class Parts:
             rank = self._ranks.rank(whole)
             if rank is None:
                 raise DeclinedError(UNKNOWN_RANK.format(whole.name), source)
-            return self._slice(whole, (*(slice(None),) * (dim % rank), item), lane, direction)
+            return self._slice(
+                whole, (*(slice(None),) * (dim % rank), item), channel_map, direction
+            )
         axis = self._ranks.from_end(whole, dim)
-        if axis != lane.axis:
-            if (axis < 0) != (lane.axis < 0):
+        if axis != channel_map.axis:
+            if (axis < 0) != (channel_map.axis < 0):
                 raise DeclinedError(UNKNOWN_RANK.format(whole.name), source)
-            return lane
+            return channel_map
         total = self._ranks.size(whole, axis)
-        if total is None or lane.spread:
+        if total is None or channel_map.spread:
             raise DeclinedError(
                 f"the number of channels of {whole.name} is unknown (pass example_inputs)", source
             )
         start, stop = _bounds(call, total, item)
-        if len(lane.index) != (stop - start if direction is Direction.BACKWARD else total):
+        if len(channel_map.index) != (stop - start if direction is Direction.BACKWARD else total):
             raise DeclinedError(f"another number of channels of {whole.name} is mapped", source)
         if direction is Direction.BACKWARD:
             index = torch.full((total,), -1)
-            index[start:stop] = lane.index
-            return lane.moved(axis, index)
-        return lane.moved(axis, lane.index[start:stop])
+            index[start:stop] = channel_map.index
+            return channel_map.moved(axis, index)
+        return channel_map.moved(axis, channel_map.index[start:stop])
 
     def _slice(
-        self, source: Node, items: tuple[Any, ...], lane: ChannelMap, direction: Direction
+        self, source: Node, items: tuple[Any, ...], channel_map: ChannelMap, direction: Direction
     ) -> ChannelMap:
         rank = self._ranks.rank(source)
         backward = direction is Direction.BACKWARD
@@ -152,28 +154,30 @@ class Parts:
             if not isinstance(item, int):
                 out_axes.append(place)
             place += 1
-        axis = from_front(lane.axis, len(out_axes) if backward else rank)
+        axis = from_front(channel_map.axis, len(out_axes) if backward else rank)
         input_axis = out_axes[axis] if backward else axis
         if input_axis is None or input_axis not in out_axes:
             raise DeclinedError(f"the channels of {source.name} are indexed away")
         window = [item for item in items if item is not None][input_axis]
-        if lane.spread and window != slice(None):
+        if channel_map.spread and window != slice(None):
             raise DeclinedError(f"the number of channels of {source.name} is unknown")
         if window == slice(None):
-            length = len(lane.index)
+            length = len(channel_map.index)
         else:
             size = self._ranks.size(source, input_axis - rank)
             if size is None:
                 raise DeclinedError(f"the number of channels of {source.name} is unknown")
             length = size
         positions = torch.arange(length)[window]
-        if len(lane.index) != (len(positions) if backward else length):
+        if len(channel_map.index) != (len(positions) if backward else length):
             raise DeclinedError(f"another number of channels of {source.name} is mapped", source)
         if backward:
             index = torch.full((length,), -1)
-            index[positions] = lane.index
-            return lane.moved(input_axis - rank, index)
-        return lane.moved(out_axes.index(input_axis) - len(out_axes), lane.index[positions])
+            index[positions] = channel_map.index
+            return channel_map.moved(input_axis - rank, index)
+        return channel_map.moved(
+            out_axes.index(input_axis) - len(out_axes), channel_map.index[positions]
+        )
 
     def join(self, node: Node) -> tuple[list[Node], int] | None:
         """Return the parts of a concatenation and its axis, or None if `node` is none."""

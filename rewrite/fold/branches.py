@@ -44,7 +44,7 @@ class Branches:
     def __init__(self, captured: Captured, planner: Planner | None = None) -> None:
         self.captured = captured
         self.planner = planner or Planner(captured)
-        self._constants = Constants(captured, self.planner.surroundings.ranks)
+        self._constants = Constants(captured, self.planner.context.ranks)
         self._order = {node: place for place, node in enumerate(captured.nodes())}
 
     def find(self) -> Iterator[Merge | NoMerge]:
@@ -217,7 +217,7 @@ class Branches:
 
     def _asks_shape(self, root: Node, user: Node, node: Node) -> bool:
         """Return whether `user` only asks for the shape, in a forward that goes with the branch."""
-        asks = self.planner.surroundings.rules.reads_only_shape(user, node)
+        asks = self.planner.context.rules.reads_only_shape(user, node)
         return asks and self.captured.frame(user) != self.captured.frame(root)
 
     def _outer(self, convs: list[Conv], has_identity: bool) -> Conv:

@@ -83,7 +83,7 @@ class Source:
 def sources(planner: Planner) -> Iterator[Source]:
     """Yield every candidate of a captured model, in data-flow order, each layer once."""
     captured = planner.captured
-    constants = Constants(captured, planner.surroundings.ranks)
+    constants = Constants(captured, planner.context.ranks)
     seen: set[Node] = set()
     for node in captured.nodes():
         if node in seen or node.op not in ("call_module", "call_function", "call_method"):

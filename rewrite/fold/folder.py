@@ -17,14 +17,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rewrite.affine.algebra import Affine
+from rewrite.affine.channel_map import Direction
 from rewrite.affine.ledger import Ledger
-from rewrite.affine.plan import Absorption, Refusal
-from rewrite.affine.planner import Planner
+from rewrite.affine.plan import Absorption
+from rewrite.affine.planner import MapRequest, Planner
 from rewrite.fold.candidates import Source
 from rewrite.fold.requirements import Requirements, culprit, narrowest, uninvertible
 from rewrite.graph.captured import Captured
+from rewrite.outcomes import Declined
 
 Part = Literal["both", "scale", "shift", "shift over scale"]
+
+
+Plan = Callable[[Direction, bool, bool], Absorption | Declined]
+"""Plans to absorb a map one way, with its scale, its shift, or both."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,36 +95,36 @@ class Folder:
     ) -> None:
         self.captured = captured
         self.compensate = compensate
-        self.planner = Planner(captured, unshare=unshare, bake=bake)
+        self.planner = Planner(captured, clone_shared=unshare, bake=bake)
         self.ledger = Ledger(captured.tensor)
 
-    def fold_at(self, source: Source, affine: Affine) -> Fold | Refusal:
+    def fold_at(self, source: Source, affine: Affine) -> Fold | Declined:
         """Fold `affine`, a map that no node of the model computes, at `source`."""
         found = self._moves(source, affine)
-        if isinstance(found, Refusal):
+        if isinstance(found, Declined):
             return found
         for move in found:
             move.enter(self.ledger, affine)
         return Fold(source, affine, found)
 
-    def decide(self, source: Source) -> Fold | Refusal:
+    def decide(self, source: Source) -> Fold | Declined:
         """Fold `source` in the ledger, or say why it cannot be."""
         if source.refusal:
-            return Refusal(source.refusal)
+            return Declined(source.refusal)
         if source.kind == "norm" and (reason := self._uneditable(source)):
-            return Refusal(reason)
+            return Declined(reason)
         if reason := self._aliasing(source):
-            return Refusal(reason)
+            return Declined(reason)
         affine = source.affine(self.ledger)
         if broken := Requirements().broken_by(affine):
-            return Refusal(self._blame(source, f"its {broken}"))
+            return Declined(self._blame(source, f"its {broken}"))
         found = self._moves(source, affine)
-        if isinstance(found, Refusal):
+        if isinstance(found, Declined):
             return found
         fold = Fold(source, affine, found)
         layers = [edit.layer for move in found for edit in move.absorption.edits]
         if broken := fold.requirements.broken_by(affine, narrowest(layers, self.captured.tensor)):
-            return Refusal(self._blame(source, f"it {broken}"))
+            return Declined(self._blame(source, f"it {broken}"))
         if source.layer is not None:
             self.ledger.forget(source.layer)
         for move in found:
@@ -126,7 +132,7 @@ class Folder:
         if source.kind != "gain":
             self.planner.folded.update(source.passes_on)
         elif source.layer is not None:
-            self.planner.surroundings.gone.add(source.layer.key)
+            self.planner.context.gone.add(source.layer.key)
         return fold
 
     def _blame(self, source: Source, reason: str) -> str:
@@ -150,63 +156,61 @@ class Folder:
                 )
         return None
 
-    # -- ways ---------------------------------------------------------------------------------
+    # -- where it goes ------------------------------------------------------------------------
 
-    def _moves(self, source: Source, affine: Affine) -> tuple[Move, ...] | Refusal:
+    def _moves(self, source: Source, affine: Affine) -> tuple[Move, ...] | Declined:
         scales = bool((affine.scale != 1).any())
         adds = bool(affine.shift.any())
         if not scales and not adds:
             return ()
         positive = bool((affine.scale > 0).all())
-        reasons: list[str] = []
-        for compensate in (False, True)[: 1 + self.compensate]:
-            if compensate and not _invertible(affine, self.captured, source):
+        declined: list[Declined] = []
+        for absorb_inverse in (False, True)[: 1 + self.compensate]:
+            if absorb_inverse and not _invertible(affine, self.captured, source):
                 break
-            plan = self._planner(source, len(affine.scale), positive, compensate)
-            for way in ("backward", "forward"):
-                absorption = plan(way, scales, adds)
+            plan = self._planner(source, len(affine.scale), positive, absorb_inverse)
+            for direction in (Direction.BACKWARD, Direction.FORWARD):
+                absorption = plan(direction, scales, adds)
                 if isinstance(absorption, Absorption):
                     return (Move(absorption, "both"),)
-                reasons.append(absorption.reason)
+                declined.append(absorption)
             if scales and adds:
                 safe = _invertible(affine, self.captured, source)
                 if split := _split(plan, safe):
                     return split
-        reasons = [r for r in reasons[:2] if r]
-        return Refusal("; ".join(dict.fromkeys(reasons)))
+        told = [one for one in declined[:2] if one.reason]
+        reasons = dict.fromkeys(one.reason for one in told)
+        return Declined("; ".join(reasons), tuple(n for one in told for n in one.nodes))
 
-    def _planner(
-        self, source: Source, channels: int, positive: bool, compensate: bool
-    ) -> Callable[[str, bool, bool], Absorption | Refusal]:
-        def plan(way: str, scale: bool, shift: bool) -> Absorption | Refusal:
-            options = {
-                "scale": scale, "shift": shift, "positive": positive, "compensate": compensate,
-            }  # fmt: skip
-            if way == "backward":
-                if source.kind in ("gain", "input"):
-                    return Refusal("")
-                return self.planner.backward(source.inputs, source.axis, channels, **options)
-            return self.planner.forward(source.last, source.axis, channels, **options)
+    def _planner(self, source: Source, channels: int, positive: bool, absorb_inverse: bool) -> Plan:
+        def plan(direction: Direction, scale: bool, shift: bool) -> Absorption | Declined:
+            backward = direction is Direction.BACKWARD
+            if backward and source.kind in ("gain", "input"):
+                return Declined("")
+            values = source.inputs if backward else {node: node for node in source.last}
+            return self.planner.plan(
+                MapRequest(
+                    direction, values, source.axis, channels, scale, shift, positive, absorb_inverse
+                )
+            )
 
         return plan
 
 
-def _split(
-    plan: Callable[[str, bool, bool], Absorption | Refusal], safe: bool
-) -> tuple[Move, ...] | None:
+def _split(plan: Plan, safe: bool) -> tuple[Move, ...] | None:
     """Return moves that take scale and shift different ways, or None."""
-    for scale_way in ("backward", "forward"):
-        scale = plan(scale_way, True, False)
-        if isinstance(scale, Refusal):
+    for direction in (Direction.BACKWARD, Direction.FORWARD):
+        scale = plan(direction, True, False)
+        if isinstance(scale, Declined):
             continue
-        shift = plan("forward", False, True)
+        shift = plan(Direction.FORWARD, False, True)
         if isinstance(shift, Absorption):
             return (Move(shift, "shift"), Move(scale, "scale"))
-        if scale_way == "forward" and not safe:
+        if direction is Direction.FORWARD and not safe:
             continue
-        shift = plan("backward", False, True)
+        shift = plan(Direction.BACKWARD, False, True)
         if isinstance(shift, Absorption):
-            if scale_way == "backward":
+            if direction is Direction.BACKWARD:
                 return (Move(scale, "scale"), Move(shift, "shift"))
             return (Move(shift, "shift over scale"), Move(scale, "scale"))
     return None

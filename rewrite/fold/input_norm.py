@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from rewrite.affine.algebra import Affine
-from rewrite.affine.plan import Refusal
 from rewrite.errors import OptionError
 from rewrite.fold.candidates import Source
 from rewrite.fold.folder import Fold, Folder
+from rewrite.outcomes import Declined
 
 
 class InputNorm(nn.Module):
@@ -50,14 +50,14 @@ def parse_input_norm(text: str) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def fold_input(folder: Folder, mean: Tensor, std: Tensor) -> Fold | Refusal:
+def fold_input(folder: Folder, mean: Tensor, std: Tensor) -> Fold | Declined:
     """Fold (x - mean) / std of the model's first input into what reads it."""
     region = folder.captured.regions[0] if folder.captured.regions else None
     inputs = [] if region is None else [n for n in region.graph.nodes if n.op == "placeholder"]
     if region is None or region.name or not inputs:
-        return Refusal("the forward of the model cannot be traced")
+        return Declined("the forward of the model cannot be traced")
     axis = folder.planner.channel_axis_of_input(inputs[0])
     if axis is None:
-        return Refusal("the number of axes of the input is unknown (pass example_inputs)")
+        return Declined("the number of axes of the input is unknown (pass example_inputs)")
     source = Source("input", "input", "(x - mean) / std", (inputs[0],), (inputs[0],), axis, None)
     return folder.fold_at(source, Affine(1 / std, -mean / std))

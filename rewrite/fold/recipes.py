@@ -17,8 +17,8 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
-from rewrite.affine.algebra import Affine, Layout
-from rewrite.affine.layers import Layer
+from rewrite.affine.algebra import Affine, KernelLayout
+from rewrite.affine.layers import Layer, Side
 from rewrite.affine.plan import Absorption, Edit
 from rewrite.errors import CheckpointError
 from rewrite.fold.folder import Fold, Move
@@ -77,7 +77,7 @@ class FoldRecipe:
         plain = torch.equal(edit.index, torch.arange(len(edit.index)))
         return {
             "layer": _layer_data(edit.layer, self.aliases),
-            "side": edit.side,
+            "side": edit.side.value,
             "index": len(edit.index) if plain else edit.index.tolist(),
             "scale": edit.scale,
             "shift": edit.shift,
@@ -228,7 +228,7 @@ def _edit_from(data: Data) -> Edit:
     index = data["index"]
     positions = torch.arange(index) if isinstance(index, int) else torch.tensor(index)
     layer = _layer_from(data["layer"])
-    return Edit(layer, data["side"], positions, data["scale"], data["shift"], data["inverse"])
+    return Edit(layer, Side(data["side"]), positions, data["scale"], data["shift"], data["inverse"])
 
 
 def _layer_data(layer: Layer, aliases: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
@@ -263,6 +263,6 @@ def _layer_from(data: Data) -> Layer:
 
     return Layer(
         data["name"], data["kind"], cast(Node, None), data["module"], 0, 0, 0,
-        Layout(data["groups"], data["transposed"]), ref("weight"), ref("bias"), ref("mean"),
+        KernelLayout(data["groups"], data["transposed"]), ref("weight"), ref("bias"), ref("mean"),
         ref("var"), data["eps"],
     )  # fmt: skip

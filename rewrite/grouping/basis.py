@@ -28,7 +28,7 @@ from torch import Tensor
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.grouping.fit import NormFit, calls_of, over_channels
 from rewrite.grouping.linalg import eigenvectors, square_roots
-from rewrite.grouping.permutation import Order, Row
+from rewrite.grouping.permutation import Order, TensorAxis
 
 THROUGH_WEIGHTS = 0.5
 """Part of the covariances that comes from the weights."""
@@ -85,7 +85,7 @@ def _tensors(fit: NormFit) -> dict[str, TensorRef]:
     return {ref.name: ref for ref in (layer.weight, layer.bias) if ref is not None}
 
 
-def seen(captured: Captured, row: Row, channels: int) -> Tensor:
+def seen(captured: Captured, row: TensorAxis, channels: int) -> Tensor:
     """Return what a reader makes of a value that is the same at all positions, (out, C)."""
     weight = over_channels(captured.tensor(row.ref).movedim(row.axis, 0))
     into = torch.zeros(channels, weight.shape[1], dtype=weight.dtype)

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from rewrite.affine.channel_map import Direction
 from rewrite.affine.plan import Absorption
-from rewrite.affine.planner import Planner
+from rewrite.affine.planner import MapRequest, Planner
 from rewrite.calibration.augment import variations
 from rewrite.calibration.batches import Batches
 from rewrite.distributed import all_reduce
@@ -198,7 +199,16 @@ def _plan(
     if not inputs:
         return None, True
     for positive in (False, True):
-        plan = planner.backward(inputs, axis, len(probe.scale), shift=False, positive=positive)
+        plan = planner.plan(
+            MapRequest(
+                Direction.BACKWARD,
+                inputs,
+                axis,
+                len(probe.scale),
+                shift=False,
+                positive=positive,
+            )
+        )
         if isinstance(plan, Absorption):
             return plan, not positive
     return None, True

@@ -30,7 +30,7 @@ from rewrite.graph.captured import Captured
 from rewrite.grouping.basis import seen, write_through, writes_alone
 from rewrite.grouping.fit import WIDEST, NormFit, calls_of
 from rewrite.grouping.linalg import eigenvectors, square_roots
-from rewrite.grouping.permutation import Row, order_of
+from rewrite.grouping.permutation import TensorAxis, order_of
 from rewrite.grouping.statistics import MeanStatistics
 from rewrite.grouping.swapped_norm import largest_divisor
 from rewrite.nn.modules import ChannelMix
@@ -59,7 +59,7 @@ class Conjugation:
     fit: NormFit
     blocks: int
     rank: int
-    reads: tuple[Row, ...]
+    reads: tuple[TensorAxis, ...]
     behind: NormFit | None
 
 
@@ -91,11 +91,11 @@ def conjugations(
 
 def _reads(
     captured: Captured, around: AnalysisContext, fits: Sequence[NormFit]
-) -> dict[int, tuple[Row, ...]]:
+) -> dict[int, tuple[TensorAxis, ...]]:
     """Return the weights of all that reads each norm's channels, where that is dense layers."""
     ours = [fit.probe.module for fit in fits]
     by_module = {id(fit.probe.module): fit for fit in fits}
-    found: dict[int, tuple[Row, ...]] = {}
+    found: dict[int, tuple[TensorAxis, ...]] = {}
     for fit in fits:
         _, calls = calls_of(captured, fit.probe)
         if id(fit) in found or len(calls) != 1:

@@ -38,7 +38,7 @@ _VALUES = 1000
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class TensorAxis:
     """One axis of one tensor that holds the channels.
 
     Attributes:
@@ -67,7 +67,7 @@ class Order:
     """
 
     channels: int
-    rows: tuple[Row, ...]
+    rows: tuple[TensorAxis, ...]
     layers: tuple[str, ...]
     norms: tuple[str, ...]
     linear: bool = False
@@ -83,26 +83,26 @@ class Order:
             captured.editor.set_tensor(row.ref, new)
 
 
-def order_of(around: AnalysisContext, norm: Node, ours: Collection[nn.Module]) -> Order | Declined:
+def order_of(context: AnalysisContext, norm: Node, ours: Collection[nn.Module]) -> Order | Declined:
     """Return what shares the order of the channels of a norm's input, or why it has to stay.
 
     Args:
-        around: the captured model.
+        context: the captured model.
         norm: a call of the norm.
         ours: norms that the caller adapts to another order; another group norm is a refusal.
     """
     try:
-        return _Closure(around, ours).run(norm)
+        return _Closure(context, ours).run(norm)
     except DeclinedError as error:
         return error.declined
 
 
 @dataclass(eq=False)
 class _Closure:
-    around: AnalysisContext
+    context: AnalysisContext
     ours: Collection[nn.Module]
-    lanes: dict[Node, ChannelMap] = field(default_factory=dict)
-    rows: dict[tuple[str, int], Row] = field(default_factory=dict)
+    channel_maps: dict[Node, ChannelMap] = field(default_factory=dict)
+    rows: dict[tuple[str, int], TensorAxis] = field(default_factory=dict)
     layers: dict[str, None] = field(default_factory=dict)
     norms: dict[str, None] = field(default_factory=dict)
     passed: dict[Node, frozenset[Node]] = field(default_factory=dict)
@@ -111,137 +111,142 @@ class _Closure:
 
     @property
     def captured(self) -> Captured:
-        return self.around.captured
+        return self.context.captured
 
     def run(self, node: Node) -> Order:
         norm = norm_of(self.captured, node)
         if norm is None or norm.num_features is None:
             raise DeclinedError(f"{node.name} is no norm with a known number of channels")
         channels = norm.num_features
-        axis = self.around.ranks.from_end(norm.input, norm.channel_axis)
-        lane = ChannelMap(axis, torch.arange(channels), scale=True, shift=False)
-        self.change(norm.input, lane)
+        axis = self.context.ranks.from_end(norm.input, norm.channel_axis)
+        channel_map = ChannelMap(axis, torch.arange(channels), scale=True, shift=False)
+        self.change(norm.input, channel_map)
         while self.near:
             self.visit(*self.near.popleft())
         return Order(
             channels, tuple(self.rows.values()), tuple(self.layers), tuple(self.norms), self.linear
         )
 
-    def change(self, value: Node, lane: ChannelMap) -> None:
-        held = self.lanes.get(value)
+    def change(self, value: Node, channel_map: ChannelMap) -> None:
+        held = self.channel_maps.get(value)
         if held is not None:
-            if not held.same(lane):
+            if not held.same(channel_map):
                 raise DeclinedError(f"{value.name} would have two orders")
             return
-        if lane.axis >= 0 or not _in_blocks(lane.index):
+        if channel_map.axis >= 0 or not _in_blocks(channel_map.index):
             raise DeclinedError(
                 f"how the channels lie in {value.name} is unknown, or they are a part"
             )
-        if len(self.lanes) >= _VALUES:
+        if len(self.channel_maps) >= _VALUES:
             raise DeclinedError(f"more than {_VALUES} values share the order")
         readers = self.captured.readers(value)
         if not readers.known:
             raise DeclinedError(
-                f"the output of {self.around.rules.called(value)} has readers that were not "
+                f"the output of {self.context.rules.called(value)} has readers that were not "
                 f"traced: {readers.reason}"
             )
-        self.lanes[value] = lane
+        self.channel_maps[value] = channel_map
         self.near.append((value, value))
         self.near.extend((reader, value) for reader in value.users)
 
     def visit(self, node: Node, value: Node) -> None:
         """Follow the order from a value through the node that writes it or one that reads it."""
-        lane = self.lanes[value]
-        behind = value is node
-        if not behind and self.around.rules.reads_only_shape(node, value):
+        channel_map = self.channel_maps[value]
+        output = value is node
+        if not output and self.context.rules.reads_only_shape(node, value):
             return
-        layer = self.around.layer(node)
+        layer = self.context.layer(node)
         if layer is not None:
-            if node.all_input_nodes[0] is not value and not behind:
+            if node.all_input_nodes[0] is not value and not output:
                 raise DeclinedError(
                     f"{layer.name} reads {value.name} as something else than its input"
                 )
-            self.at_layer(layer, node, lane, "behind" if behind else "in front")
+            self.at_layer(layer, node, channel_map, Side.OUTPUT if output else Side.INPUT)
             return
         if node.op in ("placeholder", "get_attr", "output"):
-            raise DeclinedError(f"it reaches {self.around.rules.called(node)}")
+            raise DeclinedError(f"it reaches {self.context.rules.called(node)}")
         if value not in self.passed.get(node, ()):
-            demands = self.around_operation(node, value, lane)
+            demands = self.around_operation(node, value, channel_map)
             self.passed[node] = frozenset((value, *demands))
             for other, needed in demands.items():
                 self.change(other, needed)
 
-    def around_operation(self, node: Node, value: Node, lane: ChannelMap) -> dict[Node, ChannelMap]:
+    def around_operation(
+        self, node: Node, value: Node, channel_map: ChannelMap
+    ) -> dict[Node, ChannelMap]:
         # Stochastic depth scales whole samples, all channels alike.
         whole = has(node, Trait.ADDS) or named(node, "stochastic_depth")
         self.linear &= whole or self.is_a(node, nn.Identity)
         if has(node, Trait.ADDS) or has(node, Trait.MULTIPLIES):
-            return self.pairwise(node, lane)
+            return self.pairwise(node, channel_map)
         activation = activation_of(self.captured, node)
         if activation is not None and activation.by_value:
-            return {activation.input: lane, node: lane}
+            return {activation.input: channel_map, node: channel_map}
         if named(node, "prelu") or self.is_a(node, nn.PReLU):
             raise DeclinedError(
-                f"{self.around.rules.called(node)} may have a slope for each channel"
+                f"{self.context.rules.called(node)} may have a slope for each channel"
             )
         # What passes any positive scales of the channels works channel by channel.
-        return self.around.rules.around(node, value, lane, Constraints(True, lambda ways: 0))
+        return self.context.rules.around(node, value, channel_map, Constraints(True, lambda _: 0))
 
     def is_a(self, node: Node, kind: type[nn.Module]) -> bool:
         return node.op == "call_module" and isinstance(self.captured.module(str(node.target)), kind)
 
-    def pairwise(self, node: Node, lane: ChannelMap) -> dict[Node, ChannelMap]:
-        ranks = self.around.ranks
-        demands = {node: lane}
+    def pairwise(self, node: Node, channel_map: ChannelMap) -> dict[Node, ChannelMap]:
+        ranks = self.context.ranks
+        demands = {node: channel_map}
         for operand in node.all_input_nodes:
             if operand.op == "get_attr":
                 raise DeclinedError(
-                    f"{self.around.rules.called(node)} reads the constant {operand.name}"
+                    f"{self.context.rules.called(node)} reads the constant {operand.name}"
                 )
             if ranks.rank(operand) is None or ranks.rank(operand) != ranks.rank(node):
                 raise DeclinedError(
-                    f"{self.around.rules.called(node)} may broadcast {operand.name}"
+                    f"{self.context.rules.called(node)} may broadcast {operand.name}"
                 )
-            demands[operand] = lane
+            demands[operand] = channel_map
         return demands
 
     # -- layers -------------------------------------------------------------------------------
 
-    def at_layer(self, layer: Layer, node: Node, lane: ChannelMap, side: Side) -> None:
-        if (reason := self.around.tensor_readers.refusal(layer)) is not None:
+    def at_layer(self, layer: Layer, node: Node, channel_map: ChannelMap, side: Side) -> None:
+        if (reason := self.context.tensor_readers.refusal(layer)) is not None:
             raise DeclinedError(reason)
-        if len(self.around.tensor_readers.calls(layer)) != 1:
+        if len(self.context.tensor_readers.calls(layer)) != 1:
             raise DeclinedError(f"{layer.name} is called more than once")
-        if layer.axis != lane.axis:
+        if layer.axis != channel_map.axis:
             raise DeclinedError(f"{layer.name} has its channels along another axis")
         into, out = layer.channels_in, layer.channels_out
-        if lane.spread and side == "in front" and into % len(lane.index) == 0:
-            lane = lane.moved(lane.axis, lane.index.repeat_interleave(into // len(lane.index)))
-        if len(lane.index) != (out if side == "behind" else into):
+        if channel_map.spread and side is Side.INPUT and into % len(channel_map.index) == 0:
+            channel_map = channel_map.moved(
+                channel_map.axis,
+                channel_map.index.repeat_interleave(into // len(channel_map.index)),
+            )
+        if len(channel_map.index) != (out if side is Side.OUTPUT else into):
             raise DeclinedError(f"{layer.name} has another number of channels")
         self.layers[layer.name] = None
         if layer.kind != "kernel":
-            self.at_norm(layer, node, lane)
+            self.at_norm(layer, node, channel_map)
             return
         assert layer.weight is not None
         layout = layer.layout
         if layout.groups == 1:
-            behind = side == "behind"
-            does: Literal["writes", "reads"] = "writes" if behind else "reads"
-            self.linear &= not lane.spread
-            self.row(layer.weight, int(behind == layout.transposed), lane, does)
-            if behind and layer.bias is not None:
-                self.row(layer.bias, 0, lane, does)
+            output = side is Side.OUTPUT
+            does: Literal["writes", "reads"] = "writes" if output else "reads"
+            self.linear &= not channel_map.spread
+            self.row(layer.weight, int(output == layout.transposed), channel_map, does)
+            if output and layer.bias is not None:
+                self.row(layer.bias, 0, channel_map, does)
             return
         if not layout.groups == into == out:
             raise DeclinedError(f"{layer.name} has groups of channels of its own")
         self.linear = False
         for ref in (layer.weight, layer.bias):
             if ref is not None:
-                self.row(ref, 0, lane, "along")
-        self.through(node, lane)
+                self.row(ref, 0, channel_map, "along")
+        self.through(node, channel_map)
 
-    def at_norm(self, layer: Layer, node: Node, lane: ChannelMap) -> None:
+    def at_norm(self, layer: Layer, node: Node, channel_map: ChannelMap) -> None:
         norm = norm_of(self.captured, node)
         assert norm is not None
         module = None if norm.module is None else self.captured.module(norm.module)
@@ -251,17 +256,21 @@ class _Closure:
             self.norms[norm.module] = None
         for ref in (layer.weight, layer.bias, layer.mean, layer.var):
             if ref is not None:
-                self.row(ref, 0, lane, "along")
-        self.through(node, lane)
+                self.row(ref, 0, channel_map, "along")
+        self.through(node, channel_map)
 
-    def through(self, node: Node, lane: ChannelMap) -> None:
-        self.change(node, lane)
-        self.change(node.all_input_nodes[0], lane)
+    def through(self, node: Node, channel_map: ChannelMap) -> None:
+        self.change(node, channel_map)
+        self.change(node.all_input_nodes[0], channel_map)
 
     def row(
-        self, ref: TensorRef, axis: int, lane: ChannelMap, side: Literal["writes", "reads", "along"]
+        self,
+        ref: TensorRef,
+        axis: int,
+        channel_map: ChannelMap,
+        side: Literal["writes", "reads", "along"],
     ) -> None:
-        self.rows[(ref.name, axis)] = Row(ref, axis, lane.index, side)
+        self.rows[(ref.name, axis)] = TensorAxis(ref, axis, channel_map.index, side)
 
 
 def _in_blocks(index: Tensor) -> bool:

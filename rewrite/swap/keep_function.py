@@ -91,9 +91,9 @@ def keep_function(
     with in_eval_mode(model), torch.no_grad():
         fits = fits_of(captured, planner, fitted)
         sized = [fit for fit in fits if fit.probe.gain > SIZES_FROM]
-        shared = shared_orders(captured, planner.surroundings, sized, fits, bases_only=mix > 0)
+        shared = shared_orders(captured, planner.context, sized, fits, bases_only=mix > 0)
         free = [fit for fit in sized if not any(fit in one.fits for one in shared)]
-        mapped = conjugations(captured, planner.surroundings, free, mix) if mix else []
+        mapped = conjugations(captured, planner.context, free, mix) if mix else []
         collect(model, fits, batches)
         shared = [one for one in shared if rearrange(captured, one)]
         notes = _apply(captured, fits, shared, mapped)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rewrite.affine.algebra import Affine, Layout, absorb, dirac, embed, offset, scale_weight
+from rewrite.affine.algebra import Affine, KernelLayout, absorb, dirac, embed, offset, scale_weight
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -72,7 +72,12 @@ def test_absorbs_what_is_behind(geometry: dict[str, int], transposed: bool) -> N
     x = torch.randn(2, layer.in_channels, *(7,) * geometry["dims"], dtype=torch.float64)
     affine = random_affine(layer.out_channels)
     want = along_channels(affine, layer(x))
-    put(layer, *absorb(layer.weight, layer.bias, Layout(layer.groups, transposed), behind=affine))
+    put(
+        layer,
+        *absorb(
+            layer.weight, layer.bias, KernelLayout(layer.groups, transposed), output_side=affine
+        ),
+    )
     assert error(layer(x), want) < RIGHT
 
 
@@ -83,7 +88,7 @@ def test_absorbs_what_is_in_front(geometry: dict[str, int]) -> None:
     x = torch.randn(2, layer.in_channels, *(7,) * geometry["dims"], dtype=torch.float64)
     affine = random_affine(layer.in_channels)
     want = layer(along_channels(affine, x))
-    put(layer, *absorb(layer.weight, layer.bias, Layout(layer.groups), in_front=affine))
+    put(layer, *absorb(layer.weight, layer.bias, KernelLayout(layer.groups), input_side=affine))
     assert error(layer(x), want) < RIGHT
 
 
@@ -94,7 +99,10 @@ def test_transposed_absorbs_a_scale_in_front(geometry: dict[str, int]) -> None:
     affine = random_affine(layer.in_channels)
     affine = Affine(affine.scale, torch.zeros_like(affine.shift))
     want = layer(along_channels(affine, x))
-    put(layer, *absorb(layer.weight, layer.bias, Layout(layer.groups, True), in_front=affine))
+    put(
+        layer,
+        *absorb(layer.weight, layer.bias, KernelLayout(layer.groups, True), input_side=affine),
+    )
     assert error(layer(x), want) < RIGHT
 
 
@@ -104,7 +112,7 @@ def test_transposed_single_tap_absorbs_a_shift_in_front(groups: int) -> None:
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     affine = random_affine(4)
     want = layer(along_channels(affine, x))
-    put(layer, *absorb(layer.weight, layer.bias, Layout(groups, True), in_front=affine))
+    put(layer, *absorb(layer.weight, layer.bias, KernelLayout(groups, True), input_side=affine))
     assert error(layer(x), want) < RIGHT
 
 
@@ -113,7 +121,7 @@ def test_zero_padding_does_not_absorb_a_shift() -> None:
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     affine = random_affine(3)
     want = layer(along_channels(affine, x))
-    put(layer, *absorb(layer.weight, layer.bias, Layout(), in_front=affine))
+    put(layer, *absorb(layer.weight, layer.bias, KernelLayout(), input_side=affine))
     assert error(layer(x), want) > WRONG
 
 
@@ -122,14 +130,14 @@ def test_both_sides_of_a_linear() -> None:
     x = torch.randn(7, 5, dtype=torch.float64)
     front, behind = random_affine(5), random_affine(3)
     want = along_channels(behind, layer(along_channels(front, x)))
-    put(layer, *absorb(layer.weight, None, Layout(), behind, front))
+    put(layer, *absorb(layer.weight, None, KernelLayout(), behind, front))
     assert error(layer(x), want) < RIGHT
 
 
 def test_no_bias_appears_for_a_scale() -> None:
     layer = nn.Conv2d(3, 4, 3, bias=False)
     scale = Affine(torch.full((4,), 2.0, dtype=torch.float64), torch.zeros(4, dtype=torch.float64))
-    weight, bias = absorb(layer.weight, None, Layout(), behind=scale)
+    weight, bias = absorb(layer.weight, None, KernelLayout(), output_side=scale)
     assert bias is None
     assert torch.equal(weight, layer.weight.detach() * 2)
 
@@ -139,7 +147,7 @@ def test_rounds_once(dtype: torch.dtype) -> None:
     weight = torch.randn(64, 32, 3, 3).to(dtype)
     scale = torch.randn(64, dtype=torch.float64)
     exact = weight.double() * scale.view(-1, 1, 1, 1)
-    got = scale_weight(weight, Layout(), scale, None)
+    got = scale_weight(weight, KernelLayout(), scale, None)
     assert got.dtype == dtype
     assert torch.equal(got, exact.to(dtype))
     twice = weight * scale.to(dtype).view(-1, 1, 1, 1)
@@ -151,13 +159,13 @@ def test_blocks_agree_with_the_whole() -> None:
     scale, front = torch.randn(700).double(), torch.randn(1000).double()
     want = weight.double() * scale.view(-1, 1, 1, 1)
     want = want * front.view(2, 1, 500, 1, 1).expand(2, 350, 500, 1, 1).reshape(700, 500, 1, 1)
-    got = scale_weight(weight, Layout(groups=2), scale, front)
+    got = scale_weight(weight, KernelLayout(groups=2), scale, front)
     assert torch.allclose(got.double(), want, rtol=2**-23, atol=0)
 
 
 def test_keeps_channels_last() -> None:
     weight = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
-    got = scale_weight(weight, Layout(), torch.ones(8).double(), None)
+    got = scale_weight(weight, KernelLayout(), torch.ones(8).double(), None)
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -56,7 +56,7 @@ def test_work_is_linear_in_the_blocks(rewriting, monkeypatch):
 def test_a_stream_folds_what_it_did(monkeypatch):
     """Looking ahead changes when a growth is refused, never whether."""
     ahead = apply_pass(FoldNorm(), stream(6))
-    monkeypatch.setattr(PropagationSearch, "_check_far", lambda self, value: None)
+    monkeypatch.setattr(PropagationSearch, "_check_against", lambda self, value: None)
     whole = apply_pass(FoldNorm(), stream(6))
     assert [c.target for c in ahead.changes] == [c.target for c in whole.changes]
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -70,5 +70,5 @@ def test_looking_ahead_changes_no_decision(name, monkeypatch):
         return [(change.target, change.touched) for change in result.changes]
 
     ahead = [changes(rewriting) for rewriting in (FoldNorm, BatchNormToGroupNorm)]
-    monkeypatch.setattr(PropagationSearch, "_check_far", lambda self, value: None)
+    monkeypatch.setattr(PropagationSearch, "_check_against", lambda self, value: None)
     assert ahead == [changes(rewriting) for rewriting in (FoldNorm, BatchNormToGroupNorm)]
