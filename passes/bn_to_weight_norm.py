@@ -33,13 +33,13 @@ from rewrite.weights.weight_norm import add_weight_norm, weight_layouts, weight_
 
 @dataclass(frozen=True)
 class BatchNormToWeightNorm(Pass):
-    """Replace BatchNorm by weight normalization of the layer that takes it up.
+    """Replace BatchNorm by weight normalization of the layer that absorbs it.
 
     Rewrites:
-      1. Every BatchNorm that `fold` can fold; each layer that takes up its map is weight-normed.
+      1. Every BatchNorm that `fold` can fold; each layer that absorbs its map is weight-normed.
 
     Declines: what `fold` declines, with its reason; norms that no layer with a weight of its own
-    would take up, or whose layer cannot be weight-normed.
+    would absorb, or whose layer cannot be weight-normed.
     """
 
     name: ClassVar[str] = "bn-to-weight-norm"
@@ -123,7 +123,7 @@ def _fold_of(site: Site) -> Fold | None:
 
 def _refusal(captured: Captured, fold: Fold) -> str | None:
     if not fold.layers:
-        return "no layer takes it up"
+        return "no layer absorbs it"
     for name in fold.layers:
         if name not in captured.tree.names:
             return f"{name} is applied by code, not by a layer"
@@ -143,7 +143,7 @@ def _weight_ref(captured: Captured, name: str) -> TensorRef:
 
 
 def _shift(captured: Captured, site: Site) -> torch.Tensor | None:
-    """Return beta of a norm right after the layer that takes it up, None for any other norm."""
+    """Return beta of a norm right after the layer that absorbs it, None for any other norm."""
     assert site.node is not None
     norm = norm_of(captured, site.node)
     assert norm is not None

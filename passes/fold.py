@@ -1,4 +1,4 @@
-"""Folding: a norm in eval mode is an affine map per channel, and other layers take it up.
+"""Folding: a norm in eval mode is an affine map per channel, and other layers absorb it.
 
     y = (x - mean) / sqrt(var + eps) * weight + bias = s.x + t,   s = weight / sqrt(var + eps)
 
@@ -46,13 +46,13 @@ class FoldNorm(Pass):
     Rewrites:
       1. BatchNorm in eval mode (modules, subclasses, functional calls): into the convolutions and
          linear layers before it, or into all those behind it; the norm goes.
-      2. Norm behind norm: the second is taken up by the first.
+      2. Norm behind norm: the second is absorbed by the first.
       3. Multiplications and additions by a constant per channel (LayerScale, FrozenBatchNorm2d).
       4. The weight and bias of LayerNorm, GroupNorm and RMSNorm: into all layers that read it; the
          norm stays, without them.
       5. Parallel linear branches, as `merge-branches` does; norms of the identity go with them.
       6. Layers whose weight is computed (weight norm, spectral norm, another parametrization)
-         become plain layers where they take up a map.
+         become plain layers where they absorb a map.
 
     Declines: norms in training mode or without running statistics; values that something else
     reads; a shift in front of zero padding; operations that do not commute with a map per channel;
@@ -66,7 +66,7 @@ class FoldNorm(Pass):
     merge: bool = field(default=True, metadata={"help": "merge parallel linear branches, too"})
     compensate: bool = field(
         default=False,
-        metadata={"help": "let other readers of a value take up the inverse map"},
+        metadata={"help": "let other readers of a value absorb the inverse map"},
     )
     unshare: bool = field(
         default=False,
@@ -166,7 +166,7 @@ class FoldNorm(Pass):
     def rewrite_all(
         self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
-        """Fold all sites: each layer's new weight is computed once, from all that it takes up."""
+        """Fold all sites: each layer's new weight is computed once, from all that it absorbs."""
         observed = [site for site in sites if isinstance(site.plan, ObservedSite)]
         traced = [site for site in sites if not isinstance(site.plan, ObservedSite)]
         changes = self._rewrite_traced(captured, traced) if traced else []
@@ -254,7 +254,7 @@ def _run(captured: Captured, plans: Sequence[Site]) -> _Ran:
 
 
 def _bake_all(captured: Captured, plans: Sequence[Site]) -> dict[str, Baked]:
-    """Make plain what takes up a map, or loses its own, and computes its weight."""
+    """Make plain what absorbs a map, or loses its own, and computes its weight."""
     layers = [
         site.plan.source.layer for site in plans if isinstance(site.plan, Fold | UnfoldedNorm)
     ]
@@ -312,7 +312,7 @@ def _fold_input(folder: Folder, mean: Tensor, std: Tensor) -> Site | Skip:
     """Fold y = (x - mean) / std, which the model's first input used to go through.
 
     Raises:
-        PassError: what reads the input cannot take it up.
+        PassError: what reads the input cannot absorb it.
     """
     fold = fold_input(folder, mean, std)
     if isinstance(fold, Declined):

@@ -14,9 +14,9 @@ from typing import ClassVar
 
 from rewrite.fold.branches import Branches
 from rewrite.fold.merge import merge_site
-from rewrite.fold.merged_kernel import Merge, NoMerge
+from rewrite.fold.merged_kernel import Merge
 from rewrite.graph.captured import Captured
-from rewrite.outcomes import Change, Contract, Site, Skip
+from rewrite.outcomes import Change, Contract, Declined, Site, Skip
 from rewrite.protocol import Pass
 
 
@@ -39,8 +39,8 @@ class MergeBranches(Pass):
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
         """Yield every sum of parallel branches in data-flow order."""
         for outcome in Branches(captured).find():
-            if isinstance(outcome, NoMerge):
-                yield Skip(outcome.owner, "parallel branches", outcome.reason)
+            if isinstance(outcome, Declined):
+                yield Skip(captured.owner(outcome.nodes[0]), "parallel branches", outcome.reason)
             else:
                 yield Site(outcome.owner, outcome.before, outcome.root, outcome)
 

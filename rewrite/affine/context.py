@@ -48,7 +48,7 @@ class MapRequest:
 class AnalysisContext:
     """A captured model as propagations read it. `folded` are nodes whose map has moved elsewhere.
 
-    `gone` are the keys of norms whose affine part has moved elsewhere: they take up nothing more.
+    `gone` are the keys of norms whose affine part has moved elsewhere: they absorb nothing more.
     """
 
     captured: Captured

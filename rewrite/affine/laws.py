@@ -210,10 +210,10 @@ def drops(call: Call) -> bool:
     return bool(call.get("training", True)) and call.get("p", 0.5) != 0
 
 
-def cast_refusal(captured: Captured, call: Call) -> str:
-    """Return why a cast may leave something that is not of floating point, or ""."""
+def cast_refusal(captured: Captured, call: Call) -> str | None:
+    """Return why a cast may leave something that is not of floating point, or None."""
     if call.name in _FLOATING:
-        return ""
+        return None
     for given in (*call.node.args[1:], *call.node.kwargs.values()):
         if isinstance(given, Node):
             floating = _gives_floating(captured, given)
@@ -225,7 +225,7 @@ def cast_refusal(captured: Captured, call: Call) -> str:
             floating = not _is_integer(given)
         if not floating:
             return "casts to a dtype that is not of floating point"
-    return ""
+    return None
 
 
 def _gives_floating(captured: Captured, given: Node) -> bool | None:

@@ -30,7 +30,7 @@ class Side(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that can take up an affine map, by the references of its tensors.
+    """A layer that can absorb an affine map, by the references of its tensors.
 
     Attributes:
         name: the qualified name to report.
@@ -40,7 +40,7 @@ class Layer:
         axis: of the channels that it writes, counted from the end where the rank is known.
         keeps_shift: a constant per input channel becomes a constant per output channel.
         why_not: why it does not, if so.
-        absorbs: whether its own tensors can take up a map at all.
+        absorbs: whether its own tensors can absorb a map at all.
         call: the one call that is meant, if each call may become a layer of its own.
     """
 
@@ -126,7 +126,7 @@ def _short(padding: tuple[int, ...] | str) -> str:
 
 
 def norm_layer(captured: Captured, norm: Norm, rank: int | None) -> Layer | None:
-    """Return a norm as a layer that takes up maps, or None if it cannot take up any."""
+    """Return a norm as a layer that absorbs maps, or None if it cannot absorb any."""
     axis = norm.channel_axis
     if axis >= 0 and rank is not None:
         axis -= rank

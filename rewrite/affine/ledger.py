@@ -18,7 +18,7 @@ Write = Callable[[Layer, str, Tensor], object]
 
 
 class Ledger:
-    """What each layer has taken up so far, in float64.
+    """What each layer has absorbed so far, in float64.
 
     Args:
         read: returns the tensor of a reference.
@@ -31,7 +31,7 @@ class Ledger:
         self._output: dict[str, Affine] = {}
 
     def take(self, layer: Layer, side: Side, affine: Affine) -> None:
-        """Note that `layer` takes up `affine` on one side, next to the value it reads or writes."""
+        """Note that `layer` absorbs `affine` on one side, next to the value it reads or writes."""
         self._layers[layer.key] = layer
         if side is Side.OUTPUT:
             before = self._output.get(layer.key)
@@ -50,12 +50,12 @@ class Ledger:
         return base
 
     def forget(self, layer: Layer) -> None:
-        """Drop a norm that is itself folded: what it took up has moved on with it."""
+        """Drop a norm that is itself folded: what it absorbed has moved on with it."""
         for held in (self._layers, self._input, self._output):
             held.pop(layer.key, None)
 
     def layers(self) -> tuple[Layer, ...]:
-        """Return the layers that took up anything, in the order in which they did."""
+        """Return the layers that absorbed anything, in the order in which they did."""
         return tuple(self._layers.values())
 
     def _base(self, layer: Layer) -> Affine:

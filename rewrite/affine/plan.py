@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """One layer takes up a part of the map.
+    """One layer absorbs a part of the map.
 
     `index` holds, per channel of that side of the layer, the channel of the map (-1: none);
-    `inverse` is whether it takes up the inverse.
+    `inverse` is whether it absorbs the inverse.
     """
 
     layer: Layer
@@ -51,10 +51,10 @@ class Edit:
 
 @dataclass(frozen=True, eq=False)
 class Absorption:
-    """A map that layers can take up exactly.
+    """A map that layers can absorb exactly.
 
     Attributes:
-        edits: what each layer takes up.
+        edits: what each layer absorbs.
         needs_positive: it holds only for positive scales.
     """
 
@@ -63,11 +63,11 @@ class Absorption:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers that take something up, in the order in which they were reached."""
+        """The layers that absorb something, in the order in which they were reached."""
         return tuple(dict.fromkeys(edit.layer.name for edit in self.edits))
 
     def enter(self, ledger: Ledger, affine: Affine) -> None:
-        """Note in `ledger` what each layer takes up."""
+        """Note in `ledger` what each layer absorbs."""
         for edit in self.edits:
             ledger.take(edit.layer, edit.side, edit.affine(affine))
 
@@ -190,7 +190,7 @@ def write_tensor(editor: Editor, layer: Layer, attr: str, tensor: Tensor) -> Ten
 def write_ledger(editor: Editor, ledger: Ledger) -> tuple[str, ...]:
     """Give every layer of `ledger` its new tensors, and return the names of clones.
 
-    A shared layer that takes up different maps at different calls is cloned for all but one.
+    A shared layer that absorbs different maps at different calls is cloned for all but one.
     """
     calls: dict[str, dict[Node, dict[str, Tensor]]] = {}
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class TensorReaders:
     """Which nodes read each tensor of a captured model: a layer's own calls, or other code.
 
-    `bake` lets a layer whose weight is computed take up a map: it will be a plain one.
+    `bake` lets a layer whose weight is computed absorb a map: it will be a plain one.
     """
 
     def __init__(self, captured: Captured, bake: bool = False) -> None:

@@ -71,7 +71,7 @@ class Source:
         return self.inputs
 
     def affine(self, ledger: Ledger) -> Affine:
-        """Return the map, with everything that the norm itself has taken up so far."""
+        """Return the map, with everything that the norm itself has absorbed so far."""
         if self.layer is not None:
             return ledger.affine(self.layer)
         result = self.constants[0].affine

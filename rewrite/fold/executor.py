@@ -1,7 +1,7 @@
 """Run recipes on tensors by name: the one executor of a fold, in memory and on a checkpoint.
 
     1. every map is made of the old tensors, checked against what its plan relies on, and entered
-       in the ledger of the layers that take it up
+       in the ledger of the layers that absorb it
     2. each layer's new tensors are computed in float64 from all of them, and rounded once
     3. branches are added up, with the norms that were folded into them
 

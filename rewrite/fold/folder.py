@@ -1,4 +1,4 @@
-"""Deciding, norm by norm, which layers take up its map, and in which order.
+"""Deciding, norm by norm, which layers absorb its map, and in which order.
 
     y = s.x + t
 
@@ -6,7 +6,7 @@
     2. all of it into what reads y                       forward
     3. s one way and t the other: with y = y' + t first, then y' = s.x; or x' = x + t/s first
 
-Each norm that is folded is from then on passed through; each one that is not may take up the map of
+Each norm that is folded is from then on passed through; each one that is not may absorb the map of
 its neighbours. Decisions are made in data-flow order on vectors; no weight is touched.
 """
 
@@ -35,13 +35,13 @@ Plan = Callable[[Direction, bool, bool], Absorption | Declined]
 
 @dataclass(frozen=True, eq=False)
 class Move:
-    """A part of a map, and the layers that take it up."""
+    """A part of a map, and the layers that absorb it."""
 
     absorption: Absorption
     part: Part
 
     def enter(self, ledger: Ledger, affine: Affine) -> None:
-        """Note in `ledger` what each layer takes up of `affine`."""
+        """Note in `ledger` what each layer absorbs of `affine`."""
         if self.part == "shift over scale":
             affine = Affine(affine.scale, affine.shift / affine.scale)
         self.absorption.enter(
@@ -71,7 +71,7 @@ class Fold:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers that take up the map."""
+        """The layers that absorb the map."""
         return tuple(dict.fromkeys(n for move in self.moves for n in move.absorption.layers))
 
 
@@ -80,10 +80,10 @@ class Folder:
 
     Args:
         captured: the model.
-        compensate: let other layers take up the inverse map, where a value has other readers or
+        compensate: let other layers absorb the inverse map, where a value has other readers or
             meets another in a sum.
-        unshare: let a layer with several calls take up a map at some of them, as a clone.
-        bake: let a layer whose weight is computed take up a map, as a plain layer.
+        unshare: let a layer with several calls absorb a map at some of them, as a clone.
+        bake: let a layer whose weight is computed absorb a map, as a plain layer.
     """
 
     def __init__(
@@ -217,6 +217,6 @@ def _split(plan: Plan, safe: bool) -> tuple[Move, ...] | None:
 
 
 def _invertible(affine: Affine, captured: Captured, source: Source) -> bool:
-    """Return whether the inverse map can be taken up without losing precision."""
+    """Return whether the inverse map can be absorbed without losing precision."""
     layers = [] if source.layer is None else [source.layer]
     return not uninvertible(affine, narrowest(layers, captured.tensor))

@@ -50,15 +50,6 @@ class Merge:
         return f"{len(self.terms)} parallel branches"
 
 
-@dataclass(frozen=True)
-class NoMerge:
-    """Why branches that look parallel are not merged."""
-
-    root: Node
-    owner: str
-    reason: str
-
-
 def window(conv: Conv, outer: Conv, captured: Captured) -> tuple[int, ...] | None:
     """Return where the first tap of `conv` lies in the kernel of `outer`, or None."""
     assert not isinstance(conv.padding, str) and not isinstance(outer.padding, str)

@@ -1,7 +1,7 @@
 """What a fold does, as data: planned on one model, run on it, and on other checkpoints of its kind.
 
-    fold       a map y = s.x + t, made of tensors, and the layers that take up which part of it
-    affine     a norm that becomes one multiply-add, with all that it has taken up
+    fold       a map y = s.x + t, made of tensors, and the layers that absorb which part of it
+    affine     a norm that becomes one multiply-add, with all that it has absorbed
     merge      parallel branches that become one convolution
 
 A recipe names tensors as a state dict does. `rewrite.fold.executor` runs it; what a report holds of
@@ -37,7 +37,7 @@ class FoldRecipe:
         target: the name to report.
         origin: what the map is made of: a norm, a chain of links, or the map itself.
         requirements: what the plan relies on of its numbers.
-        moves: which layers take up which part.
+        moves: which layers absorb which part.
         aliases: other names of those layers' modules, by the name of the layer.
     """
 
@@ -48,7 +48,7 @@ class FoldRecipe:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def layers(self) -> tuple[Layer, ...]:
-        """Return the layers that take something up."""
+        """Return the layers that absorb something."""
         return tuple(edit.layer for move in self.moves for edit in move.absorption.edits)
 
     def to_data(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@
     scales             else s = 1
     adds               else t = 0: zero padding and RMS norms let no shift pass
     positive           s > 0: max pooling and ReLU let no other scale pass
-    invertible         2^-20 <= |s| <= 2^20 in a type that keeps 24 bits: a layer takes up 1/s
+    invertible         2^-20 <= |s| <= 2^20 in a type that keeps 24 bits: a layer absorbs 1/s
 
 Planning decides with the numbers of one checkpoint; a recipe is run on those of another.
 """
@@ -49,7 +49,7 @@ class Requirements:
         if self.positive and bool((affine.scale <= 0).any()):
             return "has a scale that is not positive, which max pooling or ReLU does not let pass"
         if self.invertible and (reason := uninvertible(affine, dtype)):
-            return f"{reason}, and another layer would take up the inverse"
+            return f"{reason}, and another layer would absorb the inverse"
         return ""
 
 
@@ -62,7 +62,7 @@ def narrowest(layers: Iterable[Layer], read: Callable[[TensorRef], Tensor]) -> t
 
 
 def uninvertible(affine: Affine, dtype: torch.dtype) -> str:
-    """Return why the inverse of a map cannot be taken up without losing precision, or ""."""
+    """Return why the inverse of a map cannot be absorbed without losing precision, or ""."""
     size = affine.scale.abs()
     if bool((size == 0).any()):
         return "has a scale of zero"

@@ -17,7 +17,7 @@ from rewrite.outcomes import Change
 
 @dataclass(frozen=True, eq=False)
 class UnfoldedNorm:
-    """A norm that nothing takes up, to be written as one multiply-add; and why nothing does."""
+    """A norm that nothing absorbs, to be written as one multiply-add; and why nothing does."""
 
     source: Source
     reason: str

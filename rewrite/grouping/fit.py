@@ -49,7 +49,7 @@ class NormFit:
     """One norm on its way to its factors.
 
     Attributes:
-        plan: the layers that can take up factors, if there are any.
+        plan: the layers that can absorb factors, if there are any.
         signed: whether factors may be negative.
         kernel: weight of the one dense layer that produces the norm's input, summed over its taps.
         reads: the module of that layer.
@@ -89,7 +89,7 @@ class NormFit:
 
     @property
     def sized(self) -> bool:
-        """Whether something can take up factors."""
+        """Whether something can absorb factors."""
         return self.plan is not None or self.probe.prefix is not None
 
     @property
@@ -189,7 +189,7 @@ def _slope_of(captured: Captured, probe: SwappedNorm) -> Tensor:
 def _plan(
     captured: Captured, planner: Planner, probe: SwappedNorm
 ) -> tuple[Absorption | None, bool]:
-    """Return who takes up factors of the norm's input, and whether they may be negative."""
+    """Return who absorbs factors of the norm's input, and whether they may be negative."""
     if probe.prefix is not None or probe.groups == len(probe.scale):
         return None, True
     name = captured.tree.name(probe.module)

@@ -19,6 +19,7 @@ from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.operators import conv_of, linear_of, norm_of
 from rewrite.graph.traits import Trait, has, named
 from rewrite.init.residual_tails import Tail, TailFinder, is_product, is_sum, layer_tail
+from rewrite.outcomes import Declined
 from rewrite.tracing.regions import Region
 from rewrite.weights.fans import linear_maps
 
@@ -134,9 +135,9 @@ class _Finder:
         tails = self.ends.tails(sides[1 - short], set(own[1 - short]))
         return Residual(
             self.captured.owner(node),
-            () if isinstance(tails, str) else tuple(dict.fromkeys(tails)),
+            () if isinstance(tails, Declined) else tuple(dict.fromkeys(tails)),
             tuple(dict.fromkeys(layers[1 - short])),
-            tails if isinstance(tails, str) else "",
+            tails.reason if isinstance(tails, Declined) else "",
             node,
             sides[short],
             sides[1 - short],

@@ -21,6 +21,7 @@ from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.operators import activation_of, conv_of, linear_of, norm_of
 from rewrite.graph.spellings import function_name
 from rewrite.graph.traits import Trait, call_of, has, named, operation
+from rewrite.outcomes import Declined
 from rewrite.weights.fans import linear_maps
 
 TailKind = Literal["norm", "weight", "scale"]
@@ -71,7 +72,7 @@ class TailFinder:
     constant: set[Node]
     leads: Callable[[Node, Node], bool]
 
-    def tails(self, node: Node, inside: set[Node]) -> list[Tail] | str:
+    def tails(self, node: Node, inside: set[Node]) -> list[Tail] | Declined:
         """Return what makes the value of `node` zero; or say what is in the way."""
         learned: list[Tail] = []  # scales on the way, the last one first
         shifts: list[Tail] = []
@@ -89,9 +90,9 @@ class TailFinder:
                 node = data[0]
             elif has(node, Trait.ADDS) or has(node, Trait.JOINS):
                 found = self._all_tails(data, inside)
-                if isinstance(found, str) and not learned:
+                if isinstance(found, Declined) and not learned:
                     return found
-                return [*(learned[:1] if isinstance(found, str) else found), *shifts]
+                return [*(learned[:1] if isinstance(found, Declined) else found), *shifts]
             elif is_product(node) and data:
                 if scale := self._scale([s for s in node.all_input_nodes if s in self.constant]):
                     learned.append(scale)
@@ -108,14 +109,16 @@ class TailFinder:
             return [learned[0], *shifts]
         last = function_name(node) or node.target
         if node not in inside:
-            return f"the branch holds its own input, {last}, which no weight switches off"
-        return f"the branch ends in {last}, which no weight switches off"
+            return Declined(
+                f"the branch holds its own input, {last}, which no weight switches off", (node,)
+            )
+        return Declined(f"the branch ends in {last}, which no weight switches off", (node,))
 
-    def _all_tails(self, parts: list[Node], inside: set[Node]) -> list[Tail] | str:
+    def _all_tails(self, parts: list[Node], inside: set[Node]) -> list[Tail] | Declined:
         tails: list[Tail] = []
         for part in parts:
             found = self.tails(part, inside)
-            if isinstance(found, str):
+            if isinstance(found, Declined):
                 return found
             tails += found
         return tails

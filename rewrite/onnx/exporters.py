@@ -39,7 +39,7 @@ class ExportRequest:
 def export_program(
     model: nn.Module, inputs: Inputs, asked: ExportRequest, exporter: Exporter, notes: list[str]
 ) -> Any:
-    """Return a graph with `.model` (of onnx_ir) and `.save`; `notes` takes up what to know of it.
+    """Return a graph with `.model` (of onnx_ir) and `.save`; `notes` absorbs what to know of it.
 
     Raises:
         ExportError: the model does not run on the inputs, or the exporter fails.

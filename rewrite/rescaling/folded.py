@@ -27,7 +27,7 @@ class FoldedTensors:
 
     Attributes:
         passes_on: calls that are gone, and the value that each passes on.
-        tensors: the new weight and bias of each layer that took up a map, by the layer's key.
+        tensors: the new weight and bias of each layer that absorbed a map, by the layer's key.
         planner: knows the layer of a call; None where nothing is folded.
     """
 

@@ -197,5 +197,5 @@ def _note(probe: SwappedNorm, plan: Absorption | None) -> str:
     if probe.groups == len(probe.scale):
         return "the mean of each channel is lost: one channel a group"
     if plan is None and probe.prefix is None:
-        return "only β fitted: no layer can take up factors"
+        return "only β fitted: no layer can absorb factors"
     return "factors and β fitted"

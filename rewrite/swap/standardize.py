@@ -2,7 +2,7 @@
 
     y = γ z + β,  z = (x − μ) / σ,  σ = √(var + ε)
 
-    where layers can take the map up (W/σ, (b − μ)/σ), x itself becomes z; nothing is added
+    where layers can absorb the map (W/σ, (b − μ)/σ), x itself becomes z; nothing is added
     elsewhere a per-channel affine map (1/σ, −μ/σ), trainable, stands in front of the new norm
 
 Both are exact in eval mode. How a map moves through the graph is `rewrite.affine`'s; here is only

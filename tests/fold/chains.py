@@ -336,7 +336,7 @@ PATTERN: tuple[tuple[Mapping[str, Builder], int], ...] = (
 
 
 def around_norm(operation: str, before: bool) -> Chain:
-    """Return one operation between a norm and the only layer that can take up its map.
+    """Return one operation between a norm and the only layer that can absorb its map.
 
     That is the layer before the norm (a shift cannot go into a padded one behind it), or the one
     behind the norm.

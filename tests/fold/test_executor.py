@@ -146,7 +146,7 @@ def test_a_checkpoint_without_a_map_is_refused_by_name(key, value, reason) -> No
 
 
 class Compensated(nn.Module):
-    """The value in front of the norm has another reader, which takes up the inverse."""
+    """The value in front of the norm has another reader, which absorbs the inverse."""
 
     def __init__(self) -> None:
         super().__init__()
