@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rewrite.affine.algebra import Affine
-from rewrite.affine.layers import Layer
+from rewrite.affine.layers import Layer, Side
 from rewrite.affine.plan import Absorption, Edit
 from rewrite.errors import OptionError
 from rewrite.fold.folder import Move
@@ -50,10 +50,10 @@ class Rescaling:
             return torch.tensor([place.get(root, -1) for root in roots])
 
         edits = [
-            Edit(w.layer, "behind", index(w.writes), True, False, False) for w in group.writers
+            Edit(w.layer, Side.OUTPUT, index(w.writes), True, False, False) for w in group.writers
         ]
         edits += [
-            Edit(r.layer, "in front", index(r.reads), True, False, True) for r in group.readers
+            Edit(r.layer, Side.INPUT, index(r.reads), True, False, True) for r in group.readers
         ]
         scale = self.log_scales[number].exp()
         aliases = {

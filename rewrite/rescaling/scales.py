@@ -72,7 +72,7 @@ class Scales:
         self.units = Units()
         self.layers: dict[str, ScaledLayer] = {}
         self._clipped = clipped
-        self._around = self.planner.surroundings
+        self._around = self.planner.context
         self._parts = Parts(captured, self._around.ranks)
         self._maps: dict[Node, ChannelMap] = {}
         for node in captured.nodes():
