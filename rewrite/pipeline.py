@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from rewrite import registry
 from rewrite.errors import ContractError, PassError
@@ -263,7 +263,9 @@ class _Conversion:
         if self.runs and applied.changes:
             self.say(f"verifying {pass_.name}")
             expected = original if consumed else pass_.reference(before)
-            verification = self._verify(expected, applied.model, pass_.contract, touched)
+            verification = self._verify(
+                expected, applied.model, pass_.contract, touched, applied.exact
+            )
         violations = _violations(original, applied.model, touched) if self.checks else ()
         return _Attempt(applied, seconds, violations, verification)
 
@@ -323,14 +325,20 @@ class _Conversion:
         return self._verify(expected, after, contract, _passes_of(chosen, reports))
 
     def _verify(
-        self, before: nn.Module, after: nn.Module, contract: Contract, touched: Mapping[str, str]
+        self,
+        before: nn.Module,
+        after: nn.Module,
+        contract: Contract,
+        touched: Mapping[str, str],
+        exact: Mapping[str, Callable[[], Tensor]] | None = None,
     ) -> Verification:
         from rewrite.equivalence.verification import Level
         from rewrite.equivalence.verify import verify
 
         return verify(
             before, after, self.inputs, contract=contract, level=Level.QUICK, touched=touched,
-            calls=[each for each in self.calls if each.inputs is not self.inputs], seed=self.seed,
+            calls=[each for each in self.calls if each.inputs is not self.inputs], exact=exact,
+            seed=self.seed,
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from rewrite.equivalence.compare import Comparison, compare
 from rewrite.equivalence.divergence import Divergence, compare_records, recorded, value_noise
+from rewrite.equivalence.exactness import Exact, misrounded, present
 from rewrite.equivalence.record import Sketcher
 from rewrite.equivalence.rounding import EXPLAINS, Perturbation, perturbed, stored_rounding
 from rewrite.equivalence.training import judge_training
@@ -25,11 +26,15 @@ from rewrite.outcomes import Contract
 from rewrite.runtime.float64 import in_float64, narrowest_eps, short_of_memory
 from rewrite.runtime.inputs import Inputs, call
 from rewrite.runtime.modes import isolated, widen
+from rewrite.runtime.tree import join
 
 TOLERANCE = 1e-9
+"""How far two values of equal models may be apart in float64, relative."""
 
 
-_PROVES_NOTHING = 10
+_AMPLIFIED = 10
+"""So many times what a float64 rounding of all tensors and inputs does to the original explains an
+error: an input, or a value, that is apart by no more proves nothing."""
 
 
 # On these variations every value on the way is compared: a channel that is dead on one input lives
@@ -96,15 +101,21 @@ def judge(
     level: Level,
     *,
     touched: Collection[str] = (),
+    exact: Exact,
     seed: int = 0,
 ) -> Findings:
     """Return what was found when `b` was held to equality with `a`; both are in eval mode."""
+    exact = present(b, exact)
+    rounded = {}
+    if any(join(*key) not in exact for key in stored_rounding(b, a)):
+        rounded = {key: e for key, e in stored_rounding(a, b).items() if join(*key) not in exact}
     # Asked before the models are opened for float64, which hides what cannot follow.
     floor = max(TOLERANCE, EXPLAINS * narrowest_eps(a))
-    work = _Judge(a, b, stored_rounding(a, b), touched, seed, floor)
+    work = _Judge(a, b, rounded, touched, seed, floor)
+    work.found.reasons += misrounded(b, exact)
     for name, inputs in given:
         work.run_native(name, inputs)
-    with in_float64(a, b, streamed=short_of_memory(a, b)):
+    with in_float64(a, b, streamed=short_of_memory(a, b), exact=exact):
         for index, (name, inputs) in enumerate(given):
             work.judge_given(name, inputs, index)
         if level is Level.THOROUGH:
@@ -202,15 +213,20 @@ class _Judge:
             self.found.rounding = max(self.found.rounding or 0.0, own)
             noise = value_noise(record_a, record_n)
         else:
+            noise = [self.floor / EXPLAINS] * len(record_a.values)
+        parted = compare_records(record_a, record_b, noise, self.touched)
+        if parted is not None and not self.stored:
+            # Values that float64 itself does not tell apart are no proof.
             with perturbed(self.a, None, self.seed):
                 record_n, _ = recorded(self.a, self._moved(wide), sketch, self.seed)
-            noise = [_PROVES_NOTHING * own for own in value_noise(record_a, record_n)]
-        parted = compare_records(record_a, record_b, noise, self.touched)
+            amplified = (_AMPLIFIED * own for own in value_noise(record_a, record_n))
+            noise = list(map(max, noise, amplified))
+            parted = compare_records(record_a, record_b, noise, self.touched)
         if parted is not None and self.found.divergence is None:
             self.found.divergence = parted
             self.found.reasons.append(
                 f"{name}: {parted.target or 'the forward'} ({parted.function}) is off by "
-                f"{parted.error_out:.1e} relative, beyond the rounding of its parameters"
+                f"{parted.error_out:.1e} relative, beyond what rounding does to it"
             )
         return before, compare(before, after)
 
@@ -226,7 +242,7 @@ class _Judge:
         apart = compared.max_rel > self.allowance
         if apart and not self.apart:
             own = self._sensitivity(wide, before)
-            if own * _PROVES_NOTHING >= compared.max_rel:
+            if own * _AMPLIFIED >= compared.max_rel:
                 why = f"rounding alone moves the original by {own:.1e}"
                 self.found.cases.append(Case(name, str(inputs), compared.max_abs, 0.0, why))
                 return

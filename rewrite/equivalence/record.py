@@ -13,6 +13,7 @@ Recorded are calls of torch functions as the model's code makes them (`F.conv2d`
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -68,17 +70,21 @@ class Sketcher:
 
     def __call__(self, value: torch.Tensor) -> Sketch:
         """Return the sketch of one value."""
-        flat = _flat(value)
-        rows = -(-flat.numel() // _WIDTH)
-        while len(self._rows) < rows:
-            self._rows = torch.cat([self._rows, self._signs(len(self._rows))])
-        padded = torch.nn.functional.pad(flat, (0, rows * _WIDTH - flat.numel()))
-        projected = padded.view(rows, _WIDTH) @ self._columns.to(flat.device)
-        numbers = (projected * self._rows[:rows].to(flat.device)).sum(0)
-        return Sketch(numbers.cpu().numpy(), float(flat.norm()), flat.numel(), tuple(value.shape))
+        with _disable_current_modes():  # they would look at every operator of the sketch, too
+            flat, norm = _flat(value)
+            whole, rest = divmod(flat.numel(), _WIDTH)
+            while len(self._rows) <= whole:
+                self._rows = torch.cat([self._rows, self._signs(len(self._rows))])
+            columns, rows = self._columns.to(flat.device), self._rows.to(flat.device)
+            numbers = (flat[len(flat) - rest :] @ columns[:rest]) * rows[whole]
+            if whole:
+                projected = flat[: whole * _WIDTH].view(whole, _WIDTH) @ columns
+                numbers += (projected * rows[:whole]).sum(0)
+        return Sketch(numbers.cpu().numpy(), norm, flat.numel(), tuple(value.shape))
 
 
-def _flat(value: torch.Tensor) -> torch.Tensor:
+def _flat(value: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return a value as one row of finite float64, and its norm."""
     value = value.detach()
     if value.is_quantized:
         value = value.dequantize()
@@ -89,7 +95,11 @@ def _flat(value: torch.Tensor) -> torch.Tensor:
     if value.device.type == "mps":
         value = value.cpu()
     flat = value.reshape(-1).to(torch.float64)
-    return torch.nan_to_num(flat, nan=1.0, posinf=2.0, neginf=-2.0)
+    norm = float(flat.norm())
+    if not math.isfinite(norm):
+        flat = torch.nan_to_num(flat, nan=1.0, posinf=2.0, neginf=-2.0)
+        norm = float(flat.norm())
+    return flat, norm
 
 
 Key = tuple[str, int, str, int]

@@ -5,9 +5,11 @@
     noise(x) = max |a(x)   - a64(x)|                     the rounding of the original: its scale
 
 A right rewrite differs by about 1e-13 in float64 and a wrong one by 1e-3 and more, so no tolerance
-has to be chosen between them. Where the rewritten parameters are stored in a narrower type, what
-their rounding explains is measured and allowed (`rewrite.equivalence.rounding`), for each value on
-the way. A drift says nothing by itself and is set against the noise.
+has to be chosen between them. Whoever rewrote the model may know what each parameter was before it
+was rounded: then those are judged, and the rounding by itself (`rewrite.equivalence.exactness`).
+Where nobody does, what the rounding of narrower types explains is measured and allowed
+(`rewrite.equivalence.rounding`), for each value on the way. A drift says nothing by itself and is
+set against the noise.
 
 1. `exact`: equal in eval and in train mode, with equal gradients and running statistics.
 2. `exact-in-eval`: equal in eval mode.
@@ -30,6 +32,7 @@ from torch import nn
 
 from rewrite.equivalence.compare import compare
 from rewrite.equivalence.equality import Findings, judge, run_original
+from rewrite.equivalence.exactness import Exact
 from rewrite.equivalence.generation import compare_generation
 from rewrite.equivalence.rounding import identical
 from rewrite.equivalence.verification import JUDGED, Case, Level, Verification
@@ -56,6 +59,7 @@ def verify(
     level: Level | str = Level.THOROUGH,
     touched: Collection[str] = (),
     calls: Sequence[ExampleCall] = (),
+    exact: Exact | None = None,
     seed: int = 0,
 ) -> Verification:
     """Hold `b` to `contract` against the original `a`; neither is changed.
@@ -72,6 +76,8 @@ def verify(
             pass of each); the report of a divergence then says which rewrite it lies in.
         calls: calls that are judged beside the example inputs, by their names; where equality is
             promised and the model generates, 16 greedy tokens have to be equal, too.
+        exact: what tensors of `b` are before they are rounded, in float64 and by qualified name, if
+            whoever made `b` knows it: they are judged, and the rounding by itself.
         seed: of every random number, so that two runs see the same inputs.
 
     Raises:
@@ -87,7 +93,9 @@ def verify(
     given += [(each.name, each.inputs.to(device_of(a))) for each in calls]
     with evaluating(a, b):
         if contract in JUDGED:
-            found = judge(a, b, given, contract, level, touched=touched, seed=seed)
+            found = judge(
+                a, b, given, contract, level, touched=touched, exact=exact or {}, seed=seed
+            )
             compare_generation(a, b, given, found)
         else:
             found = _observe(a, b, given, level, seed)

@@ -17,8 +17,9 @@ their results are widened.
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -61,34 +62,72 @@ class KeepFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Else the first operator imports torch._dynamo, which takes as long as importing torch.
         return False
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kinds: dict[Any, _Kind] = {}
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        kind = self._kinds.get(func)
+        if kind is None:
+            kind = self._kinds[func] = _Kind.of(func)
+        if kwargs and kwargs.get("dtype") in WIDE:
+            kwargs = {**kwargs, "dtype": WIDE[kwargs["dtype"]]}
+        if kind is _Kind.PLAIN:
+            args = tuple(map(_wide_argument, args))
+            if kwargs:
+                kwargs = {key: _wide_argument(value) for key, value in kwargs.items()}
+            return _wide_argument(func(*args, **(kwargs or {})))
         args = tuple(WIDE.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
-        if kwargs.get("dtype") in WIDE:
-            kwargs["dtype"] = WIDE[kwargs["dtype"]]
+        if kind is _Kind.QUANTIZING:
+            return widen(func(*narrow(args), **narrow(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+class _Kind(enum.Enum):
+    """How an operator is called under `KeepFloat64`."""
+
+    PLAIN = "given and asked for float64"
+    KEEPS_STORAGE = "returns, or writes into, the memory that it is given"
+    QUANTIZING = "knows no float64"
+
+    @classmethod
+    def of(cls, func: Any) -> _Kind:
+        """Return the kind of an operator."""
         if func.namespace == "quantized" or func._schema.name.startswith(_QUANTIZING):
-            return widen(func(*narrow(args), **narrow(kwargs)))
-        keeps_storage = func.is_view or func._schema.is_mutable
-        if not keeps_storage:
-            args, kwargs = widen(args), widen(kwargs)
-        out = func(*args, **kwargs)
-        return out if keeps_storage else widen(out)
+            return cls.QUANTIZING
+        return cls.KEEPS_STORAGE if func.is_view or func._schema.is_mutable else cls.PLAIN
+
+
+def _wide_argument(value: Any) -> Any:
+    """Return what `widen` returns, and a wide dtype for a narrow one; quick on what is wide."""
+    if type(value) is torch.Tensor and value.dtype not in WIDE:
+        return value
+    if isinstance(value, torch.dtype):
+        return WIDE.get(value, value)
+    if value is None or isinstance(value, bool | int | float | torch.device):
+        return value
+    return widen(value)
 
 
 @contextlib.contextmanager
-def in_float64(*models: nn.Module, streamed: bool = False) -> Iterator[None]:
+def in_float64(
+    *models: nn.Module,
+    streamed: bool = False,
+    exact: Mapping[str, Callable[[], torch.Tensor]] | None = None,
+) -> Iterator[None]:
     """Let `models` compute in float64 while the context is open; inputs are the caller's to widen.
 
     Args:
         models: any models; their tensors and state are as before when the context closes.
         streamed: hold the float64 copy of one module at a time; slower, without a second copy.
+        exact: what tensors of the last model are before they are rounded, by qualified name.
     """
     with contextlib.ExitStack() as stack:
         for model in models:
             stack.enter_context(_scripted_as_they_are(model))
-            exchange = ModuleExchange(model)
+            exchange = ModuleExchange(model, exact if model is models[-1] else None)
             stack.callback(exchange.restore)
             exchange.own_buffers()
             for name, module in exchange.modules.items():
@@ -96,7 +135,7 @@ def in_float64(*models: nn.Module, streamed: bool = False) -> Iterator[None]:
                     stack.enter_context(_while_running(exchange, name, module))
                 else:
                     exchange.widen(name)
-        stack.enter_context(KeepFloat64())  # type: ignore[no-untyped-call]
+        stack.enter_context(KeepFloat64())
         yield
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,8 +102,26 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return torch.float32
 
 
-def call(model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
-    """Run `model` without gradients, with the random state seeded and put back."""
-    with torch.random.fork_rng(), torch.no_grad(), branches_in_python():
+Mode = Callable[[], contextlib.AbstractContextManager[Any]]
+"""How a forward is run: `torch.no_grad`, `torch.inference_mode`, or `with_gradients`."""
+
+
+def call(model: nn.Module, inputs: Inputs, seed: int = 0, mode: Mode = torch.no_grad) -> Any:
+    """Run `model` in `mode`, with the random state seeded and put back."""
+    with torch.random.fork_rng(), mode(), branches_in_python():
         torch.manual_seed(seed)
         return model(*inputs.args, **inputs.kwargs)
+
+
+@contextlib.contextmanager
+def with_gradients() -> Iterator[None]:
+    """Let results require gradients, without keeping what a backward would need."""
+
+    def unpack(saved: None) -> torch.Tensor:
+        raise RuntimeError("this forward keeps nothing for a backward")
+
+    with (
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, unpack),
+    ):
+        yield

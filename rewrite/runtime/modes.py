@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -59,10 +59,25 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 class ModuleExchange:
-    """The tensors of a model, replaced by float64 ones, and everything back afterwards."""
+    """The tensors of a model, replaced by float64 ones, and everything back afterwards.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: any model.
+        exact: what parameters and buffers are in float64 before they are rounded, by their first
+            qualified names: taken in place of what the model holds.
+    """
+
+    def __init__(
+        self, model: nn.Module, exact: Mapping[str, Callable[[], torch.Tensor]] | None = None
+    ) -> None:
         self.modules = dict(Tree(model).modules())
+        self._exact: dict[int, tuple[torch.Tensor, Callable[[], torch.Tensor]]] = {}
+        for name, value in (exact or {}).items():
+            owner, _, attr = name.rpartition(".")
+            module = self.modules[owner]
+            tensor = module._parameters.get(attr, module._buffers.get(attr))
+            assert tensor is not None
+            self._exact[id(tensor)] = (tensor, value)
         self._state = {
             name: (dict(vars(module)), dict(module._parameters), dict(module._buffers))
             for name, module in self.modules.items()
@@ -75,23 +90,36 @@ class ModuleExchange:
             module._buffers.update(
                 {key: self._converted(b, _clone) for key, b in module._buffers.items()}
             )
+        for held, value in list(self._exact.values()):
+            if id(held) in self._memo:
+                clone = self._memo[id(held)][1]
+                self._exact[id(clone)] = (clone, value)
         self._memo.clear()
 
     def widen(self, name: str) -> None:
         """Exchange the tensors of one module for wide ones."""
         module = self.modules[name]
         module._parameters.update(
-            {key: self._converted(p, _wide) for key, p in module._parameters.items()}
+            {key: self._converted(p, self._wide) for key, p in module._parameters.items()}
         )
         module._buffers.update(
-            {key: self._converted(b, _wide) for key, b in module._buffers.items()}
+            {key: self._converted(b, self._wide) for key, b in module._buffers.items()}
         )
         held = vars(module)
         for key, value in self._state[name][0].items():
             if isinstance(value, torch.Tensor):
-                held[key] = self._converted(value, _wide)
+                held[key] = self._converted(value, self._wide)
             elif _is_tensor_list(value):
-                held[key] = [self._converted(item, _wide) for item in value]
+                held[key] = [self._converted(item, self._wide) for item in value]
+
+    def _wide(self, value: torch.Tensor) -> torch.Tensor:
+        """Return a tensor in float64: as it is stored, or as it was before it was rounded."""
+        if id(value) not in self._exact:
+            return _wide(value)
+        exact = cast(torch.Tensor, widen(self._exact[id(value)][1]()))
+        if isinstance(value, nn.Parameter):
+            return nn.Parameter(exact, requires_grad=value.requires_grad)
+        return exact
 
     def drop(self, name: str) -> None:
         """Put the narrow parameters of one module back; buffers keep what the forward wrote."""

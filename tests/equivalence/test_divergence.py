@@ -274,7 +274,7 @@ def test_a_lost_functional_activation_is_located_by_its_line():
     torch.manual_seed(0)
     found = verify(model, Lost().double(), X)
     assert (found.divergence.target, found.divergence.function) == ("", "tanh")
-    assert "test_diverge.py" in found.divergence.source
+    assert "test_divergence.py" in found.divergence.source
     assert "no such call" in found.divergence.note
 
 

@@ -1,0 +1,69 @@
+"""Are stored tensors the nearest to their exact values that their type has.
+
+    |stored - exact| = min over the values v of the type of |v - exact|      for each element
+
+A pass that computes in float64 and rounds once can say what each tensor was before. Then nothing
+has to be assumed about what rounding does to a model: the exact tensors are judged as they are, and
+the rounding by this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rewrite.runtime.tree import Tree, join
+
+Exact = Mapping[str, Callable[[], Tensor]]
+"""What tensors are before they are rounded, in float64, by qualified name; computed when asked."""
+
+
+_FLOAT64 = 4 * torch.finfo(torch.float64).eps
+
+
+def present(model: nn.Module, exact: Exact) -> dict[str, Callable[[], Tensor]]:
+    """Return `exact` for the tensors that `model` still has, by their first names."""
+    tree = Tree(model)
+    found = {}
+    for name, value in exact.items():
+        owner, _, attr = name.rpartition(".")
+        module = tree.names.get(owner)
+        if module is not None and isinstance(_own(module, attr), Tensor):
+            found[join(tree.name(module), attr)] = value
+    return found
+
+
+def misrounded(model: nn.Module, exact: Exact) -> list[str]:
+    """Return which tensors of `model` are not what their exact values round to, and by how much."""
+    tree = Tree(model)
+    reasons = []
+    for name, value in exact.items():
+        owner, _, attr = name.rpartition(".")
+        stored = _own(tree.names[owner], attr)
+        if stored is not None and (reason := _misrounded(stored.detach(), value())):
+            reasons.append(f"{name} {reason}")
+    return reasons
+
+
+def _own(module: nn.Module, attr: str) -> Tensor | None:
+    return {**module._parameters, **module._buffers}.get(attr)
+
+
+def _misrounded(stored: Tensor, exact: Tensor) -> str:
+    if stored.shape != exact.shape:
+        return f"has the shape {tuple(stored.shape)}, its exact value {tuple(exact.shape)}"
+    nearest = exact.to(stored.dtype)
+    if torch.equal(stored, nearest):
+        return ""
+    off = (stored.double() - exact).abs()
+    least = (nearest.double() - exact).abs()
+    wrong = ~(off <= least + _FLOAT64 * exact.abs())
+    if not bool(wrong.any()):
+        return ""
+    worst = float((off / exact.abs().clamp_min(torch.finfo(torch.float64).tiny))[wrong].max())
+    return (
+        f"is not what its exact value rounds to ({int(wrong.sum())} of {wrong.numel()} values, by "
+        f"up to {worst:.1e} relative)"
+    )
