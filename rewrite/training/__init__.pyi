@@ -6,6 +6,7 @@ from .label_smoothing import OnlineLabelSmoothing as OnlineLabelSmoothing
 from .options import RecoverOptions as RecoverOptions
 from .parameter_groups import normalized_decay as normalized_decay
 from .parameter_groups import parameter_groups as parameter_groups
+from .path_sgd import PathSGD as PathSGD
 from .recover import recover as recover
 from .recovered import Recovered as Recovered
 from .schedule import correct_momentum as correct_momentum
