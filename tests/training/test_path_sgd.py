@@ -48,6 +48,11 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) ->
     return model
 
 
+def loss_of(model: nn.Module) -> float:
+    with torch.no_grad():
+        return float(F.cross_entropy(model(X), LABELS))
+
+
 def outputs(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model.eval()(X)
@@ -80,7 +85,9 @@ def test_the_sum_that_kappa_differentiates_is_the_path_norm() -> None:
     model = convolutional()
     kappa = PathSGD(model, lr=0.1, example_inputs=X).kappa()
     weight = model[7].weight
-    through = float((kappa["7.weight"] * weight.detach() ** 2).sum() + model[7].bias.detach().square().sum())
+    through = float(
+        (kappa["7.weight"] * weight.detach() ** 2).sum() + model[7].bias.detach().square().sum()
+    )
     assert through == pytest.approx(path_norms(model, (2,), X)[2] ** 2, rel=1e-12)
 
 
@@ -131,12 +138,12 @@ def test_a_dead_unit_stays_and_the_loss_falls() -> None:
     with torch.no_grad():
         model[4].weight[:, 0] = 0
     optimizer = PathSGD(model, lr=0.05, example_inputs=X)
-    first = float(F.cross_entropy(model(X), LABELS))
+    first = loss_of(model)
     dead = model[0].weight[0].clone()
     train(model, optimizer, 1)
     assert torch.equal(model[0].weight[0], dead)
     train(model, optimizer, 30)
-    assert float(F.cross_entropy(model(X), LABELS)) < first / 2
+    assert loss_of(model) < first / 2
 
 
 def test_trains_norms_in_train_mode_and_leaves_the_mode_alone() -> None:
