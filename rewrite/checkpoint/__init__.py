@@ -4,9 +4,9 @@ Files name the stand-ins of modules that cannot be pickled as `rewrite.checkpoin
 this package they are defined.
 """
 
-from rewrite.checkpoint.graph_format import SavedGraph, SavedParametrized
+from rewrite.checkpoint.graph_format import SavedForward, SavedGraph, SavedParametrized
 
-__all__ = ["SavedGraph", "SavedParametrized"]
+__all__ = ["SavedForward", "SavedGraph", "SavedParametrized"]
 
-for _kind in (SavedGraph, SavedParametrized):
+for _kind in (SavedForward, SavedGraph, SavedParametrized):
     _kind.__module__ = __name__

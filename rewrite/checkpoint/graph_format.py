@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from rewrite.checkpoint.allowed_functions import METHODS, find_function, name_of_function, readable
 from rewrite.errors import CheckpointError
+from rewrite.nn.edited import original_class, with_forward
 from rewrite.nn.weight_norm import WeightNorm
 from rewrite.weights.weight_norm import complete_weight_norm, is_weight_norm_hook
 
@@ -95,6 +96,21 @@ class SavedGraph(SavedModule):
         graph.lint()
 
 
+class SavedForward(SavedModule):
+    """A module of a class of its own, whose forward is a graph, in a file."""
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Become the module that `state` describes."""
+        trust = self.__dict__.pop("trust")
+        base = state["class"]
+        if not (isinstance(base, type) and issubclass(base, nn.Module)):
+            raise CheckpointError("holds a module with an edited forward of no class")
+        graph = build_graph(_dict(state, "graph"), trust)
+        self.__dict__.update(_dict(state, "state"))
+        self.__class__ = with_forward(base, graph)  # type: ignore[assignment]
+        _check_targets(self, graph)  # type: ignore[arg-type]
+
+
 class SavedParametrized(SavedModule):
     """A module with `torch.nn.utils.parametrize` parametrizations in a file."""
 
@@ -130,6 +146,15 @@ def describe_graph_module(module: torch.fx.GraphModule) -> dict[str, Any]:
         "class": type(module).__name__,
         "graph": describe_graph(module.graph),
         "state": held,
+    }
+
+
+def describe_forward(module: nn.Module) -> dict[str, Any]:
+    """Return a module with an edited forward as the state of a `SavedForward`."""
+    return {
+        "class": original_class(type(module)),
+        "graph": describe_graph(module.graph),  # type: ignore[arg-type]
+        "state": dict(vars(module)),
     }
 
 
@@ -241,6 +266,8 @@ def _check_targets(module: nn.Module, graph: torch.fx.Graph) -> None:
     """Raise CheckpointError unless each path of the graph is a module or a tensor of `module`."""
     for node in graph.nodes:
         if node.op not in ("call_module", "get_attr"):
+            continue
+        if node.op == "get_attr" and node.target == "training":
             continue
         *path, last = str(node.target).split(".")
         owner: Any = module

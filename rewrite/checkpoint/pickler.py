@@ -2,6 +2,7 @@
 
 module                    as Python pickles it: its class by name, its state
 GraphModule               `SavedGraph`
+edited forward            `SavedForward`: the class that it extends, and the graph
 parametrized module       `SavedParametrized`
 lambda, local class       refused, by the name of the attribute that holds it
 """
@@ -21,12 +22,15 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from rewrite.checkpoint.graph_format import (
+    SavedForward,
     SavedGraph,
     SavedParametrized,
+    describe_forward,
     describe_graph_module,
     describe_parametrized,
 )
 from rewrite.errors import CheckpointError
+from rewrite.nn.edited import EditedForward
 
 
 class Pickler(pickle.Pickler):
@@ -36,6 +40,8 @@ class Pickler(pickle.Pickler):
         """Return how to write `obj` where Python's own way cannot be read back."""
         if isinstance(obj, torch.fx.GraphModule):
             return SavedGraph, (), describe_graph_module(obj)
+        if isinstance(obj, EditedForward):
+            return SavedForward, (), describe_forward(obj)  # type: ignore[arg-type]
         if isinstance(obj, nn.Module) and is_parametrized(obj):
             return SavedParametrized, (), describe_parametrized(obj)
         if isinstance(obj, type | FunctionType) and not _importable(obj):

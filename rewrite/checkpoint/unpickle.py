@@ -30,7 +30,7 @@ import torch.fx
 from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from rewrite.checkpoint.graph_format import SavedGraph, SavedParametrized
+from rewrite.checkpoint.graph_format import SavedForward, SavedGraph, SavedParametrized
 from rewrite.errors import CheckpointError
 
 TRUSTED = ("torch", "torchvision", "timm", "transformers", "rewrite")
@@ -57,6 +57,7 @@ is allowed."""
 
 
 _SAVED = {
+    "rewrite.checkpoint.SavedForward": SavedForward,
     "rewrite.checkpoint.SavedGraph": SavedGraph,
     "rewrite.checkpoint.SavedParametrized": SavedParametrized,
     "rewrite.graphfile.SavedGraph": SavedGraph,

@@ -59,6 +59,8 @@ class ClassCode:
             ends with the attribute; one whose tensors are read, or that is chosen from, is a
             module's.
         calls: what is called, by path.
+        contexts: context managers that are entered, and decorators around what `forward` reaches.
+        stores: assignments to attributes, as they are in `assigned`.
         others: by the name of each public method that `forward` does not reach, what it spells.
     """
 
@@ -67,6 +69,8 @@ class ClassCode:
     tensors: list[Use] = field(default_factory=list)
     choices: list[Use] = field(default_factory=list)
     assigned: list[Use] = field(default_factory=list)
+    contexts: list[Use] = field(default_factory=list)
+    stores: list[Use] = field(default_factory=list)
     calls: list[Path] = field(default_factory=list)
     others: dict[str, list[Path]] = field(default_factory=dict)
 
@@ -210,6 +214,8 @@ class _Reader:
             self._subscript(node)
         elif isinstance(node, ast.If | ast.IfExp):
             self._branch(node)
+        elif isinstance(node, ast.With) and not self._only_watches(node):
+            self._found.contexts.append(self._use(node.items[0].context_expr, None))
         if isinstance(node, ast.Attribute | ast.Subscript):
             self._attribute(node)
 
@@ -222,6 +228,7 @@ class _Reader:
             return
         if not isinstance(node.ctx, ast.Load):
             self._found.assigned.append(self._use(node, path))
+            self._found.stores.append(self._use(node, path))
         elif isinstance(parent, ast.Call) and parent.func is node:
             if path[-1] is not None and path[-1].endswith("_") and len(path) > 1:
                 self._found.assigned.append(self._use(parent, path[:-1]))
@@ -231,6 +238,13 @@ class _Reader:
             self._found.reads.append(self._use(node, path))
             if node.attr in _TENSORS:
                 self._found.tensors.append(self._use(node, path[:-1]))
+
+    def _only_watches(self, node: ast.With) -> bool:
+        """Return whether a context measures or names what runs in it, and changes nothing."""
+        return all(
+            "record_function" in (text := ast.unparse(item.context_expr)) or "profiler" in text
+            for item in node.items
+        )
 
     def _call(self, node: ast.Call) -> None:
         name = _called(node)

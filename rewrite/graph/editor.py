@@ -3,8 +3,8 @@
 A layer that is a module is replaced in the tree, under every name. A line of code (`F.batch_norm`
 in somebody's forward) can only change together with the forward that holds it: the innermost owner
 alone is traced, with its children as single calls, its graph is edited, and at `commit` the owner
-becomes an `nn.Sequential` of its own children where that says the same, and a GraphModule of that
-one module otherwise. A GraphModule is edited in its own graph.
+becomes an `nn.Sequential` of its own children where that is all it is, and otherwise gets a class
+that extends the one it had by the new forward. A GraphModule is edited in its own graph.
 
 No tensor is written in place: its storage may be shared with the model that the user keeps.
 """
@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
+from torch.nn.modules.batchnorm import _NormBase
 
 from rewrite.errors import PassError
 from rewrite.graph.captured import Captured, TensorRef
@@ -27,6 +28,7 @@ from rewrite.graph.forward_graph import (
     line_key,
     open_forward,
 )
+from rewrite.nn.edited import with_forward
 from rewrite.runtime.tree import Tree, join
 
 
@@ -251,7 +253,11 @@ class Editor:
         for key, module in forward.children.items():
             owner.add_module(key, module)
         drop_dead_code(forward.graph, owner)
-        new = as_sequential(forward.graph, owner) or as_graph_module(forward.graph, owner)
+        new: nn.Module | None = as_sequential(forward.graph, owner)
+        if new is None and not isinstance(owner, _NormBase):
+            owner.__class__ = with_forward(type(owner), forward.graph)
+            return
+        new = new or as_graph_module(forward.graph, owner)
         new.training = owner.training
         self.captured.replace(owner, new)
 

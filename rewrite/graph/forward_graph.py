@@ -7,9 +7,6 @@ module otherwise.
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,19 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _NormBase
 
 from rewrite.graph.captured import Captured
 from rewrite.graph.effects import has_effect
+from rewrite.nn.edited import EditedForward
 from rewrite.runtime.copying import lazy_copy
 from rewrite.runtime.stand_in import stand_in, without_values
 from rewrite.runtime.tree import Tree, tensor_names
-from rewrite.tracing.patches import tracing
+from rewrite.tracing.patches import contexts_entered, tracing
+from rewrite.tracing.records import Trace
 from rewrite.tracing.regions import forward_branches, forward_defaults
-from rewrite.tracing.source_lines import reason_of
+from rewrite.tracing.source_lines import reason_of, short
 from rewrite.tracing.tracer import RegionTracer
-
-_DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout")
 
 
 @dataclass
@@ -59,26 +57,104 @@ def open_forward(captured: Captured, owner: str, module: nn.Module) -> Forward |
     """Return the forward of `module` open for editing, or why it cannot be; change nothing."""
     if isinstance(module, GraphModule):
         return Forward(owner, module.graph, _lines(module.graph, owner))
+    where = owner or "the model"
     for reason in captured.hooks(owner):
-        return f"is a line of the forward of {owner}, which {reason}"
-    if not isinstance(module, _NormBase) and _tests_training(module):
-        return f"is a line of the forward of {owner}, which branches on self.training"
-    tree = Tree(stand_in(Tree(module), without_values, lazy_copy))
+        return f"is a line of the forward of {where}, which {reason}"
+    is_norm = isinstance(module, _NormBase)
+    if not is_norm and (lost := captured.code.uneditable(owner)) is not None:
+        return f"is a line of the forward of {where}, which {lost}"
     defaults = forward_defaults(module)
     fixed = {key: defaults[key] for key in forward_branches(module, defaults)}
+    trace = _trace(module, fixed, module.training)
+    if isinstance(trace, str):
+        return f"is a line of the forward of {where}, which {trace}"
+    if is_norm:
+        _drop_norm_bookkeeping(trace.graph)
+    elif (apart := _follow_mode(trace, module, fixed)) is not None:
+        return f"is a line of the forward of {where}, which {apart}"
+    forward = Forward(owner, trace.graph, _lines(trace.graph, owner))
+    forward.constants.update(trace.constants)
+    return forward
+
+
+def _trace(module: nn.Module, fixed: dict[str, Any], training: bool) -> Trace | str:
+    """Return the forward of `module` in one mode, its children as calls, or why it cannot be."""
+    tree = Tree(stand_in(Tree(module), without_values, lazy_copy))
+    for inner in tree.model.modules():
+        inner.training = training
     tracer = RegionTracer(tree, tensor_names(tree), {})
     tracer.shallow = True
     try:
-        with tracing():
+        with tracing(), contexts_entered() as contexts:
             trace = tracer.run(tree.model, fixed)
     except Exception as error:  # noqa: BLE001 - a forward under proxies may raise anything
-        return f"is a line of {owner}'s forward, which cannot be traced: {reason_of(error)[0]}"
-    forward = Forward(owner, trace.graph, _lines(trace.graph, owner))
-    forward.constants.update(trace.constants)
-    forward.children.update(_keep_dropout_modes(trace.graph, module))
-    if isinstance(module, _NormBase):
-        _drop_norm_bookkeeping(forward.graph)
-    return forward
+        reason, source = reason_of(error)
+        return f"cannot be traced: {reason}{short(source)}"
+    if contexts and not isinstance(module, _NormBase):
+        return f"enters {contexts[0]}"
+    for node in trace.graph.nodes:
+        home = str(getattr(node.target, "__module__", ""))
+        if node.op == "call_function" and home.startswith("torch._C._"):
+            return f"calls {home}.{node.target.__name__}, which a file cannot name"
+    if trace.made:
+        return "makes a tensor of its own at each call"
+    return trace
+
+
+def _follow_mode(trace: Trace, module: nn.Module, fixed: dict[str, Any]) -> str | None:
+    """Let each line that is told the mode read it again; return why that cannot be, or None.
+
+    The other mode has to differ in nothing but arguments that are True in training mode and False
+    in eval mode.
+    """
+    other = _trace(module, fixed, not module.training)
+    if isinstance(other, str):
+        return f"in its other mode {other}"
+    nodes, others = list(trace.graph.nodes), list(other.graph.nodes)
+    if len(nodes) != len(others):
+        return _OTHER_MODE
+    same = dict(zip(others, nodes, strict=True))
+    told: list[tuple[Node, list[Any], dict[str, Any]]] = []
+    for node, twin in zip(nodes, others, strict=True):
+        if (
+            node.op != twin.op
+            or node.target != twin.target
+            or node.kwargs.keys() != twin.kwargs.keys()
+        ):
+            return _OTHER_MODE
+        mine, theirs = [*node.args, *node.kwargs.values()], [*twin.args, *twin.kwargs.values()]
+        if len(mine) != len(theirs):
+            return _OTHER_MODE
+        values = []
+        for value, changed in zip(mine, theirs, strict=True):
+            mapped = map_arg(changed, same.__getitem__)
+            if value is module.training and mapped is (not module.training):
+                values.append(_MODE)
+            elif _differ(value, mapped):
+                return _OTHER_MODE
+            else:
+                values.append(value)
+        if any(value is _MODE for value in values):
+            keywords = dict(zip(node.kwargs, values[len(node.args) :], strict=True))
+            told.append((node, values[: len(node.args)], keywords))
+    for node, args, kwargs in told:
+        with trace.graph.inserting_before(node):
+            mode = trace.graph.create_node("get_attr", "training")
+        node.args = tuple(mode if value is _MODE else value for value in args)
+        node.kwargs = {k: mode if value is _MODE else value for k, value in kwargs.items()}
+    return None
+
+
+_OTHER_MODE = "branches on self.training, or a function that it calls does"
+
+_MODE = object()
+"""Stands for an argument that is the mode of the module."""
+
+
+def _differ(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return one is not other
+    return bool(type(one) is not type(other) or one != other)
 
 
 def line_key(node: Node, owner: str) -> Any:
@@ -97,42 +173,6 @@ def _lines(graph: Graph, owner: str) -> dict[Any, list[Node]]:
         else:
             lines.setdefault((node.op, node.target), []).append(node)
     return lines
-
-
-def _tests_training(module: nn.Module) -> bool:
-    try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward)))
-    except (OSError, TypeError):
-        return False
-    return any(
-        isinstance(inner, ast.Attribute) and inner.attr == "training"
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.If | ast.IfExp)
-        for inner in ast.walk(node.test)
-    )
-
-
-def _keep_dropout_modes(graph: Graph, owner: nn.Module) -> dict[str, nn.Module]:
-    """Let functional dropout follow the mode of the module again, which the trace made constant."""
-    layers: dict[str, nn.Module] = {}
-    for node in list(graph.nodes):
-        name = getattr(node.target, "__name__", "")
-        if node.op != "call_function" or name not in _DROPOUTS:
-            continue
-        names = ("input", "p", "training", "inplace")
-        call = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        if call.get("training") is not owner.training:
-            continue
-        kind = {"dropout": nn.Dropout, "alpha_dropout": nn.AlphaDropout}.get(name)
-        layer = (kind or getattr(nn, f"Dropout{name[-2:]}"))(call.get("p", 0.5))
-        layer.train(owner.training)
-        key = f"{name}_{len(owner._modules) + len(layers)}"
-        layers[key] = layer
-        with graph.inserting_before(node):
-            new = graph.create_node("call_module", key, (call["input"],))
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-    return layers
 
 
 def _drop_norm_bookkeeping(graph: Graph) -> None:
@@ -169,9 +209,12 @@ def _is_size(node: Node) -> bool:
 
 
 def as_sequential(graph: Graph, owner: nn.Module) -> nn.Sequential | None:
-    """Return the owner as nn.Sequential if its graph is a chain of calls of its own children."""
+    """Return the owner as nn.Sequential if that is all it is: a chain of its own children.
+
+    Its class has to have no more than a constructor and a forward, and the module no attributes.
+    """
     nodes = [node for node in graph.nodes if node.op != "output"]
-    if not nodes or nodes[0].op != "placeholder":
+    if not nodes or nodes[0].op != "placeholder" or not _is_plain(owner):
         return None
     children: OrderedDict[str, nn.Module] = OrderedDict()
     for previous, node in pairwise(nodes):
@@ -189,8 +232,28 @@ def as_sequential(graph: Graph, owner: nn.Module) -> nn.Sequential | None:
     return nn.Sequential(children)
 
 
+_NO_MORE = frozenset({"__module__", "__qualname__", "__doc__", "__init__", "forward", "__dict__"})
+
+
+def _is_plain(owner: nn.Module) -> bool:
+    """Return whether nothing but a constructor and a forward makes the class of `owner`."""
+    if isinstance(owner, _NormBase):
+        return True
+    kinds = [k for k in type(owner).__mro__ if not k.__module__.startswith(("torch", "builtins"))]
+    named = {name for kind in kinds for name in vars(kind)}
+    extra = {key for key in vars(owner) if key not in _MODULE_ATTRIBUTES}
+    public = {name for name in named - _NO_MORE if not name.startswith("__")}
+    return not public and not extra and not issubclass(type(owner), EditedForward)
+
+
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
 def as_graph_module(graph: Graph, owner: nn.Module) -> GraphModule:
-    """Return the owner as a GraphModule that keeps its children, tensors and plain attributes."""
+    """Return a norm whose normalization went as a GraphModule: its class would say it still is one.
+
+    Its children, tensors and plain attributes stay.
+    """
     graph.lint()
     new = GraphModule(owner, graph, class_name=type(owner).__name__)
     for key, child in owner._modules.items():

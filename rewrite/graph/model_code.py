@@ -12,6 +12,7 @@ from functools import cached_property
 from torch import nn
 
 from rewrite.graph.class_code import ClassCode, Path, Use, code_of
+from rewrite.nn.edited import original_class
 from rewrite.runtime.tree import Tree, join
 
 _PARAMETERS = frozenset({"weight", "bias"})
@@ -40,8 +41,9 @@ class ModelCode:
 
     def _owners(self) -> Iterator[tuple[str, nn.Module, ClassCode]]:
         for name, module in self._tree.modules():
-            if type(module) in self._classes:
-                yield name, module, self._classes[type(module)]
+            kind = original_class(type(module))
+            if (code := self._classes.get(type(module)) or self._classes.get(kind)) is not None:
+                yield name, module, code
 
     def _at(self, owner: str, path: Path) -> Iterator[tuple[str, Path]]:
         """Yield the modules that `path` goes to, by first name, and what is left of the path."""
@@ -138,6 +140,17 @@ class ModelCode:
     def assigned(self, name: str) -> frozenset[str]:
         """Return the attributes of a module that some forward assigns or writes."""
         return frozenset(self._assigned.get(name, ()))
+
+    def uneditable(self, name: str) -> str | None:
+        """Return which line of a module's code would be lost with its forward, or None."""
+        code = self._classes.get(type(self._tree.get(name)))
+        if code is None:
+            return None
+        if code.contexts:
+            return f"enters {code.contexts[0].text} at {code.contexts[0].place}"
+        if code.stores:
+            return f"assigns {code.stores[0].text} at {code.stores[0].place}"
+        return None
 
     def exchanged(self, name: str) -> str | None:
         """Return why another module cannot take the place of `name` unnoticed, or None."""

@@ -14,6 +14,10 @@ from torch.fx._symbolic_trace import _new_patcher
 
 from rewrite.tracing.proxies import proxies_in
 
+_CONTEXTS: tuple[Any, ...] = (
+    torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode, torch.autocast,
+)  # fmt: skip
+
 _FACTORIES = (
     "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "eye", "linspace",
 )  # fmt: skip
@@ -34,6 +38,24 @@ def tracing() -> Iterator[None]:
         random.setstate(states[1])
         if numpy is not None:
             numpy.random.set_state(states[2])
+
+
+@contextlib.contextmanager
+def contexts_entered() -> Iterator[list[str]]:
+    """Collect the names of the contexts of torch that a forward enters, however it does."""
+    entered: list[str] = []
+
+    def noted(enter: Callable[..., Any]) -> Callable[..., Any]:
+        def note(self: Any) -> Any:
+            entered.append(type(self).__name__)
+            return enter(self)
+
+        return note
+
+    with _new_patcher() as patcher:
+        for kind in _CONTEXTS:
+            patcher.patch_method(kind, "__enter__", noted(kind.__enter__), deduplicate=False)
+        yield entered
 
 
 def _skip_dimension_checks(patcher: Any) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import GraphModule, symbolic_trace
+from torch.fx import symbolic_trace
 
 import models
 from rewrite.graph.capture import capture
@@ -52,7 +52,7 @@ def test_a_line_changes_in_its_innermost_owner_only() -> None:
     name = captured.editor.substitute(norm_node(captured), nn.GroupNorm(2, 4, affine=False), "norm")
     captured.editor.commit()
     assert name == "block.norm" and type(model) is Outer
-    assert isinstance(model.block, GraphModule) and type(model.block).__name__ == "Scaled"
+    assert isinstance(model.block, Scaled) and type(model.block).__name__ == "Scaled"
     assert torch.allclose(model(x), expected, atol=1e-6)
     # What outside code reads stays reachable; what only the old line read is gone.
     assert model.block.depth == 3 and isinstance(model.block.extra, nn.Conv2d)

@@ -1,0 +1,204 @@
+"""An edited forward: only where it is harmless, and the class, its methods and its file stay."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import stochastic_depth
+
+import rewrite
+from models.randomize import randomize_norms_
+
+X = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+
+
+class Plain(nn.Module):
+    """A functional norm behind a convolution: to fold it, this forward has to be edited."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.limit, self.names = 3.0, ["a"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.more(self.norm(self.conv(x))).clamp(max=self.limit)
+
+    def norm(self, y: Tensor) -> Tensor:
+        b = self.bn
+        return F.batch_norm(y, b.running_mean, b.running_var, b.weight, b.bias, False)
+
+    def more(self, y: Tensor) -> Tensor:
+        return y.relu()
+
+    def raise_limit(self) -> None:
+        self.names.append("b")
+
+
+class Dropout(Plain):
+    def more(self, y: Tensor) -> Tensor:
+        return F.dropout(y, 0.5, self.training)
+
+
+class Depth(Plain):
+    def more(self, y: Tensor) -> Tensor:
+        return stochastic_depth(y, 0.5, "row", self.training)
+
+
+class Rrelu(Plain):
+    def more(self, y: Tensor) -> Tensor:
+        return F.rrelu(y, 0.0, 0.9, self.training)
+
+
+KEPT = (Plain, Dropout, Rrelu)
+
+
+def make(kind: type[nn.Module]) -> nn.Module:
+    return randomize_norms_(kind()).double().eval()
+
+
+def folded(model: nn.Module) -> rewrite.Result[nn.Module]:
+    return rewrite.convert(model, ["fold"], example_inputs=(X,))
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_an_edited_model_lives_on(kind: type[Plain], tmp_path: Path):
+    model = make(kind)
+    result = folded(model)
+    assert result.report.ok and len(result.report.changes) == 1
+    rewrite.save(result.model, tmp_path / "model.pt")
+    loaded = rewrite.load(tmp_path / "model.pt", trust=["tests", "torchvision"])
+    again = folded(result.model)
+    assert not again.report.changes
+    for other in (
+        result.model, loaded, copy.deepcopy(result.model), again.model,
+        pickle.loads(pickle.dumps(result.model)),
+    ):  # fmt: skip
+        assert isinstance(other, kind) and type(other).__name__ == kind.__name__
+        assert (other.limit, other.names) == (3.0, ["a"])
+        other.raise_limit()
+        assert other.names == ["a", "b"]
+        assert torch.allclose(other(X), model(X), rtol=0, atol=1e-12)
+        for mode in (True, False):
+            with_seed(model.train(mode))
+            assert torch.allclose(
+                with_seed(other.train(mode)), with_seed(model.train(mode)), rtol=0, atol=1e-12
+            )
+    assert model.names == ["a"]
+
+
+def with_seed(model: nn.Module) -> Tensor:
+    torch.manual_seed(0)
+    return model(X)
+
+
+def helper(y: Tensor) -> Tensor:
+    with torch.no_grad():
+        return y * 2
+
+
+class NoGrad(Plain):
+    forward = torch.no_grad()(Plain.forward)
+
+
+class Inference(Plain):
+    forward = torch.inference_mode()(Plain.forward)
+
+
+class Cast(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x)
+
+
+class InAHelper(Plain):
+    def more(self, y: Tensor) -> Tensor:
+        return helper(y)
+
+
+class OwnContext(Plain):
+    def more(self, y: Tensor) -> Tensor:
+        with contextlib.nullcontext():
+            return y
+
+
+class Counts(Plain):
+    calls = 0
+
+    def more(self, y: Tensor) -> Tensor:
+        self.calls += 1
+        return y
+
+
+class Caches(Plain):
+    def more(self, y: Tensor) -> Tensor:
+        self.last = y
+        return y
+
+
+class ByMode(Plain):
+    def more(self, y: Tensor) -> Tensor:
+        return y + 1 if self.training else y
+
+
+class MakesTensors(Plain):
+    def more(self, y: Tensor) -> Tensor:
+        return torch.maximum(y, torch.tensor(0.0))
+
+
+class Fourier(Plain):
+    def more(self, y: Tensor) -> Tensor:
+        return torch.fft.rfft2(y).abs()
+
+
+class Algebra(Plain):
+    def more(self, y: Tensor) -> Tensor:
+        return torch.linalg.norm(y, dim=1, keepdim=True) + y
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (NoGrad, "enters no_grad"), (Inference, "enters inference_mode"), (Cast, "autocast"),
+        (InAHelper, "enters no_grad"), (OwnContext, "nullcontext"), (Counts, "self.calls"),
+        (Caches, "self.last"), (ByMode, "training"), (Depth, "training"),
+        (MakesTensors, "makes a tensor"), (Fourier, "torch._C._fft"), (Algebra, "torch._C._linalg"),
+    ],
+)  # fmt: skip
+def test_a_forward_that_would_lose_something_is_left_alone(kind: type[Plain], why: str):
+    model = make(kind)
+    expected = model(X)
+    result = folded(model)
+    assert not result.report.changes
+    assert any(why in skip.reason for skip in result.report.skips), result.report.skips
+    found = result.model(X)
+    assert found.dtype == expected.dtype and found.requires_grad == expected.requires_grad
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("mean", torch.rand(4))
+        self.register_buffer("var", torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(self.conv(x), self.mean, self.var)
+
+
+class ChainWithMore(Chain):
+    def get_l2(self) -> Tensor:
+        return self.conv.weight.pow(2).sum()
+
+
+def test_a_chain_becomes_a_sequential_only_if_it_is_no_more_than_that():
+    assert isinstance(folded(make(Chain)).model, nn.Sequential)
+    result = folded(make(ChainWithMore))
+    assert isinstance(result.model, ChainWithMore) and result.model.get_l2() > 0
+    assert any("get_l2() reads conv" in note for note in result.report.notes)
