@@ -16,14 +16,13 @@ again.
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import logging
 import random
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from rewrite.onnx.verify import verify_onnx
 ROWS = Path(__file__).parent / "verify_onnx.jsonl"
 DRAWN = Path(__file__).parent / "verify_onnx_drawn.jsonl"
 MOST_PARAMETERS = 30_000_000
+LARGER = "not drawn"
 HEADER = ["architecture", "nodes", "export, s", "verify, s", "ratio", "error", "noise", "verdict"]
 
 
@@ -61,42 +61,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     chosen.rows = chosen.rows or (ROWS if chosen.draw is None else DRAWN)
-    names = drawn(chosen.draw) if chosen.draw else [n for n in chosen.names if installed(n)]
+    order = sorted(all_names("timm")) if chosen.draw else []
+    random.Random(0).shuffle(order)
+    names = order or [name for name in chosen.names if installed(name)]
     limits = Limits(chosen.seconds, chosen.megabytes)
-    measured = {row["name"] for row in read(chosen.rows)}
-    pending = [name for name in names if name not in measured]
-    _warm_up(names if pending else [])
+    known = {row["name"]: row for row in read(chosen.rows)}
     begin = time.monotonic()
-    in_time = itertools.takewhile(
-        lambda _: chosen.within is None or time.monotonic() - begin < chosen.within, pending
-    )
-    for row in run_all(in_time, measure, limits, workers=1):
+
+    def pending() -> Iterator[str]:
+        for name in names:
+            counted = [row for row in known.values() if row["status"] != LARGER]
+            late = chosen.within is not None and time.monotonic() - begin > chosen.within
+            if late or len(counted) == chosen.draw:
+                return
+            if name not in known:
+                yield name
+
+    if any(name not in known for name in names):
+        _warm_up(names)
+    work = measure if chosen.draw is None else measure_small
+    for row in run_all(pending(), work, limits, workers=1):
+        known[row["name"]] = row
         with chosen.rows.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
-    rows = {row["name"]: row for row in read(chosen.rows)}
-    done = [rows[name] for name in names if name in rows]
+    done = [known[name] for name in names if name in known]
     if chosen.draw is None:
         publish("verify-onnx", "Export to ONNX, verified", body(done), write=chosen.write)
     else:
-        text = drawn_body(done, len(names))
+        counted = [row for row in done if row["status"] != LARGER]
+        text = drawn_body(counted, chosen.draw)
         publish("verify-onnx-drawn", "Export to ONNX, drawn", text, write=chosen.write)
 
 
-def drawn(count: int) -> list[str]:
-    """Return so many architectures of timm below 30 M parameters, in an order drawn once."""
-    order = sorted(all_names("timm"))
-    random.Random(0).shuffle(order)
-    found: list[str] = []
-    for name in order:
-        if len(found) == count:
-            break
-        try:
-            model = construct(name, device="meta")
-        except UnbuildableError:
-            continue
-        if sum(p.numel() for p in model.parameters()) < MOST_PARAMETERS:
-            found.append(name)
-    return found
+def measure_small(name: str) -> dict[str, Any]:
+    """Export and verify one architecture, unless it has 30 M parameters or more."""
+    try:
+        size = sum(p.numel() for p in construct(name, device="meta").parameters())
+    except UnbuildableError as error:
+        return {"name": name, "status": LARGER, "error": _line(str(error))}
+    return measure(name) if size < MOST_PARAMETERS else {"name": name, "status": LARGER}
 
 
 def drawn_body(rows: list[dict[str, Any]], asked: int) -> str:

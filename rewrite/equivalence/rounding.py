@@ -32,6 +32,10 @@ _CHOSEN_BITS = 6
 """A number of at most so many bits is a choice (1, 0.5, -3), not the result of rounding."""
 
 
+_LOOKED_AT = 1000
+"""One number that nobody chose among the first so many tells of a whole tensor."""
+
+
 _SENTINEL = 1e30
 """From here on a number stands for infinity, as in a mask."""
 
@@ -125,6 +129,9 @@ class Perturbation:
         infinity. Of a tensor filled with one number (a fresh norm's weight) nothing tells; it moves
         with `fills`.
         """
+        largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+        if largest < _SENTINEL and not bool(_chosen(tensor.reshape(-1)[:_LOOKED_AT]).all()):
+            return self(tensor, torch.finfo(tensor.dtype).eps)
         plain = tensor.isfinite() & (tensor.abs() < _SENTINEL)
         chosen = _chosen(tensor) | ~plain
         if bool(chosen.all()):

@@ -3,8 +3,8 @@
     free(axis)  =  no dim_value, or a negative one (as onnxruntime reads it)
     size(axis)  =  size(symbol): one symbol on two inputs is one number
 
-An axis without a symbol varies with those that stand at its place and have its size. Other sizes
-are filled from the user's own values, so that an index stays one and a mask stays one.
+An axis without a symbol varies with those of other inputs that have its size. Other sizes are
+filled from the user's own values, so that an index stays one and a mask stays one.
 """
 
 from __future__ import annotations
@@ -152,6 +152,11 @@ def is_free(dim: Any) -> bool:
     return not dim.HasField("dim_value") or dim.dim_value < 0
 
 
+def symbol_of(dim: Any) -> str:
+    """Return the symbol of a free size, "" where it has none; `?` is no symbol."""
+    return "" if dim.dim_param in ("?", "None", "-1") else str(dim.dim_param)
+
+
 def dynamic_axes(opened: OnnxFile) -> dict[str, dict[int, str]]:
     """Return the axes that each input declares as dynamic, with their names."""
     return {
@@ -173,15 +178,15 @@ def synthetic_feeds(opened: OnnxFile, seed: int = 0) -> Iterator[Feed]:
     Raises:
         VerificationError: what it declares would not fit into memory.
     """
-    open_sides = any(len(dims) >= 3 for dims in dynamic_axes(opened).values())
-    for side, length in zip(_SIDES, _LENGTHS * 2, strict=False) if open_sides else [(64, 16)]:
-        yield _synthetic_feed(opened, side, length, seed)
-    if not open_sides:
-        for length in _LENGTHS[1:]:
-            yield _synthetic_feed(opened, _SIDES[0], length, seed)
+    # A free axis without a name may be a length, or the batch of a state.
+    for inner in (0, 1):
+        for side, length in zip(_SIDES, (*_LENGTHS, *_LENGTHS[:2]), strict=True):
+            yield _synthetic_feed(opened, (side, length), inner, seed)
 
 
-def _synthetic_feed(opened: OnnxFile, side: int, length: int, seed: int) -> Feed:
+def _synthetic_feed(opened: OnnxFile, sizes: tuple[int, int], inner: int, seed: int) -> Feed:
+    """Return random inputs with a side and a length, and with `inner` for the batch of a state."""
+    side, length = sizes
     random = np.random.default_rng(seed)
     symbols: dict[str, int] = {}
     feed: Feed = {}
@@ -192,8 +197,12 @@ def _synthetic_feed(opened: OnnxFile, side: int, length: int, seed: int) -> Feed
         shape = []
         for axis, dim in enumerate(dims):
             likely = 1 if axis == 0 else side if len(dims) >= 4 else length
-            free = symbols.setdefault(dim.dim_param, likely) if dim.dim_param else likely
-            shape.append(free if is_free(dim) else dim.dim_value)
+            symbol = symbol_of(dim)
+            if symbol:
+                likely = symbols.setdefault(symbol, likely)
+            elif inner and len(dims) == 3 and axis == 1:
+                likely = inner
+            shape.append(likely if is_free(dim) else dim.dim_value)
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
         total += int(np.prod(np.array(shape, object))) * dtype.itemsize if shape else 1
         if total > _MOST_BYTES:
@@ -220,18 +229,27 @@ def free_sizes(opened: OnnxFile, inputs: Inputs) -> dict[str, Axes]:
     values = {value.name: value for value in opened.inputs}
     groups: dict[str, Axes] = {}
     firsts: list[str] = []
-    for place, (name, tensor) in enumerate(
-        zip(_names(opened, inputs), _leaves(inputs), strict=True)
-    ):
+    named = zip(_names(opened, inputs), _leaves(inputs), strict=True)
+    for place, (name, tensor) in enumerate(named):
         for axis, dim in enumerate(values[name].type.tensor_type.shape.dim):
-            if is_free(dim):
-                symbol = dim.dim_param or f"axis {axis} ({tensor.shape[axis]})"
-                groups.setdefault(symbol, []).append((place, axis))
-                if axis == 0 and tensor.ndim:
-                    firsts.append(symbol)
-    named = [symbol for symbol in groups if "batch" in symbol.lower()]
-    batch = (named or firsts or [""])[0]
+            if not is_free(dim):
+                continue
+            size = int(tensor.shape[axis])
+            key = symbol_of(dim) or _like(groups, place, size) or f"{name} axis {axis} = {size}"
+            groups.setdefault(key, []).append((place, axis))
+            if axis == 0:
+                firsts.append(key)
+    called = [symbol for symbol in groups if "batch" in symbol.lower()]
+    batch = (called or firsts or [""])[0]
     return {key: groups[key] for key in sorted(groups, key=lambda key: key != batch)}
+
+
+def _like(groups: Mapping[str, Axes], place: int, size: int) -> str:
+    """Return the unnamed axis of an earlier input that has this size, "" without one."""
+    for key, axes in groups.items():
+        if key.endswith(f" = {size}") and all(other != place for other, _ in axes):
+            return key
+    return ""
 
 
 def has_batch(opened: OnnxFile, groups: Mapping[str, Axes]) -> bool:
@@ -264,7 +282,9 @@ def resized(opened: OnnxFile, inputs: Inputs, seed: int = 0) -> Iterator[Resized
             for index, symbol in enumerate(others)
         }
         if any(sizes[symbol] != size_of(symbol) for symbol in others):
-            label = ", ".join(f"{symbol} {size}" for symbol, size in sizes.items())
+            label = ", ".join(
+                f"{symbol.partition(' = ')[0]} {size}" for symbol, size in sizes.items()
+            )
             yield Resized(label, _with_sizes(inputs, groups, sizes, seed), sizes, False)
 
 

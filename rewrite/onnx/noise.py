@@ -257,9 +257,11 @@ def _reduced(kind: str, array: Array, axes: tuple[int, ...]) -> float:
     alone = _random_walk(count)
     if not alone or kind in ("ReduceSumSquare", "ReduceL2", "ReduceL1", "ReduceLogSumExp"):
         return alone
-    wide = np.nan_to_num(array.astype(np.float64), posinf=0.0, neginf=0.0)
-    total = float(np.linalg.norm(wide.sum(axes)))
-    return alone * float(np.linalg.norm(np.abs(wide).sum(axes))) / total if total else 0.0
+    with np.errstate(all="ignore"):
+        total = float(np.linalg.norm(array.sum(axes, dtype=np.float64)))
+        sizes = float(np.linalg.norm(np.abs(array).sum(axes, dtype=np.float64)))
+        bound = alone * sizes / total if total else 0.0
+    return bound if math.isfinite(bound) else 0.0
 
 
 _NORMS = (
@@ -275,11 +277,14 @@ def _norm_bound(node: Any, array: Array) -> float:
         return 0.0
     if node.op_type in ("RMSNormalization", "SimplifiedLayerNormalization"):
         return alone
-    wide = np.nan_to_num(rows.astype(np.float64), posinf=0.0, neginf=0.0)
-    square, variance = (wide * wide).mean(-1), wide.var(-1)
-    scale = variance + _attribute(node, "epsilon", 1e-5)
-    made = float((variance / scale).mean())
-    return alone * math.sqrt(float((square / scale).mean()) / made) if made else 0.0
+    with np.errstate(all="ignore"):
+        mean = rows.mean(-1, dtype=np.float64)
+        variance = np.square(rows - mean[:, None]).mean(-1, dtype=np.float64)
+        scale = variance + _attribute(node, "epsilon", 1e-5)
+        made = float((variance / scale).mean())
+        square = float(((variance + mean**2) / scale).mean())
+        bound = alone * math.sqrt(square / made) if made > 0 and square < math.inf else 0.0
+    return bound if math.isfinite(bound) else 0.0
 
 
 def _grouped(node: Any, array: Array) -> Array:

@@ -206,8 +206,8 @@ def _compare_graphs(
     """
     reference, moved = references
     sketch = Sketcher(seed)
-    base = record_graph(reference, renamed, sketch)
-    graph = record_graph(opened, feed, sketch)
+    base = record_graph(reference, renamed, sketch, bounds=True)
+    graph = record_graph(opened, feed, sketch, bounds=True)
     theirs = own_noise(moved, base, renamed, sketch, seed)
     noise = [max(value, EPS / 4) for value in theirs]
     own = own_noise(perturbed_graph(opened, seed), graph, feed, sketch, seed)

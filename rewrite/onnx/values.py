@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from rewrite.equivalence.record import Event, Record, Sketcher
-from rewrite.onnx.file import OnnxFile
+from rewrite.onnx.file import OnnxFile, all_nodes
 from rewrite.onnx.noise import long_sums
 from rewrite.onnx.runtime import as_tensor, run, session
 
@@ -23,46 +23,68 @@ if TYPE_CHECKING:
 _PORTION = 512 * 1024 * 1024
 
 
-def record_graph(opened: OnnxFile, feed: Feed, sketch: Sketcher) -> Record:
+def record_graph(opened: OnnxFile, feed: Feed, sketch: Sketcher, *, bounds: bool = False) -> Record:
     """Run the graph node by node as the file says it, and return a sketch of every value.
 
-    Values are fetched in portions, so that memory stays bounded; optimizations are off.
+    Values are fetched in portions, so that memory stays bounded; optimizations are off. What does
+    not depend on an input is no value. With `bounds` the record says how far long sums may be off.
     """
-    graph = opened.model.graph
-    names = [name for node in graph.node for name in node.output if name]
+    nodes, names = _computed(opened, feed)
     record = Record()
     numbers: dict[str, int] = {}
     for name, value in feed.items():
         numbers[name] = _add(record, sketch, value, None)
     sketches = {}
-    sums, bounds = long_sums(opened), dict[str, float]()
+    sums, limits = long_sums(opened) if bounds else {}, dict[str, float]()
     fed = ((name, value) for name, value in feed.items() if name in sums)
-    made = (
-        pair for portion in _portions(names, opened) for pair in values_of(opened, feed, portion)
-    )
-    for name, value in itertools.chain(fed, made):
+    portions = _portions(names, opened)
+    fetched = (pair for portion in portions for pair in values_of(opened, feed, portion))
+    for name, value in itertools.chain(fed, fetched):
         if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
             if name not in feed:
                 sketches[name] = sketch(as_tensor(value))
-            bounds.update((output, bound(value)) for output, bound in sums.get(name, ()))
-    for node in graph.node:
-        given = tuple(numbers[name] for name in node.input if name in numbers)
+            limits.update((output, bound(value)) for output, bound in sums.get(name, ()))
+    for node in nodes:
+        given = tuple(numbers[name] for name in _reads(node) if name in numbers)
         produced = [name for name in node.output if name in sketches]
-        # Sizes are no values of the model: PyTorch keeps them in Python.
-        if not given or not produced or node.op_type in ("Shape", "Size"):
+        if not given or not produced:
             continue
         index = len(record.events)
         for name in produced:
             numbers[name] = len(record.values)
-            if bounds.get(name):
-                record.bounds[numbers[name]] = bounds[name]
+            if limits.get(name):
+                record.bounds[numbers[name]] = limits[name]
             record.values.append(sketches[name])
             record.producer.append(index)
         label = node.name or node.output[0]
         outputs = tuple(numbers[name] for name in produced)
         record.events.append(Event((label, 0, node.op_type, 0), scope_of(node), given, outputs))
-    record.outputs = tuple(numbers[v.name] for v in graph.output if v.name in numbers)
+    ends = (value.name for value in opened.model.graph.output)
+    record.outputs = tuple(numbers[name] for name in ends if name in numbers)
     return record
+
+
+def _computed(opened: OnnxFile, feed: Feed) -> tuple[list[Any], list[str]]:
+    """Return the nodes that compute something of the inputs, and the names of what they make.
+
+    Sizes are no values of the model: PyTorch keeps them in Python.
+    """
+    depends = set(feed)
+    nodes, names = [], []
+    for node in opened.model.graph.node:
+        if node.op_type in ("Shape", "Size") or depends.isdisjoint(_reads(node)):
+            continue
+        nodes.append(node)
+        made = [name for name in node.output if name]
+        names += made
+        depends.update(made)
+    return nodes, names
+
+
+def _reads(node: Any) -> list[str]:
+    """Return the names that a node reads, and those that graphs inside it read."""
+    inner = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    return [*node.input, *(n for graph in inner for other in all_nodes(graph) for n in other.input)]
 
 
 def _add(record: Record, sketch: Sketcher, value: Any, producer: int | None) -> int:
