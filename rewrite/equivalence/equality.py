@@ -14,6 +14,13 @@ import torch
 from torch import nn
 
 from rewrite.equivalence.compare import Comparison, compare
+from rewrite.equivalence.deployed import (
+    deployed_mode,
+    gradient_reasons,
+    kind_reasons,
+    path_reasons,
+    same_classes,
+)
 from rewrite.equivalence.divergence import Divergence, compare_records, recorded, value_noise
 from rewrite.equivalence.exactness import Exact, misrounded, present
 from rewrite.equivalence.record import Sketcher
@@ -115,6 +122,8 @@ def judge(
     work.found.reasons += misrounded(b, exact)
     for name, inputs in given:
         work.run_native(name, inputs)
+    if level is Level.THOROUGH or contract is Contract.EXACT or not same_classes(a, b):
+        work.compare_gradients(*given[0])
     with in_float64(a, b, streamed=short_of_memory(a, b), exact=exact):
         for index, (name, inputs) in enumerate(given):
             work.judge_given(name, inputs, index)
@@ -150,15 +159,21 @@ class _Judge:
         return self.floor + EXPLAINS * (self.found.rounding or 0.0)
 
     def run_native(self, name: str, inputs: Inputs) -> None:
-        """Run both models in their own dtype."""
-        with isolated(self.a), isolated(self.b):
-            before = run_original(self.a, name, inputs, self.seed)
-            try:
-                after = call(self.b, inputs.clone(), self.seed)
-            except Exception as error:  # noqa: BLE001 - a forward may raise anything
-                self.found.fail(name, inputs, f"the rewritten model fails: {one_line(error)}")
-                after = None
+        """Run both models in their own dtype, as their users do."""
+        with original_takes(name, inputs):
+            mode, before = deployed_mode(self.a, inputs, self.seed)
+        try:
+            with isolated(self.b):
+                after = call(self.b, inputs.clone(), self.seed, mode)
+        except Exception as error:  # noqa: BLE001 - a forward may raise anything
+            self.found.fail(name, inputs, f"the rewritten model fails: {one_line(error)}")
+            after = None
         self.native.append((before, after))
+
+    def compare_gradients(self, name: str, inputs: Inputs) -> None:
+        """Hold outputs to require gradients where the original's do."""
+        reasons = gradient_reasons(self.a, self.b, inputs, self.seed)
+        self.found.reasons += [f"{name}: {reason}" for reason in reasons]
 
     def judge_given(self, name: str, inputs: Inputs, index: int) -> None:
         """Judge an input of the user: every value on the way, where parameters were rounded."""
@@ -175,9 +190,11 @@ class _Judge:
         self._settle(name, inputs, wide, exact, compared)
         drift = compare(before, after)
         self.found.drift = max(self.found.drift or 0.0, drift.max_abs)
-        own = compare(exact, before, dtypes=False).max_abs
-        self.found.noise = max(self.found.noise or 0.0, own)
+        own = compare(exact, before, dtypes=False)
+        self.found.noise = max(self.found.noise or 0.0, own.max_abs)
         self.found.measure(drift)
+        reasons = [*kind_reasons(before, after, drift), *path_reasons(drift, own.max_rel)]
+        self.found.reasons += [f"{name}: {reason}" for reason in reasons]
 
     def judge_variation(self, name: str, inputs: Inputs) -> None:
         """Judge an input that was made here, and that the original may refuse."""
