@@ -25,7 +25,10 @@ def add_parsers(commands: Any) -> None:
                         help="measure how activations and gradients propagate")  # fmt: skip
     parser.add_argument("--path-norm", action="store_true",
                         help="the norm of all paths, which rescalings do not change")  # fmt: skip
-    parser.add_argument("--plot", metavar="OUT.png|OUT.svg", help="with --signal: draw it")
+    parser.add_argument("--balance", action="store_true",
+                        help="how far the two sides of each channel are from balanced")  # fmt: skip
+    parser.add_argument("--plot", metavar="OUT.png|OUT.svg",
+                        help="with --signal or --balance: draw it")  # fmt: skip
     parser.add_argument("--before", metavar="MODEL",
                         help="with --plot: draw this model in the same picture")  # fmt: skip
     add_model_arguments(parser)
@@ -44,6 +47,10 @@ def _run_inspect(options: argparse.Namespace) -> int:
         from rewrite.cli.signals import run_signal
 
         return run_signal(options, model, inputs)
+    if options.balance:
+        from rewrite.cli.rescaling import run_balance
+
+        return run_balance(options, model, inputs)
     if options.path_norm:
         from rewrite.cli.rescaling import run_path_norm
 

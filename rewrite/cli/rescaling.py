@@ -12,6 +12,23 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+def run_balance(
+    options: argparse.Namespace, model: nn.Module, inputs: tuple[Any, ...] | None
+) -> int:
+    """Print how balanced the weights are, write the JSON and the picture that the options name.
+
+    Raises:
+        OptionError: the picture is no .png or .svg file.
+    """
+    from rewrite.rescaling.balance_report import balance_report
+
+    report = balance_report(model, inputs)
+    if options.plot is not None:
+        report.plot(options.plot)
+    write_report(options, report)
+    return OK
+
+
 def run_path_norm(
     options: argparse.Namespace, model: nn.Module, inputs: tuple[Any, ...] | None
 ) -> int:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,6 +136,11 @@ class Balance:
             return (q / p).log() / 2
         scale = self.count / sum(self._totals)
         return solve(scale * p, scale * q, self.k[self._slices[number]]).log()
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the units of each group that something writes and reads, their P and their Q."""
+        for number, part in enumerate(self._slices):
+            yield (self._units[part], *self.sides(number))
 
     def sides(self, number: int) -> tuple[Tensor, Tensor]:
         """Return P and Q of the units of a group."""

@@ -1,4 +1,4 @@
-"""`rewrite inspect --path-norm`."""
+"""`rewrite inspect --path-norm` and `--balance`."""
 
 from __future__ import annotations
 
@@ -32,3 +32,14 @@ def test_path_norm_prints_what_the_function_returns(
     assert row["path_norm"]["2"] == expected
     assert set(row["path_norm"]) == {"1", "2", "inf"}
     assert f"{expected:.6g}" in capsys.readouterr().out
+
+
+def test_balance_prints_groups_and_draws_them(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = checkpoint.with_name("balance.svg")
+    arguments = ["inspect", "--balance", str(checkpoint), "--input", "1x3x8x8"]
+    assert main([*arguments, "--plot", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert "factor that would balance" in out and "outputs: 1" in out
+    assert picture.exists()
