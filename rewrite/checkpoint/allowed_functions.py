@@ -3,20 +3,26 @@
     name -> function        only if it is on a list here, or the user named it in full
     function -> name        the inverse, for the saving side
 
-What reads or writes files, calls what it is given, or reaches into Python is on no list:
-`torch.from_file`, `Tensor.apply_`, `operator.attrgetter`, `getattr(x, "__class__")`.
+What reads or writes files, aliases memory by numbers of its own, hands out pointers, calls what it
+is given, or reaches into Python is on no list: `torch.from_file`, `torch.as_strided`,
+`Tensor.data_ptr`, `Tensor.apply_`, `operator.attrgetter`, `getattr(x, "__class__")`. The lists
+are data (`allowed_operators.json`), made by `python -m benchmarks.allowed_classes`.
 """
 
 from __future__ import annotations
 
 import builtins
 import importlib
+import json
 import math
 import operator
 from collections.abc import Sequence
+from functools import cache
+from importlib import resources
 from typing import Any
 
 import torch
+import torch.fft
 import torch.functional
 import torch.nn.functional
 from torch._ops import OpOverload, OpOverloadPacket
@@ -24,15 +30,12 @@ from torch.fx.node import Node, _get_qualified_name
 
 from rewrite.errors import CheckpointError
 
-_FILES = frozenset({"from_file", "frombuffer", "from_numpy", "import_ir_module", "_from_blob"})
 
-
-_TORCH = (
-    frozenset(n for n in dir(torch._C._VariableFunctions) if not n.startswith("_"))
-    | frozenset(torch.functional.__all__)
-    | frozenset(n for n in dir(torch) if n.startswith("sym_"))
-    | {"_assert", "is_tensor", "is_storage"}
-) - _FILES
+@cache
+def _listed(kind: str) -> frozenset[str]:
+    """Return one of the lists of `allowed_operators.json`."""
+    text = resources.files(__package__).joinpath("allowed_operators.json").read_text("utf-8")
+    return frozenset(json.loads(text)["names"][kind].split())
 
 
 _NOT_LAYERS = frozenset(
@@ -95,30 +98,13 @@ _TORCHVISION = frozenset(
 )
 
 
-_OPERATIONS = ("aten", "torchvision", "prims")
+_TORCHVISION_HELD = frozenset(
+    {"torchvision.ops.boxes.box_iou", "torchvision.models.optical_flow.raft._pass_through_h"}
+)
+"""Functions of torchvision that its models keep as attributes; each only computes on tensors."""
 
 
-METHODS = frozenset(
-    name
-    for name in dir(torch.Tensor)
-    if not name.startswith("_") and callable(getattr(torch.Tensor, name))
-) - {
-    "apply_",
-    "map_",
-    "map2_",
-    "numpy",
-    "tolist",
-    "storage",
-    "untyped_storage",
-    "set_",
-    "data_ptr",
-    "register_hook",
-    "register_post_accumulate_grad_hook",
-    "share_memory_",
-    "module_load",
-    "reinforce",
-    "to_mkldnn",
-} | {"keys", "values", "items", "get", "append", "extend"}
+METHODS = _listed("methods") | {"keys", "values", "items", "get", "append", "extend"}
 """Methods that a graph may call: those of tensors that only compute, and of plain containers."""
 
 
@@ -134,38 +120,89 @@ def readable(attribute: str) -> bool:
     return not any(callable(getattr(kind, attribute, None)) for kind in _OBJECTS)
 
 
-def find_function(name: str, trust: Sequence[str]) -> Any:
-    """Return the function of that name, or raise CheckpointError."""
+_SPELLINGS = {
+    "torch._C._nn": "torch.nn.functional",
+    "torch._C._VariableFunctions": "torch",
+    "torch._C._VariableFunctionsClass": "torch",
+    "torch._C.TensorBase": "torch.Tensor",
+    "torch._tensor.Tensor": "torch.Tensor",
+    "torch.functional": "torch",
+}
+"""Where torch keeps the functions that it has under a public name."""
+
+FUNCTION_PLACES = (
+    "torch._C._VariableFunctionsClass",
+    "torch._C.TensorBase",
+    "torch._tensor.Tensor",
+)
+"""Classes of which Python pickles a function as `getattr(class, name)`."""
+
+_PREFIXED = {"torch._C._fft": "fft", "torch._C._linalg": "linalg", "torch._C._special": "special"}
+
+
+def _public(name: str) -> str:
+    """Return the public name of a function of torch: torch._C._fft.fft_rfft2 is torch.fft.rfft2."""
     place, _, last = name.rpartition(".")
-    listed = {
-        "torch": (torch, _TORCH),
+    if place in _PREFIXED:
+        kind = _PREFIXED[place]
+        return f"torch.{kind}.{last.removeprefix(f'{kind}_')}"
+    return f"{_SPELLINGS.get(place, place)}.{last}"
+
+
+def _homes() -> dict[str, tuple[Any, frozenset[str]]]:
+    return {
+        "torch": (torch, _listed("torch")),
+        "torch.fft": (torch.fft, _listed("torch.fft")),
+        "torch.linalg": (torch.linalg, _listed("torch.linalg")),
+        "torch.special": (torch.special, _listed("torch.special")),
         "torch.nn.functional": (torch.nn.functional, _FUNCTIONAL),
-        "torch._C._nn": (torch.nn.functional, _FUNCTIONAL),
-        "torch.functional": (torch.functional, _TORCH),
         "torch.Tensor": (torch.Tensor, METHODS),
         "_operator": (operator, _OPERATOR),
         "math": (math, _MATH),
         "builtins": (builtins, _BUILTINS),
     }
-    if place in listed and last in listed[place][1]:
-        return getattr(listed[place][0], last)
-    if place.startswith("torch.ops."):
+
+
+def find_function(name: str, trust: Sequence[str]) -> Any:
+    """Return the function of that name, or raise CheckpointError."""
+    place, _, last = _public(name).rpartition(".")
+    home, listed = _homes().get(place, (None, frozenset()))
+    if last in listed and hasattr(home, last):
+        return getattr(home, last)
+    if place.startswith("torch.ops"):
         return _operation(name)
     if name in _TORCHVISION or name in trust:
         try:
-            return getattr(importlib.import_module(place), last)
-        except (ImportError, AttributeError) as error:
+            found: Any = importlib.import_module(name.rpartition(".")[0])
+            return getattr(found, last)
+        except (ImportError, AttributeError, ValueError) as error:
             raise CheckpointError(f"holds a graph that calls {name}: {error}") from error
     raise CheckpointError(
         f"holds a graph that calls {name}; pass --trust {name} if you know that function"
     )
 
 
+def held_function(name: str) -> Any:
+    """Return the function that a module may keep as an attribute, None if it is on no list."""
+    place, _, last = _public(name).rpartition(".")
+    home, listed = _homes().get(place, (None, frozenset()))
+    if place != "builtins" and last in listed:
+        return getattr(home, last, None)
+    if name in _TORCHVISION_HELD:
+        return getattr(importlib.import_module(name.rpartition(".")[0]), last)
+    return None
+
+
 def _operation(name: str) -> Any:
     """Return an operator of torch.ops, as exported programs call them."""
     parts = name.split(".")[2:]
-    if len(parts) not in (2, 3) or parts[0] not in _OPERATIONS or parts[1] in _FILES:
-        raise CheckpointError(f"holds a graph that calls {name}")
+    place, base, overload = (*parts, "default")[:3] if len(parts) in (2, 3) else ("", "", "")
+    packets = {entry.rpartition(".")[0] for entry in _listed("operators")}
+    whole = f"{place}::{base}" in packets if len(parts) == 2 else False
+    if not whole and f"{place}::{base}.{overload}" not in _listed("operators"):
+        raise CheckpointError(
+            f"holds a graph that calls {name}, which is on no list of what only computes"
+        )
     found: Any = torch.ops
     for part in parts:
         found = getattr(found, part, None)
@@ -179,6 +216,7 @@ def name_of_function(function: Any, node: Node) -> str:
     name = _get_qualified_name(function)
     if getattr(builtins, name, None) is function:
         name = f"builtins.{name}"
+    name = _public(name)
     try:
         found = find_function(name, (name,))
     except CheckpointError as error:

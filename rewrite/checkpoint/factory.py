@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import random
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
-from rewrite.checkpoint.state_dict import describe_state
 from rewrite.errors import CheckpointError
 
 FACTORY_NAME = re.compile(
@@ -20,21 +24,22 @@ FACTORY_NAME = re.compile(
 )
 
 
-def build_named(reference: str) -> nn.Module:
-    """Return the eval-mode model that a name or a factory stands for."""
+def build_named(reference: str, seed: int | None = None) -> nn.Module:
+    """Return the eval-mode model that a name or a factory stands for, drawn from `seed`."""
     match = FACTORY_NAME.fullmatch(reference)
     if match is None:
         raise CheckpointError(f"{reference}: is no factory; write package.module:callable")
     kwargs = _kwargs(reference, match["kwargs"])
     try:
-        model = _call(match["module"], match["name"], kwargs)
+        with seeded(seed):
+            model = _call(match["module"], match["name"], kwargs)
     except CheckpointError as error:
         raise CheckpointError(f"{reference}: {error}") from error
     except (Exception, SystemExit) as error:
         said = " ".join(str(error).split())
         raise CheckpointError(f"{reference}: raised {type(error).__name__}: {said}") from error
     if not isinstance(model, nn.Module):
-        raise CheckpointError(f"{reference}: returned {describe_state(model)}, not an nn.Module")
+        raise CheckpointError(f"{reference}: returned a {type(model).__name__}, not an nn.Module")
     return model.eval()
 
 
@@ -60,18 +65,11 @@ def _call(module: str, name: str, kwargs: dict[str, Any]) -> Any:
         import timm
 
         return timm.create_model(name, **{"pretrained": False, **kwargs})
-    # A factory in the folder where the user stands is found, as `python -m` finds it.
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
     try:
-        value: Any = importlib.import_module(module)
+        with current_folder_importable():
+            value: Any = importlib.import_module(module)
     except ImportError as error:
         raise CheckpointError(f"cannot import {module} ({error})") from error
-    finally:
-        if added:
-            sys.path.remove(here)
     for part in name.split("."):
         if not hasattr(value, part):
             raise CheckpointError(f"{module} has no {name}")
@@ -81,6 +79,38 @@ def _call(module: str, name: str, kwargs: dict[str, Any]) -> Any:
     if not callable(value):
         raise CheckpointError(f"is a {type(value).__name__}, not a callable")
     return value(**kwargs)
+
+
+@contextmanager
+def current_folder_importable() -> Iterator[None]:
+    """Find what the user names in the folder where the user stands, as `python -m` does."""
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Draw from `seed` inside, and leave the generators of the process as they were."""
+    if seed is None:
+        yield
+        return
+    ours, theirs = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(ours)
+            np.random.set_state(theirs)
 
 
 def _torchvision(name: str, kwargs: dict[str, Any]) -> Any:

@@ -87,7 +87,7 @@ class SavedGraph(SavedModule):
         if forged := sorted(_MADE_AGAIN.intersection(held)):
             raise CheckpointError(f"holds a graph with a ready-made {forged[0]}")
         graph = build_graph(_dict(state, "graph"), trust)
-        module = torch.fx.GraphModule(nn.Module(), torch.fx.Graph(), _identifier(state["class"]))
+        module = torch.fx.GraphModule(nn.Module(), torch.fx.Graph(), identifier(state["class"]))
         self.__dict__.update(module.__dict__)
         self.__dict__.update(held)
         self.__class__ = type(module)  # type: ignore[assignment]
@@ -126,7 +126,7 @@ class SavedParametrized(SavedModule):
         module.__setstate__(held)
         parametrize._inject_new_class(module)
         for name, steps in held["_modules"]["parametrizations"]._modules.items():
-            parametrize._inject_property(module, _identifier(name))
+            parametrize._inject_property(module, identifier(name))
             if isinstance(steps[0], _WeightNorm):
                 _add_hook_of_weight_norm(module, name)
             elif isinstance(steps[0], WeightNorm):
@@ -165,12 +165,12 @@ def describe_parametrized(module: nn.Module) -> dict[str, Any]:
     held["_load_state_dict_pre_hooks"] = type(hooks)(
         (key, hook)
         for key, hook in hooks.items()
-        if not (_is_hook_of_weight_norm(hook) or is_weight_norm_hook(hook))
+        if not (is_hook_of_weight_norm(hook) or is_weight_norm_hook(hook))
     )
     return {"class": type(module).__mro__[1], "state": held}
 
 
-def _is_hook_of_weight_norm(hook: Any) -> bool:
+def is_hook_of_weight_norm(hook: Any) -> bool:
     """Say whether a hook is the local function that lets old state dicts be loaded."""
     function = getattr(hook, "hook", hook)
     name = f"{parametrizations.__name__}.weight_norm.<locals>._weight_norm_compat_hook"
@@ -207,9 +207,9 @@ def build_graph(description: Mapping[str, Any], trust: Sequence[str]) -> torch.f
     graph = torch.fx.Graph()
     nodes: dict[str, torch.fx.Node] = {}
     for entry in description["nodes"]:
-        op, name = entry["op"], _identifier(entry["name"])
+        op, name = entry["op"], identifier(entry["name"])
         args = tuple(_decode(value, nodes) for value in entry["args"])
-        kwargs = {_identifier(key): _decode(value, nodes) for key, value in entry["kwargs"].items()}
+        kwargs = {identifier(key): _decode(value, nodes) for key, value in entry["kwargs"].items()}
         target = _check_node(op, entry["target"], args, kwargs, trust)
         annotation = _ANNOTATIONS.get(entry["type"])
         nodes[name] = graph.create_node(op, target, args, kwargs, name, annotation)
@@ -237,7 +237,7 @@ def _check_node(
         raise CheckpointError(f"holds a graph with a {type(target).__name__} as target")
     if op == "placeholder":
         stars = "*" * min(2, len(target) - len(target.lstrip("*")))
-        return stars + _identifier(target.removeprefix(stars))
+        return stars + identifier(target.removeprefix(stars))
     if op == "output":
         return "output"
     if op in ("call_module", "get_attr"):
@@ -344,7 +344,7 @@ def _decode(value: Any, nodes: Mapping[str, torch.fx.Node]) -> Any:
             raise CheckpointError(f"holds a graph that uses {content!r} before it is computed")
         return nodes[content]
     if kind == "torch":
-        found = getattr(torch, _identifier(content), None)
+        found = getattr(torch, identifier(content), None)
         if not isinstance(found, _TORCH_CONSTANTS):
             raise CheckpointError(f"holds a graph with torch.{content} as an argument")
         return found
@@ -372,7 +372,7 @@ def _key(value: Any) -> Any:
     return value
 
 
-def _identifier(name: Any) -> str:
+def identifier(name: Any) -> str:
     """Return `name` if it can stand in source code as a name, or raise CheckpointError."""
     if not (isinstance(name, str) and name.isidentifier() and name.isascii()):
         raise CheckpointError(f"holds a graph with the name {name!r}")
@@ -408,13 +408,13 @@ def _describe_signature(codegen: CodeGen) -> dict[str, Any] | None:
 
 def _build_signature(signature: Mapping[str, Any]) -> _PyTreeCodeGen:
     """Return the code generator of a described signature."""
-    names = [_identifier(name) for name in signature["names"]]
+    names = [identifier(name) for name in signature["names"]]
     outputs = signature["outputs"]
     return _PyTreeCodeGen(
         _PyTreeInfo(
             names,
-            pytree.tree_structure(_example(signature["inputs"])),
-            None if outputs is None else pytree.tree_structure(_example(outputs)),
+            pytree.tree_structure(example(signature["inputs"])),
+            None if outputs is None else pytree.tree_structure(example(outputs)),
         )
     )
 
@@ -430,14 +430,14 @@ def _describe_spec(spec: pytree.TreeSpec) -> Any:
     return [spec.type.__name__, keys, children]
 
 
-def _example(description: Any) -> Any:
+def example(description: Any) -> Any:
     """Return a tree of the described structure, with zeros for leaves."""
     if description is None:
         return 0
     kind, keys, children = description
-    examples = [_example(child) for child in children]
+    examples = [example(child) for child in children]
     if kind == "dict":
-        names = [_identifier(key) for key in keys]
+        names = [identifier(key) for key in keys]
         return dict(zip(names, examples, strict=True))
     if kind in ("tuple", "list"):
         return tuple(examples) if kind == "tuple" else examples

@@ -9,37 +9,57 @@
     load(save(model)) == model                         tensors, ties, modes, classes, names
 
 A file that exists is always a path; a name is tried afterwards. What a file may ask for is the
-business of `rewrite.checkpoint.unpickle`. Code of a factory runs, because the user named it. A
-pickled module keeps the mode it was saved in; a model that is built here (a name, a factory) is in
-eval mode.
+business of `names`, what a model may look like that of `check_loaded`. Code of a factory runs,
+because the user named it. A pickled module keeps the mode it was saved in; a model that is built
+here (a name, a factory) is in eval mode.
 """
 
 from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rewrite.checkpoint.exported_program import is_exported, load_exported
+from rewrite.checkpoint.check_loaded import check_loaded
+from rewrite.checkpoint.exported.program import is_exported, load_exported
 from rewrite.checkpoint.factory import FACTORY_NAME, build_named
-from rewrite.checkpoint.mapped import MappedFile
 from rewrite.checkpoint.pickler import write_model
-from rewrite.checkpoint.state_dict import (
-    check_file,
-    describe_state,
-    fill,
-    read_safetensors,
-    state_in,
+from rewrite.checkpoint.pickles.state import (
+    build_state,
+    find_state,
+    is_module,
+    left_out,
+    pairs_of,
 )
-from rewrite.checkpoint.unpickle import load_pickle
+from rewrite.checkpoint.pickles.unpickle import PickleFile, opened_pickle
+from rewrite.checkpoint.state_dict import check_file, describe_root, fill, read_safetensors
 from rewrite.errors import CheckpointError
 from rewrite.files import atomic_path
 from rewrite.runtime.copying import own_memory_
+
+
+def _silent(_: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    """How a file is to be opened."""
+
+    path: Path
+    factory: str | None
+    trust: Sequence[str]
+    device: str | torch.device
+    key: str | None
+    prefix: str | None
+    seed: int | None
+    note: Callable[[str], None]
 
 
 def load(
@@ -48,31 +68,71 @@ def load(
     factory: str | None = None,
     trust: Sequence[str] = (),
     map_location: str | torch.device = "cpu",
+    key: str | None = None,
+    strip_prefix: str | None = None,
+    seed: int | None = None,
+    note: Callable[[str], None] = _silent,
 ) -> nn.Module:
     """Return the model that a MODEL reference names.
 
     Args:
         reference: A path or a name; see the grammar above.
         factory: `package.module:callable[(json kwargs)]` that builds the model of a state dict.
+            With it only tensors of the file matter: the rest is left alone, and said to `note`.
         trust: Packages (or full names of single classes and functions) that a file may name
-            beside torch, torchvision, timm, transformers and rewrite. Naming a package allows
-            its classes, and to import it.
+            beside the listed classes of torch, torchvision, timm, transformers and rewrite. Naming
+            a package allows its classes, and to import it.
         map_location: The device that the tensors of a file go to.
+        key: Where in a training checkpoint the state dict (or module) is, as "generator".
+        strip_prefix: What to take off the keys; by itself any prefix that makes all keys fit.
+        seed: What a factory draws its weights from; None leaves PyTorch's generators as they are.
+        note: Takes a line about each thing in the file that was left out or renamed.
 
     Raises:
         CheckpointError: The reference names nothing, or nothing that may be opened.
     """
     path = Path(reference)
-    if path.exists() or not isinstance(reference, str):
-        model = _load_file(path, factory, trust, map_location)
-        own_memory_(model, MappedFile(path).read)
+    if _exists(path) or not isinstance(reference, str):
+        request = _Request(path, factory, trust, map_location, key, strip_prefix, seed, note)
+        model = _load_file(request)
+        try:
+            check_loaded(model, trust)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        own_memory_(model)
         return model
     match = FACTORY_NAME.fullmatch(reference)
     if match is None or path.suffix in (".pt", ".pth", ".pt2", ".safetensors", ".ckpt"):
         raise CheckpointError(f"{reference}: no such file, and no name like torchvision:resnet18")
     if factory is not None:
         raise CheckpointError(f"{reference}: a name needs no factory ({factory})")
-    return build_named(reference).to(map_location)
+    return build_named(reference, seed).to(map_location)
+
+
+def holds_state(reference: str | os.PathLike[str]) -> bool:
+    """Say whether a reference is a file of tensors by name, and no whole model.
+
+    Raises:
+        CheckpointError: it is a file that cannot be read.
+    """
+    path = Path(reference)
+    if not _exists(path):
+        return False
+    check_file(path)
+    if path.suffix == ".safetensors":
+        return True
+    if zipfile.is_zipfile(path) and is_exported(path):
+        return False
+    with opened_pickle(path) as file:
+        found = find_state(file.program.root)
+    return found is not None and not is_module(found[1])
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = True) -> Path:
@@ -92,39 +152,91 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Tr
     return Path(path)
 
 
-def _load_file(
-    path: Path, factory: str | None, trust: Sequence[str], map_location: str | torch.device
-) -> nn.Module:
+def _load_file(request: _Request) -> nn.Module:
     """Open a file by what is in it, not by what it is called."""
+    path = request.path
     check_file(path)
     if path.suffix == ".safetensors":
-        return _from_state(path, read_safetensors(path, map_location), factory, map_location)
+        return _filled(request, lambda: read_safetensors(path, request.device))
     if zipfile.is_zipfile(path) and is_exported(path):
-        return load_exported(path, map_location)
-    content = load_pickle(path, trust=trust, map_location=map_location)
-    if isinstance(content, nn.Module):
-        if factory is not None:
-            raise CheckpointError(f"{path}: is a whole model, not a state dict; drop the factory")
-        return content
-    return _from_state(path, content, factory, map_location)
+        return load_exported(path, request.device)
+    with opened_pickle(path) as file:
+        try:
+            found = find_state(file.program.root, request.key)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        if found is None:
+            _refuse(file, request)
+            raise CheckpointError(
+                f"{path}: holds neither a model nor a state dict, but "
+                f"{describe_root(file.program.root)}"
+            )
+        if request.factory is None:
+            return _opened(file, request, *found)
+        return _tensors_only(file, request, *found)
 
 
-def _from_state(
-    path: Path, content: Any, factory: str | None, map_location: str | torch.device
-) -> nn.Module:
-    """Build the factory's model and give it the state dict that `content` is or nests."""
-    state = state_in(content)
-    if isinstance(state, nn.Module):
-        return state
-    if state is None:
+def _opened(file: PickleFile, request: _Request, place: str, node: Any) -> nn.Module:
+    """Return the module of a file; of a state dict, say that it needs a factory."""
+    if is_module(node):
+        model: nn.Module = file.build(node, request.trust, request.device, whole=True)
+        for name in left_out(file.program.root, place):
+            request.note(f"left out {name}")
+        return model
+    _refuse(file, request)
+    where = f" under {place!r}" if place else ""
+    raise CheckpointError(
+        f"{request.path}: is a state dict of {len(pairs_of(node) or ())} tensors{where}; say what "
+        "builds the model with --factory package.module:callable"
+    )
+
+
+def _refuse(file: PickleFile, request: _Request) -> None:
+    """Raise CheckpointError for what a file asks for and may not have."""
+    try:
+        file.build(file.program.root, request.trust, "meta", whole=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; with --factory only its tensors are opened") from error
+
+
+def _tensors_only(file: PickleFile, request: _Request, place: str, node: Any) -> nn.Module:
+    """Build the factory's model and give it the tensors of the file; leave everything else."""
+    if is_module(node):
+        try:
+            file.build(node, request.trust, "meta")
+        except CheckpointError as error:
+            request.note(f"took the tensors of a module that cannot be opened itself ({error})")
+        else:
+            raise CheckpointError(
+                f"{request.path}: is a whole model, not a state dict; drop the factory"
+            )
+    for name in left_out(file.program.root, place):
+        request.note(f"left out {name}")
+    return _filled(request, lambda: build_state(file, node, request.device))
+
+
+def _filled(request: _Request, read: Callable[[], Mapping[str, Tensor]]) -> nn.Module:
+    """Build the factory's model and give it a state dict; the weights are held once."""
+    if request.factory is None:
         raise CheckpointError(
-            f"{path}: holds neither a model nor a state dict, but {describe_state(content)}"
+            f"{request.path}: is a state dict of {len(read())} tensors; say what builds the model "
+            "with --factory package.module:callable"
         )
-    if factory is None:
-        raise CheckpointError(
-            f"{path}: is a state dict of {len(state)} tensors; say what builds the model with "
-            "--factory package.module:callable"
-        )
-    model = build_named(factory).to(map_location)
-    fill(path, factory, model, state)
+    model = build_named(request.factory, request.seed).to(request.device)
+    _release(model)
+    fill(request.path, request.factory, model, read(), note=request.note, prefix=request.prefix)
     return model
+
+
+def _release(model: nn.Module) -> None:
+    """Give the memory of plain parameters back, before what takes their place is read."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if type(parameter) is nn.Parameter and type(parameter.data) is Tensor:
+                if id(parameter) not in moved:
+                    moved[id(parameter)] = nn.Parameter(
+                        torch.empty_like(parameter, device="meta"),
+                        requires_grad=parameter.requires_grad,
+                    )
+                module._parameters[key] = moved[id(parameter)]

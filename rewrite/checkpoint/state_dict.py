@@ -1,4 +1,4 @@
-"""A state dict out of a file, and into a model: nesting, prefixes, ties, weight norm."""
+"""A state dict out of a file, and into a model: keys, shapes, ties, weight norm."""
 
 from __future__ import annotations
 
@@ -6,25 +6,19 @@ import codecs
 import os
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rewrite.checkpoint.unpickle import load_pickle
+from rewrite.checkpoint.pickles.state import build_state, describe_node, find_state, pairs_of
+from rewrite.checkpoint.pickles.tensors import is_tensor
+from rewrite.checkpoint.pickles.unpickle import opened_pickle
+from rewrite.checkpoint.prefixes import fit_prefix, needed, without_wrappers
 from rewrite.errors import CheckpointError, system_reason
 from rewrite.weights.weight_norm_keys import fit_weight_norm_keys
-
-_NESTED = (
-    *("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params"),
-    *("model_ema", "ema", "state_dict_ema", "ema_state_dict", "params_ema"),
-)
-"""Where training checkpoints keep their state dict; the first that is there is taken."""
-
-
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -37,13 +31,13 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     check_file(place)
     if place.suffix == ".safetensors":
         return read_safetensors(place, "cpu")
-    content = load_pickle(place, map_location="cpu")
-    state = state_in(content)
-    if isinstance(state, nn.Module):
-        return dict(state.state_dict())
-    if state is None:
-        raise CheckpointError(f"{path}: holds no state dict, but {describe_state(content)}")
-    return dict(state)
+    with opened_pickle(place) as file:
+        found = find_state(file.program.root)
+        if found is None:
+            raise CheckpointError(
+                f"{path}: holds no state dict, but {describe_root(file.program.root)}"
+            )
+        return without_wrappers(build_state(file, found[1], "cpu"))
 
 
 def check_file(path: Path) -> None:
@@ -103,43 +97,26 @@ def read_safetensors(path: Path, map_location: str | torch.device) -> dict[str, 
         raise CheckpointError(f"{path}: is no readable safetensors file ({error})") from error
 
 
-def state_in(content: Any) -> Mapping[str, Tensor] | nn.Module | None:
-    """Return the state dict (or module) that a checkpoint is or nests, without wrapper prefixes."""
-    if isinstance(content, nn.Module):
-        return content
-    if not isinstance(content, Mapping):
-        return None
-    if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        return _unwrapped(content)
-    for key in _NESTED:
-        found = state_in(content.get(key))
-        if found is not None:
-            return found
-    return None
-
-
-def _unwrapped(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Take off the prefixes that DataParallel and torch.compile put before every key."""
-    for prefix in _WRAPPERS:
-        if all(key.startswith(prefix) for key in state):
-            bare = OrderedDict((key.removeprefix(prefix), value) for key, value in state.items())
-            versions = getattr(state, "_metadata", {})
-            vars(bare)["_metadata"] = {
-                "" if key == prefix[:-1] else key.removeprefix(prefix): version
-                for key, version in versions.items()
-                if key.startswith(prefix[:-1])
-            }
-            return _unwrapped(bare)
-    return state
-
-
-def fill(path: Path, factory: str, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def fill(
+    path: Path,
+    factory: str,
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    note: Callable[[str], None] = lambda _: None,
+    prefix: str | None = None,
+) -> None:
     """Give `model` the tensors of `state` as they are; raise CheckpointError if keys do not match.
 
-    The tensors are assigned, not copied: they keep the dtype of the file, and a mapped file is
-    not read. Assigning separates tied parameters, which are tied again afterwards.
+    The tensors are assigned, not copied: they keep the dtype of the file. Assigning separates tied
+    parameters, which are tied again afterwards. A prefix before all keys of the model is taken
+    off, and said to `note`.
     """
     own = model.state_dict()
+    try:
+        state = _without_prefix(model, own.keys(), state, note, prefix)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     metadata = getattr(state, "_metadata", {})
     state = fit_weight_norm_keys(state, own.keys())
     shaped = {
@@ -174,6 +151,24 @@ def fill(path: Path, factory: str, model: nn.Module, state: Mapping[str, Tensor]
             model.get_submodule(owner)._parameters[last] = parameter
 
 
+def _without_prefix(
+    model: nn.Module,
+    own: Collection[str],
+    state: Mapping[str, Tensor],
+    note: Callable[[str], None],
+    prefix: str | None,
+) -> Mapping[str, Tensor]:
+    """Return the state dict under the one prefix under which it has all that `model` needs."""
+    groups = needed(own, _ties(model))
+    some = [next(iter(group)) for group in groups if len(group) == 1][:8]
+
+    def fits(given: Mapping[str, Tensor]) -> bool:
+        keys = fit_weight_norm_keys(given, own).keys()
+        return all(any(key in keys for key in group) for group in groups)
+
+    return fit_prefix(state, fits, some, note, prefix)
+
+
 def _ties(model: nn.Module) -> list[list[str]]:
     """Return the keys of each parameter that has more than one."""
     keys: dict[int, list[str]] = {}
@@ -187,9 +182,11 @@ def _first(keys: Sequence[str], limit: int = 3) -> str:
     return ", ".join(keys[:limit]) + (", …" if len(keys) > limit else "")
 
 
-def describe_state(content: Any) -> str:
-    """Say in a few words what an object is."""
-    if isinstance(content, Mapping):
-        keys = [str(key) for key in content]
-        return f"a {type(content).__name__} with the keys {_first(keys, 6) or '(none)'}"
-    return f"a {type(content).__name__}"
+def describe_root(root: Any) -> str:
+    """Say in a few words what a checkpoint is that holds no state dict."""
+    pairs = pairs_of(root)
+    if pairs is not None:
+        keys = [str(key) for key, _ in pairs]
+        return f"a dict with the keys {_first(keys, 6) or '(none)'}"
+    kind = "Tensor" if is_tensor(root) else describe_node(root)
+    return f"a {kind}"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rewrite.checkpoint.load import load, save
-from rewrite.checkpoint.unpickle import load_pickle
+from rewrite.checkpoint.pickles.unpickle import load_pickle
 from rewrite.errors import CheckpointError
 
 

@@ -1,0 +1,1 @@
+"""Exported programs (`.pt2`) rebuilt from vetted JSON and raw tensors."""

@@ -1,0 +1,173 @@
+"""What a name of a file may mean: judged as text, and only then looked up.
+
+    name -> a tensor's builder | a plain value's builder | a value | a layer | an enum | nothing
+
+A name that nobody allowed is refused before its module is imported: importing a module runs it.
+With `--trust` the user names packages (their classes may be instances) or single classes and
+functions; what `builtins`, `os` and their like hold is refused whatever is trusted.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.fx
+from torch import nn
+
+from rewrite.checkpoint.allowed_classes import MOVED, TRUSTED, Standing, standing
+from rewrite.checkpoint.allowed_functions import FUNCTION_PLACES, held_function
+from rewrite.checkpoint.factory import current_folder_importable
+from rewrite.checkpoint.graph_format import SavedForward, SavedGraph, SavedParametrized
+from rewrite.checkpoint.pickles import natives, tensors
+from rewrite.errors import CheckpointError, one_line
+
+
+class Use(enum.Enum):
+    """What a file may do with a name."""
+
+    TENSOR = "builds a tensor"
+    NATIVE = "builds a plain value"
+    VALUE = "is a value"
+    FUNCTION = "is a function that a module keeps"
+    LAYER = "is a class of instances, and a value"
+    INSTANCE = "is a class of instances"
+    ENUM = "is an enum"
+    SAVED = "is what rewrite.save writes"
+    MEMBER = "looks a member of an enum up"
+    PARTIAL = "is functools.partial"
+    REBUILD = "makes an instance, as the first protocols do"
+    PLACE = "is where torch keeps functions, or a kind of storage"
+
+
+HELD = frozenset({Use.TENSOR, Use.VALUE, Use.FUNCTION, Use.LAYER, Use.ENUM})
+"""Uses of names that may stand as values."""
+
+PARTIALS = frozenset({Use.LAYER, Use.FUNCTION})
+"""Uses of names that a `functools.partial` may be of."""
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a name stands for, and what the file may do with it."""
+
+    use: Use
+    value: Any = None
+
+
+_SAVED = {
+    f"{place}.{kind.__name__}": Meaning(Use.SAVED, kind)
+    for place in ("rewrite.checkpoint", "rewrite.graphfile")
+    for kind in (SavedForward, SavedGraph, SavedParametrized)
+}
+"""What `rewrite.save` writes for modules that cannot be pickled, and wrote until 0.1.0."""
+
+_SPECIAL = {
+    **_SAVED,
+    "builtins.getattr": Meaning(Use.MEMBER),
+    "functools.partial": Meaning(Use.PARTIAL),
+    "copyreg._reconstructor": Meaning(Use.REBUILD),
+    "copyreg.__newobj__": Meaning(Use.REBUILD),
+    **{place: Meaning(Use.PLACE) for place in (*tensors.STORAGES, *FUNCTION_PLACES)},
+}
+
+_NEVER = frozenset(
+    {
+        *("builtins", "os", "posix", "nt", "sys", "subprocess", "shutil", "importlib", "pickle"),
+        *("ctypes", "socket", "runpy", "code", "codeop", "marshal", "shelve", "urllib", "http"),
+        *("tempfile", "signal", "inspect", "operator", "_operator", "multiprocessing", "threading"),
+        *("pty", "platform", "webbrowser", "pydoc", "timeit", "cProfile", "profile", "pdb", "bdb"),
+        "asyncio",
+    }
+)
+"""Packages of Python of which no model needs a class or a function."""
+
+
+def refuse_unless_allowed(name: str, trust: Sequence[str]) -> None:
+    """Raise CheckpointError for a name that nobody allowed; import nothing."""
+    if name in _SPECIAL or name in tensors.BUILDERS or name in natives.BUILDERS:
+        return
+    if name in natives.CONSTANTS or held_function(name) is not None:
+        return
+    package = name.partition(".")[0]
+    if package in _NEVER:
+        raise CheckpointError(f"names {name}, which no model needs and no --trust allows")
+    if name in trust or package in trust or standing(MOVED.get(name, name)) is not None:
+        return
+    if name.startswith("torch.fx."):
+        raise CheckpointError(
+            f"names {name}, a pickled GraphModule, which holds source code; write it with "
+            "rewrite.save"
+        )
+    if package in TRUSTED:
+        raise CheckpointError(
+            f"names {name}, which is on no list of layers; "
+            f"pass --trust {name} if you know where the file comes from"
+        )
+    raise CheckpointError(
+        f"names {name}, and package {package!r} is not trusted; "
+        f"pass --trust {package} if you know where the file comes from"
+    )
+
+
+def meaning_of(name: str, trust: Sequence[str]) -> Meaning:
+    """Return what a name that `refuse_unless_allowed` let through means.
+
+    Raises:
+        CheckpointError: it is not there, or is something else than it has to be.
+    """
+    for found in (_SPECIAL.get(name), _builder(name), _value(name)):
+        if found is not None:
+            return found
+    value = _find(MOVED.get(name, name))
+    if name in trust:
+        return Meaning(Use.LAYER if isinstance(value, type) else Use.FUNCTION, value)
+    listed = standing(MOVED.get(name, name))
+    fix = f"pass --trust {name} to allow just that"
+    if not isinstance(value, type):
+        raise CheckpointError(f"names {name}, a function; only classes are opened; {fix}")
+    home = f"{value.__module__}.{value.__qualname__}"
+    package = home.partition(".")[0]
+    if package not in trust and standing(home) is None:
+        raise CheckpointError(
+            f"names {name}, which is {home} of a package that is not trusted; "
+            f"pass --trust {package}"
+        )
+    if issubclass(value, torch.fx.GraphModule):
+        raise CheckpointError(
+            f"names {name}, a pickled GraphModule, which holds source code; write it with "
+            "rewrite.save"
+        )
+    if issubclass(value, enum.Enum):
+        return Meaning(Use.ENUM, value)
+    if listed is Standing.LAYER and not issubclass(value, nn.Module):
+        raise CheckpointError(f"names {name}, which is no layer here; {fix}")
+    return Meaning(Use.INSTANCE if listed is Standing.INSTANCE else Use.LAYER, value)
+
+
+def _builder(name: str) -> Meaning | None:
+    if name in tensors.BUILDERS:
+        return Meaning(Use.TENSOR, tensors.Rebuild(name))
+    return Meaning(Use.NATIVE, natives.CONSTANTS.get(name)) if name in natives.BUILDERS else None
+
+
+def _value(name: str) -> Meaning | None:
+    if name in natives.CONSTANTS:
+        return Meaning(Use.VALUE, natives.CONSTANTS[name])
+    function = held_function(name)
+    return Meaning(Use.FUNCTION, function) if function is not None else None
+
+
+def _find(name: str) -> Any:
+    """Import what an allowed name stands for."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        with current_folder_importable():
+            return getattr(importlib.import_module(module), attribute)
+    except (Exception, SystemExit) as error:
+        raise CheckpointError(
+            f"needs {name}, which cannot be imported: {one_line(error)}"
+        ) from error
