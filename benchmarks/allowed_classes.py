@@ -5,10 +5,10 @@
 
 A class is listed when its source reads like a layer's: a subclass of nn.Module (or a
 configuration, or an enum with members) in which no construction, `__setstate__` or forward opens a
-file, reaches the network, evaluates text or imports by name. Nothing of a package is imported to find that out; a
-package that is not installed keeps the classes that it had. An operator of ATen is listed when
-it is part of the core set, has a public function of PyTorch, or occurred in an exported network,
-and its name is on none of the rules of `_DENIED`.
+file, reaches the network, evaluates text or imports by name. Nothing of a package is imported to
+find that out; a package that is not installed keeps the classes that it had. An operator of ATen
+is listed when it is part of the core set, has a public function of PyTorch, or occurred in an
+exported network, and its name is on none of the rules of `_DENIED`.
 """
 
 from __future__ import annotations
