@@ -21,7 +21,6 @@ from rewrite.affine.algebra import Affine
 from rewrite.affine.laws import cast_refusal
 from rewrite.graph.captured import Captured
 from rewrite.graph.effects import changes_in_place
-from rewrite.graph.operators import conv_of, linear_of, norm_of
 from rewrite.graph.ranks import Ranks
 from rewrite.graph.spellings import function_name
 from rewrite.graph.traits import Call, Trait, call_of, has
@@ -179,25 +178,10 @@ class Constants:
             return None
         if call.operand is not operand:
             return "it writes into the constant"
-        return "it writes into a value that is read elsewhere" if self._shared(call) else None
-
-    def _shared(self, call: Call) -> bool:
-        """Return whether somebody else may read the value that a call in place writes into."""
-        node, value = call.node, call.operand
-        while isinstance(value, Node) and value.op not in ("placeholder", "get_attr"):
-            if set(value.users) != {node}:
-                return True
-            made = call_of(self._captured, value)
-            if made is None:
-                return norm_of(self._captured, value) is None and not self._is_dense(value)
-            moves = Trait.MOVES in made.operation.traits
-            copies = made.name == "clone"
-            kept = moves or Trait.IDENTITY in made.operation.traits
-            if copies or not (kept or changes_in_place(self._captured, value)):
-                return False
-            node, value = value, made.operand
-        return True
-
-    def _is_dense(self, node: Node) -> bool:
-        dense = conv_of(self._captured, node) or linear_of(self._captured, node)
-        return dense is not None
+        effects = self._captured.effects
+        family = effects.memory(operand).family(call.node, operand)
+        if any(alias.op in ("placeholder", "get_attr") for alias in family):
+            return "it writes into what the model is given or holds"
+        if effects.late_write(operand) is not None:
+            return "it writes into a value that is read elsewhere"
+        return None

@@ -160,9 +160,10 @@ class PropagationSearch:
         """
         if self.direction is Direction.FORWARD or self.absorb_inverse:
             return False
+        if not has(node, Trait.ADDS):
+            return False
         order = self.context.order
-        later = all(s.graph is node.graph and order[s] < order[node] for s in self._seeds)
-        return later and has(node, Trait.ADDS)
+        return all(s.graph is node.graph and order[s] < order[node] for s in self._seeds)
 
     def _visit(self, node: Node, value: Node, side: Side, along: bool) -> None:
         channel_map = self._changed[value]

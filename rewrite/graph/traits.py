@@ -331,14 +331,18 @@ def operation(node: Node) -> Operation | None:
     row = None if name is None else _BY_SPELLING.get(name.removeprefix("special_"))
     if row is None or node.op == "call_method":
         return row
-    target = node.target
+    return row if _is_known(row, node.target) else None
+
+
+def _is_known(row: Operation, target: Any) -> bool:
+    """Return whether a function with a name of `row` is that of torch, or of a known package."""
     home = getattr(target, "__module__", None) or getattr(
         getattr(target, "__objclass__", None), "__module__", ""
     )
     root = str(home).partition(".")[0]
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         root = "torch" if home == "torch._ops.aten" else ""
-    return row if root in _HOMES or row.name in _GUESTS.get(root, ()) else None
+    return root in _HOMES or row.name in _GUESTS.get(root, ())
 
 
 def call_of(captured: Captured, node: Node) -> Call | None:

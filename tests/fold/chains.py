@@ -382,7 +382,7 @@ def _append(chain: Chain, name: str, build: Builder, sample: Tensor) -> None:
         chain.steps.append(build(chain, chain(sample.clone())))
         result = chain(sample.clone())
         chain(torch.cat([sample, sample[:1]]))
-    except (RuntimeError, IndexError, ValueError, TypeError):
+    except (RuntimeError, IndexError, ValueError, TypeError, UserWarning):
         fits = False
     else:
         fits = 0 < result.numel() < 4000 and bool(result.isfinite().all())

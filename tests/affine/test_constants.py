@@ -1,0 +1,92 @@
+"""rewrite.affine.constants: products and sums by a constant per channel, and what only looks so."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from passes import FoldNorm
+from rewrite.protocol import Applied, apply_pass
+
+
+class Scaled(nn.Module):
+    """conv -> lines with a constant per channel -> conv."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+        self.gamma = nn.Parameter(torch.rand(4, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.lines(self.one(x)))
+
+    def lines(self, y: Tensor) -> Tensor:
+        return y.mul_(self.gamma)
+
+
+class ReadElsewhere(Scaled):
+    def lines(self, y: Tensor) -> Tensor:
+        view = y.transpose(2, 3)
+        view.mul_(self.gamma)
+        return y
+
+
+class OnTheInput(Scaled):
+    """Whoever gave the input sees it scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(3, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(self.lines(x)))
+
+
+class IntoTheConstant(Scaled):
+    def lines(self, y: Tensor) -> Tensor:
+        return y * self.gamma.detach().clone().add_(1)
+
+
+class Wider(Scaled):
+    """One channel times four numbers: the product makes four channels of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 1, 1)
+
+    def lines(self, y: Tensor) -> Tensor:
+        return y * self.gamma
+
+
+class Deeper(Scaled):
+    """The product gives the value one more axis."""
+
+    def lines(self, y: Tensor) -> Tensor:
+        return (y.mean((2, 3)) * self.gamma.view(4, 1, 1, 1).expand(4, 1, 1, 1)).sum(3)[..., None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lines(self.one(x))
+
+
+def fold(kind: type[Scaled]) -> Applied:
+    torch.manual_seed(0)
+    model = kind().double().eval().requires_grad_(False)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    with torch.no_grad():
+        applied = apply_pass(FoldNorm(), copy.deepcopy(model), (x.clone(),))
+        for _ in range(2):  # the second call sees what the first one has written
+            want, got = model(x.clone()), applied.model(x.clone())
+            assert (got - want).abs().max() <= 1e-11 * want.abs().max()
+    return applied
+
+
+def test_a_product_in_place_folds_where_nobody_else_sees_it() -> None:
+    assert len(fold(Scaled).changes) == 1
+
+
+@pytest.mark.parametrize("kind", [ReadElsewhere, OnTheInput, IntoTheConstant, Wider, Deeper])
+def test_what_is_no_product_of_one_value_stays(kind: type[Scaled]) -> None:
+    assert not fold(kind).changes
