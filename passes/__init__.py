@@ -12,8 +12,8 @@ from passes.out_of_place import OutOfPlace
 from passes.rebalance import Rebalance
 from passes.recalibrate_bn import RecalibrateBatchNorm
 from passes.reinit import Reinitialize
+from passes.remove_standardize import RemoveStandardize
 from passes.remove_weight_norm import RemoveWeightNorm
-from passes.remove_weight_standardize import RemoveWeightStandardize
 from passes.sync_bn_to_bn import SyncBatchNormToBatchNorm
 from passes.weight_norm import WeightNorm
 from passes.weight_standardize import WeightStandardize
@@ -31,8 +31,8 @@ __all__ = [
     "Rebalance",
     "RecalibrateBatchNorm",
     "Reinitialize",
+    "RemoveStandardize",
     "RemoveWeightNorm",
-    "RemoveWeightStandardize",
     "SyncBatchNormToBatchNorm",
     "WeightNorm",
     "WeightStandardize",

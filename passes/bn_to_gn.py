@@ -4,8 +4,9 @@ GroupNorm splits the C channels of one sample into G groups of consecutive chann
 
     y = γ (x − μ_g) / √(σ²_g + ε) + β,   μ_g, σ²_g over all channels and positions of group g
 
-It computes nothing across the batch. With one element a group (x − μ_g) is zero and the output is
-β whatever comes in, so a group never has fewer than two elements here.
+It computes nothing across the batch. A group loses its mean: where the function is to be kept, one
+group a layer is the default (docs/norm_swaps.md has the dial, measured). With one element a group
+(x − μ_g) is zero and the output is β whatever comes in, so a group never has fewer than two here.
 """
 
 from __future__ import annotations
@@ -27,9 +28,8 @@ from rewrite.swap import swap as keeping
 from rewrite.swap.anchor import gain
 from rewrite.swap.keep_function import SIZES_FROM, SwapOptions
 
-_LEAST = 4
-"""Channels a group has at least where the function is to be kept and no number was asked for: a
-group of n channels loses one of its n channel means."""
+_TRAINED_ANEW = 32
+"""Groups of a norm that keeps no function (Wu & He 2018)."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,18 @@ class BatchNormToGroupNorm(Pass):
     contract: ClassVar[Contract] = Contract.APPROXIMATE
 
     num_groups: int | None = field(
-        default=None, metadata={"help": "groups a layer (default 32); at most so many"}
+        default=None,
+        metadata={
+            "help": "groups a layer at most (default 1, which keeps most of the model; "
+            "32 with min_channels and for keep=affine, nothing)"
+        },
     )
     channels_per_group: int | None = field(
         default=None, metadata={"help": "channels a group, instead of num_groups"}
     )
     min_channels: int | None = field(
         default=None,
-        metadata={
-            "help": "channels a group at least: narrow layers get fewer groups "
-            "(default 1; 4 for keep=function without num_groups)"
-        },
+        metadata={"help": "channels a group at least: narrow layers get fewer groups"},
     )
     strict: bool = field(
         default=False, metadata={"help": "an error where the count does not divide the channels"}
@@ -145,18 +146,16 @@ class BatchNormToGroupNorm(Pass):
 
     @property
     def _least(self) -> int:
-        if self.min_channels is not None:
-            return self.min_channels
-        asked = self.num_groups is not None or self.channels_per_group is not None
-        return _LEAST if self.keep == "function" and not asked else 1
+        return 1 if self.min_channels is None else self.min_channels
 
     def _wanted(self, channels: int) -> tuple[int, str]:
         if self.channels_per_group is not None:
             size = self.channels_per_group
             count = max(1, channels // size)
             return count, f"groups of {size} channels"
-        count = self.num_groups if self.num_groups is not None else 32
-        return count, f"{count} groups"
+        keeps = self.keep in keeping.DEFAULT_ANCHOR and self.min_channels is None
+        groups = self.num_groups or (1 if keeps else _TRAINED_ANEW)
+        return groups, f"{groups} groups"
 
 
 def _make(site_plan: Any, norm: Norm) -> nn.Module:

@@ -56,7 +56,9 @@ class ModelCode:
                 children = self._tree.get(place)._modules
                 keys = [k for k, child in children.items() if child is not None]
                 wanted = keys if step is None else [k for k in keys if k == step]
-                below += [self._tree.name(self._tree.get(join(place, key))) for key in wanted]
+                held = [self._tree.get(join(place, key)) for key in wanted]
+                # A module that an edit has put there since is in no trace.
+                below += [self._tree.name(module) for module in held if module in self._tree]
             hidden = [
                 name
                 for place in places

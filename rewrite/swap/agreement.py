@@ -62,7 +62,8 @@ class Agreement:
             worst = sorted(self.layers, key=lambda name: -self.layers[name]["error_added"])[:3]
             lines.append(
                 "the converted model does not agree well with the original; most is lost at "
-                f"{', '.join(worst)}; pass fewer groups, or mix to bn-to-gn"
+                f"{', '.join(worst)}; pass fewer groups, or mix to bn-to-gn, or train it back with "
+                "`rewrite recover`"
             )
         return tuple(lines)
 

@@ -41,7 +41,9 @@ def files(folder: Path) -> set[str]:
 
 
 def test_convert_writes_beside_the_checkpoint_and_prints_each_norm(checkpoint, capsys) -> None:
-    code, out, _ = run(capsys, "convert", "--bn-to-gn", checkpoint, "--input", "2x3x12x12")
+    code, out, _ = run(
+        capsys, "convert", "--bn-to-gn", "--num-groups", "32", checkpoint, "--input", "2x3x12x12"
+    )
     assert code == 0
     assert "BatchNorm2d(64)" in out and "GroupNorm(32, 64)" in out
     assert "GroupNorm(7, 7)" in out and "32 groups asked, 7 fit 7 channels" in out
@@ -80,7 +82,9 @@ def test_only_and_skip_choose_by_qualified_name(checkpoint, capsys) -> None:
 
 
 def test_a_dry_run_writes_nothing(checkpoint, capsys) -> None:
-    code, out, _ = run(capsys, "convert", "--bn-to-gn", checkpoint, "--dry-run")
+    code, out, _ = run(
+        capsys, "convert", "--bn-to-gn", "--num-groups", "32", checkpoint, "--dry-run"
+    )
     assert code == 0 and "GroupNorm(32, 64)" in out and "nothing written" in out
     assert files(checkpoint.parent) == {"model.pt"}
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,11 +61,13 @@ def test_rewrites_sync_and_materialized_lazy_norms() -> None:
 @pytest.mark.parametrize(
     ("channels", "options", "shape", "groups"),
     [
-        (64, {}, None, 32),
-        (48, {}, None, 24),
-        (32, {}, None, 16),
-        (32, {}, (2, 3, 8, 8), 32),
-        (7, {}, None, 1),
+        (64, {}, None, 1),
+        (64, {"keep": "affine"}, None, 32),
+        (64, {"num_groups": 32}, None, 32),
+        (48, {"num_groups": 32}, None, 24),
+        (32, {"num_groups": 32}, None, 16),
+        (32, {"num_groups": 32}, (2, 3, 8, 8), 32),
+        (7, {"num_groups": 32}, None, 1),
         (24, {"num_groups": 16}, None, 12),
         (40, {"channels_per_group": 16}, None, 2),
         (64, {"channels_per_group": 16}, None, 4),
@@ -71,12 +75,12 @@ def test_rewrites_sync_and_materialized_lazy_norms() -> None:
     ],
 )
 def test_the_count_becomes_a_divisor_that_leaves_two_elements_a_group(
-    channels: int, options: dict[str, int], shape: tuple[int, ...] | None, groups: int
+    channels: int, options: dict[str, Any], shape: tuple[int, ...] | None, groups: int
 ) -> None:
     inputs = () if shape is None else (torch.randn(shape),)
     result = convert(conv_norm(channels), *inputs, **options)
     assert result.model[1].num_groups == groups
-    asked = options.get("num_groups", 32)
+    asked = options.get("num_groups", 32 if "keep" in options else 1)
     changed = groups != (channels // 16 if "channels_per_group" in options else asked)
     assert ("fit" in result.report.changes[0].note) == changed or channels == 8
 
@@ -85,8 +89,8 @@ def test_strict_makes_a_count_that_does_not_divide_an_error() -> None:
     with pytest.raises(
         OptionError, match="1: 48 channels are not divisible by 32 groups; pass num"
     ):
-        convert(conv_norm(48), strict=True)
-    assert convert(conv_norm(64), strict=True).model[1].num_groups == 32
+        convert(conv_norm(48), num_groups=32, strict=True)
+    assert convert(conv_norm(64), num_groups=32, strict=True).model[1].num_groups == 32
 
 
 def test_narrow_layers_get_fewer_groups_where_a_group_has_a_least_size() -> None:
@@ -96,8 +100,9 @@ def test_narrow_layers_get_fewer_groups_where_a_group_has_a_least_size() -> None
         model, [BatchNormToGroupNorm(min_channels=16)], example_inputs=(torch.randn(2, 3, 9, 9),)
     )
     assert [result.model[1].num_groups, result.model[3].num_groups] == [4, 1]
-    assert "32 groups asked, 4 fit 64 channels with at least 16 a group" in str(result.report)
-    plain = rewrite.convert(model, [BatchNormToGroupNorm()], verify=False).model
+    told = "32 groups asked, 4 fit 64 channels with at least 16 a group"
+    assert told in result.report.changes[0].note
+    plain = rewrite.convert(model, [BatchNormToGroupNorm(num_groups=32)], verify=False).model
     assert [plain[1].num_groups, plain[3].num_groups] == [32, 4]
     with pytest.raises(OptionError, match="goes with num_groups"):
         BatchNormToGroupNorm(channels_per_group=4, min_channels=2)
@@ -106,7 +111,7 @@ def test_narrow_layers_get_fewer_groups_where_a_group_has_a_least_size() -> None
 def test_on_flat_input_no_group_has_one_channel() -> None:
     """GroupNorm with one channel a group on (N, C) puts out its bias, whatever comes in."""
     model = models.randomize_norms_(nn.Sequential(nn.Linear(4, 32), nn.BatchNorm1d(32)).eval(), 0)
-    norm = convert(model, torch.randn(4, 4)).model[1]
+    norm = convert(model, torch.randn(4, 4), num_groups=32).model[1]
     assert norm.num_groups == 16
     x = torch.randn(2, 32)
     assert not torch.allclose(norm(x)[0], norm(x)[1], atol=1e-1)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import rewrite
-from passes import RemoveWeightStandardize, WeightStandardize
+from passes import RemoveStandardize, WeightStandardize
 from rewrite.errors import OptionError
 from rewrite.protocol import apply_pass
 
@@ -80,7 +80,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
     rewrite.save(result.model, tmp_path / "m.pt")
     opened = rewrite.load(str(tmp_path / "m.pt"))
     assert torch.equal(opened(x), result.model(x))
-    back = rewrite.convert(opened, ["remove-weight-standardize"], example_inputs=(x,))
+    back = rewrite.convert(opened, ["remove-standardize"], example_inputs=(x,))
     assert back.report.ok and type(back.model[0]) is nn.Conv2d
     assert torch.equal(back.model(x), opened(x))
     assert set(back.model.state_dict()) == set(rewrite.convert(
@@ -121,7 +121,7 @@ def test_leaves_the_rest_alone_and_frozen_weights_frozen() -> None:
     assert [change.target for change in applied.changes] == ["0"]
     assert not any(p.requires_grad for p in model[0].parametrizations.parameters())
     assert not apply_pass(WeightStandardize(), model).changes
-    assert not apply_pass(RemoveWeightStandardize(), nn.Sequential(nn.Linear(2, 2))).changes
+    assert not apply_pass(RemoveStandardize(), nn.Sequential(nn.Linear(2, 2))).changes
 
 
 def test_options() -> None:

@@ -18,14 +18,14 @@ from rewrite.weights.weight_norm import remove_weight_norm
 
 
 @dataclass(frozen=True)
-class RemoveWeightStandardize(Pass):
+class RemoveStandardize(Pass):
     """Replace gain, offset and standardized weight by the weight that they make.
 
     Rewrites: layers that `WeightStandardize` made. Declines: those whose g, o or v another place
     holds too.
     """
 
-    name: ClassVar[str] = "remove-weight-standardize"
+    name: ClassVar[str] = "remove-standardize"
     contract: ClassVar[Contract] = Contract.EXACT
 
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
