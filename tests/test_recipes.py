@@ -1,0 +1,83 @@
+"""The recipes with the real libraries, and what they promise of structure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import models
+import rewrite
+from models.digits_resnet import digits_resnet, load_digits_resnet
+from rewrite import registry
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "docs" / "recipes"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "ew"])
+def test_opacus(mode: str) -> None:
+    pytest.importorskip("opacus")
+    text = (RECIPES / "opacus.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    assert "MODE" in code
+    exec(compile(code, "opacus.md", "exec"), {"MODE": mode, "__name__": "recipe"})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_opacus_stops_without_it() -> None:
+    """The negative twin: the same model, still in place."""
+    pytest.importorskip("opacus")
+    from opacus import GradSampleModule
+
+    x = torch.rand(2, 1, 8, 8)
+    swapped = rewrite.convert(load_digits_resnet(), ["bn-to-gn"], example_inputs=(x,)).model
+    with pytest.raises(RuntimeError, match="is being modified inplace"):
+        GradSampleModule(swapped.train())(x)
+
+
+_SPECS = (
+    "bn-to-gn", "bn-to-gn{num_groups=4}", "bn-to-gn{channels_per_group=8,keep=affine}",
+    "bn-to-gn{anchor=30}", "bn-to-gn{keep=nothing}", "bn-to-in", "bn-to-ln", "bn-to-ln{over=c}",
+    "freeze-bn", "freeze-bn{trainable=true}", "bn-to-sync-bn", "weight-norm", "weight-standardize",
+    "out-of-place", "bn-to-weight-norm", "fold", "reinit{scheme=he}", "rebalance",
+)  # fmt: skip
+
+
+def _structure(model: nn.Module) -> dict[str, object]:
+    found: dict[str, object] = {
+        key: (tuple(value.shape), value.dtype) for key, value in model.state_dict().items()
+    }
+    found |= {f"{name}.eps": module.eps for name, module in model.named_modules()
+              if hasattr(module, "eps")}  # fmt: skip
+    return found | {f"{n} is": type(m).__name__ for n, m in model.named_modules()}
+
+
+@pytest.mark.parametrize("spec", _SPECS)
+def test_the_structure_depends_on_architecture_and_options_alone(spec: str) -> None:
+    if spec.partition("{")[0] not in registry.entries():
+        pytest.skip("no such pass here")
+    x = torch.rand(4, 1, 8, 8)
+    torch.manual_seed(5)
+    fresh, other = digits_resnet().eval(), models.randomize_norms_(digits_resnet().eval())
+    trained = load_digits_resnet()
+    made = [
+        rewrite.convert(model, [spec], example_inputs=(given,), verify=False).model
+        for model, given in ((trained, x), (fresh, torch.zeros(4, 1, 8, 8)), (other, 100 * x))
+    ]
+    assert _structure(made[0]) == _structure(made[1]) == _structure(made[2])
+    made[1].load_state_dict(made[0].state_dict())
+    made[0].eval(), made[1].eval()
+    assert torch.equal(made[0](x), made[1](x))
+
+
+def test_a_fit_keeps_keys_and_shapes() -> None:
+    spec = "bn-to-gn{channels_per_group=8,keep=function}"
+    made = [
+        rewrite.convert(model, [spec], calibration=[scale * torch.rand(40, 1, 8, 8)], verify=False)
+        for model, scale in ((load_digits_resnet(), 1.0), (digits_resnet().eval(), 3.0))
+    ]
+    assert _structure(made[0].model) == _structure(made[1].model)
