@@ -22,10 +22,13 @@ class Ledger:
 
     Args:
         read: returns the tensor of a reference.
+        keeps_zero_bias: whether a layer without bias gets one even if it is zero: what keys there
+            are then depends on the graph alone, and not on the values of a checkpoint.
     """
 
-    def __init__(self, read: Read) -> None:
+    def __init__(self, read: Read, *, keeps_zero_bias: bool = False) -> None:
         self._read = read
+        self._keeps_zero_bias = keeps_zero_bias
         self._layers: dict[str, Layer] = {}
         self._input: dict[str, Affine] = {}
         self._output: dict[str, Affine] = {}
@@ -84,7 +87,7 @@ class Ledger:
         else:
             new = {"weight": self.exact(layer, "weight").to(dtype)}
         shift = self.exact(layer, "bias")
-        if layer.bias is not None or bool(shift.any()):
+        if layer.bias is not None or self._keeps_zero_bias or bool(shift.any()):
             new["bias"] = shift.to(dtype if layer.bias is None else self._read(layer.bias).dtype)
         return new
 

@@ -49,7 +49,7 @@ def standardize(captured: Captured, norms: Iterable[Norm]) -> dict[Node, Standar
     The norms themselves are not touched: what replaces them has to be a norm without statistics.
     """
     planner = Planner(captured)
-    ledger = Ledger(captured.tensor)
+    ledger = Ledger(captured.tensor, keeps_zero_bias=True)
     outcomes: dict[Node, Standardized] = {}
     for norm in norms:
         outcomes[norm.node] = _standardize(captured, norm, planner, ledger)
