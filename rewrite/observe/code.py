@@ -25,7 +25,7 @@ from torch.fx import Node
 
 from rewrite.graph.captured import Captured
 from rewrite.observe.code_constants import function_at
-from rewrite.observe.code_reader import Function, FunctionReader, Untaken
+from rewrite.observe.code_reader import Fields, Function, FunctionReader, Untaken
 from rewrite.observe.evidence import Evidence
 from rewrite.observe.export import CodeLine, ObservedCall, in_torch
 from rewrite.observe.plan import ObservedFold
@@ -74,9 +74,9 @@ class CodeCheck:
     _owners: list[str] = field(default_factory=list)
     _mapped: set[tuple[str, int]] = field(default_factory=set)
     _absorbed: dict[tuple[str, int], set[str]] = field(default_factory=dict)
-    _done: dict[tuple[tuple[str, int], frozenset[str], tuple[CodeLine, ...]], bool] = field(
-        default_factory=dict
-    )
+    _done: dict[
+        tuple[tuple[str, int], frozenset[str], tuple[CodeLine, ...]], tuple[bool, Fields]
+    ] = field(default_factory=dict)
 
     def check(self) -> None:
         """Refuse the fold if code that no call took reads its values.
@@ -106,7 +106,7 @@ class CodeCheck:
 
     # -- what the reader of a function asks -----------------------------------------------------
 
-    def inner(self, chain: tuple[CodeLine, ...]) -> bool:
+    def inner(self, chain: tuple[CodeLine, ...]) -> tuple[bool, Fields]:
         """Read the function of the first line of `chain`, in which the norm is called there."""
         found = function_at(chain[0].file, chain[0].number)
         if found is None:
@@ -115,16 +115,16 @@ class CodeCheck:
 
     def read(
         self, function: Function, tainted: frozenset[str], chain: tuple[CodeLine, ...] = ()
-    ) -> bool:
-        """Read a function whose parameters `tainted` hold the value; does it return it?"""
+    ) -> tuple[bool, Fields]:
+        """Read a function whose parameters `tainted` hold the value; does it return it, where?"""
         key = (function.key, tainted, chain)
         if key not in self._done:
             if len(self._done) > _READ_AT_MOST:
                 raise Untaken("its code is too long to be followed")
-            self._done[key] = True  # while it is being read: a recursion hands the value on
+            self._done[key] = (True, None)  # while it is being read: a recursion hands it on
             reader = FunctionReader(self, function, set(tainted), chain)
             reader.block(function.node.body)
-            self._done[key] = reader.returns
+            self._done[key] = (reader.returns, reader.fields if reader.returns else None)
         return self._done[key]
 
     def modules(self, function: Function) -> list[nn.Module]:

@@ -71,6 +71,15 @@ class Function:
         return self.parameters[0] if self.parameters else ""
 
 
+Fields = frozenset[str] | None
+"""In which fields an object holds a value; None: it may be anywhere in it."""
+
+
+def _joined(parts: Sequence[Fields]) -> Fields:
+    known = [part for part in parts if part is not None]
+    return frozenset().union(*known) if len(known) == len(parts) else None
+
+
 class Surroundings(Protocol):
     """What the reader of a function needs to know of the calls around it."""
 
@@ -94,10 +103,10 @@ class Surroundings(Protocol):
 
     def read(
         self, function: Function, tainted: frozenset[str], chain: tuple[CodeLine, ...] = ()
-    ) -> bool:
-        """Read a function whose parameters `tainted` hold the value; does it return it?"""
+    ) -> tuple[bool, Fields]:
+        """Read a function whose parameters `tainted` hold the value; does it return it, where?"""
 
-    def inner(self, chain: tuple[CodeLine, ...]) -> bool:
+    def inner(self, chain: tuple[CodeLine, ...]) -> tuple[bool, Fields]:
         """Read the function in which the norm is called, further in; does it return its value?"""
 
 
@@ -112,6 +121,9 @@ class FunctionReader:
         self.names = names
         self.chain = chain
         self.returns = False
+        self.fields: Fields = frozenset()
+        self._of_name: dict[str, Fields] = {}
+        self._of_calls: list[Fields] = []
         self.modules = check.modules(function)
         self.readers = check.reader_names(function)
 
@@ -135,15 +147,20 @@ class FunctionReader:
         elif isinstance(node, ast.Return):
             if node.value is not None and self._value(node.value, node):
                 self.returns = True
+                self.fields = _joined([self.fields, self._fields(node.value)])
         elif isinstance(node, ast.Assign):
             held = self._value(node.value, node)
             for target in node.targets:
                 self._bind(target, node.value, held, node)
+                if isinstance(target, ast.Name):
+                    self._of_name[target.id] = self._fields(node.value)
         elif isinstance(node, ast.AnnAssign | ast.AugAssign) and node.value is not None:
             held = self._value(node.value, node)
             if isinstance(node, ast.AugAssign):
                 held = self._augmented(node, held)
             self._bind(node.target, node.value, held, node)
+            if isinstance(node.target, ast.Name) and isinstance(node, ast.AnnAssign):
+                self._of_name[node.target.id] = self._fields(node.value)
         elif isinstance(node, ast.Expr):
             self._value(node.value, node)
         elif isinstance(node, ast.Delete):
@@ -211,11 +228,29 @@ class FunctionReader:
     def _value(self, node: ast.expr, statement: ast.stmt) -> bool:
         """Return whether an expression may hold the value; refuse what no call took."""
         self._check_calls(node, statement)
+        self._of_calls = []
         held = self._evaluate(node, statement)
         span = range(node.lineno, (node.end_lineno or node.lineno) + 1)
         if self.chain and self.chain[0].number in span:
-            held |= True if len(self.chain) == 1 else self.check.inner(self.chain[1:])
+            if len(self.chain) == 1:
+                self._of_calls.append(None)
+                return True
+            returned, fields = self.check.inner(self.chain[1:])
+            self._of_calls += [fields] * returned
+            held |= returned
         return held
+
+    def _fields(self, node: ast.expr) -> Fields:
+        """Return in which fields an object holds the value; None if it may be anywhere."""
+        if isinstance(node, ast.Name):
+            return self._of_name.get(node.id)
+        if not isinstance(node, ast.Call):
+            return None
+        path = _path(node.func)
+        if len(path) == 1 and path[0][:1].isupper() and not any(map(self._holds, node.args)):
+            held = {k.arg for k in node.keywords if self._holds(k.value)}
+            return None if None in held else frozenset(str(key) for key in held)
+        return _joined(self._of_calls) if self._of_calls else None
 
     def _holds(self, node: ast.expr) -> bool:
         return any(isinstance(n, ast.Name) and n.id in self.names for n in ast.walk(node))
@@ -235,6 +270,10 @@ class FunctionReader:
         if isinstance(node, ast.Name):
             return node.id in self.names
         if isinstance(node, ast.Attribute):
+            name = node.value.id if isinstance(node.value, ast.Name) else ""
+            fields = self._of_name.get(name)
+            if name in self.names and fields is not None and node.attr not in fields:
+                return False
             return node.attr not in _FORM and self._evaluate(node.value, statement)
         if isinstance(node, ast.Call):
             return self._call(node, statement)
@@ -319,9 +358,9 @@ class FunctionReader:
         inner = [f for f in self.check.callees(self.function.file, statement) if _fits(f, name)]
         if not inner:
             return self.check.moves(self.function.file, statement) or not self._made(statement)
-        method = len(path) > 1 or name in ("forward", "__call__")
-        returned = [self.check.read(f, _bound(f, node, given, named, method)) for f in inner]
-        return any(returned)
+        read = [self.check.read(f, _bound(f, node, given, named)) for f in inner]
+        self._of_calls += [fields for returned, fields in read if returned]
+        return any(returned for returned, _ in read)
 
     def _made(self, statement: ast.stmt) -> bool:
         return self.check.taken(self.function.file, statement)
@@ -376,7 +415,6 @@ def _bound(
     call: ast.Call,
     given: Sequence[bool],
     named: dict[str | None, bool],
-    method: bool,
 ) -> frozenset[str]:
     """Return the parameters of a function that get the value in a call."""
     args = function.node.args
