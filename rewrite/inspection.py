@@ -18,7 +18,11 @@ from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
 from rewrite.graph.operators import activation_of, conv_of, linear_of, norm_of
 from rewrite.graph.spellings import function_name
+from rewrite.observe.calls import known_calls
+from rewrite.observe.road import evidence_of
+from rewrite.observe.summary import observed_rows
 from rewrite.protocol import find_sites
+from rewrite.runtime.inputs import Inputs
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NormRow:
-    """One normalization: where, what, how wide, what feeds it, in which mode, on which line."""
+    """One normalization: where, what, how wide, what feeds and reads it, its mode, its line."""
 
     name: str
     kind: str
@@ -35,6 +39,7 @@ class NormRow:
     mode: str
     calls: int
     source: str | None
+    read_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,13 @@ class Inspection:
                     n.kind,
                     str(n.num_features or "?"),
                     n.fed_by,
+                    n.read_by,
                     n.mode,
                     str(n.calls),
                 )
                 for n in self.norms
             ]
-            head = ("module", "norm", "channels", "fed by", "statistics", "calls")
+            head = ("module", "norm", "channels", "fed by", "read by", "statistics", "calls")
             yield _table("Normalizations", head, rows)
         others = [name for name in self.regions if name]
         yield Text(
@@ -114,7 +120,9 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
 
     `example_inputs` is a tensor, a tuple of positional inputs or a dict of keywords.
     """
-    captured = capture(model, example_inputs)
+    inputs = None if example_inputs is None else Inputs.of(example_inputs)
+    calls = known_calls(model, inputs, None)
+    captured = capture(model, example_inputs, calls)
     tensors = [*model.parameters(), *model.buffers()]
     modes = Counter(module.training for module in model.modules())
     return Inspection(
@@ -135,6 +143,18 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
 
 
 def _norms(captured: Captured) -> Iterator[NormRow]:
+    evidence = evidence_of(captured)
+    observed = [] if evidence is None else list(observed_rows(captured, evidence))
+    for row in observed:
+        yield NormRow(
+            row.target, row.kind, row.channels, row.fed_by, "of the input", row.calls, row.source,
+            row.read_by,
+        )  # fmt: skip
+    shown = {row.target for row in observed}
+    yield from (row for row in _traced_norms(captured) if row.name not in shown)
+
+
+def _traced_norms(captured: Captured) -> Iterator[NormRow]:
     met: set[Node] = set()
     for node in captured.nodes():
         norm = norm_of(captured, node)
@@ -150,11 +170,14 @@ def _norms(captured: Captured) -> Iterator[NormRow]:
         yield NormRow(
             norm.target, kind, norm.num_features, fed_by(captured, norm.input),
             "of the input" if norm.training else "running", len(calls), captured.source(node),
+            ", ".join(dict.fromkeys(fed_by(captured, user) for user in node.users)),
         )  # fmt: skip
 
 
 def fed_by(captured: Captured, node: Node) -> str:
-    """Say what makes a value: "conv1 (Conv2d)", "relu", "add", "an input"."""
+    """Say what makes or reads a value: "conv1 (Conv2d)", "relu", "add", "an input"."""
+    if node.op == "output":
+        return "the output"
     if node.op == "placeholder":
         return f"input {node.target}"
     for describe in (conv_of, linear_of, norm_of, activation_of):

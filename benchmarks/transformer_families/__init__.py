@@ -53,11 +53,23 @@ class Family:
 
 
 _BEHIND = frozenset({"post_attention_layernorm", "post_feedforward_layernorm"})
-_POST = frozenset({"layernorm", "layer_norm", "norm", "LayerNorm", "layernorm_embedding"})
+_STREAM = frozenset({"LayerNorm", "_layer_norm", "layer_norm", "layernorm_embedding"})
+"""Post-norm: what the norm makes is the residual stream."""
+_ENCODER = frozenset({"encoder.layer_norm", "encoder.final_layer_norm"})
+"""The last norm of an encoder: what it makes is returned as encoder_last_hidden_state."""
 
 _KEPT: dict[str, frozenset[str]] = {
     "gemma2": _BEHIND, "gemma3_text": _BEHIND, "gemma3n_text": _BEHIND, "olmo2": _BEHIND,
     "olmo3": _BEHIND, "exaone4": _BEHIND, "glm4": frozenset({"post_self_attn_layernorm"}),
+    "bloom": frozenset({"word_embeddings_layernorm"}),  # the stream begins behind it
+    "falcon": frozenset({"input_layernorm"}),  # a linear class of its own, without bias
+    "phimoe": frozenset({"post_attention_layernorm"}),  # a shift, and a router without bias
+    "openai-gpt": frozenset({"ln_1", "ln_2"}),
+    "bert": _STREAM, "roberta": _STREAM, "electra": _STREAM, "distilbert": _STREAM,
+    "albert": _STREAM, "deberta-v2": _STREAM, "mpnet": _STREAM, "bart": _STREAM,
+    "plbart": _STREAM, "marian": _STREAM, "wav2vec2": _STREAM, "hubert": _STREAM,
+    "t5": _ENCODER, "mt5": _ENCODER, "umt5": _ENCODER, "mbart": _ENCODER, "pegasus": _ENCODER,
+    "blenderbot": _ENCODER, "m2m_100": _ENCODER, "whisper": _ENCODER,
 }  # fmt: skip
 
 DECODERS = (
@@ -91,7 +103,8 @@ ENCODERS = {
     "beit": "BeitForImageClassification", "dinov2": "Dinov2ForImageClassification",
     "dinov2_with_registers": "Dinov2WithRegistersForImageClassification",
     "swin": "SwinForImageClassification", "convnext": "ConvNextForImageClassification",
-    "convnextv2": "ConvNextV2ForImageClassification", "segformer": "SegformerForImageClassification",
+    "convnextv2": "ConvNextV2ForImageClassification",
+    "segformer": "SegformerForImageClassification",
     "pvt": "PvtForImageClassification", "vit_msn": "ViTMSNForImageClassification",
     "siglip": "SiglipModel", "clip": "CLIPModel", "ijepa": "IJepaForImageClassification",
     "audio-spectrogram-transformer": "ASTForAudioClassification",

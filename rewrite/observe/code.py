@@ -24,12 +24,13 @@ from torch import nn
 from torch.fx import Node
 
 from rewrite.graph.captured import Captured
-from rewrite.observe.code_constants import function_at
-from rewrite.observe.code_reader import Fields, Function, FunctionReader, Untaken
+from rewrite.observe.code_expressions import Fields, Untaken
+from rewrite.observe.code_reader import FunctionReader
+from rewrite.observe.code_syntax import Function, function_at
 from rewrite.observe.evidence import Evidence
 from rewrite.observe.export import CodeLine, ObservedCall, in_torch
 from rewrite.observe.plan import ObservedFold
-from rewrite.observe.spellings import op_name
+from rewrite.observe.spellings import op_name, shape_of
 
 _READ_AT_MOST = 4000
 
@@ -71,6 +72,7 @@ class CodeCheck:
     captured: Captured
     index: CodeIndex
     fold: ObservedFold
+    rank: int = 1
     _owners: list[str] = field(default_factory=list)
     _mapped: set[tuple[str, int]] = field(default_factory=set)
     _absorbed: dict[tuple[str, int], set[str]] = field(default_factory=dict)
@@ -85,6 +87,8 @@ class CodeCheck:
             Untaken: it does; the line is named.
         """
         owners: dict[str, None] = {}
+        shapes = [shape_of(node) for _, node in self._values()]
+        self.rank = min((len(shape) for shape in shapes if shape is not None), default=1)
         for observed, node in self._values():
             owners.update(dict.fromkeys(observed.owners(node)))
             if stack := self.index.outside(observed.stack(node)):

@@ -101,7 +101,7 @@ def export_call(model: nn.Module, call: ExampleCall) -> ObservedCall:
     flat = _Flat(standin, call)
     ran, stacks = set[str](), set[tuple[CodeLine, ...]]()
     given = tuple(tensors([call.inputs.args, dict(call.inputs.kwargs)]))
-    with _watched(standin, ran, stacks), torch.enable_grad(), warnings.catch_warnings():
+    with _watched(standin, ran, stacks), _whole_stacks(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(flat, given, strict=False)
@@ -207,6 +207,31 @@ def _watched(model: nn.Module, ran: set[str], stacks: set[tuple[CodeLine, ...]])
             handle.remove()
 
 
+class _OutsideTorch:
+    """Every line of code that is not torch's, as a set of (file, function)."""
+
+    def __contains__(self, place: tuple[str, str]) -> bool:
+        return not in_torch(place[0])
+
+
+@contextlib.contextmanager
+def _whole_stacks() -> Iterator[None]:
+    """Export with gradients, and let nodes know every frame of a model's code.
+
+    By itself an export keeps the frames of functions called "forward" and leaves out the helpers
+    that these call.
+    """
+    kept = getattr(torch.fx.proxy, "_STACK_TRACE_ANCHORS", None)
+    if kept is not None:
+        vars(torch.fx.proxy)["_STACK_TRACE_ANCHORS"] = _OutsideTorch()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        if kept is not None:
+            vars(torch.fx.proxy)["_STACK_TRACE_ANCHORS"] = kept
+
+
 def in_torch(file: str) -> bool:
     """Return whether a file of code is torch's own."""
     return file.startswith(_TORCH)
@@ -217,7 +242,7 @@ def _lines(text: str | None) -> tuple[CodeLine, ...]:
         CodeLine(match["file"], int(match["line"]), match["function"])
         for match in _FRAME.finditer(text or "")
     ]
-    start = next((i + 1 for i, line in enumerate(found) if line.file == __file__), 0)
+    start = max((i + 1 for i, line in enumerate(found) if line.file == __file__), default=0)
     return tuple(found[start:])
 
 

@@ -19,8 +19,18 @@ from torch.fx import Node
 
 from rewrite.errors import one_line
 from rewrite.observe.export import ObservedCall
-from rewrite.observe.layers import Contraction, contraction_of
-from rewrite.observe.spellings import FORM, MOVES, SAME, SCALES, argument, number, op_name, shape_of
+from rewrite.observe.spellings import (
+    FORM,
+    MOVES,
+    SAME,
+    SCALES,
+    Contraction,
+    argument,
+    contraction_of,
+    number,
+    op_name,
+    shape_of,
+)
 from rewrite.observe.weight_axes import Operand, operands_of
 
 _NO_LABEL = -1

@@ -14,7 +14,7 @@ from torch import nn
 from rewrite.errors import CaptureError
 from rewrite.graph.captured import Captured
 from rewrite.observe.code import CodeCheck, CodeIndex
-from rewrite.observe.code_reader import Untaken
+from rewrite.observe.code_expressions import Untaken
 from rewrite.observe.evidence import Evidence, observe
 from rewrite.observe.execute import carry_out
 from rewrite.observe.flow import Unfollowed

@@ -297,3 +297,46 @@ def test_a_report_folds_another_checkpoint() -> None:
     expected = folded(other).model.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def test_inspect_shows_what_reads_each_norm() -> None:
+    from rewrite.inspection import inspect_model
+
+    rows = {row.name: row for row in inspect_model(randomized(Decoder()), (tokens(),)).norms}
+    read = rows["layers.0.norm1"].read_by.split(", ")
+    assert read == [f"layers.0.attention.{name}" for name in "qkv"]
+    assert rows["norm"].read_by == "head" and rows["norm"].kind == "RMSNorm"
+    assert rows["layers.0.norm1"].fed_by == "embed"
+
+
+class Fields(nn.Module):
+    """A value in one field of an object; code that no call took reads another, or this one."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__()
+        self.field = field
+        self.inner, self.head = RMSNorm(), nn.Linear(WIDTH, 4)
+
+    def body(self, x: Tensor) -> Output:
+        return Output(first=self.inner(x), second=x * 2)
+
+    @untraceable
+    def forward(self, x: Tensor, loss: bool = False, **kwargs: Any) -> Tensor:
+        output: Output = self.body(x)
+        y = self.head(output.first)
+        if loss and self.field == "first":
+            y = y + output.first.sum()
+        if loss and self.field == "second":
+            y = y + output.second.sum()
+        return y
+
+
+class Output:
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        self.first, self.second = first, second
+
+
+@pytest.mark.parametrize(("field", "folds"), [("first", False), ("second", True)])
+def test_the_fields_of_an_object_are_told_apart(field: str, folds: bool) -> None:
+    result = folded(randomized(Fields(field)), (torch.randn(3, WIDTH, dtype=torch.float64),))
+    assert targets(result) == ({"inner"} if folds else set())

@@ -1,4 +1,4 @@
-"""Functions of a file, and tests in them that a model has decided: `if self.do_layer_norm_before`.
+"""Functions of a file, calls in them, and tests that a model has decided: `if self.pre_norm`.
 
 A test is decided if it is made of constants and of plain attributes of the module whose forward it
 stands in: numbers, strings, None, modules that are there or not. `self.training` is False: what is
@@ -9,11 +9,48 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+
+@dataclass(frozen=True, eq=False)
+class Function:
+    """A function of a file, and the class that it stands in.
+
+    Attributes:
+        file: the path of the file.
+        node: its definition.
+        inside: the name of its class, or "".
+    """
+
+    file: str
+    node: ast.FunctionDef
+    inside: str
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What identifies it."""
+        return self.file, self.node.lineno
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of its parameters, but for those that take any number."""
+        args = self.node.args
+        return [a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether it takes whatever it is given: a decorator's inner function."""
+        return self.node.args.vararg is not None
+
+    @property
+    def first(self) -> str:
+        """The name of its first parameter."""
+        return self.parameters[0] if self.parameters else ""
 
 
 class Undecided(Exception):  # noqa: N818 - a value, not an error
@@ -144,3 +181,87 @@ def _compared(node: ast.Compare, module: nn.Module, first: str) -> bool:
         if isinstance(operator, ast.LtE):
             return left <= right
     raise Undecided
+
+
+def children(node: ast.AST) -> list[ast.expr]:
+    """Return the expressions that an expression is made of."""
+    found: list[ast.expr] = []
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):
+            found.append(child)
+        elif isinstance(child, ast.comprehension):
+            found += [child.iter, *child.ifs]
+        elif isinstance(child, ast.keyword):
+            found.append(child.value)
+    return found
+
+
+def path_of(node: ast.AST) -> list[str]:
+    """Return ["self", "block", "conv"] for `self.block.conv`, [] for anything but names."""
+    if isinstance(node, ast.Name):
+        return [node.id]
+    if isinstance(node, ast.Attribute) and (path := path_of(node.value)):
+        return [*path, node.attr]
+    return []
+
+
+def fits(function: Function, name: str) -> bool:
+    """Return whether a call by that name may have run the function."""
+    return function.node.name in (name, "forward", "__call__")
+
+
+def bound(
+    function: Function,
+    call: ast.Call,
+    given: Sequence[bool],
+    named: dict[str | None, bool],
+) -> frozenset[str]:
+    """Return the parameters of a function that get the value in a call."""
+    args = function.node.args
+    positional = [a.arg for a in (*args.posonlyargs, *args.args)]
+    skip = 1 if positional[:1] == ["self"] else 0
+    found: set[str] = set()
+    starred = any(isinstance(a, ast.Starred) for a in call.args)
+    if starred and any(given):
+        found.update(positional[skip:])
+    for name, held in zip(positional[skip:], given, strict=False):
+        if held:
+            found.add(name)
+    for key, held in named.items():
+        if held and key is None:
+            found.update(function.parameters[skip:])
+        elif held and key is not None:
+            found.add(
+                key if key in function.parameters else (args.kwarg.arg if args.kwarg else key)
+            )
+    return frozenset(found)
+
+
+def selects_rows(node: ast.expr, rank: int) -> bool:
+    """Return whether an expression chooses among the rows of a value and leaves its last axis.
+
+    Args:
+        node: `take_along_dim(x, i, dim=1)`, `x[:, i]`, `x[:, i, :]` and the like.
+        rank: how many axes the value has at least.
+    """
+    if isinstance(node, ast.Subscript):
+        parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        plain = not any(isinstance(p, ast.Starred) or _is_ellipsis(p) for p in parts)
+        last = parts[-1]
+        whole = isinstance(last, ast.Slice) and (last.lower, last.upper, last.step) == (None,) * 3
+        return plain and (len(parts) < rank or (len(parts) == rank and whole))
+    if isinstance(node, ast.Call) and path_of(node.func)[-1:] in (
+        ["take_along_dim"],
+        ["index_select"],
+    ):
+        given = [k.value for k in node.keywords if k.arg == "dim"]
+        return (
+            bool(given)
+            and isinstance(given[0], ast.Constant)
+            and (isinstance(given[0].value, int) and 0 <= given[0].value < rank - 1)
+        )
+    return False
+
+
+def _is_ellipsis(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is Ellipsis

@@ -1,0 +1,297 @@
+"""Which expressions of a function may hold a value, and which of them read it.
+
+    (h, y)    holds it        h.shape           is not the value        h[:, -1]    still is
+    f(h)      what f says     self.q_proj(h)    no longer is            h * 2       reads it
+
+An expression on a line that no call took may hand the value on; if it computes, it is refused.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import nn
+
+from rewrite.observe.code_syntax import (
+    Function,
+    bound,
+    children,
+    decided,
+    fits,
+    lacks,
+    path_of,
+    selects_rows,
+)
+from rewrite.observe.export import CodeLine
+
+_FORM = frozenset(
+    {"size", "dim", "numel", "stride", "is_contiguous", "element_size", "get_device", "type",
+     "shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "ndimension",
+     "is_floating_point"}
+)  # fmt: skip
+_HARMLESS = frozenset(
+    {"isinstance", "len", "type", "id", "print", "hasattr", "getattr", "callable", "repr", "str"}
+)
+_COLLECTS = frozenset({"tuple", "list", "dict", "zip", "enumerate", "reversed", "iter", "next"})
+_KEEPS = frozenset({"append", "extend", "add", "insert", "update", "setdefault"})
+_TALKS = frozenset({"logger", "warnings", "logging"})
+
+
+class Untaken(Exception):  # noqa: N818 - a reason, caught where it is decided
+    """A line that no observed call took reads the value, or calls a reader of it."""
+
+
+Fields = frozenset[str] | None
+"""In which fields an object holds a value; None: it may be anywhere in it."""
+
+
+def joined(parts: Sequence[Fields]) -> Fields:
+    """Return the fields of several objects together."""
+    known = [part for part in parts if part is not None]
+    return frozenset().union(*known) if len(known) == len(parts) else None
+
+
+class Surroundings(Protocol):
+    """What the reader of a function needs to know of the calls around it."""
+
+    rank: int
+    """How many axes the values have at least."""
+
+    def modules(self, function: Function) -> list[nn.Module]:
+        """Return the modules whose forward a function may be a part of."""
+
+    def reader_names(self, function: Function) -> set[str]:
+        """Return the children of those modules on the way to a reader, or to the norm."""
+
+    def taken(self, file: str, node: ast.stmt) -> bool:
+        """Return whether a call made a value, or called a module, on a line of a statement."""
+
+    def moves(self, file: str, node: ast.stmt) -> bool:
+        """Return whether a value that carries the map was made on a line of a statement."""
+
+    def absorbs(self, function: Function, node: ast.stmt, path: Sequence[str]) -> bool:
+        """Return whether what a call by that name returns is the output of a layer that reads."""
+
+    def callees(self, file: str, node: ast.stmt) -> list[Function]:
+        """Return the functions that ran in what a statement called."""
+
+    def read(
+        self, function: Function, tainted: frozenset[str], chain: tuple[CodeLine, ...] = ()
+    ) -> tuple[bool, Fields]:
+        """Read a function whose parameters `tainted` hold the value; does it return it, where?"""
+
+    def inner(self, chain: tuple[CodeLine, ...]) -> tuple[bool, Fields]:
+        """Read the function in which the norm is called, further in; does it return its value?"""
+
+
+class ExpressionReader:
+    """Reads expressions of one function, given the names that hold the value."""
+
+    def __init__(
+        self, check: Surroundings, function: Function, names: set[str], chain: tuple[CodeLine, ...]
+    ) -> None:
+        self.check = check
+        self.function = function
+        self.names = names
+        self.chain = chain
+        self.of_name: dict[str, Fields] = {}
+        self.of_calls: list[Fields] = []
+        self.modules = check.modules(function)
+        self.readers = check.reader_names(function)
+
+    def value(self, node: ast.expr, statement: ast.stmt) -> bool:
+        """Return whether an expression may hold the value; refuse what no call took."""
+        self._check_calls(node, statement)
+        self.of_calls = []
+        held = self._evaluate(node, statement)
+        span = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        if self.chain and self.chain[0].number in span:
+            if len(self.chain) == 1:
+                self.of_calls.append(None)
+                return True
+            returned, fields = self.check.inner(self.chain[1:])
+            self.of_calls += [fields] * returned
+            held |= returned
+        return held
+
+    def fields_of(self, node: ast.expr) -> Fields:
+        """Return in which fields an object holds the value; None if it may be anywhere."""
+        if isinstance(node, ast.Name):
+            return self.of_name.get(node.id)
+        if not isinstance(node, ast.Call):
+            return None
+        path = path_of(node.func)
+        if len(path) == 1 and path[0][:1].isupper() and not any(map(self.may, node.args)):
+            held = {k.arg for k in node.keywords if self.may(k.value)}
+            return None if None in held else frozenset(str(key) for key in held)
+        return joined(self.of_calls) if self.of_calls else None
+
+    def holds(self, node: ast.AST) -> bool:
+        """Return whether a name that may hold the value is in an expression."""
+        return any(isinstance(n, ast.Name) and n.id in self.names for n in ast.walk(node))
+
+    def may(self, node: ast.expr) -> bool:
+        """Return whether the value, or the norm's call, is anywhere in an expression."""
+        span = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        calls = any(isinstance(part, ast.Call) for part in ast.walk(node))
+        return self.holds(node) or (bool(self.chain) and calls and self.chain[0].number in span)
+
+    def _check_calls(self, node: ast.expr, statement: ast.stmt) -> None:
+        """Refuse a call of a reader on a line that no call took."""
+        if self.taken(statement):
+            return
+        for part in ast.walk(node):
+            path = path_of(part.func) if isinstance(part, ast.Call) else []
+            if len(path) > 1 and path[0] == self.function.first and path[1] in self.readers:
+                if self.modules and lacks(self.modules, path[1]):
+                    continue
+                raise Untaken(f"{self.at(statement)} calls {'.'.join(path[1:])}; no call took it")
+
+    def _evaluate(self, node: ast.expr, statement: ast.stmt) -> bool:
+        if isinstance(node, ast.Name):
+            return node.id in self.names
+        if isinstance(node, ast.Attribute):
+            name = node.value.id if isinstance(node.value, ast.Name) else ""
+            fields = self.of_name.get(name)
+            if name in self.names and fields is not None and node.attr not in fields:
+                return False
+            return node.attr not in _FORM and self._evaluate(node.value, statement)
+        if isinstance(node, ast.Call):
+            return self._call(node, statement)
+        if isinstance(node, ast.IfExp):
+            return self._if_expression(node, statement)
+        if isinstance(node, ast.BinOp | ast.UnaryOp | ast.Compare):
+            return self._operation(node, statement)
+        if isinstance(node, ast.Subscript):
+            self._evaluate(node.slice, statement)
+            held = self._evaluate(node.value, statement)
+            moves = isinstance(node.slice, ast.Tuple | ast.Slice)
+            if held and moves and not selects_rows(node, self.check.rank):
+                self._need_taken(node, statement)
+            return held
+        if isinstance(node, ast.NamedExpr):
+            held = self._evaluate(node.value, statement)
+            self.bind(node.target, node.value, held, statement)
+            return held
+        if isinstance(node, ast.Lambda):
+            if self.holds(node.body):
+                raise Untaken(f"{self.at(statement)} keeps it in a function")
+            return False
+        if isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp):
+            for generator in node.generators:
+                held = self._evaluate(generator.iter, statement)
+                self.bind(generator.target, generator.iter, held, statement)
+        parts = [self._evaluate(n, statement) for n in children(node)]
+        return any(parts)
+
+    def _if_expression(self, node: ast.IfExp, statement: ast.stmt) -> bool:
+        known = decided(node.test, self.modules, self.function.first) if self.modules else None
+        arms = [node.body] if known is True else [node.orelse] if known is False else []
+        if not arms:
+            arms = [node.body, node.orelse]
+            for arm in arms:
+                if not isinstance(arm, ast.Name | ast.Constant) and self._computes(arm):
+                    raise Untaken(f"{self.at(statement)} reads it in one of two ways")
+        self._evaluate(node.test, statement)
+        held = [self._evaluate(arm, statement) for arm in arms]
+        return any(held)
+
+    def _computes(self, node: ast.expr) -> bool:
+        """Return whether an expression computes with the value."""
+        parts = (n for n in ast.walk(node) if isinstance(n, ast.Call | ast.BinOp | ast.Subscript))
+        return any(self.holds(part) for part in parts if isinstance(part, ast.expr))
+
+    def _operation(self, node: ast.BinOp | ast.UnaryOp | ast.Compare, statement: ast.stmt) -> bool:
+        parts = [self._evaluate(n, statement) for n in children(node)]
+        if not any(parts):
+            return False
+        if isinstance(node, ast.BinOp) and any(
+            isinstance(n, ast.Tuple | ast.List) for n in (node.left, node.right)
+        ):
+            return True  # a list of outputs grows
+        if isinstance(node, ast.Compare) and all(
+            isinstance(op, ast.Is | ast.IsNot) for op in node.ops
+        ):
+            return False
+        self._need_taken(node, statement)
+        return self.check.moves(self.function.file, statement)
+
+    def _call(self, node: ast.Call, statement: ast.stmt) -> bool:
+        given = [self._evaluate(n, statement) for n in node.args]
+        named = {k.arg: self._evaluate(k.value, statement) for k in node.keywords}
+        path = path_of(node.func)
+        receiver = (
+            self._evaluate(node.func.value, statement)
+            if isinstance(node.func, ast.Attribute)
+            else False
+        )
+        if not (receiver or any(given) or any(named.values())):
+            return False
+        name = path[-1] if path else getattr(node.func, "attr", "")
+        if (len(path) == 1 and name in _HARMLESS) or (path[:1] and path[0] in _TALKS):
+            return False
+        if receiver and name in _FORM:
+            return False
+        if name in _KEEPS and isinstance(node.func, ast.Attribute):
+            self.bind(node.func.value, node.func.value, True, statement)
+            return False
+        if len(path) == 1 and name[:1].isupper():
+            return True  # an object that carries outputs
+        if len(path) == 1 and name in _COLLECTS:
+            return True
+        if not self.taken(statement) and selects_rows(node, self.check.rank):
+            return True
+        if not self._need_taken(node, statement):
+            return False
+        if self.check.absorbs(self.function, statement, path or [name]):
+            return False
+        inner = [f for f in self.check.callees(self.function.file, statement) if fits(f, name)]
+        if not inner:
+            return self.check.moves(self.function.file, statement) or not self.taken(statement)
+        read = [self.check.read(f, bound(f, node, given, named)) for f in inner]
+        self.of_calls += [fields for returned, fields in read if returned]
+        return any(returned for returned, _ in read)
+
+    def taken(self, statement: ast.stmt) -> bool:
+        """Return whether a call took a statement."""
+        return self.check.taken(self.function.file, statement)
+
+    def _need_taken(self, node: ast.expr, statement: ast.stmt) -> bool:
+        """Refuse an expression that no call took; return False where none can."""
+        if self.taken(statement):
+            return True
+        path = path_of(node.func) if isinstance(node, ast.Call) else []
+        first = self.function.first
+        if len(path) > 1 and path[0] == first and lacks(self.modules, path[1]):
+            return False
+        self.refuse(statement)
+        return False
+
+    def refuse(self, statement: ast.stmt) -> None:
+        """Refuse the fold, with a statement."""
+        text = ast.unparse(statement).splitlines()[0]
+        raise Untaken(f"{self.at(statement)} may read it, and no call took it: {text[:80]}")
+
+    def at(self, node: ast.stmt | ast.expr) -> str:
+        """Return where a piece of code stands."""
+        return f"{self.function.file.rpartition('/')[2]}:{node.lineno}"
+
+    def bind(self, target: ast.expr, value: ast.expr, held: bool, node: ast.stmt) -> None:
+        """Note what a target holds after an assignment."""
+        if isinstance(target, ast.Name):
+            (self.names.add if held else self.names.discard)(target.id)
+        elif isinstance(target, ast.Tuple | ast.List):
+            values: Sequence[ast.expr | None] = [None] * len(target.elts)
+            if isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts):
+                values = value.elts
+            for part, own in zip(target.elts, values, strict=True):
+                mine = held if own is None else self.may(own)
+                self.bind(part, own or value, mine, node)
+        elif isinstance(target, ast.Starred):
+            self.bind(target.value, value, held, node)
+        elif isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name) and held:
+            self.names.add(target.value.id)
+        elif held:
+            raise Untaken(f"{self.at(node)} keeps it as {ast.unparse(target)}")
