@@ -76,6 +76,7 @@ def functions_in(file: str) -> tuple[tuple[ast.FunctionDef, str], ...]:
     return tuple(found)
 
 
+@lru_cache(maxsize=65536)
 def function_at(file: str, line: int) -> tuple[ast.FunctionDef, str] | None:
     """Return the innermost function that holds a line, and the name of its class."""
     around = [
