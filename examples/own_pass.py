@@ -9,7 +9,7 @@ from torch import nn
 
 import rewrite
 from rewrite import Captured, Change, Contract, Pass, Site, Skip
-from rewrite.graph import activation_of
+from rewrite.graph import Editable, activation_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class HardswishToSilu(Pass):
             elif node is captured.calls(activation.module)[0]:
                 yield Site(activation.target, "Hardswish", node)
 
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Replace one module."""
         captured.editor.replace(site.target, nn.SiLU())
         return Change(site.target, site.before, "SiLU")

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.graph.operators import Norm
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
@@ -53,12 +54,12 @@ class BatchNormToInstanceNorm(Pass):
         """Yield every BatchNorm with its number of spatial axes."""
         return swap.sites(captured, lambda candidate: _axes(captured, candidate))
 
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Replace one norm."""
         return self.rewrite_all(captured, [site])[0]
 
     def rewrite_all(
-        self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
+        self, captured: Editable, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
         """Replace all norms; keep="function" fits them in one pass over `calibration`."""
         settings = SwapOptions(self.keep, self.anchor)

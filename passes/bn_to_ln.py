@@ -17,6 +17,7 @@ from torch import nn
 
 from rewrite.errors import OptionError
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.graph.operators import Norm
 from rewrite.nn.modules import ChannelLayerNorm
 from rewrite.outcomes import Change, Contract, Site, Skip
@@ -63,12 +64,12 @@ class BatchNormToLayerNorm(Pass):
         """Yield every BatchNorm with what it becomes."""
         return swap.sites(captured, self.layout)
 
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Replace one norm."""
         return self.rewrite_all(captured, [site])[0]
 
     def rewrite_all(
-        self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
+        self, captured: Editable, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
         """Replace all norms; keep="function" fits them in one pass over `calibration`."""
         settings = SwapOptions(self.keep, self.anchor)

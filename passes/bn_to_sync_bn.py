@@ -18,6 +18,7 @@ from typing import ClassVar
 from torch import nn
 
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
 from rewrite.swap import batch_norms as swap
@@ -43,6 +44,6 @@ class BatchNormToSyncBatchNorm(Pass):
             if not isinstance(captured.module(site.target), nn.SyncBatchNorm)
         )
 
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Replace one norm."""
         return exchange_class(captured, site, nn.SyncBatchNorm)

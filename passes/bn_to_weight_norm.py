@@ -23,6 +23,7 @@ from passes.fold import FoldNorm
 from rewrite.errors import OptionError
 from rewrite.fold.folder import Fold
 from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.editable import Editable
 from rewrite.graph.operators import norm_of
 from rewrite.nn.mean_only import MeanOnlyBatchNorm
 from rewrite.outcomes import Change, Contract, Site, Skip
@@ -70,12 +71,12 @@ class BatchNormToWeightNorm(Pass):
             reason = _refusal(captured, fold)
             yield outcome if reason is None else Skip(outcome.target, outcome.before, reason)
 
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Rewrite one site."""
         return self.rewrite_all(captured, [site])[0]
 
     def rewrite_all(
-        self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
+        self, captured: Editable, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
         """Fold every norm, then reparameterize every layer that took one up, once."""
         centres = {s.target: _shift(captured, s) for s in sites} if self.mean_only else {}
@@ -100,7 +101,7 @@ class BatchNormToWeightNorm(Pass):
         return finished
 
     def _centre(
-        self, captured: Captured, target: str, layers: tuple[str, ...], beta: torch.Tensor | None
+        self, captured: Editable, target: str, layers: tuple[str, ...], beta: torch.Tensor | None
     ) -> str:
         """Put a mean-only norm where the norm was, or say why there is none."""
         layer = captured.module(layers[0])

@@ -31,6 +31,7 @@ from rewrite.fold.recipes import AffineRecipe, FoldRecipe, recipe_of
 from rewrite.fold.store import ModelStore
 from rewrite.fold.unfolded import UnfoldedNorm
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.graph.editor import Editor
 from rewrite.observe.plan import Options
 from rewrite.observe.road import ObservedSite, observed_outcomes
@@ -159,12 +160,12 @@ class FoldNorm(Pass):
                 )
         return self._decide(captured, wanted)
 
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Fold one site."""
         return self.rewrite_all(captured, [site])[0]
 
     def rewrite_all(
-        self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
+        self, captured: Editable, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
         """Fold all sites: each layer's new weight is computed once, from all that it absorbs."""
         observed = [site for site in sites if isinstance(site.plan, ObservedSite)]
@@ -172,7 +173,7 @@ class FoldNorm(Pass):
         changes = self._rewrite_traced(captured, traced) if traced else []
         return [*changes, *(site.plan.carry_out(captured) for site in observed)]
 
-    def _rewrite_traced(self, captured: Captured, sites: Sequence[Site]) -> list[Change]:
+    def _rewrite_traced(self, captured: Editable, sites: Sequence[Site]) -> list[Change]:
         """Fold the sites that the symbolic road found."""
         decided = self._decided(captured, sites)
         plans = [site for site in decided.outcomes if isinstance(site, Site)]
@@ -235,7 +236,7 @@ class _Ran:
             self.exact[f"{new}.{attr}"] = self.exact.pop(f"{old}.{attr}")
 
 
-def _run(captured: Captured, plans: Sequence[Site]) -> _Ran:
+def _run(captured: Editable, plans: Sequence[Site]) -> _Ran:
     """Run the recipe of every fold, and of every norm that becomes a multiply-add."""
     recipes: dict[Site, FoldRecipe | AffineRecipe] = {}
     for site in plans:
@@ -284,7 +285,7 @@ def _with_baked(change: Change, fold: Fold, baked: Mapping[str, Baked]) -> Chang
 
 
 def _merge_all(
-    captured: Captured, branches: Branches, plans: Sequence[Site], unrounded: Exact
+    captured: Editable, branches: Branches, plans: Sequence[Site], unrounded: Exact
 ) -> dict[Merge, Change]:
     """Merge every set of branches that a site asks for, once; norms are folded by then."""
     merged: dict[Merge, Change] = {}
@@ -321,7 +322,7 @@ def _fold_input(folder: Folder, mean: Tensor, std: Tensor) -> Site | Skip:
 
 
 def _remove(
-    captured: Captured,
+    captured: Editable,
     fold: Fold,
     recipe: FoldRecipe,
     merged: Set[Node],

@@ -17,6 +17,7 @@ import torch
 
 from rewrite.affine.algebra import Affine
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.graph.operators import norm_of
 from rewrite.nn.modules import ChannelAffine
 from rewrite.outcomes import Change, Contract, Site, Skip
@@ -43,7 +44,7 @@ class FreezeBatchNorm(Pass):
         """Yield every BatchNorm that has statistics."""
         return swap.sites(captured, lambda candidate: _plan(captured, candidate))
 
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Replace one norm."""
         assert site.node is not None
         norm = norm_of(captured, site.node)

@@ -16,6 +16,7 @@ from rewrite.fold.branches import Branches
 from rewrite.fold.merge import merge_site
 from rewrite.fold.merged_kernel import Merge
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.outcomes import Change, Contract, Declined, Site, Skip
 from rewrite.protocol import Pass
 
@@ -44,7 +45,7 @@ class MergeBranches(Pass):
             else:
                 yield Site(outcome.owner, outcome.before, outcome.root, outcome)
 
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Put one convolution in place of the branches."""
         assert isinstance(site.plan, Merge)
         change, exact = merge_site(captured, site.target, site.plan, {})

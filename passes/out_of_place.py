@@ -22,6 +22,7 @@ from rewrite.functional.augmented import AugmentedAssignments
 from rewrite.functional.forms import Make, cast, functional, same, written
 from rewrite.functional.untraced_writes import untraced_writes
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.graph.effects import Memory, is_number, shared_inputs
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
@@ -70,7 +71,7 @@ class OutOfPlace(Pass):
                 reason = f"{line.place}: its forward cannot be traced: {opaque.reason}"
                 yield Skip(name, line.text, reason)
 
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Turn one flag, or edit one line."""
         plan: Plan = site.plan
         module = captured.module(site.target)
@@ -80,7 +81,7 @@ class OutOfPlace(Pass):
         else:
             after = f"{type(module).__name__}'s forward without it"
         for node in plan.lines:
-            line = captured.editor.line(node)
+            line = captured.lines.line(node)
             assert isinstance(line, Node)
             operand = line.args[0] if plan.make in (None, same) else written(line) or line.args[0]
             assert isinstance(operand, Node)
@@ -183,7 +184,7 @@ class Writes:
             if reason:
                 return (), reason
             if later:
-                lines.setdefault(self.captured.editor.line(call), call)
+                lines.setdefault(self.captured.lines.line(call), call)
         return tuple(lines.values()), ""
 
     def _later(self, call: Node, operand: Node) -> tuple[bool, str]:
@@ -208,10 +209,10 @@ class Writes:
 
     def _not_redirectable(self, call: Node) -> str:
         """Return why the later readers, in the owner's own graph, cannot read the new value."""
-        editor, owner = self.captured.editor, self.captured.owner(call)
+        owner = self.captured.owner(call)
         if refusal := self._not_editable(call):
             return f"what it writes into is read again, and the call {refusal}"
-        line = editor.line(call)
+        line = self.captured.lines.line(call)
         assert isinstance(line, Node)
         own = self._own_lines(owner)
 
@@ -245,7 +246,7 @@ class Writes:
                 return (
                     f"is a line of the forward of {owner}, which branches on its argument {names}"
                 )
-        return self.captured.editor.refusal(call, line=True) or ""
+        return self.captured.lines.refusal(call, line=True) or ""
 
     def _own_lines(self, owner: str) -> dict[Node, Node]:
         """Return, per line of the owner's own graph that writes, a call that it made."""
@@ -258,7 +259,7 @@ class Writes:
                 if node.op == "call_module"
                 else self._operand(node) is not None
             )
-            if writes and isinstance(line := self.captured.editor.line(node), Node):
+            if writes and isinstance(line := self.captured.lines.line(node), Node):
                 found[line] = node
         return found
 

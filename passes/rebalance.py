@@ -20,6 +20,7 @@ from rewrite.errors import CaptureError, CheckpointError, OptionError, PassError
 from rewrite.fold.executor import Exact, run_recipes
 from rewrite.fold.store import ModelStore
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
 from rewrite.rescaling.clipped import Clip, clips
@@ -92,12 +93,12 @@ class Rebalance(Pass):
             else:
                 yield Site(group.target, describe(group), group.writers[0].layer.node, plan)
 
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Rescale one group, or replace one activation."""
         return self.rewrite_all(captured, [site])[0]
 
     def rewrite_all(
-        self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
+        self, captured: Editable, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
         """Rescale all groups: each layer's new weight is computed once, from both of its sides."""
         clipped = [site.plan for site in sites if isinstance(site.plan, Clip)]

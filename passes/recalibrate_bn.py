@@ -21,6 +21,7 @@ from rewrite.calibration.batches import Batches
 from rewrite.distributed import all_reduce
 from rewrite.errors import OptionError
 from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.editable import Editable
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
 from rewrite.runtime.hooks import hooked, in_eval_mode, run
@@ -55,7 +56,7 @@ class RecalibrateBatchNorm(Pass):
         raise OptionError(f"{self.name}: pass calibration data (--calibration DATA)")
 
     def rewrite_all(
-        self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
+        self, captured: Editable, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
         """Run the data through the model once and set the statistics of all sites."""
         if calibration is None:
@@ -106,7 +107,7 @@ def _normalizing_by_batch(modules: Sequence[nn.Module]) -> Iterator[None]:
             module._buffers.update(buffers[module])
 
 
-def _change(captured: Captured, site: Site, sums: Tensor) -> Change:
+def _change(captured: Editable, site: Site, sums: Tensor) -> Change:
     count, total, square = sums
     if float(count.max()) < 2:
         return Change(site.target, site.before, site.before, "left as it was: no data reached it")

@@ -12,6 +12,7 @@ from typing import ClassVar
 from torch import nn
 
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
 from rewrite.swap import batch_norms as swap
@@ -42,7 +43,7 @@ class SyncBatchNormToBatchNorm(Pass):
             if isinstance(captured.module(site.target), nn.SyncBatchNorm)
         )
 
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Replace one norm."""
         kind: type[nn.modules.batchnorm._BatchNorm] = site.plan
         return exchange_class(captured, site, kind)

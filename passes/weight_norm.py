@@ -20,6 +20,7 @@ from torch import nn
 
 from rewrite.errors import OptionError
 from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.editable import Editable
 from rewrite.graph.operators import conv_of, linear_of, norm_of
 from rewrite.graph.order import in_data_flow_order
 from rewrite.nn.mean_only import MeanOnlyBatchNorm
@@ -178,7 +179,7 @@ class WeightNorm(Pass):
         return Change(site.target, site.before, after, note, tuple(touched), keys)
 
     def rewrite_all(
-        self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
+        self, captured: Editable, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
         """Reparameterize every site, then add means and fit to data where that is asked for."""
         batch = self._batch(calibration) if self.data_init else None
@@ -210,7 +211,7 @@ class WeightNorm(Pass):
                 return "no mean-only norm: a batch norm follows"
         return None
 
-    def _centre(self, captured: Captured, site: Site, draft: Draft, refusal: str | None) -> None:
+    def _centre(self, captured: Editable, site: Site, draft: Draft, refusal: str | None) -> None:
         if refusal is not None:
             draft.notes.append(refusal)
             return

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from rewrite.errors import OptionError, PassError, RewriteError
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.outcomes import Change, Contract, Selection, Site, Skip
 from rewrite.runtime.tree import join
 
@@ -70,11 +71,11 @@ class Pass(ABC):
         """Yield every candidate in data-flow order, declined ones as `Skip`; change nothing."""
 
     @abstractmethod
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Rewrite one site in place, through `captured.editor`, and say what changed."""
 
     def rewrite_all(
-        self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
+        self, captured: Editable, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
         """Rewrite all sites and return one change each, in their order.
 
@@ -115,7 +116,8 @@ def find_sites(
     selection = selection or Selection()
     sites: list[Site] = []
     skips: list[Skip] = []
-    for outcome in pass_.find(captured):
+    evidence = captured.evidence if isinstance(captured, Editable) else captured
+    for outcome in pass_.find(evidence):
         if isinstance(outcome, Skip):
             skips.append(outcome)
         elif (reason := selection.refusal(outcome.target)) is not None:
@@ -161,7 +163,7 @@ def apply_pass(
     return Applied(captured.model, done, tuple(skips), notes, captured.exact)
 
 
-def _with_forwards(captured: Captured, changes: Sequence[Change]) -> list[Change]:
+def _with_forwards(captured: Editable, changes: Sequence[Change]) -> list[Change]:
     """Return the changes with the tensors that came or went with an edited forward among them.
 
     They belong to the changes that name the tensor or its owner, else to those inside of the owner.

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +13,9 @@ from torch.fx.passes.infra.pass_manager import PassManager
 import models
 from passes import BatchNormToGroupNorm
 from rewrite.errors import OptionError
-from rewrite.outcomes import Change, Selection, Skip
+from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
+from rewrite.outcomes import Change, Selection, Site, Skip
 from rewrite.protocol import apply_pass
 
 
@@ -81,3 +86,23 @@ def test_a_change_is_data() -> None:
 def test_a_flag_without_value_takes_none() -> None:
     with pytest.raises(OptionError, match="takes no value"):
         BatchNormToGroupNorm.from_flag(["x"])
+
+
+class Looks(BatchNormToGroupNorm):
+    """A pass whose `find` tries to edit."""
+
+    def find(self, captured: Captured) -> Iterator[Site | Skip]:
+        yield Skip("", "", f"editor: {hasattr(captured, 'editor')}")
+        yield from super().find(captured)
+
+    def rewrite_all(self, captured: Editable, sites: Any, calibration: Any = None) -> list[Change]:
+        assert captured.editor is captured.editor
+        assert not hasattr(captured.evidence, "editor")
+        return super().rewrite_all(captured, sites, calibration)
+
+
+def test_find_gets_what_cannot_edit_and_rewrite_what_can() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    applied = apply_pass(Looks(num_groups=2), model, (torch.randn(1, 3, 6, 6),))
+    assert "editor: False" in [skip.reason for skip in applied.skips]
+    assert len(applied.changes) == 1

@@ -54,6 +54,7 @@ FOR_PASS_AUTHORS = {
     "Activation",
     "Captured",
     "Conv",
+    "Editable",
     "Editor",
     "Linear",
     "Norm",

@@ -85,4 +85,4 @@ class AnalysisContext:
         frames = {self.captured.frame(call) for call in calls}
         if len(calls) < 2 or len({frame.owner for frame in frames}) < len(frames):
             return False
-        return not any(self.captured.editor.refusal(call, line=True) for call in calls)
+        return not any(self.captured.lines.refusal(call, line=True) for call in calls)

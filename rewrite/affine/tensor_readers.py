@@ -58,7 +58,7 @@ class TensorReaders:
             if not captured.tensor(ref).is_floating_point():
                 return f"{ref.name} is of dtype {captured.tensor(ref).dtype}"
         if layer.module is None and layer.weight is not None and layer.bias is None:
-            return captured.editor.refusal(layer.node)
+            return captured.lines.refusal(layer.node)
         return None
 
     def reader(self, ref: TensorRef, calls: tuple[Node, ...] = ()) -> str | None:

@@ -190,7 +190,7 @@ class Branches:
             if layer is not None and layer.module is not None:
                 for reason in self.captured.hooks(layer.module):
                     raise DeclinedError(f"{layer.module} {reason}")
-        refusal = self.captured.editor.refusal(root)
+        refusal = self.captured.lines.refusal(root)
         if refusal is not None:
             raise DeclinedError(refusal)
 

@@ -177,7 +177,7 @@ def _constant_source(planner: Planner, chain: tuple[ChannelConstant, ...]) -> So
     refusal = "" if len(first) == 1 else "is called more than once"
     for link in chain:
         if not refusal:
-            refusal = captured.editor.refusal(link.node) or ""
+            refusal = captured.lines.refusal(link.node) or ""
     target = owner if kind in ("LayerScale", "LayerScale2d", "FrozenBatchNorm2d") else root or owner
     return Source(
         "constant", target, f"{operation} by a constant per channel", first, last, chain[0].axis,

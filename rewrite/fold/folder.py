@@ -141,7 +141,7 @@ class Folder:
         return f"{reason}: {why}" if why else reason
 
     def _uneditable(self, source: Source) -> str | None:
-        return self.captured.editor.refusal(source.first[0])
+        return self.captured.lines.refusal(source.first[0])
 
     def _aliasing(self, source: Source) -> str | None:
         """Return why y cannot become x itself: the one is written, and the other read later."""

@@ -13,6 +13,7 @@ from rewrite.fold.merged_kernel import Merge, place_of
 from rewrite.fold.recipes import MergeRecipe, TermRecipe
 from rewrite.fold.store import ModelStore
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.graph.spellings import function_name, is_getitem
 from rewrite.graph.traits import Trait, has, named
 from rewrite.outcomes import Change
@@ -25,7 +26,7 @@ _CHECKS = frozenset({"eq", "_assert"})
 
 
 def merge_site(
-    captured: Captured, target: str, merge: Merge, unrounded: Exact
+    captured: Editable, target: str, merge: Merge, unrounded: Exact
 ) -> tuple[Change, Exact]:
     """Put one convolution in place of the branches of `merge`.
 

@@ -13,7 +13,8 @@ from rewrite.affine.layers import Layer
 from rewrite.errors import CheckpointError
 from rewrite.fold.executor import Exact, names_of
 from rewrite.fold.recipes import FoldRecipe, Recipe
-from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.captured import TensorRef
+from rewrite.graph.editable import Editable
 
 
 class StateDictStore:
@@ -70,7 +71,7 @@ class ModelStore:
         beside: what was written for modules that the model does not have yet, by name.
     """
 
-    def __init__(self, captured: Captured, recipes: Sequence[Recipe]) -> None:
+    def __init__(self, captured: Editable, recipes: Sequence[Recipe]) -> None:
         self.captured = captured
         self.beside: dict[str, Tensor] = {}
         self._new = tuple(f"{r.name}." for r in recipes if not isinstance(r, FoldRecipe))

@@ -3,6 +3,7 @@ from .captured import Opaque as Opaque
 from .captured import Readers as Readers
 from .captured import Region as Region
 from .captured import TensorRef as TensorRef
+from .editable import Editable as Editable
 from .editor import Editor as Editor
 from .operators import Activation as Activation
 from .operators import Conv as Conv

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.runtime.inputs import ExampleCall, Inputs
 from rewrite.runtime.tree import Tree
 from rewrite.tracing.regions import trace_regions
@@ -15,7 +16,7 @@ from rewrite.tracing.regions import trace_regions
 
 def capture(
     model: nn.Module, example_inputs: Any = None, calls: Sequence[ExampleCall] = ()
-) -> Captured:
+) -> Editable:
     """Read `model` as graphs, without changing or running it.
 
     Args:
@@ -31,4 +32,5 @@ def capture(
     tree = Tree(model)
     inputs = None if example_inputs is None else Inputs.of(example_inputs)
     regions, opaque, error = trace_regions(tree, inputs)
-    return Captured(model, tree, tuple(regions), opaque, error, example_calls=tuple(calls))
+    found = Captured(model, tree, tuple(regions), opaque, error, example_calls=tuple(calls))
+    return Editable.of(found)

@@ -11,11 +11,7 @@ that holds parameters is therefore seen in exactly one place, and two questions 
 
 from __future__ import annotations
 
-import ast
-import inspect
 import linecache
-import re
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,53 +19,34 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, Node
-from torch.nn.parameter import is_lazy
+from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from rewrite.graph.effects import Effects
+from rewrite.graph.index import Index, storage_of
+from rewrite.graph.lines import Lines
 from rewrite.graph.model_code import ModelCode
+from rewrite.graph.refs import Readers as Readers
+from rewrite.graph.refs import TensorRef as TensorRef
 from rewrite.graph.untraced_branches import UntracedBranches
 from rewrite.runtime.tree import Tree
 from rewrite.tracing.records import Frame
 from rewrite.tracing.records import Opaque as Opaque
 from rewrite.tracing.regions import Region as Region
-from rewrite.tracing.source_lines import short
 from rewrite.tracing.tracer import hook_reasons
 
 if TYPE_CHECKING:
-    from rewrite.graph.editor import Editor
     from rewrite.runtime.inputs import ExampleCall
 
 
 _NOT_TRACED = "is not called in any traced forward"
 
 
-@dataclass(frozen=True)
-class TensorRef:
-    """A parameter, buffer or attribute: which module holds it, by qualified name, and its key."""
-
-    owner: str
-    attr: str
-
-    @property
-    def name(self) -> str:
-        """The qualified name, as in a state dict."""
-        return f"{self.owner}.{self.attr}" if self.owner else self.attr
-
-
-@dataclass(frozen=True)
-class Readers:
-    """Who reads a value. `known` is False when code that was not traced may read it too."""
-
-    nodes: tuple[Node, ...]
-    known: bool
-    reason: str = ""
-
-
 @dataclass(eq=False)
 class Captured:
-    """A captured model. Built by `capture`; read by passes; edited through `editor`.
+    """A captured model as evidence: it answers questions, and nothing of it edits.
+
+    `capture` returns an `Editable`, which is one with an editor; `find` gets the evidence alone.
 
     Attributes:
         model: the module that was captured, itself (edits happen in place).
@@ -93,7 +70,6 @@ class Captured:
     exact: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
     example_calls: tuple[ExampleCall, ...] = ()
     observed: Any = field(default=None, repr=False)
-    _class_words: dict[type, frozenset[str] | None] = field(default_factory=dict, repr=False)
 
     # -- modules ------------------------------------------------------------------------------
 
@@ -107,7 +83,7 @@ class Captured:
 
     def calls(self, name: str) -> tuple[Node, ...]:
         """Return the `call_module` nodes of a module, over all regions."""
-        return tuple(self._calls.get(self.tree.name(self.tree.get(name)), ()))
+        return tuple(self._index.calls.get(self.tree.name(self.tree.get(name)), ()))
 
     def callers_known(self, name: str) -> bool:
         """Return whether every call of the module was seen (one caller, not one *known* caller)."""
@@ -116,23 +92,17 @@ class Captured:
     def unknown_caller(self, name: str) -> str | None:
         """Return who else may call the module, in words, or None if every call was seen."""
         name = self.tree.name(self.tree.get(name))
-        if name in self._roots and name not in self.opaque:
-            above = (p for place in (name, *self.aliases(name)) for p in _prefixes(place))
-            cause = next((p for p in above if p in self._untraced), None)
-            because = "" if cause is None else f": {self._opaque_words(cause)}"
-            return f"{name} {_NOT_TRACED}{because}"
+        if name in self._index.roots and name not in self.opaque:
+            places = (name, *self.aliases(name))
+            cause = next(filter(None, map(self._index.opaque_around, places)), None)
+            return f"{name} {_NOT_TRACED}{'' if cause is None else f': {cause}'}"
         return self.opaque_caller(name)
-
-    def _opaque_words(self, name: str, does: str = "") -> str:
-        opaque = self.opaque[name]
-        return f"{name or 'the model'} is opaque{does} ({opaque.reason}{short(opaque.source)})"
 
     def opaque_caller(self, name: str) -> str | None:
         """Return which code that was read and not traced may call the module, in words, or None."""
         for place in (name, *self.tree.aliases(name)):
-            for parent in _prefixes(place):
-                if parent in self._untraced and self._mentions(parent, place):
-                    return self._opaque_words(parent, f" and may call {place}")
+            if (opaque := self._index.opaque_caller(place)) is not None:
+                return opaque
             if (reason := self._untaken.caller(place)) is not None:
                 return reason
         return None
@@ -160,7 +130,7 @@ class Captured:
         """
         if node.op == "call_module":
             return self.calls(str(node.target))
-        return tuple(n for n in self._lines[self._positions[node]] if n.op == node.op)
+        return tuple(n for n in self._index.lines[self._index.positions[node]] if n.op == node.op)
 
     def nodes(self) -> Iterator[Node]:
         """Yield every node of every region, in data-flow order within a region."""
@@ -169,7 +139,7 @@ class Captured:
 
     def region_of(self, node: Node) -> Region:
         """Return the region that `node` belongs to."""
-        return self._region_of_graph[node.graph]
+        return self._index.region_of_graph[node.graph]
 
     def owner(self, node: Node) -> str:
         """Return the name of the innermost module whose forward made the call."""
@@ -233,7 +203,9 @@ class Captured:
     def tied(self, ref: TensorRef) -> tuple[TensorRef, ...]:
         """Return every other place that holds the same tensor, or a view of the same storage."""
         tensor = self.tensor(ref)
-        return tuple(other for other in self._holders.get(_storage(tensor), ()) if other != ref)
+        return tuple(
+            other for other in self._index.holders.get(storage_of(tensor), ()) if other != ref
+        )
 
     def is_fixed(self, node: Node) -> bool:
         """Return whether a `get_attr` node is the same tensor at every call.
@@ -250,163 +222,26 @@ class Captured:
     def code(self) -> ModelCode:
         """What the code of the model does with its modules, beside calling them."""
         entered = {name for region in self.regions for name in region.entered if region.name == ""}
-        return ModelCode(self.tree, frozenset(entered | set(self._calls) - self._roots))
+        return ModelCode(self.tree, frozenset(entered | set(self._index.calls) - self._index.roots))
 
     @cached_property
     def effects(self) -> Effects:
         """What the traced forwards write, and which values share memory."""
         return Effects(self)
 
-    # -- editing ------------------------------------------------------------------------------
-
     @cached_property
-    def editor(self) -> Editor:
-        """The one thing that changes the model."""
-        from rewrite.graph.editor import Editor
-
-        return Editor(self)
-
-    def replace(self, old: nn.Module, new: nn.Module) -> None:
-        """Put `new` in every place of `old`, the root of the model included."""
-        self.tree.replace(old, new)
-        self.model = self.tree.model
-
-    # -- indexes ------------------------------------------------------------------------------
-
-    @cached_property
-    def _positions(self) -> dict[Node, tuple[str, Any, int]]:
-        """Per node: the owner, the target, and its order among equals in that invocation."""
-        counts: dict[Any, int] = {}
-        positions: dict[Node, tuple[str, Any, int]] = {}
-        for region in self.regions:
-            for node in region.graph.nodes:
-                frame = region.frames[node]
-                key = (region.name, frame, node.target)
-                positions[node] = (frame.owner, node.target, counts.get(key, 0))
-                counts[key] = counts.get(key, 0) + 1
-        return positions
-
-    @cached_property
-    def _lines(self) -> dict[Any, list[Node]]:
-        lines: dict[Any, list[Node]] = {}
-        for node, position in self._positions.items():
-            lines.setdefault(position, []).append(node)
-        return lines
+    def lines(self) -> Lines:
+        """Which lines of the model's forwards can be edited."""
+        return Lines(self)
 
     @cached_property
     def _untaken(self) -> UntracedBranches:
         return UntracedBranches(self.tree, self.regions)
 
     @cached_property
-    def _region_of_graph(self) -> dict[Graph, Region]:
-        return {region.graph: region for region in self.regions}
-
-    @cached_property
-    def _calls(self) -> dict[str, list[Node]]:
-        calls: dict[str, list[Node]] = {}
-        for node in self.nodes():
-            if node.op == "call_module":
-                calls.setdefault(str(node.target), []).append(node)
-        return calls
-
-    @cached_property
-    def _roots(self) -> frozenset[str]:
-        """Roots of regions but the model itself: code that was not traced calls them."""
-        return frozenset(region.name for region in self.regions if region.name)
-
-    @cached_property
-    def _untraced(self) -> frozenset[str]:
-        """Modules whose own forward is not in any graph."""
-        return frozenset(self.opaque) - frozenset(region.name for region in self.regions)
-
-    @cached_property
-    def _holders(self) -> dict[int, list[TensorRef]]:
-        holders: dict[int, list[TensorRef]] = {}
-        for name, module in self.tree.modules():
-            for held in (module._parameters, module._buffers):
-                for key, tensor in held.items():
-                    if tensor is not None and not is_lazy(tensor):
-                        holders.setdefault(_storage(tensor), []).append(TensorRef(name, key))
-        return holders
-
-    def _mentions(self, parent: str, place: str) -> bool:
-        """Return whether the code of an opaque module could call the module at `place`.
-
-        A direct child always counts, and so does an item of one, which a loop can reach. A deeper
-        module counts if its attribute name occurs in the code of the opaque class: a call must
-        spell it.
-        """
-        parts = place[len(parent) :].lstrip(".").split(".") if parent else place.split(".")
-        while len(parts) > 1 and parts[-1].isdigit():
-            parts.pop()
-        if len(parts) == 1:
-            return True
-        kind = type(self.tree.get(parent))
-        if kind not in self._class_words:  # inspect.getsource parses the whole file of a class
-            self._class_words[kind] = _words(kind)
-        words = self._class_words[kind]
-        return words is None or parts[-1].split("[")[0] in words
+    def _index(self) -> Index:
+        return Index(self.tree, self.regions, self.opaque)
 
 
 def _is_property(module: nn.Module, key: str) -> bool:
     return isinstance(getattr(type(module), key, None), property)
-
-
-def _words(kind: type) -> frozenset[str] | None:
-    """Return the names and strings of a class's code (its bases' too); None if unknown."""
-    words: set[str] = set()
-    for base in kind.__mro__:
-        if base is nn.Module or base is object:
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):
-            return None
-        words.update(_code_words(tree))
-    return frozenset(words)
-
-
-def _code_words(tree: ast.AST) -> Iterator[str]:
-    """Yield attributes, names and the words of strings, but not those of documentation.
-
-    What `__init__` writes runs once, before any call of the forward, but for its inner functions.
-    """
-    tree = _WithoutSetUp().visit(tree)
-    prose = {
-        id(node.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute):
-            yield node.attr
-        elif isinstance(node, ast.Name):
-            yield node.id
-        elif isinstance(node, ast.Constant) and id(node) not in prose:
-            yield from re.findall(r"\w+", str(node.value))
-
-
-class _WithoutSetUp(ast.NodeTransformer):
-    """Leaves of `__init__` only the functions that it defines."""
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        """Keep a function whole, unless it is `__init__`."""
-        if node.name != "__init__":
-            return node
-        kinds = ast.FunctionDef | ast.Lambda
-        inner = [n for n in ast.walk(node) if isinstance(n, kinds) and n is not node]
-        return ast.Module(body=inner, type_ignores=[])  # type: ignore[arg-type]
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    """Yield the names of the modules around `name`, innermost first, down to the root ""."""
-    while name:
-        name = name.rpartition(".")[0]
-        yield name
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    """Return what two tensors share if writing to one could write to the other."""
-    if tensor.device.type == "meta" or tensor.layout is not torch.strided:
-        return id(tensor)
-    return id(tensor) if tensor.is_quantized else tensor.untyped_storage()._cdata

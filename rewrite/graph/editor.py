@@ -16,19 +16,11 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
-from torch.nn.modules.batchnorm import _NormBase
 
 from rewrite.errors import PassError
-from rewrite.graph.captured import Captured, TensorRef
-from rewrite.graph.forward_graph import (
-    Forward,
-    as_graph_module,
-    as_sequential,
-    drop_dead_code,
-    line_key,
-    open_forward,
-)
-from rewrite.nn.edited import with_forward
+from rewrite.graph.captured import Captured
+from rewrite.graph.forward_graph import Forward, finish_forward
+from rewrite.graph.refs import TensorRef
 from rewrite.runtime.tree import Tree, join
 
 
@@ -43,7 +35,7 @@ class Editor:
     def __init__(self, captured: Captured) -> None:
         self.captured = captured
         self.rewritten: dict[str, tuple[str, ...]] = {}
-        self._forwards: dict[str, Forward | str] = {}
+        self._lines = captured.lines
         self._removed: list[nn.Module] = []
 
     # -- tensors and modules ------------------------------------------------------------------
@@ -67,29 +59,21 @@ class Editor:
         """Put `module` in place of the one called `name`, in every place that holds it."""
         old = self.captured.module(name)
         module.train(old.training)
-        self.captured.replace(old, module)
+        self._exchange(old, module)
+
+    def _exchange(self, old: nn.Module, new: nn.Module) -> None:
+        """Put `new` in every place of `old`, the root of the model included."""
+        self.captured.tree.replace(old, new)
+        self.captured.model = self.captured.tree.model
 
     # -- lines --------------------------------------------------------------------------------
 
-    def refusal(self, node: Node, line: bool = False) -> str | None:
-        """Return why the line that made `node` cannot be edited, or None. Changes nothing.
-
-        A layer can be replaced whatever its line says; `line` asks for the line all the same.
-        """
-        owner = self.captured.owner(node)
-        if node.op == "call_module" and not line and not self._inas_graph_module(node):
-            return None
-        forward = self._open(owner)
-        if isinstance(forward, str):
-            return forward
-        return None if self._line(forward, node) is not None else _elsewhere(owner)
-
     def bypass(self, node: Node, operand: Node | None = None) -> None:
         """Make the value of `node` that of `operand`, its first input: a layer becomes Identity."""
-        if node.op == "call_module" and not self._inas_graph_module(node):
+        if node.op == "call_module" and not self._lines.in_graph_module(node):
             self.replace(str(node.target), nn.Identity())
             return
-        forward, line = self._open_line(node)
+        forward, line = self._lines.open_line(node)
         place = 0 if operand is None else node.all_input_nodes.index(operand)
         source = line.all_input_nodes[place]
         line.replace_all_uses_with(source)
@@ -113,7 +97,7 @@ class Editor:
         if node.op == "call_module":
             self.replace(str(node.target), module)
             return str(node.target)
-        forward, line = self._open_line(node)
+        forward, line = self._lines.open_line(node)
         owner = self.captured.module(forward.owner)
         key = self._place_of(holder, forward, line) or _free_name(owner, forward.children, name)
         module.train(owner.training)
@@ -140,7 +124,7 @@ class Editor:
         Returns:
             The qualified name of the new child.
         """
-        forward, line = self._open_line(node)
+        forward, line = self._lines.open_line(node)
         before = source(line)
         if before is None:
             raise PassError(f"{forward.owner}: the branches of {node.name} begin at several values")
@@ -160,17 +144,6 @@ class Editor:
                 dead.extend(inputs)
         return f"{forward.owner}.{key}" if forward.owner else key
 
-    def line(self, node: Node) -> Node | str:
-        """Return the line of the owner's own graph that made `node`, or why there is none.
-
-        In that graph the owner's children are single calls, and targets are relative to the owner.
-        """
-        owner = self.captured.owner(node)
-        forward = self._open(owner)
-        if isinstance(forward, str):
-            return forward
-        return self._line(forward, node) or _elsewhere(owner)
-
     def recompute(
         self, node: Node, make: Callable[[Graph, Node], Node], also: Sequence[Node] = ()
     ) -> None:
@@ -182,7 +155,7 @@ class Editor:
             also: nodes of the owner's graph before the line, which later lines no longer read:
                 they read the new value.
         """
-        forward, line = self._open_line(node)
+        forward, line = self._lines.open_line(node)
         places = {other: index for index, other in enumerate(forward.graph.nodes)}
         later = [(old, u) for old in also for u in old.users if places[u] > places[line]]
         with forward.graph.inserting_before(line):
@@ -198,7 +171,7 @@ class Editor:
 
     def set_argument(self, node: Node, index: int, name: str, tensor: torch.Tensor) -> TensorRef:
         """Give a function call a new tensor argument (a bias, say), stored beside its others."""
-        forward, line = self._open_line(node)
+        forward, line = self._lines.open_line(node)
         owner = self.captured.module(forward.owner)
         reads = [n for n in line.all_input_nodes if n.op == "get_attr"]
         place = str(reads[0].target).rpartition(".")[0] if reads else ""
@@ -225,41 +198,16 @@ class Editor:
         for module in self._removed:
             _remove(self.captured.tree, module)
         self._removed.clear()
-        opened = [f for f in self._forwards.values() if isinstance(f, Forward) and f.edited]
+        opened = self._lines.take_edited()
         # Inner owners first: an outer one takes its children over as they are by then.
         for forward in sorted(opened, key=lambda f: -len(f.owner.split(".")) * bool(f.owner)):
             before = _tensors(self.captured.module(forward.owner))
-            self._finish(forward)
+            owner = self.captured.module(forward.owner)
+            if (new := finish_forward(forward, owner)) is not owner:
+                self._exchange(owner, new)
             after = _tensors(self.captured.module(forward.owner))
             changed = [k for k in (before | after) if before.get(k) is not after.get(k)]
             self.rewritten[forward.owner] = tuple(join(forward.owner, key) for key in changed)
-        self._forwards.clear()
-
-    def _finish(self, forward: Forward) -> None:
-        owner = self.captured.module(forward.owner)
-        for key, tensor in forward.tensors.items():
-            place, _, attr = key.rpartition(".")
-            owner.get_submodule(place).register_parameter(attr, tensor)
-        for key, constant in forward.constants.items():
-            owner.register_buffer(key, constant, persistent=False)
-        if isinstance(owner, GraphModule):
-            for key, module in forward.children.items():
-                owner.add_submodule(key, module)
-            drop_dead_code(forward.graph, owner)
-            owner.graph.lint()
-            owner.recompile()
-            owner.delete_all_unused_submodules()
-            return
-        for key, module in forward.children.items():
-            owner.add_module(key, module)
-        drop_dead_code(forward.graph, owner)
-        new: nn.Module | None = as_sequential(forward.graph, owner)
-        if new is None and not isinstance(owner, _NormBase):
-            owner.__class__ = with_forward(type(owner), forward.graph)
-            return
-        new = new or as_graph_module(forward.graph, owner)
-        new.training = owner.training
-        self.captured.replace(owner, new)
 
     # -- opening ------------------------------------------------------------------------------
 
@@ -276,40 +224,6 @@ class Editor:
             return None
         reads = [n for n in forward.graph.nodes if str(n.target).startswith(f"{key}.")]
         return key if all(set(n.users) <= {line} for n in reads) else None
-
-    def _inas_graph_module(self, node: Node) -> bool:
-        return isinstance(self.captured.module(self.captured.owner(node)), GraphModule)
-
-    def _open_line(self, node: Node) -> tuple[Forward, Node]:
-        owner = self.captured.owner(node)
-        forward = self._open(owner)
-        if isinstance(forward, str):
-            raise PassError(f"{owner}: {forward}")
-        line = self._line(forward, node)
-        if line is None:
-            raise PassError(f"{owner}: {_elsewhere(owner)}")
-        forward.edited = True
-        return forward, line
-
-    def _line(self, forward: Forward, node: Node) -> Node | None:
-        """Return the node of the owner's own graph that made `node`, by its order among equals."""
-        region = self.captured.region_of(node)
-        frame = region.frames[node]
-        key = line_key(node, frame.owner)
-        equals = [
-            other
-            for other in region.graph.nodes
-            if region.frames[other] == frame and line_key(other, frame.owner) == key
-        ]
-        lines = forward.lines.get(key, [])
-        return lines[equals.index(node)] if len(lines) == len(equals) else None
-
-    def _open(self, owner: str) -> Forward | str:
-        """Return the owner's forward open for editing, or why it cannot be."""
-        if owner not in self._forwards:
-            module = self.captured.module(owner)
-            self._forwards[owner] = open_forward(self.captured, owner, module)
-        return self._forwards[owner]
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -337,7 +251,3 @@ def _remove(tree: Tree, module: nn.Module) -> None:
         del parent._modules[slot.attr]
         if isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential) and not len(parent):
             _remove(tree, parent)
-
-
-def _elsewhere(owner: str) -> str:
-    return f"is a line of the forward of {owner}, which runs differently at different calls"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,9 +18,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _NormBase
 
-from rewrite.graph.captured import Captured
 from rewrite.graph.effects import has_effect
-from rewrite.nn.edited import EditedForward
+from rewrite.nn.edited import EditedForward, with_forward
 from rewrite.runtime.copying import lazy_copy
 from rewrite.runtime.stand_in import stand_in, without_values
 from rewrite.runtime.tree import Tree, tensor_names
@@ -29,6 +28,9 @@ from rewrite.tracing.records import Trace
 from rewrite.tracing.regions import forward_branches, forward_defaults
 from rewrite.tracing.source_lines import reason_of, short
 from rewrite.tracing.tracer import RegionTracer
+
+if TYPE_CHECKING:
+    from rewrite.graph.captured import Captured
 
 
 @dataclass
@@ -269,4 +271,31 @@ def as_graph_module(graph: Graph, owner: nn.Module) -> GraphModule:
         plain = isinstance(value, bool | int | float | str | tuple | type(None))
         if plain and not key.startswith("_") and key not in vars(new):
             setattr(new, key, value)
+    return new
+
+
+def finish_forward(forward: Forward, owner: nn.Module) -> nn.Module:
+    """Give `owner` the forward as it was edited; return it, or what has to take its place."""
+    for key, tensor in forward.tensors.items():
+        place, _, attr = key.rpartition(".")
+        owner.get_submodule(place).register_parameter(attr, tensor)
+    for key, constant in forward.constants.items():
+        owner.register_buffer(key, constant, persistent=False)
+    if isinstance(owner, GraphModule):
+        for key, module in forward.children.items():
+            owner.add_submodule(key, module)
+        drop_dead_code(forward.graph, owner)
+        owner.graph.lint()
+        owner.recompile()
+        owner.delete_all_unused_submodules()
+        return owner
+    for key, module in forward.children.items():
+        owner.add_module(key, module)
+    drop_dead_code(forward.graph, owner)
+    new: nn.Module | None = as_sequential(forward.graph, owner)
+    if new is None and not isinstance(owner, _NormBase):
+        owner.__class__ = with_forward(type(owner), forward.graph)
+        return owner
+    new = new or as_graph_module(forward.graph, owner)
+    new.training = owner.training
     return new

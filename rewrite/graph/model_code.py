@@ -11,9 +11,9 @@ from functools import cached_property
 
 from torch import nn
 
-from rewrite.graph.class_code import ClassCode, Path, Use, code_of
 from rewrite.nn.edited import original_class
 from rewrite.runtime.tree import Tree, join
+from rewrite.tracing.class_code import ClassCode, Path, Use, code_of
 
 _PARAMETERS = frozenset({"weight", "bias"})
 _HARMLESS = frozenset({"forward", "__call__", "training"}) | _PARAMETERS

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.editable import Editable
 from rewrite.grouping.fit import NormFit, calls_of, over_channels
 from rewrite.grouping.linalg import eigenvectors, square_roots
 from rewrite.grouping.permutation import Order, TensorAxis
@@ -64,7 +65,7 @@ def writes_alone(captured: Captured, fit: NormFit) -> bool:
     return fit.plan.edits[0].layer.node is value and set(value.users) == {norm}
 
 
-def write_through(captured: Captured, fit: NormFit, matrix: Tensor) -> None:
+def write_through(captured: Editable, fit: NormFit, matrix: Tensor) -> None:
     """Let the dense layer in front of a norm write `matrix` times its output.
 
     Args:
@@ -92,7 +93,7 @@ def seen(captured: Captured, row: TensorAxis, channels: int) -> Tensor:
     return into.index_add_(0, row.index.cpu(), weight).T
 
 
-def mix(captured: Captured, order: Order, fits: Sequence[NormFit]) -> None:
+def mix(captured: Editable, order: Order, fits: Sequence[NormFit]) -> None:
     """Bring the stream into the basis that loses least."""
     reads = [row for row in order.rows if row.side == "reads"]
     spread, inverse = _metric(
@@ -110,7 +111,7 @@ def mix(captured: Captured, order: Order, fits: Sequence[NormFit]) -> None:
         captured.editor.set_tensor(row.ref, moved.movedim(-1, row.axis).to(old))
 
 
-def _write(captured: Captured, fit: NormFit, forth: Tensor) -> None:
+def _write(captured: Editable, fit: NormFit, forth: Tensor) -> None:
     """Let the layer in front of a norm write Q y, up to the scale that the norm keeps."""
     scale, bias = fit.probe.scale.cpu(), fit.probe.bias.cpu()
     mixed = forth * scale

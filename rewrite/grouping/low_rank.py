@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from rewrite.affine.context import AnalysisContext
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.grouping.basis import seen, write_through, writes_alone
 from rewrite.grouping.fit import WIDEST, NormFit, calls_of
 from rewrite.grouping.linalg import eigenvectors, square_roots
@@ -110,7 +111,7 @@ def _reads(
     return found
 
 
-def conjugate(captured: Captured, one: Conjugation) -> tuple[str, ...]:
+def conjugate(captured: Editable, one: Conjugation) -> tuple[str, ...]:
     """Put maps around the norm; return the layers that took one up."""
     probe = one.fit.probe
     assert isinstance(probe.module, nn.GroupNorm)

@@ -29,6 +29,7 @@ from rewrite.affine.context import AnalysisContext
 from rewrite.affine.laws import Constraints
 from rewrite.affine.layers import Layer, Side
 from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.editable import Editable
 from rewrite.graph.operators import activation_of, norm_of
 from rewrite.graph.traits import Trait, has, named
 from rewrite.outcomes import Declined
@@ -72,7 +73,7 @@ class Order:
     norms: tuple[str, ...]
     linear: bool = False
 
-    def apply(self, captured: Captured, order: Tensor) -> None:
+    def apply(self, captured: Editable, order: Tensor) -> None:
         """Put channel `order[k]` where channel k was, in every tensor."""
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order))

@@ -17,6 +17,7 @@ import torch
 
 from rewrite.affine.context import AnalysisContext
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.grouping.assignment import Means, regrouped
 from rewrite.grouping.basis import can_mix, mix
 from rewrite.grouping.fit import WIDEST, NormFit, calls_of
@@ -83,7 +84,7 @@ def _can_gain(fit: NormFit) -> bool:
     return fit.probe.groups < fit.channels
 
 
-def rearrange(captured: Captured, shared: Shared) -> bool:
+def rearrange(captured: Editable, shared: Shared) -> bool:
     """Change the basis or the order of the channels for the better; return whether it was done."""
     channels = shared.order.channels
     order = torch.arange(channels)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.editable import Editable
 from rewrite.graph.spellings import is_plain
 from rewrite.observe.plan import ObservedFold, ReaderEdit, _ranges
 from rewrite.observe.recipe import run_recipe
@@ -32,7 +33,7 @@ def recipe_of(captured: Captured, fold: ObservedFold) -> dict[str, Any]:
     }
 
 
-def carry_out(captured: Captured, fold: ObservedFold, before: str) -> Change:
+def carry_out(captured: Editable, fold: ObservedFold, before: str) -> Change:
     """Fold one norm of the model in place and return what changed."""
     recipe = recipe_of(captured, fold)
     untied = {edit.untied for edit in fold.edits if edit.untied}
@@ -91,7 +92,7 @@ def _edit(captured: Captured, edit: ReaderEdit) -> dict[str, Any]:
     }
 
 
-def _write(captured: Captured, name: str, tensor: Tensor, alone: bool) -> None:
+def _write(captured: Editable, name: str, tensor: Tensor, alone: bool) -> None:
     """Set a tensor in every place that holds it, as one; or in one place alone."""
     ref = _ref(name)
     old = getattr(captured.module(ref.owner), ref.attr, None)
@@ -110,7 +111,7 @@ def _may_go(captured: Captured, fold: ObservedFold) -> bool:
     return isinstance(module, nn.LayerNorm | nn.RMSNorm) and is_plain(module)
 
 
-def _drop(captured: Captured, target: str) -> None:
+def _drop(captured: Editable, target: str) -> None:
     """Put a norm without weight and bias, otherwise the same, in place of one that has them."""
     new = copy.copy(captured.module(target))
     new._parameters = {**new._parameters, "weight": None}

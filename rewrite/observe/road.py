@@ -13,6 +13,7 @@ from torch import nn
 
 from rewrite.errors import CaptureError
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.observe.code import CodeCheck, CodeIndex
 from rewrite.observe.code_expressions import Untaken
 from rewrite.observe.evidence import Evidence, observe
@@ -30,7 +31,7 @@ class ObservedSite:
     fold: ObservedFold
     before: str
 
-    def carry_out(self, captured: Captured) -> Change:
+    def carry_out(self, captured: Editable) -> Change:
         """Fold it."""
         return carry_out(captured, self.fold, self.before)
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.graph.operators import activation_of
 from rewrite.graph.traits import argument, call_of
 
@@ -31,7 +32,7 @@ class Clip:
     nodes: tuple[Node, ...]
     refusal: str = ""
 
-    def replace(self, captured: Captured) -> None:
+    def replace(self, captured: Editable) -> None:
         """Put a ReLU in its place."""
         node = self.nodes[0]
         if node.op == "call_module":
@@ -60,7 +61,7 @@ def _refusal(captured: Captured, node: Node) -> str:
     if node.op == "call_module":
         name = str(node.target)
         return next(iter(captured.hooks(name)), None) or captured.unknown_caller(name) or ""
-    return captured.editor.refusal(node) or ""
+    return captured.lines.refusal(node) or ""
 
 
 def _clips(captured: Captured, node: Node) -> str | None:

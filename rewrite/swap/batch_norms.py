@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.editable import Editable
 from rewrite.graph.operators import Norm, conv_of, norm_of
 from rewrite.outcomes import Change, Site, Skip
 from rewrite.runtime.tree import join
@@ -84,7 +85,7 @@ def _candidate(captured: Captured, norm: Norm) -> Candidate | Skip:
         return Skip(norm.target, before, held)
     if norm.num_features is None:
         return Skip(norm.target, before, "has neither parameters nor statistics: channels unknown")
-    if (refusal := captured.editor.refusal(norm.node)) is not None:
+    if (refusal := captured.lines.refusal(norm.node)) is not None:
         return Skip(norm.target, before, refusal)
     shapes = tuple(
         captured.shape(call.all_input_nodes[0]) for call in captured.call_sites(norm.node)
@@ -147,7 +148,7 @@ def copy_affine(captured: Captured, norm: Norm, module: nn.Module) -> None:
             setattr(module, flag, norm.weight is not None)
 
 
-def install(captured: Captured, norm: Norm, module: nn.Module) -> tuple[str, str]:
+def install(captured: Editable, norm: Norm, module: nn.Module) -> tuple[str, str]:
     """Put `module` where `norm` is.
 
     Returns:
@@ -220,7 +221,7 @@ def spatial_axes(captured: Captured, candidate: Candidate) -> int | str:
 
 
 def exchange_class(
-    captured: Captured, site: Site, kind: type[nn.modules.batchnorm._BatchNorm]
+    captured: Editable, site: Site, kind: type[nn.modules.batchnorm._BatchNorm]
 ) -> Change:
     """Replace a norm by one of class `kind`, with the very same tensors."""
     assert site.node is not None

@@ -27,7 +27,7 @@ from rewrite.affine.plan import Absorption, write_tensor
 from rewrite.affine.planner import Planner
 from rewrite.calibration.batches import Batches
 from rewrite.graph.capture import capture
-from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.grouping.fit import NormFit, collect, fits_of
 from rewrite.grouping.low_rank import Conjugation, conjugate, conjugations
 from rewrite.grouping.mean_removal import RANGE, factors
@@ -111,7 +111,7 @@ def keep_function(
 
 
 def _apply(
-    captured: Captured,
+    captured: Editable,
     fits: Sequence[NormFit],
     shared: Sequence[Shared],
     mapped: Sequence[Conjugation],
@@ -144,7 +144,7 @@ def _apply(
     return outcomes
 
 
-def _conjugate(captured: Captured, one: Conjugation) -> tuple[str, tuple[str, ...]]:
+def _conjugate(captured: Editable, one: Conjugation) -> tuple[str, tuple[str, ...]]:
     layers = conjugate(captured, one)
     place = f"behind it and in {', '.join(layers)}" if layers else "around it"
     return f"maps of rank {one.rank} {place}, {one.blocks} blocks of channels", layers

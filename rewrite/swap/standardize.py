@@ -22,6 +22,7 @@ from rewrite.affine.ledger import Ledger
 from rewrite.affine.plan import Absorption, write_tensor
 from rewrite.affine.planner import Planner, plan_backward
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.graph.operators import Norm
 from rewrite.outcomes import Declined
 
@@ -43,7 +44,7 @@ class Standardized:
     known: bool = True
 
 
-def standardize(captured: Captured, norms: Iterable[Norm]) -> dict[Node, Standardized]:
+def standardize(captured: Editable, norms: Iterable[Norm]) -> dict[Node, Standardized]:
     """Give the producers of each norm its statistics; return where they went, by the norm's node.
 
     The norms themselves are not touched: what replaces them has to be a norm without statistics.

@@ -21,6 +21,7 @@ from torch import nn
 
 from rewrite.errors import OptionError
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.graph.operators import Norm, norm_of
 from rewrite.grouping.swapped_norm import SwappedNorm
 from rewrite.nn.modules import ChannelAffine
@@ -65,7 +66,7 @@ class Swapped:
 
 
 def swap_all(
-    captured: Captured,
+    captured: Editable,
     sites: Sequence[Site],
     settings: SwapOptions,
     make: Make,
@@ -112,7 +113,7 @@ def _norm(captured: Captured, site: Site) -> Norm:
 
 
 def _swap(
-    captured: Captured,
+    captured: Editable,
     site: Site,
     norm: Norm,
     module: nn.Module,

@@ -75,7 +75,7 @@ def test_asking_changes_nothing() -> None:
     before = {name: sorted(vars(m)) for name, m in model.named_modules()}
     children = {name: list(m._modules) for name, m in model.named_modules()}
     captured = capture(model)
-    assert captured.editor.refusal(norm_node(captured)) is None
+    assert captured.lines.refusal(norm_node(captured)) is None
     assert {name: sorted(vars(m)) for name, m in model.named_modules()} == before
     assert {name: list(m._modules) for name, m in model.named_modules()} == children
 
@@ -90,7 +90,7 @@ def test_a_forward_that_branches_on_its_mode_is_refused() -> None:
 
     model = nn.Sequential(Branching()).eval()
     captured = capture(model)
-    assert "branches on self.training" in captured.editor.refusal(norm_node(captured))
+    assert "branches on self.training" in captured.lines.refusal(norm_node(captured))
 
 
 def test_set_tensor_never_writes_in_place() -> None:

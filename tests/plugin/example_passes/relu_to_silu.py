@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from rewrite import Captured, Change, Contract, Pass, Site, Skip
+from rewrite.graph import Editable
 from rewrite.graph.operators import activation_of
 
 
@@ -32,7 +33,7 @@ class ReluToSilu(Pass):
             else:
                 yield Site(activation.target, "ReLU", node)
 
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Replace one module."""
         captured.editor.replace(site.target, nn.SiLU(inplace=self.inplace))
         return Change(site.target, site.before, "SiLU")

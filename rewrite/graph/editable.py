@@ -1,0 +1,34 @@
+"""A captured model with an editor: what `rewrite` gets, where `find` gets the evidence alone."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from rewrite.graph.captured import Captured
+from rewrite.graph.editor import Editor
+
+
+class Editable(Captured):
+    """A captured model that can be edited. `evidence` and it are two views of one state."""
+
+    @classmethod
+    def of(cls, captured: Captured) -> Editable:
+        """Return a view of `captured` that has an editor."""
+        made = object.__new__(cls)
+        made.__dict__ = captured.__dict__
+        return made
+
+    @property
+    def evidence(self) -> Captured:
+        """The same model without an editor."""
+        made = object.__new__(Captured)
+        made.__dict__ = self.__dict__
+        return made
+
+    @property
+    def editor(self) -> Editor:
+        """The one thing that changes the model."""
+        held = self.__dict__
+        if "_editor" not in held:
+            held["_editor"] = Editor(self.evidence)
+        return cast(Editor, held["_editor"])

@@ -1,0 +1,99 @@
+"""Which lines of a model's forwards can be edited: each forward is opened once, and not changed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.fx import GraphModule, Node
+
+from rewrite.errors import PassError
+from rewrite.graph.forward_graph import Forward, line_key, open_forward
+
+if TYPE_CHECKING:
+    from rewrite.graph.captured import Captured
+
+
+class Lines:
+    """The forwards of a captured model, by their lines.
+
+    Args:
+        captured: the model.
+    """
+
+    def __init__(self, captured: Captured) -> None:
+        self.captured = captured
+        self._forwards: dict[str, Forward | str] = {}
+
+    def refusal(self, node: Node, line: bool = False) -> str | None:
+        """Return why the line that made `node` cannot be edited, or None. Changes nothing.
+
+        A layer can be replaced whatever its line says; `line` asks for the line all the same.
+        """
+        owner = self.captured.owner(node)
+        if node.op == "call_module" and not line and not self.in_graph_module(node):
+            return None
+        forward = self._open(owner)
+        if isinstance(forward, str):
+            return forward
+        return None if self._line(forward, node) is not None else _elsewhere(owner)
+
+    def line(self, node: Node) -> Node | str:
+        """Return the line of the owner's own graph that made `node`, or why there is none.
+
+        In that graph the owner's children are single calls, and targets are relative to the owner.
+        """
+        owner = self.captured.owner(node)
+        forward = self._open(owner)
+        if isinstance(forward, str):
+            return forward
+        return self._line(forward, node) or _elsewhere(owner)
+
+    def in_graph_module(self, node: Node) -> bool:
+        """Return whether the forward that made `node` is a graph already."""
+        return isinstance(self.captured.module(self.captured.owner(node)), GraphModule)
+
+    def open_line(self, node: Node) -> tuple[Forward, Node]:
+        """Return the forward that made `node`, open for editing, and its line there.
+
+        Raises:
+            PassError: the line cannot be edited.
+        """
+        owner = self.captured.owner(node)
+        forward = self._open(owner)
+        if isinstance(forward, str):
+            raise PassError(f"{owner}: {forward}")
+        line = self._line(forward, node)
+        if line is None:
+            raise PassError(f"{owner}: {_elsewhere(owner)}")
+        forward.edited = True
+        return forward, line
+
+    def _line(self, forward: Forward, node: Node) -> Node | None:
+        """Return the node of the owner's own graph that made `node`, by its order among equals."""
+        region = self.captured.region_of(node)
+        frame = region.frames[node]
+        key = line_key(node, frame.owner)
+        equals = [
+            other
+            for other in region.graph.nodes
+            if region.frames[other] == frame and line_key(other, frame.owner) == key
+        ]
+        lines = forward.lines.get(key, [])
+        return lines[equals.index(node)] if len(lines) == len(equals) else None
+
+    def _open(self, owner: str) -> Forward | str:
+        """Return the owner's forward open for editing, or why it cannot be."""
+        if owner not in self._forwards:
+            module = self.captured.module(owner)
+            self._forwards[owner] = open_forward(self.captured, owner, module)
+        return self._forwards[owner]
+
+    def take_edited(self) -> list[Forward]:
+        """Return the forwards that were edited, and forget all that are open."""
+        opened = [f for f in self._forwards.values() if isinstance(f, Forward) and f.edited]
+        self._forwards.clear()
+        return opened
+
+
+def _elsewhere(owner: str) -> str:
+    return f"is a line of the forward of {owner}, which runs differently at different calls"
