@@ -140,6 +140,8 @@ class Ranks:
         if call is None or call.get("return_indices", False):
             return None
         match call.operation.shape:
+            case Shape.SAME if call.operation.traits & (Trait.LIKE_SECOND | Trait.CASTS):
+                return before  # the other operand gives its dtype alone
             case Shape.SAME:
                 ranks = [self._ranks.get(n) for n in node.all_input_nodes]
                 known = [r for r in ranks if r is not None]

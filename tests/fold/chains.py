@@ -207,7 +207,7 @@ PLAIN: Mapping[str, Callable[[Tensor], Tensor]] = {
     "amax": lambda x: x.amax((2, 3), keepdim=True),
     "amin": lambda x: torch.amin(x, -1),
     "max(dim)": lambda x: x.max(-1)[0],
-    "var": lambda x: x.var(-1),
+    "var": lambda x: x.var(-1, unbiased=False),
     "cumsum": lambda x: x.cumsum(1),
     # axes
     "flatten": lambda x: x.flatten(1),
