@@ -20,6 +20,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from rewrite.graph.spellings import function_name
+from rewrite.graph.traits import Trait, has
 from rewrite.tracing.regions import Region
 from rewrite.tracing.tracer import is_leaf
 
@@ -38,18 +39,13 @@ class Model(Protocol):
         """Return the line of code that made a call."""
 
 
-_VIEWS = frozenset(
-    {"view", "reshape", "flatten", "unflatten", "transpose", "permute", "getitem", "chunk", "split",
-     "split_with_sizes", "tensor_split", "unbind", "squeeze", "unsqueeze", "expand", "expand_as",
-     "view_as", "narrow", "select", "t", "movedim", "swapaxes", "moveaxis", "diagonal", "detach",
-     "contiguous", "to", "type_as", "float", "half", "double", "bfloat16", "type", "getattr",
-     "unfold", "ravel", "as_strided", "broadcast_to", "broadcast_tensors", "real", "imag",
-     "pad",
-     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout",
-     "feature_alpha_dropout", "reshape_as", "atleast_1d", "atleast_2d", "atleast_3d", "cuda", "cpu",
-     "clone_if_needed", "rearrange", "stochastic_depth", "drop_path", "tuple", "list"}
+_OTHER_VIEWS = frozenset(
+    {"diagonal", "ravel", "as_strided", "broadcast_to", "real", "imag", "atleast_1d", "atleast_2d",
+     "atleast_3d", "clone_if_needed", "rearrange"}
 )  # fmt: skip
-"""What may return its input, or a part of it, by the function's plain name."""
+"""What may return its input or a part of it, beside what the table of operations says."""
+
+_MANY_VIEWS = frozenset({"broadcast_tensors", "tuple", "list"})
 
 _SHARING_MODULES = (
     nn.Identity, nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.ConstantPad2d,
@@ -77,8 +73,10 @@ def shared_inputs(captured: Model, node: Node, prefix: str = "") -> tuple[Node, 
     if node.op == "output":
         return ()
     name = function_name(node) or ""
-    if name in _VIEWS:
-        return inputs[:1] if name not in ("broadcast_tensors", "tuple", "list") else inputs
+    if name in _MANY_VIEWS:
+        return inputs
+    if has(node, Trait.VIEWS) or name in _OTHER_VIEWS:
+        return inputs[:1]
     if writes := _written(node):
         return writes
     if node.op == "call_function" and not _is_torch(node.target):

@@ -17,14 +17,16 @@ import enum
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.fx import Node
 
-from rewrite.graph.captured import Captured
 from rewrite.graph.spellings import ACTIVATION_MODULES, function_name, is_plain
+
+if TYPE_CHECKING:
+    from rewrite.graph.captured import Captured
 
 
 class Trait(enum.Flag):
@@ -58,6 +60,8 @@ class Trait(enum.Flag):
     """Reads the shape, dtype or device of its first operand and nothing else."""
     LIKE_SECOND = enum.auto()
     """Reads the shape or dtype of its second operand and nothing else."""
+    VIEWS = enum.auto()
+    """It may return its first operand itself, or a view of its memory."""
     PURE = enum.auto()
     """Its value hangs on its operands alone, so it may be computed ahead of time."""
 
@@ -191,17 +195,18 @@ def _elementwise() -> Iterator[Operation]:
                      "remainder/mod/__mod__(other) fmod(other)", Trait.ROUNDS, same)  # fmt: skip
     yield from _rows("round(decimals) floor ceil trunc/fix sign/sgn", Trait.ROUNDS | _ZERO, same)
     yield from _rows("neg/negative/__neg__", _LINEAR, same)
-    yield from _rows("identity clone/lift_fresh_copy contiguous detach/alias positive/pos cpu "
-                     "cuda requires_grad", _IDENTITY, same)  # fmt: skip
-    casts = _IDENTITY | Trait.CASTS
+    yield from _rows("clone/lift_fresh_copy", _IDENTITY, same)
+    yield from _rows("identity contiguous detach/alias positive/pos cpu cuda requires_grad",
+                     _IDENTITY | Trait.VIEWS, same)  # fmt: skip
+    casts = _IDENTITY | Trait.CASTS | Trait.VIEWS
     yield from _rows("to/_to_copy(*dtype) type(dtype) float double half bfloat16", casts, same)
     yield from _rows("type_as(other)", casts | Trait.LIKE_SECOND, same)
-    yield from _rows("int/long/short/char/byte/bool", Trait.ROUNDS, same)
+    yield from _rows("int/long/short/char/byte/bool", Trait.ROUNDS | Trait.VIEWS, same)
     yield from _rows("dropout/dropout1d/dropout2d/dropout3d/feature_dropout"
                      "(p, training|train, inplace) stochastic_depth(p, mode, training) "
                      "drop_path(drop_prob|p, training) "
                      "alpha_dropout/feature_alpha_dropout(p, training|train, inplace)",
-                     Trait.IDENTITY | Trait.DROPS, same)  # fmt: skip
+                     Trait.IDENTITY | Trait.DROPS | Trait.VIEWS, same)  # fmt: skip
     yield from _rows("relu(inplace) leaky_relu(negative_slope, inplace) "
                      "prelu/_prelu_kernel(weight) rrelu(lower, upper, training, inplace)",
                      _HOMOGENEOUS, same)  # fmt: skip
@@ -241,9 +246,9 @@ def _pooling() -> Iterator[Operation]:
     yield from _rows("interpolate/upsample/upsample_nearest/upsample_bilinear/upsample_nearest1d/"
                      "upsample_nearest2d/upsample_nearest3d/upsample_bilinear2d/"
                      "upsample_bicubic2d", Trait.IDENTITY, wide, SPATIAL)  # fmt: skip
-    yield from _rows("fold unfold/im2col", _LINEAR | Trait.MOVES, Shape.OTHER)
+    yield from _rows("fold unfold/im2col", _LINEAR | Trait.MOVES | Trait.VIEWS, Shape.OTHER)
     yield from _rows("pad(pad|padding, mode, value) constant_pad_nd(pad, value)",
-                     Trait.IDENTITY, wide)  # fmt: skip
+                     Trait.IDENTITY | Trait.VIEWS, wide)  # fmt: skip
     yield from _rows("mean(dim|axis, keepdim|keepdims, dtype)", Trait.IDENTITY, Shape.REDUCED)
     yield from _rows("sum(dim|axis, keepdim|keepdims, dtype)", _LINEAR, Shape.REDUCED)
     yield from _rows("amax(dim|axis, keepdim|keepdims) amin(dim|axis, keepdim|keepdims)",
@@ -257,24 +262,25 @@ def _pooling() -> Iterator[Operation]:
 
 def _moves() -> Iterator[Operation]:
     wide, moves = Shape.SAME_RANK, _IDENTITY | Trait.MOVES
-    yield from _rows("permute/permute_copy(*dims) transpose/swapaxes/swapdims(dim0|axis0, dim1|"
-                     "axis1) t movedim/moveaxis(source, destination) "
-                     "pixel_shuffle(upscale_factor) pixel_unshuffle(downscale_factor) "
+    views = moves | Trait.VIEWS
+    yield from _rows("permute(*dims) transpose/swapaxes/swapdims(dim0|axis0, dim1|axis1) t "
+                     "movedim/moveaxis(source, destination) narrow(dim, start, length) "
+                     "slice(dim, start, end, step)", views, wide)  # fmt: skip
+    yield from _rows("pixel_shuffle(upscale_factor) pixel_unshuffle(downscale_factor) "
                      "channel_shuffle/native_channel_shuffle(groups) rot90(k, dims) "
-                     "narrow(dim, start, length) slice(dim, start, end, step) "
                      "index_select(dim, index) gather", moves, wide)  # fmt: skip
     yield from _rows("roll(shifts, dims) flip(*dims)", moves, Shape.SAME)
-    yield from _rows("flatten(start_dim, end_dim)", moves, Shape.FLATTENED)
-    yield from _rows("view/reshape/view_copy/_unsafe_view(*shape|size) expand(*size) "
-                     "repeat(*repeats) tile(dims)", moves, Shape.LISTED)  # fmt: skip
+    yield from _rows("flatten(start_dim, end_dim)", views, Shape.FLATTENED)
+    yield from _rows("view/reshape/_unsafe_view(*shape|size) expand(*size)", views, Shape.LISTED)
+    yield from _rows("repeat(*repeats) tile(dims)", moves, Shape.LISTED)
     yield from _rows("reshape_as/view_as(other) expand_as(other)",
-                     moves | Trait.LIKE_SECOND, Shape.LIKE_SECOND)  # fmt: skip
-    yield from _rows("unsqueeze(dim)", moves, Shape.LONGER)
+                     views | Trait.LIKE_SECOND, Shape.LIKE_SECOND)  # fmt: skip
+    yield from _rows("unsqueeze(dim)", views, Shape.LONGER)
     yield from _rows("squeeze(*dim) unflatten(dim, sizes|unflattened_size) select(dim, index) "
-                     "getitem/__getitem__(index)", moves, Shape.OTHER)  # fmt: skip
+                     "getitem/__getitem__(index)", views, Shape.OTHER)  # fmt: skip
     yield from _rows("chunk(chunks, dim) split/split_with_sizes(split_size_or_sections|split_size|"
                      "split_sizes, dim) tensor_split(indices_or_sections, dim) unbind(dim)",
-                     moves | Trait.SPLITS, Shape.OTHER)  # fmt: skip
+                     views | Trait.SPLITS, Shape.OTHER)  # fmt: skip
     yield from _rows("cat/concat/concatenate(dim|axis)", moves | Trait.JOINS, wide)
     yield from _rows("stack(dim)", moves | Trait.JOINS, Shape.OTHER)
 
@@ -288,7 +294,7 @@ def _others() -> Iterator[Operation]:
                      "get_device is_floating_point is_complex len is_tensor new_zeros new_ones "
                      "new_empty zeros_like ones_like empty_like rand_like randn_like "
                      "new_full full_like new_tensor", Trait.ASKS, Shape.OTHER)  # fmt: skip
-    yield from _rows("getattr(name)", _NONE, Shape.OTHER)
+    yield from _rows("getattr(name)", Trait.VIEWS, Shape.OTHER)
 
 
 OPERATIONS: tuple[Operation, ...] = (*_elementwise(), *_pooling(), *_moves(), *_others())

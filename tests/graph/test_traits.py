@@ -203,3 +203,54 @@ def test_the_traits_are_true(row, call, x) -> None:
     assert claimed in true
     if row.shape is Shape.SAME and row.name not in ("cumsum", "normalize"):
         assert claimed & equations == true & equations
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+MOVED: dict[str, Any] = {
+    "permute": lambda f, x: f(x, (0, 2, 1, 3)), "transpose": lambda f, x: f(x, 1, 2),
+    "movedim": lambda f, x: f(x, 1, 2), "narrow": lambda f, x: f(x, 1, 0, 2),
+    "index_select": lambda f, x: f(x, 1, torch.tensor([0, 1])), "roll": lambda f, x: f(x, 0, 1),
+    "flip": lambda f, x: f(x, (1,)), "repeat": lambda f, x: f(x, 1, 1, 1, 1),
+    "tile": lambda f, x: f(x, (1,)), "view": lambda f, x: f(x, 4, 16),
+    "expand": lambda f, x: f(x, 1, 4, 4, 4), "unsqueeze": lambda f, x: f(x, 0),
+    "unflatten": lambda f, x: f(x, 1, (2, 2)), "select": lambda f, x: f(x, 1, 0),
+    "chunk": lambda f, x: f(x, 2, 1)[0], "split": lambda f, x: f(x, 2, 1)[0],
+    "tensor_split": lambda f, x: f(x, 2, 1)[0], "unbind": lambda f, x: f(x, 1)[0],
+    "cat": lambda f, x: f([x, x]), "stack": lambda f, x: f([x]), "rot90": lambda f, x: f(x, 0),
+    "pixel_shuffle": lambda f, x: f(x, 1), "channel_shuffle": lambda f, x: f(x, 1),
+    **{name: lambda f, x: f(x, x) for name in ("type_as", "expand_as", "reshape_as")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", OPERATIONS, ids=lambda row: row.name)
+def test_what_shares_memory_says_so(row) -> None:
+    call = MOVED.get(row.name) or CALLS.get(row.name) or (lambda f, x: f(x))
+    for space in (torch.Tensor, torch, F):
+        function = getattr(space, row.name, None)
+        if not callable(function):
+            continue
+        x = torch.randn(1, 4, 4, 4, dtype=torch.float64)
+        try:
+            y = call(function, x)
+        except (TypeError, RuntimeError, ValueError, IndexError):
+            continue
+        if isinstance(y, torch.Tensor):
+            shares = y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+            assert not shares or Trait.VIEWS in row.traits
+
+
+def test_a_write_through_a_view_by_any_alias_is_seen() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            torch.swapdims(y, 1, 2).mul_(2)
+            return y + 1
+
+    captured = capture(Model())
+    conv = next(node for node in captured.nodes() if node.op == "call_module")
+    assert captured.effects.late_write(conv) is not None
