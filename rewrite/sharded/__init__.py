@@ -1,0 +1,1 @@
+"""A folder of `config.json` and sharded safetensors, rewritten tensor by tensor."""

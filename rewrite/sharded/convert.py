@@ -1,0 +1,140 @@
+"""`convert_checkpoint`: rewrite a folder of sharded safetensors, one tensor in memory at a time.
+
+    open -> structure on meta -> plan -> validate all -> write beside the target -> prove -> rename
+
+Each new tensor is computed in float64 in blocks of rows from the tensors of the old folder, rounded
+once, and written at its place. The result is a folder that `from_pretrained` opens without this
+toolkit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rewrite.errors import ContractError
+from rewrite.observe.recipe import run_recipe
+from rewrite.pipeline import Result
+from rewrite.protocol import Pass
+from rewrite.report import Report
+from rewrite.sharded.folder import CheckpointFolder, open_folder
+from rewrite.sharded.plan import FolderPlan, plan_folder
+from rewrite.sharded.proof import Proof, prove
+from rewrite.sharded.staging import check_target, staged_folder
+from rewrite.sharded.structure import structure_of
+from rewrite.sharded.writer import FolderWriter
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    passes: Pass | type[Pass] | str | Sequence[Pass | type[Pass] | str],
+    *,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    verify: bool = True,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Rewrite the checkpoint folder `source` into the new folder `target`; return the report.
+
+    Neither the model nor a shard is ever in memory as a whole. The folder appears complete, or not
+    at all.
+
+    Args:
+        source: a folder with `config.json` and safetensors, of a class of transformers.
+        target: where the new folder goes; it may not exist.
+        passes: as for `convert`; passes whose changes can be run tensor by tensor.
+        only: shell patterns on qualified names; what matches none is left alone.
+        skip: shell patterns; what matches one is left alone.
+        verify: whether to run both checkpoints block by block and compare.
+        seed: of the input that both are run on.
+        progress: called with the name of each step as it begins.
+
+    Raises:
+        CheckpointError: the folder is not whole, or cannot hold the result, or the disk refuses.
+        ContractError: a block computes something else; nothing was written.
+        OptionError: a pass that cannot be run tensor by tensor, or transformers is missing.
+    """
+    say = progress or (lambda step: None)
+    place = Path(target)
+    check_target(place)
+    say("reading the folder")
+    folder = open_folder(source)
+    structure = structure_of(folder)
+    say("planning")
+    begin = time.perf_counter()
+    plan = plan_folder(folder, structure, passes, only, skip)
+    notes = [*plan.report.notes, f"planned in {time.perf_counter() - begin:.1f} s without a tensor"]
+    if not plan.report.changes:
+        return replace(plan.report, notes=tuple(notes))
+    with staged_folder(place, notes) as stage:
+        exact = _write(folder, plan, stage, say)
+        proof = None
+        if verify:
+            proof = prove(folder, open_folder(stage), plan, exact, seed, say)
+            notes += proof.notes
+        report = _report(plan, notes, proof)
+        if not report.ok:
+            made = Result(structure.model, report)
+            raise ContractError(f"{source}: {report.failure}; nothing was written", made)
+    return report
+
+
+def _write(
+    folder: CheckpointFolder, plan: FolderPlan, stage: Path, say: Callable[[str], None]
+) -> Exact:
+    """Write the new folder into `stage`; return what each new tensor is before it is rounded."""
+    exact = Exact(folder, plan)
+    with FolderWriter(folder, stage, plan.made, plan.config) as writer:
+        for number, recipe in enumerate(plan.recipes, start=1):
+            say(f"rewriting {number} of {len(plan.recipes)}")
+            run_recipe(
+                recipe,
+                lambda name: folder.read(plan.structure.stored.get(name, name)),
+                lambda name, tensor: writer.put(plan.place(name), tensor),
+                exact,
+            )
+        writer.copy_rest(say)
+        writer.write_rest()
+    return exact
+
+
+class Exact(dict[str, Callable[[], Tensor]]):
+    """What tensors are before they are rounded, computed anew when asked: none is kept.
+
+    A tensor that nobody has written is what the old folder holds.
+    """
+
+    def __init__(self, folder: CheckpointFolder, plan: FolderPlan) -> None:
+        super().__init__()
+        self._folder, self._plan = folder, plan
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return how to compute a tensor."""
+        if name in self:
+            return self[name]
+        stored = self._plan.structure.stored.get(name, name)
+        return partial(self._folder.read, stored) if stored in self._folder.places else default
+
+    def placed(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """Yield the name in the new folder of each written tensor, and how to compute it."""
+        for name, compute in self.items():
+            yield self._plan.place(name), compute
+
+
+def _report(plan: FolderPlan, notes: Sequence[str], proof: Proof | None) -> Report:
+    if len(plan.report.passes) != 1:
+        parts = plan.report.passes
+    else:
+        found = None if proof is None else proof.verification
+        parts = (replace(plan.report.passes[0], verification=found),)
+    whole = None if proof is None else proof.verification
+    extra = () if proof is not None else ("no block was run or compared (verify=False)",)
+    return Report(parts, (*notes, *extra), whole)

@@ -1,0 +1,161 @@
+"""A checkpoint folder as Hugging Face writes it: configuration, shards, index, and the rest.
+
+Only `config.json`, the index and the headers of the shards are read when a folder is opened; every
+tensor that the index names is found in its shard, once, before anything else happens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rewrite.errors import CheckpointError, system_reason
+from rewrite.sharded.safetensors_file import Entry, SafetensorsFile, open_safetensors
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """An open folder.
+
+    Attributes:
+        path: where it lies.
+        config: what `config.json` says.
+        shards: the files that hold tensors, by name.
+        places: the shard of each tensor.
+        index: what the index says; None for a folder with one file.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    shards: Mapping[str, SafetensorsFile]
+    places: Mapping[str, str]
+    index: Mapping[str, Any] | None
+
+    def entry(self, name: str) -> Entry:
+        """Return type, shape and place of a tensor."""
+        return self.shards[self.places[name]].entries[name]
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor.
+
+        Raises:
+            CheckpointError: there is none of that name, or it cannot be computed with.
+        """
+        if name not in self.places:
+            raise CheckpointError(f"{self.path}: has no tensor {name}")
+        return self.shards[self.places[name]].read(name)
+
+    def others(self) -> list[Path]:
+        """Return the files that hold no tensors: tokenizer, generation configuration and so on."""
+        own = {*self.shards, CONFIG, INDEX}
+        found = sorted(path for path in self.path.rglob("*") if path.is_file())
+        return [path for path in found if path.relative_to(self.path).as_posix() not in own]
+
+
+def is_checkpoint_folder(path: Path) -> bool:
+    """Return whether a path is a folder with a configuration in it."""
+    return path.is_dir() and (path / CONFIG).is_file()
+
+
+def open_folder(path: str | Path) -> CheckpointFolder:
+    """Open a folder and check that it is whole.
+
+    Raises:
+        CheckpointError: no configuration, code of its own, quantized weights, no safetensors, or an
+            index and shards that do not fit each other.
+    """
+    folder = Path(path)
+    _check_form(folder)
+    config = _json(folder / CONFIG)
+    _check_config(folder, config)
+    index = _json(folder / INDEX) if (folder / INDEX).is_file() else None
+    if index is None:
+        if not (folder / SINGLE).is_file():
+            raise CheckpointError(f"{folder}: holds no {SINGLE} and no {INDEX}")
+        single = open_safetensors(folder / SINGLE)
+        return CheckpointFolder(
+            folder, config, {SINGLE: single}, dict.fromkeys(single.entries, SINGLE), None
+        )
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise CheckpointError(f"{folder / INDEX}: has no weight_map of names to files")
+    shards = {}
+    for name in dict.fromkeys(places.values()):
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / INDEX}: {name} is no file name")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder}: the shard {name} that the index names is missing")
+        shards[name] = open_safetensors(folder / name)
+    _check_index(folder, places, shards)
+    return CheckpointFolder(folder, config, shards, places, index)
+
+
+def _check_form(folder: Path) -> None:
+    if folder.suffix == ".gguf" or (folder.is_dir() and any(folder.glob("*.gguf"))):
+        raise CheckpointError(
+            f"{folder}: GGUF holds quantized weights for inference; give the folder of safetensors "
+            "that it was made from"
+        )
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is no folder")
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder}: is a folder without a {CONFIG}; give a checkpoint")
+
+
+def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
+    if "auto_map" in config:
+        raise CheckpointError(
+            f"{folder}: its configuration names code of its own (auto_map), which is never run; "
+            "its class has to be one of transformers"
+        )
+    if "quantization_config" in config:
+        method = config["quantization_config"]
+        kind = method.get("quant_method", "") if isinstance(method, dict) else ""
+        raise CheckpointError(
+            f"{folder}: its weights are quantized ({kind or 'quantization_config'}); give the "
+            "checkpoint that it was made from"
+        )
+
+
+def _check_index(
+    folder: Path, places: Mapping[str, str], shards: Mapping[str, SafetensorsFile]
+) -> None:
+    for name, shard in places.items():
+        if name not in shards[shard].entries:
+            raise CheckpointError(f"{folder}: {shard} has no {name}, which the index places there")
+    for shard, held in shards.items():
+        for name in held.entries:
+            if places.get(name) != shard:
+                also = f", and places it in {places[name]}" if name in places else ""
+                raise CheckpointError(
+                    f"{folder}: {shard} holds {name}, which the index does not name there{also}"
+                )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{path}: names {twice} twice")
+        return found
+
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {system_reason(error)}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is no JSON ({error})") from error
+    if not isinstance(held, dict):
+        raise CheckpointError(f"{path}: is no JSON object")
+    return held

@@ -1,0 +1,192 @@
+"""What a conversion of a folder will read and write, decided on its structure alone.
+
+    passes on the model on meta -> recipes -> every tensor that they read or write, in the index
+                                -> the configuration under which the class holds the result
+
+Nothing is written before all of this is known. A class of the folder is loaded by its
+configuration, so a norm keeps a weight (of ones) where the class says so, and a bias may appear
+only where the configuration can ask for one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewrite.errors import CheckpointError, OptionError
+from rewrite.observe.recipe import run_recipe
+from rewrite.pipeline import convert
+from rewrite.protocol import Pass
+from rewrite.report import Report
+from rewrite.sharded.folder import CheckpointFolder
+from rewrite.sharded.safetensors_file import DTYPES, type_name
+from rewrite.sharded.structure import Structure, build, persistent
+
+_BIAS_FLAGS = ("attention_bias", "mlp_bias", "use_bias", "bias", "qkv_bias", "add_bias_linear")
+"""What configurations call the wish for biases."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor that a conversion writes: its type in the format's words, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FolderPlan:
+    """Everything that is known before the first byte is written.
+
+    Attributes:
+        structure: the model on meta, as the folder has it.
+        recipes: what is run, in order.
+        made: the tensors that are written, by their name in the new folder.
+        config: the new configuration.
+        report: what the passes did and what they left alone.
+    """
+
+    structure: Structure
+    recipes: Sequence[Mapping[str, Any]]
+    made: Mapping[str, Made]
+    config: Mapping[str, Any]
+    report: Report
+
+    def place(self, name: str) -> str:
+        """Return the name in the new folder of a tensor of the model."""
+        return name if name in self.made else self.structure.stored.get(name, name)
+
+
+def plan_folder(
+    folder: CheckpointFolder,
+    structure: Structure,
+    passes: Pass | type[Pass] | str | Sequence[Pass | type[Pass] | str],
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+) -> FolderPlan:
+    """Decide everything; read no tensor.
+
+    Raises:
+        OptionError: a pass whose changes cannot be run tensor by tensor.
+        CheckpointError: a tensor that is read or written is not in the folder as it has to be.
+    """
+    left: dict[str, str] = {}
+    while True:
+        plan = _planned(folder, structure, passes, only, (*skip, *left))
+        if plan.config:
+            break
+        # The class cannot hold the result: the sites that add a bias are left alone.
+        adding = {c.target for c in plan.report.changes if _adds_bias(c.recipe)}
+        if not adding:
+            kind = type(structure.model).__name__
+            raise CheckpointError(f"{folder.path}: no configuration of {kind} holds the result")
+        left |= dict.fromkeys(adding, "a bias would appear that its class cannot be asked for")
+    return replace(plan, report=_with_reasons(plan.report, left))
+
+
+def _planned(
+    folder: CheckpointFolder, structure: Structure, passes: Any, only: Any, skip: Any
+) -> FolderPlan:
+    report = convert(structure.model, passes, only=only, skip=skip, verify=False).report
+    recipes = [_kept(change.recipe) for change in report.changes]
+    for change, recipe in zip(report.changes, recipes, strict=True):
+        if recipe.get("do") != "fold-observed":
+            raise OptionError(
+                f"{change.target}: its change cannot be run tensor by tensor; load the model and "
+                "convert it in memory"
+            )
+    made = _dry_run(folder, structure, recipes)
+    config = _config(folder, structure, made)
+    return FolderPlan(structure, recipes, made, config or {}, report)
+
+
+def _kept(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a recipe whose norm keeps its tensors: its class is told by the configuration."""
+    if not recipe.get("gone"):
+        return recipe
+    neutral = {recipe["weight"]: (1.0 - recipe["offset"]) / recipe["factor"]}
+    if recipe["bias"] is not None:
+        neutral[recipe["bias"]] = 0.0
+    return {**recipe, "neutral": neutral, "gone": []}
+
+
+def _dry_run(
+    folder: CheckpointFolder, structure: Structure, recipes: Sequence[Mapping[str, Any]]
+) -> dict[str, Made]:
+    """Run the recipes on tensors without numbers; return what they write."""
+    new = {e["into"] for r in recipes for e in r["edits"] if e["into"] != e["weight"]}
+    held: dict[str, Tensor] = {}
+
+    def place(name: str) -> str:
+        return name if name in new else structure.stored.get(name, name)
+
+    def read(name: str) -> Tensor:
+        if place(name) in held:
+            return held[place(name)]
+        stored = structure.stored.get(name, name)
+        if stored not in folder.places:
+            raise CheckpointError(f"{folder.path}: has no tensor {name}, which the plan reads")
+        entry = folder.entry(stored)
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{folder.path}: {stored} is of type {entry.dtype}, which is not computed with"
+            )
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+
+    def write(name: str, tensor: Tensor) -> None:
+        held[place(name)] = tensor
+
+    for recipe in recipes:
+        run_recipe(recipe, read, write)
+    return {name: Made(type_name(t.dtype), tuple(t.shape)) for name, t in held.items()}
+
+
+def _config(
+    folder: CheckpointFolder, structure: Structure, made: Mapping[str, Made]
+) -> dict[str, Any] | None:
+    """Return the configuration under which the class holds the result, None without one."""
+    own = dict(folder.config)
+    appeared = [name for name in made if name not in folder.places]
+    if not appeared:
+        return own
+    if any(name in structure.stored for name in appeared):
+        own["tie_word_embeddings"] = False
+    names = {*folder.places, *made}
+    flags = [flag for flag in _BIAS_FLAGS if own.get(flag) is False]
+    for count in range(len(flags) + 1):
+        for chosen in itertools.combinations(flags, count):
+            config = {**own, **dict.fromkeys(chosen, True)}
+            model = build(folder, config, meta_buffers=True)
+            tensors = {
+                **dict(model.named_parameters(remove_duplicate=False)), **persistent(model)
+            }  # fmt: skip
+            groups: dict[int, set[str]] = {}
+            for name, tensor in tensors.items():
+                groups.setdefault(id(tensor), set()).add(name)
+            if all(group & names for group in groups.values()) and set(appeared) <= set(tensors):
+                return config
+    return None
+
+
+def _adds_bias(recipe: Mapping[str, Any]) -> bool:
+    return any(edit["shifts"] and not edit["has_bias"] for edit in recipe.get("edits", ()))
+
+
+def _with_reasons(report: Report, left: Mapping[str, str]) -> Report:
+    """Return the report with the true reason of what was left alone here."""
+    parts = tuple(
+        replace(
+            part,
+            skips=tuple(
+                replace(skip, reason=left[skip.target]) if skip.target in left else skip
+                for skip in part.skips
+            ),
+        )
+        for part in report.passes
+    )
+    return replace(report, passes=parts)

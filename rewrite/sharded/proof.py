@@ -1,0 +1,241 @@
+"""Original and result beside each other, block by block, without either in memory.
+
+    x_0 = the original's input,   x_{i+1} = B_i(x_i)                     the original's own values
+    error_i = max |B_i(x_i) - B'_i(x_i)| / max |B_i(x_i)|                 in float64
+    error   = max |f(x) - f'(x)| / max |f(x)|                             of the outputs
+
+B'_i computes with the new tensors *before* they were rounded, so a right rewrite agrees to about
+1e-13 whatever the type of the checkpoint; that the stored tensors are those, rounded once, is
+compared element by element. A module's tensors are in memory only while it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rewrite.equivalence.compare import compare
+from rewrite.equivalence.verification import Case, Level, Verification
+from rewrite.errors import CheckpointError, one_line
+from rewrite.outcomes import Contract
+from rewrite.runtime.float64 import KeepFloat64
+from rewrite.sharded.folder import CheckpointFolder
+from rewrite.sharded.plan import FolderPlan
+from rewrite.sharded.structure import build, stored_names
+
+_LENGTH = 8
+_ALLOWED = 1e-9
+"""Relative error of a block: right agrees to about 1e-13, wrong is off by 1e-6 and more."""
+
+
+class Unrounded(Protocol):
+    """New tensors before they were rounded, by the names of the new folder."""
+
+    def placed(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """Yield each name and how to compute the tensor in float64."""
+        ...
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What running both showed, and what is to be said of it."""
+
+    verification: Verification
+    notes: tuple[str, ...]
+
+
+def prove(
+    before: CheckpointFolder,
+    after: CheckpointFolder,
+    plan: FolderPlan,
+    exact: Unrounded,
+    seed: int,
+    say: Callable[[str], None],
+) -> Proof:
+    """Run both on one input, block by block, and compare.
+
+    Raises:
+        CheckpointError: a model cannot be run so; the message says why.
+    """
+    begin = time.perf_counter()
+    computed = dict(exact.placed())
+    say("comparing the stored tensors")
+    reasons = _stored_wrong(after, computed)
+    old, new = build(before, before.config), build(after, plan.config)
+    reads = _reads(old, before, {}), _reads(new, after, computed)
+    inputs = _inputs(old, seed)
+    cases: list[Case] = []
+    with torch.no_grad(), KeepFloat64():  # type: ignore[no-untyped-call]
+        try:
+            with _streamed(old, reads[0]), _streamed(new, reads[1]):
+                with _beside(old, new, cases, say):
+                    expected = old(**inputs)
+                say("comparing the outputs")
+                got = new(**inputs)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+            raise CheckpointError(
+                f"{before.path}: cannot be run block by block: {one_line(error)}; "
+                "pass --no-verify, or convert the model in memory"
+            ) from error
+        compared = compare(_logits(expected), _logits(got))
+    cases.append(_case("output", compared.max_abs, compared.max_rel))
+    reasons += [
+        f"{case.name} is off by {case.max_rel:.1e} relative in float64"
+        for case in cases
+        if case.failed
+    ]
+    verification = Verification(
+        contract=Contract.EXACT_IN_EVAL,
+        level=Level.QUICK,
+        max_abs=max(case.max_abs for case in cases),
+        max_rel=max(case.max_rel for case in cases),
+        cases=tuple(cases),
+        reasons=tuple(reasons),
+        seconds=time.perf_counter() - begin,
+    )
+    note = f"{len(cases) - 1} blocks and the output compared in float64, one module in memory"
+    return Proof(verification, (note,))
+
+
+def _stored_wrong(
+    after: CheckpointFolder, computed: Mapping[str, Callable[[], Tensor]]
+) -> list[str]:
+    """Return which stored tensors are not their exact values, rounded once."""
+    wrong = []
+    for name, compute in computed.items():
+        stored = after.read(name)
+        if not torch.equal(stored, compute().to(stored.dtype)):
+            wrong.append(f"{name} is not its exact value rounded to {stored.dtype}")
+    return wrong
+
+
+Reads = dict[tuple[str, str], Callable[[], Tensor]]
+"""How to get each parameter and stored buffer in float64, by module and attribute."""
+
+
+def _reads(
+    model: nn.Module,
+    folder: CheckpointFolder,
+    computed: Mapping[str, Callable[[], Tensor]],
+) -> Reads:
+    found: Reads = {}
+    for name, place in stored_names(model, folder).items():
+        owner, _, attr = name.rpartition(".")
+        compute = computed.get(place)
+        found[owner, attr] = compute or (lambda place=place: folder.read(place))  # type: ignore[misc]
+    return found
+
+
+@contextlib.contextmanager
+def _streamed(model: nn.Module, reads: Reads) -> Iterator[None]:
+    """Let each module hold its tensors, in float64, while it runs and no longer."""
+    attributes: dict[str, list[str]] = {}
+    for owner, attr in reads:
+        attributes.setdefault(owner, []).append(attr)
+    handles = []
+
+    def enter(name: str, module: nn.Module) -> None:
+        for attr in attributes[name]:
+            held = module._parameters if attr in module._parameters else module._buffers
+            value = reads[name, attr]()
+            wide: Any = value.double() if value.is_floating_point() else value
+            held[attr] = wide if held is module._buffers else nn.Parameter(wide, False)
+
+    def leave(module: nn.Module, kept: Mapping[str, Any]) -> None:
+        for attr, meta in kept.items():
+            held = module._parameters if attr in module._parameters else module._buffers
+            held[attr] = meta
+
+    for name in attributes:
+        module = model.get_submodule(name)
+        kept = {
+            attr: module._parameters.get(attr, module._buffers.get(attr))
+            for attr in attributes[name]
+        }
+        handles += [
+            module.register_forward_pre_hook(lambda m, args, name=name: enter(name, m)),
+            module.register_forward_hook(
+                lambda m, args, out, kept=kept: leave(m, kept), always_call=True
+            ),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _beside(
+    old: nn.Module, new: nn.Module, cases: list[Case], say: Callable[[str], None]
+) -> Iterator[None]:
+    """Run each block of `new` on what its twin in `old` was given, and compare."""
+
+    def ran(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        say(f"comparing {name}")
+        got = new.get_submodule(name)(*args, **kwargs)
+        compared = compare(out, got)
+        cases.append(_case(name, compared.max_abs, compared.max_rel))
+
+    handles = [
+        old.get_submodule(name).register_forward_hook(
+            lambda m, args, kwargs, out, name=name: ran(name, args, kwargs, out),
+            with_kwargs=True,
+        )
+        for name in blocks_of(old)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def blocks_of(model: nn.Module) -> list[str]:
+    """Return the blocks of a model: the members of its outermost lists of modules of one class."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len({type(m) for m in module}) != 1:
+            continue
+        if not any(name.startswith(f"{block}.") for block in found):
+            found += [f"{name}.{index}" for index in range(len(module))]
+    return found
+
+
+def _inputs(model: nn.Module, seed: int) -> dict[str, Any]:
+    """Return an input of a model, by what its configuration says that it takes.
+
+    Raises:
+        CheckpointError: what it takes is not known.
+    """
+    config: Any = model.config
+    generator = torch.Generator().manual_seed(seed)
+    name = getattr(model, "main_input_name", "")
+    text = getattr(config, "text_config", config)
+    if name == "input_ids" and getattr(text, "vocab_size", None):
+        ids = torch.randint(text.vocab_size, (2, _LENGTH), generator=generator)
+        return {"input_ids": ids, "use_cache": False} if hasattr(text, "use_cache") else {name: ids}
+    size = getattr(config, "image_size", None)
+    if name == "pixel_values" and size is not None:
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        shape = (2, getattr(config, "num_channels", 3), *sides)
+        return {name: torch.randn(shape, generator=generator, dtype=torch.float64)}
+    raise CheckpointError(
+        f"{type(model).__name__} takes {name or 'an unknown input'}, for which none is made up; "
+        "pass --no-verify, or convert the model in memory"
+    )
+
+
+def _logits(output: Any) -> Any:
+    """Return what a model returns first: its logits, or its last hidden state."""
+    return output[0] if not isinstance(output, Tensor) else output
+
+
+def _case(name: str, max_abs: float, max_rel: float) -> Case:
+    return Case(name, "", max_abs, max_rel, failed=not max_rel <= _ALLOWED)

@@ -1,0 +1,89 @@
+"""A folder that appears whole or not at all.
+
+    .NAME.partial/ (locked) -> written, flushed -> renamed to NAME
+
+A run that was killed leaves its partial folder, without a lock: the next one takes it away and
+begins anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from rewrite.errors import CheckpointError, system_reason
+
+_LOCK = ".lock"
+
+
+def check_target(target: Path) -> None:
+    """Raise CheckpointError when a folder cannot appear at `target`; touch nothing."""
+    if os.path.lexists(target):
+        raise CheckpointError(f"{target}: already exists; choose another place")
+    if not target.parent.is_dir():
+        raise CheckpointError(
+            f"{target}: the folder {target.parent} does not exist; create it first"
+        )
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{target}: no permission to write into {target.parent}")
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, notes: list[str]) -> Iterator[Path]:
+    """Yield a folder beside `target` that becomes `target` when the block succeeds.
+
+    Raises:
+        CheckpointError: the target exists or cannot be written, or another process writes it.
+    """
+    check_target(target)
+    stage = target.parent / f".{target.name}.partial"
+    try:
+        handle = _claim(stage, notes)
+    except OSError as error:
+        raise CheckpointError(f"{target}: {system_reason(error)}") from error
+    try:
+        yield stage
+        (stage / _LOCK).unlink()
+        for path in stage.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        check_target(target)
+        stage.rename(target)
+        _flush(target.parent)
+    except OSError as error:
+        raise CheckpointError(f"{target}: {system_reason(error)}") from error
+    finally:
+        os.close(handle)
+        if stage.exists():
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _claim(stage: Path, notes: list[str]) -> int:
+    """Make the partial folder, or take over one that a killed run left; return the lock."""
+    import fcntl
+
+    left = stage.exists()
+    stage.mkdir(exist_ok=True)
+    handle = os.open(stage / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise CheckpointError(f"{stage}: another process is writing it") from None
+    if left:
+        for path in stage.iterdir():
+            if path.name != _LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        notes.append("an earlier run was cut off: begun anew")
+    return handle
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,121 @@
+"""The model of a folder without its numbers: the class that `config.json` names, on meta.
+
+The class is one of transformers, never code of the folder. What a class holds under several names
+(a head tied to the embedding) stands once in the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewrite.errors import CheckpointError, OptionError, one_line
+from rewrite.sharded.folder import CheckpointFolder
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model on meta, and the name in the folder of each name in the model."""
+
+    model: nn.Module
+    stored: Mapping[str, str]
+
+
+def structure_of(folder: CheckpointFolder) -> Structure:
+    """Build the model of a folder on meta, and find each of its tensors in the folder.
+
+    Raises:
+        CheckpointError: an unknown class, or tensors that the class does not have so.
+    """
+    model = build(folder, folder.config, meta_buffers=True)
+    stored = stored_names(model, folder)
+    held = {**dict(model.named_parameters(remove_duplicate=False)), **persistent(model)}
+    for name, place in stored.items():
+        shape = tuple(held[name].shape)
+        if folder.entry(place).shape != shape:
+            raise CheckpointError(
+                f"{folder.path}: {place} has shape {list(folder.entry(place).shape)}, and its "
+                f"configuration says {list(shape)}"
+            )
+    return Structure(model, stored)
+
+
+def stored_names(model: nn.Module, folder: CheckpointFolder) -> dict[str, str]:
+    """Return the name in the folder of each tensor of the model.
+
+    Raises:
+        CheckpointError: the folder lacks one under every name that it has.
+    """
+    groups: dict[int, list[str]] = {}
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **persistent(model)}
+    for name, tensor in tensors.items():
+        groups.setdefault(id(tensor), []).append(name)
+    stored: dict[str, str] = {}
+    for names in groups.values():
+        place = next((name for name in names if name in folder.places), None)
+        if place is None:
+            raise CheckpointError(
+                f"{folder.path}: has no tensor {names[0]}, which {type(model).__name__} holds; its "
+                "class renames tensors when it loads them, or the folder is of another model"
+            )
+        stored |= dict.fromkeys(names, place)
+    return stored
+
+
+def build(
+    folder: CheckpointFolder, config: Mapping[str, Any], *, meta_buffers: bool = False
+) -> nn.Module:
+    """Return a model of a configuration, in eval mode, its parameters on meta.
+
+    Args:
+        folder: where the configuration comes from, for messages.
+        config: what `config.json` says, or a variant of it.
+        meta_buffers: put buffers on meta as well; else those that no file holds have their values.
+
+    Raises:
+        CheckpointError: transformers does not know the class, or cannot build it.
+        OptionError: transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise OptionError(
+            "a checkpoint folder needs transformers; pip install 'rewrite[transformers]'"
+        ) from error
+    names = config.get("architectures") or [None]
+    kind = getattr(transformers, str(names[0]), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise CheckpointError(f"{folder.path}: {names[0]} is no model class of transformers")
+    given = {key: value for key, value in config.items() if key != "transformers_version"}
+    context = torch.device("meta") if meta_buffers else _parameters_on_meta()
+    try:
+        described: Any = kind.config_class
+        settings = described.from_dict(given)
+        settings._attn_implementation = "eager"
+        with context:
+            model: nn.Module = kind(settings)
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder.path}: {names[0]} cannot be built from its configuration: {one_line(error)}"
+        ) from error
+    return model.eval()
+
+
+def persistent(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers that a file holds."""
+    names = set(model.state_dict(keep_vars=True))
+    return {n: b for n, b in model.named_buffers(remove_duplicate=False) if n in names}
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Put each parameter on meta when a module takes it in; buffers keep their values."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        yield

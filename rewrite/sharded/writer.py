@@ -1,0 +1,152 @@
+"""The shards of a new folder, written tensor by tensor in any order.
+
+Types and shapes are known beforehand, so each shard gets its head and its full size at once, and a
+tensor is written at its place when it is computed. What nobody rewrites is copied as bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rewrite.sharded.folder import CONFIG, INDEX, CheckpointFolder
+from rewrite.sharded.plan import Made
+from rewrite.sharded.safetensors_file import (
+    DTYPES,
+    Entry,
+    bytes_of,
+    copy_range,
+    header_of,
+)
+
+NEW_SHARD = "model-rewritten.safetensors"
+"""Where tensors go that the old folder has not, if it has an index."""
+
+
+class FolderWriter:
+    """The new folder while it is written.
+
+    Args:
+        folder: the old one.
+        stage: an empty folder.
+        made: what will be written, by name.
+        config: the new configuration.
+    """
+
+    def __init__(
+        self,
+        folder: CheckpointFolder,
+        stage: Path,
+        made: Mapping[str, Made],
+        config: Mapping[str, Any],
+    ) -> None:
+        self._folder, self._stage, self._made, self._config = folder, stage, made, config
+        self._files: dict[str, int] = {}
+        self._entries: dict[str, tuple[str, int, Entry]] = {}
+        self._places = dict(folder.places)
+
+    def __enter__(self) -> FolderWriter:
+        for shard in self._folder.shards:
+            self._open(shard, self._contents(shard))
+        new = {name: made for name, made in self._made.items() if name not in self._folder.places}
+        if new and self._folder.index is not None:
+            self._open(NEW_SHARD, {name: _sized(made) for name, made in new.items()})
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for handle in self._files.values():
+            os.close(handle)
+
+    def _contents(self, shard: str) -> dict[str, tuple[str, tuple[int, ...], int]]:
+        """Return what a shard of the new folder holds, in the order of the old one."""
+        found = {}
+        for name, entry in self._folder.shards[shard].entries.items():
+            made = self._made.get(name)
+            found[name] = (entry.dtype, entry.shape, entry.size) if made is None else _sized(made)
+        if self._folder.index is None:
+            found |= {name: _sized(made) for name, made in self._made.items() if name not in found}
+        return found
+
+    def _open(self, shard: str, contents: Mapping[str, tuple[str, tuple[int, ...], int]]) -> None:
+        old = self._folder.shards.get(shard)
+        head, entries = header_of(contents, {"format": "pt"} if old is None else old.metadata)
+        handle = os.open(self._stage / shard, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o644)
+        self._files[shard] = handle
+        os.pwrite(handle, head, 0)
+        size = len(head) + sum(entry.size for entry in entries.values())
+        if hasattr(os, "posix_fallocate") and size:
+            # Room is taken now: a full disk is known before anything is computed.
+            os.posix_fallocate(handle, 0, size)
+        else:
+            os.ftruncate(handle, size)
+        for name, entry in entries.items():
+            self._entries[name] = (shard, len(head), entry)
+            self._places[name] = shard
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor at its place."""
+        shard, data, entry = self._entries[name]
+        content, at = bytes_of(tensor), data + entry.begin
+        assert len(content) == entry.size
+        while content:
+            done = os.pwrite(self._files[shard], content[: 1 << 26], at)
+            content, at = content[done:], at + done
+
+    def copy_rest(self, said: Callable[[str], None]) -> None:
+        """Copy every tensor that nobody rewrites, in runs of neighbours."""
+        for shard, old in self._folder.shards.items():
+            said(f"copying {shard}")
+            source = os.open(old.path, os.O_RDONLY)
+            try:
+                for begin, length, at in self._runs(shard):
+                    copy_range(source, self._files[shard], begin, length, at)
+            finally:
+                os.close(source)
+
+    def _runs(self, shard: str) -> list[tuple[int, int, int]]:
+        """Return (begin in the old file, length, begin in the new one) of each run to copy."""
+        old = self._folder.shards[shard]
+        runs: list[tuple[int, int, int]] = []
+        for name, entry in old.entries.items():
+            if name in self._made or not entry.size:
+                continue
+            _, data, mine = self._entries[name]
+            begin, at = old.data + entry.begin, data + mine.begin
+            if runs and (runs[-1][0] + runs[-1][1], runs[-1][2] + runs[-1][1]) == (begin, at):
+                runs[-1] = (runs[-1][0], runs[-1][1] + entry.size, runs[-1][2])
+            else:
+                runs.append((begin, entry.size, at))
+        return runs
+
+    def write_rest(self) -> None:
+        """Write the configuration and the index, and copy everything else."""
+        (self._stage / CONFIG).write_text(_text(self._config), encoding="utf-8")
+        if self._folder.index is not None:
+            total = sum(entry.size for _, _, entry in self._entries.values())
+            metadata = {**self._folder.index.get("metadata", {}), "total_size": total}
+            index = {
+                **self._folder.index,
+                "metadata": metadata,
+                "weight_map": dict(sorted(self._places.items())),
+            }
+            (self._stage / INDEX).write_text(_text(index), encoding="utf-8")
+        for path in self._folder.others():
+            place = self._stage / path.relative_to(self._folder.path)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, place)
+
+
+def _sized(made: Made) -> tuple[str, tuple[int, ...], int]:
+    width = DTYPES[made.dtype].itemsize
+    return made.dtype, made.shape, width * math.prod(made.shape)
+
+
+def _text(held: Mapping[str, Any]) -> str:
+    return json.dumps(held, indent=2) + "\n"
