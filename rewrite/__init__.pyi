@@ -29,6 +29,7 @@ from .pipeline import convert as convert
 from .protocol import Pass as Pass
 from .report import Report as Report
 from .rescaling.path_norm import path_norm as path_norm
+from .sharded.convert import convert_checkpoint as convert_checkpoint
 from .signals.measure import signal as signal
 from .signals.report import Signal as Signal
 from .swap.anchor import Recentering as Recentering

@@ -35,6 +35,7 @@ PUBLIC = {
     "VerificationError",
     "capture",
     "convert",
+    "convert_checkpoint",
     "export",
     "graph",
     "inspect_model",

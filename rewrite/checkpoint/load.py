@@ -3,6 +3,7 @@
     MODEL ::= path of a pickled nn.Module              torch.save(model, path), rewrite.save
             | path of an exported program              model.pt2
             | path of a state dict, with a factory     .pt .pth .safetensors
+            | path of a checkpoint folder              config.json and safetensors
             | torchvision:NAME | timm:NAME             fresh weights, nothing is downloaded
             | package.module:callable[(json kwargs)]   any function or class that returns a module
 
@@ -92,6 +93,10 @@ def load(
         CheckpointError: The reference names nothing, or nothing that may be opened.
     """
     path = Path(reference)
+    if path.is_dir():
+        from rewrite.hub.load import load_folder
+
+        return load_folder(path, map_location)
     if _exists(path) or not isinstance(reference, str):
         request = _Request(path, factory, trust, map_location, key, strip_prefix, seed, note)
         model = _load_file(request)

@@ -89,6 +89,10 @@ def _run_convert(options: argparse.Namespace) -> int:
     if not chosen:
         names = ", ".join(f"--{name}" for name in registry.entries())
         raise OptionError(f"no pass given; choose from {names}")
+    if Path(options.model).is_dir():
+        from rewrite.cli.convert_folder import run_convert_folder
+
+        return run_convert_folder(options, chosen)
     from rewrite.distributed import process_group
 
     with process_group() as rank:

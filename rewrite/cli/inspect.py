@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rewrite.cli.common import (
     MODEL_HELP,
@@ -13,6 +14,9 @@ from rewrite.cli.common import (
     load_model,
     write_report,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def add_parsers(commands: Any) -> None:
@@ -41,7 +45,7 @@ def _run_inspect(options: argparse.Namespace) -> int:
 
     if options.report:
         check_writable(options.report)
-    model = load_model(options, options.model)
+    model = _opened(options)
     inputs = example_inputs(options, model)
     if options.signal:
         from rewrite.cli.signals import run_signal
@@ -57,3 +61,13 @@ def _run_inspect(options: argparse.Namespace) -> int:
         return run_path_norm(options, model, inputs)
     write_report(options, inspect_model(model, inputs))
     return OK
+
+
+def _opened(options: argparse.Namespace) -> nn.Module:
+    """Return the model; of a checkpoint folder its structure alone, which is all that is shown."""
+    if Path(options.model).is_dir() and not (options.signal or options.path_norm):
+        from rewrite.hub.folder import open_folder
+        from rewrite.hub.structure import structure_of
+
+        return structure_of(open_folder(options.model)).model
+    return load_model(options, options.model)

@@ -27,8 +27,7 @@ from rewrite.cli import (
     verify,
 )
 from rewrite.cli.common import FAILED, USAGE, complain
-from rewrite.cli.config import apply_config, find_config
-from rewrite.cli.parser import Parser
+from rewrite.cli.parser import Parser, apply_config, find_config
 from rewrite.errors import PassError, RewriteError
 
 

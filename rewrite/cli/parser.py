@@ -1,12 +1,27 @@
-"""The parser of every command: argparse, with one-line errors that say what was probably meant."""
+"""The parser of every command: one-line errors that say what was meant, and a project's defaults.
+
+Defaults stand in `[tool.rewrite]` of the nearest `pyproject.toml`, for CI:
+
+    [tool.rewrite]
+    seed = 1                  # of every command that has such an option
+
+    [tool.rewrite.verify]
+    contract = "exact-in-eval"
+    input = "1x3x224x224"
+
+A key is a flag's name without its dashes; what stands on the command line wins.
+"""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
-from typing import NoReturn
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
 
+from rewrite.errors import OptionError
 from rewrite.suggest import did_you_mean
 
 
@@ -31,3 +46,72 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 for command in action.choices.values():
                     yield from command._option_string_actions
+
+
+def find_config(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:
+    """Return the nearest `pyproject.toml` at or above a folder that has a `[tool.rewrite]`.
+
+    Raises:
+        OptionError: the nearest file is no TOML.
+    """
+    for place in (folder, *folder.parents):
+        path = place / "pyproject.toml"
+        if not path.is_file():
+            continue
+        try:
+            held = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise OptionError(f"{path}: cannot be read: {error}") from error
+        table = held.get("tool", {}).get("rewrite")
+        return None if table is None else (path, table)
+    return None
+
+
+def apply_config(
+    commands: Mapping[str, argparse.ArgumentParser], path: Path, table: Mapping[str, Any]
+) -> None:
+    """Make the values of a configuration the defaults of the commands.
+
+    Raises:
+        OptionError: an unknown command or option, or a value of another kind.
+    """
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            if key not in commands:
+                hint = did_you_mean(key, commands)
+                raise OptionError(f"{path}: [tool.rewrite.{key}] is no command{hint}")
+            for name, inner in value.items():
+                _set(commands[key], path, f"tool.rewrite.{key}", name, inner)
+            continue
+        having = [parser for parser in commands.values() if _action(parser, key) is not None]
+        if not having:
+            known = {name for parser in commands.values() for name in _names(parser)}
+            raise OptionError(f"{path}: tool.rewrite.{key} is no option{did_you_mean(key, known)}")
+        for parser in having:
+            _set(parser, path, "tool.rewrite", key, value)
+
+
+def _set(parser: argparse.ArgumentParser, path: Path, where: str, key: str, value: Any) -> None:
+    action = _action(parser, key)
+    if action is None:
+        hint = did_you_mean(key, _names(parser))
+        raise OptionError(f"{path}: {where}.{key} is no option of {parser.prog}{hint}")
+    if isinstance(action.default, bool):
+        fits = isinstance(value, bool)
+    elif isinstance(action, argparse._AppendAction):
+        fits = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    else:
+        kind = action.type if isinstance(action.type, type) else str
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+    if not fits or (action.choices is not None and value not in action.choices):
+        raise OptionError(f"{path}: {where}.{key} = {value!r} does not fit --{key}")
+    parser.set_defaults(**{action.dest: value})
+
+
+def _action(parser: argparse.ArgumentParser, key: str) -> argparse.Action | None:
+    action = parser._option_string_actions.get(f"--{key}")
+    return None if action is None or action.dest in ("help", "passes") else action
+
+
+def _names(parser: argparse.ArgumentParser) -> list[str]:
+    return [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]

@@ -19,15 +19,15 @@ from typing import Any
 from torch import Tensor
 
 from rewrite.errors import ContractError
+from rewrite.hub.folder import CheckpointFolder, open_folder
+from rewrite.hub.structure import structure_of
 from rewrite.observe.recipe import run_recipe
 from rewrite.pipeline import Result
 from rewrite.protocol import Pass
 from rewrite.report import Report
-from rewrite.sharded.folder import CheckpointFolder, open_folder
 from rewrite.sharded.plan import FolderPlan, plan_folder
 from rewrite.sharded.proof import Proof, prove
 from rewrite.sharded.staging import check_target, staged_folder
-from rewrite.sharded.structure import structure_of
 from rewrite.sharded.writer import FolderWriter
 
 
@@ -85,6 +85,18 @@ def convert_checkpoint(
             made = Result(structure.model, report)
             raise ContractError(f"{source}: {report.failure}; nothing was written", made)
     return report
+
+
+def plan_checkpoint(
+    source: str | Path,
+    passes: Pass | type[Pass] | str | Sequence[Pass | type[Pass] | str],
+    *,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+) -> Report:
+    """Return what `convert_checkpoint` would do; nothing is read but the heads of files."""
+    folder = open_folder(source)
+    return plan_folder(folder, structure_of(folder), passes, only, skip).report
 
 
 def _write(

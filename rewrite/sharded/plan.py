@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from rewrite.errors import CheckpointError, OptionError
+from rewrite.hub.folder import CheckpointFolder
+from rewrite.hub.safetensors_file import DTYPES, type_name
+from rewrite.hub.structure import Structure, build, persistent
 from rewrite.observe.recipe import run_recipe
 from rewrite.pipeline import convert
 from rewrite.protocol import Pass
 from rewrite.report import Report
-from rewrite.sharded.folder import CheckpointFolder
-from rewrite.sharded.safetensors_file import DTYPES, type_name
-from rewrite.sharded.structure import Structure, build, persistent
 
 _BIAS_FLAGS = ("attention_bias", "mlp_bias", "use_bias", "bias", "qkv_bias", "add_bias_linear")
 """What configurations call the wish for biases."""
@@ -119,7 +119,7 @@ def _dry_run(
     folder: CheckpointFolder, structure: Structure, recipes: Sequence[Mapping[str, Any]]
 ) -> dict[str, Made]:
     """Run the recipes on tensors without numbers; return what they write."""
-    new = {e["into"] for r in recipes for e in r["edits"] if e["into"] != e["weight"]}
+    new = {e["into"] for r in recipes for e in r["edits"] if _is_untied(folder, structure, e)}
     held: dict[str, Tensor] = {}
 
     def place(name: str) -> str:
@@ -144,6 +144,24 @@ def _dry_run(
     for recipe in recipes:
         run_recipe(recipe, read, write)
     return {name: Made(type_name(t.dtype), tuple(t.shape)) for name, t in held.items()}
+
+
+def _is_untied(folder: CheckpointFolder, structure: Structure, edit: Mapping[str, Any]) -> bool:
+    """Return whether an edit gives a layer its own copy of a tensor that it shares.
+
+    Raises:
+        CheckpointError: the folder keeps the shared tensor under the name of that layer.
+    """
+    place = structure.stored.get(edit["into"])
+    shared = {name for name, stored in structure.stored.items() if stored == place}
+    if place is None or shared <= {edit["into"], *edit["aliases"]}:
+        return False
+    if place == edit["into"]:
+        raise CheckpointError(
+            f"{folder.path}: {place} is what its other layers share, too; load the model and "
+            "convert it in memory"
+        )
+    return True
 
 
 def _config(

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from rewrite.equivalence.compare import compare
 from rewrite.equivalence.verification import Case, Level, Verification
 from rewrite.errors import CheckpointError, one_line
+from rewrite.hub.folder import CheckpointFolder
+from rewrite.hub.structure import build, stored_names
 from rewrite.outcomes import Contract
 from rewrite.runtime.float64 import KeepFloat64
-from rewrite.sharded.folder import CheckpointFolder
 from rewrite.sharded.plan import FolderPlan
-from rewrite.sharded.structure import build, stored_names
 
 _LENGTH = 8
 _ALLOWED = 1e-9

@@ -16,15 +16,15 @@ from typing import Any
 
 from torch import Tensor
 
-from rewrite.sharded.folder import CONFIG, INDEX, CheckpointFolder
-from rewrite.sharded.plan import Made
-from rewrite.sharded.safetensors_file import (
+from rewrite.hub.folder import CONFIG, INDEX, CheckpointFolder
+from rewrite.hub.safetensors_file import (
     DTYPES,
     Entry,
     bytes_of,
     copy_range,
     header_of,
 )
+from rewrite.sharded.plan import Made
 
 NEW_SHARD = "model-rewritten.safetensors"
 """Where tensors go that the old folder has not, if it has an index."""

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from rewrite.errors import CheckpointError, system_reason
-from rewrite.sharded.safetensors_file import Entry, SafetensorsFile, open_safetensors
+from rewrite.hub.safetensors_file import Entry, SafetensorsFile, open_safetensors
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

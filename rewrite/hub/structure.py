@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rewrite.errors import CheckpointError, OptionError, one_line
-from rewrite.sharded.folder import CheckpointFolder
+from rewrite.hub.folder import CheckpointFolder
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,13 @@ def stored_names(model: nn.Module, folder: CheckpointFolder) -> dict[str, str]:
     for name, tensor in tensors.items():
         groups.setdefault(id(tensor), []).append(name)
     stored: dict[str, str] = {}
+    renamed = _loaded_names(model, folder)
     for names in groups.values():
-        place = next((name for name in names if name in folder.places), None)
+        place = next((renamed[name] for name in names if name in renamed), None)
         if place is None:
             raise CheckpointError(
                 f"{folder.path}: has no tensor {names[0]}, which {type(model).__name__} holds; its "
-                "class renames tensors when it loads them, or the folder is of another model"
+                "class puts tensors together when it loads them, or the folder is of another model"
             )
         stored |= dict.fromkeys(names, place)
     return stored
@@ -103,7 +104,19 @@ def build(
         raise CheckpointError(
             f"{folder.path}: {names[0]} cannot be built from its configuration: {one_line(error)}"
         ) from error
+    # On its way through the contexts a tied parameter became two.
+    model.tie_weights()  # type: ignore[operator]
     return model.eval()
+
+
+def _loaded_names(model: nn.Module, folder: CheckpointFolder) -> dict[str, str]:
+    """Return the name in the folder of each tensor, by what transformers calls it once loaded."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    given: Any = model
+    steps = [s for s in get_model_conversion_mapping(given) if isinstance(s, WeightRenaming)]
+    return {str(rename_source_key(name, steps, [])[0]): name for name in folder.places}
 
 
 def persistent(model: nn.Module) -> dict[str, torch.Tensor]:

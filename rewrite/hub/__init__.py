@@ -1,0 +1,1 @@
+"""A checkpoint folder as Hugging Face writes it: opened, checked, built."""

@@ -1,0 +1,53 @@
+"""The model of a checkpoint folder, in memory, with its numbers.
+
+The class is built from `config.json` by this toolkit and given the tensors of the shards: nothing
+of the folder is run, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from rewrite.errors import CheckpointError
+from rewrite.hub.folder import open_folder
+from rewrite.hub.structure import build, persistent, stored_names
+
+
+def load_folder(
+    path: str | os.PathLike[str], map_location: str | torch.device = "cpu"
+) -> nn.Module:
+    """Return the model of a folder, in eval mode, its tensors in the types of the folder.
+
+    Raises:
+        CheckpointError: the folder is not whole, or its class does not hold its tensors.
+        OptionError: transformers is not installed.
+    """
+    folder = open_folder(os.fspath(path))
+    model = build(folder, folder.config)
+    names = stored_names(model, folder)
+    made: dict[str, nn.Parameter] = {}
+    buffers = persistent(model)
+    for name, place in names.items():
+        owner, _, attr = name.rpartition(".")
+        module = model.get_submodule(owner)
+        held = module._buffers[attr] if name in buffers else module._parameters[attr]
+        if place not in made:
+            tensor = folder.read(place).to(map_location)
+            if held is not None and tuple(tensor.shape) != tuple(held.shape):
+                raise CheckpointError(
+                    f"{folder.path}: {place} has shape {list(tensor.shape)}, and its configuration "
+                    f"says {list(held.shape)}"
+                )
+            made[place] = nn.Parameter(tensor, tensor.is_floating_point())
+        if name in buffers:
+            module._buffers[attr] = made[place].detach()
+        else:
+            module._parameters[attr] = made[place]
+    for name, buffer in list(model.named_buffers()):
+        if name not in buffers and buffer.device != torch.device(map_location):
+            owner, _, attr = name.rpartition(".")
+            model.get_submodule(owner)._buffers[attr] = buffer.to(map_location)
+    return model

@@ -1,0 +1,68 @@
+"""Heads and bytes of safetensors files, against the library that owns the format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rewrite.errors import CheckpointError
+from rewrite.hub.safetensors_file import bytes_of, header_of, open_safetensors, type_name
+
+TENSORS = {
+    "a": torch.randn(3, 4),
+    "b": torch.randn(5).to(torch.bfloat16),
+    "c": torch.tensor([[True], [False]]),
+    "d": torch.arange(7),
+    "scalar": torch.tensor(2.5, dtype=torch.float64),
+    "empty": torch.empty(0, 3),
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    save_file(TENSORS, tmp_path / "x.safetensors", {"format": "pt"})
+    return tmp_path / "x.safetensors"
+
+
+def test_every_tensor_is_read(path: Path) -> None:
+    opened = open_safetensors(path)
+    assert set(opened.entries) == set(TENSORS) and opened.metadata == {"format": "pt"}
+    for name, tensor in TENSORS.items():
+        read = opened.read(name)
+        assert read.dtype == tensor.dtype and torch.equal(read, tensor)
+
+
+def test_what_is_written_the_library_reads(tmp_path: Path) -> None:
+    head, entries = header_of(
+        {n: (type_name(t.dtype), tuple(t.shape), t.nbytes) for n, t in TENSORS.items()},
+        {"format": "pt"},
+    )
+    with (tmp_path / "y.safetensors").open("wb") as stream:
+        stream.write(head)
+        for name, tensor in TENSORS.items():
+            assert stream.tell() == len(head) + entries[name].begin
+            stream.write(bytes_of(tensor))
+    found = load_file(tmp_path / "y.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+
+
+@pytest.mark.parametrize("cut", [0, 4, 9, 60, -1])
+def test_a_file_that_is_cut_off_is_refused(path: Path, cut: int) -> None:
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: "):
+        open_safetensors(path)
+
+
+def test_a_length_beyond_the_file_is_refused_before_memory_is_taken(path: Path) -> None:
+    path.write_bytes((1 << 60).to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(CheckpointError, match="cut off"):
+        open_safetensors(path)
+
+
+def test_a_shape_that_its_bytes_do_not_hold_is_refused(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"[3,4]", b"[3,5]"))
+    with pytest.raises(CheckpointError, match="entry of a is damaged"):
+        open_safetensors(path)

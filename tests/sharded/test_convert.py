@@ -1,0 +1,203 @@
+"""A folder in, a folder out: opened by transformers itself, equal, whole, and proved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import rewrite
+from passes import FoldNorm
+from rewrite.cli.main import main
+from rewrite.sharded import convert as module
+from tests.sharded.conftest import FAMILIES, Make, logits, transformers
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / a.abs().max())
+
+
+def left_behind(folder: Path) -> list[str]:
+    return [path.name for path in folder.parent.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_result_is_opened_by_transformers_and_equal(name: str, make: Make) -> None:
+    source = make(name)
+    report = rewrite.convert_checkpoint(source, source.with_name("out"), "fold")
+    assert report.changes and report.ok
+    assert report.verification is not None and report.verification.max_rel < 1e-11
+    # float32 weights are rounded once: what is left is their rounding.
+    assert relative(logits(source), logits(source.with_name("out"))) < 1e-5
+
+
+def test_folded_norms_hold_ones(make: Make) -> None:
+    source = make()
+    rewrite.convert_checkpoint(source, source.with_name("out"), "fold")
+    norms = {k: v for k, v in tensors(source.with_name("out")).items() if "norm" in k}
+    assert norms and all(bool((v == 1).all()) for v in norms.values())
+
+
+def test_it_is_bit_identical_to_the_road_in_memory(make: Make) -> None:
+    source = make("llama", torch.bfloat16)
+    rewrite.convert_checkpoint(source, source.with_name("out"), "fold", verify=False)
+    model = rewrite.load(source)
+    folded = rewrite.convert(model, "fold", verify=False).model.state_dict()
+    written = tensors(source.with_name("out"))
+    assert set(written) == set(folded)
+    assert all(torch.equal(written[k], v) for k, v in folded.items())
+
+
+def test_shards_keep_their_names_and_everything_else_is_copied(make: Make) -> None:
+    source = make()
+    rewrite.convert_checkpoint(source, source.with_name("out"), "fold", verify=False)
+    names = {path.name for path in source.iterdir()}
+    assert len(names) > 4 and {p.name for p in source.with_name("out").iterdir()} == names
+
+
+def test_a_tied_head_is_left_alone_or_gets_its_own_weight(make: Make) -> None:
+    source = make("llama-tied")
+    kept = rewrite.convert_checkpoint(source, source.with_name("kept"), "fold", verify=False)
+    assert [skip.target for skip in kept.skips] == ["model.norm"]
+    untied = rewrite.convert_checkpoint(source, source.with_name("own"), FoldNorm(untie=True))
+    assert not untied.skips and untied.ok
+    config = json.loads((source.with_name("own") / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert "lm_head.weight" in tensors(source.with_name("own"))
+    assert relative(logits(source), logits(source.with_name("own"))) < 1e-5
+
+
+def test_a_wrong_tensor_is_found_and_nothing_is_written(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module.run_recipe
+
+    def wrong(recipe: Any, read: Any, write: Any, exact: Any) -> None:
+        def off(name: str, tensor: torch.Tensor) -> None:
+            if name.endswith("layers.1.mlp.up_proj.weight"):
+                tensor = tensor.clone()
+                tensor[0, 0] += 1e-3
+            write(name, tensor)
+
+        real(recipe, read, off, exact)
+
+    monkeypatch.setattr(module, "run_recipe", wrong)
+    source = make()
+    with pytest.raises(rewrite.ContractError, match=r"layers\.1\.mlp\.up_proj\.weight is not"):
+        rewrite.convert_checkpoint(source, source.with_name("out"), "fold")
+    assert not source.with_name("out").exists() and left_behind(source) == []
+
+
+def test_a_wrong_recipe_is_found_in_its_block(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module.run_recipe
+
+    def wrong(recipe: Any, read: Any, write: Any, exact: Any) -> None:
+        if "layers.1.post_attention" in recipe["weight"]:
+            recipe = {**recipe, "factor": recipe["factor"] * 1.001}
+        real(recipe, read, write, exact)
+
+    monkeypatch.setattr(module, "run_recipe", wrong)
+    source = make()
+    with pytest.raises(rewrite.ContractError, match=r"model\.layers\.1 is off") as caught:
+        rewrite.convert_checkpoint(source, source.with_name("out"), "fold")
+    cases = caught.value.result.report.verification.cases
+    assert [case.name for case in cases if case.failed] == ["model.layers.1", "output"]
+
+
+def test_nothing_to_fold_writes_nothing(make: Make) -> None:
+    source = make()
+    report = rewrite.convert_checkpoint(source, source.with_name("out"), "fold", only=["nothing"])
+    assert not report.changes and not source.with_name("out").exists()
+
+
+def test_the_command_converts_inspects_and_loads(make: Make, capsys: Any) -> None:
+    source = make()
+    out = source.with_name("out")
+    assert main(["convert", "--fold", str(source), "-o", str(out)]) == 0
+    assert f"wrote {out}" in capsys.readouterr().out
+    assert main(["inspect", str(out)]) == 0
+    assert "LlamaForCausalLM" in capsys.readouterr().out
+    assert main(["convert", "--fold", str(source), "-o", str(out)]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert isinstance(rewrite.load(out), transformers.LlamaForCausalLM)
+
+
+def test_a_dry_run_writes_nothing(make: Make, capsys: Any) -> None:
+    source = make()
+    assert main(["convert", "--fold", "--dry-run", str(source)]) == 0
+    assert "5 rewritten" in capsys.readouterr().out
+    assert [path.name for path in source.parent.iterdir()] == [source.name]
+
+
+def broken_index(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"].pop("model.norm.weight")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def twice_in_index(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    text = path.read_text().replace('"weight_map": {', '"weight_map": {"model.norm.weight": "x",')
+    path.write_text(text)
+
+
+def configured(**values: Any) -> Any:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+    return change
+
+
+def quantized_tensor(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        held = load_file(file)
+        for name in held:
+            if name.endswith("q_proj.weight"):
+                held[name] = held[name].to(torch.float8_e4m3fn)
+        save_file(held, file)
+
+
+def cut_off(folder: Path) -> None:
+    file = next(iter(sorted(folder.glob("*.safetensors"))))
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda f: next(iter(f.glob("*-00002-*.safetensors"))).unlink(), "is missing"),
+        (broken_index, "which the index does not name there"),
+        (twice_in_index, "names model.norm.weight twice"),
+        (configured(hidden_size=64, head_dim=8), "has shape"),
+        (configured(auto_map={"AutoModel": "x.Y"}), "auto_map"),
+        (configured(quantization_config={"quant_method": "gptq"}), "quantized (gptq)"),
+        (configured(architectures=["Evil"]), "Evil is no model class of transformers"),
+        (configured(num_hidden_layers=3), "has no tensor model.layers.2"),
+        (quantized_tensor, "F8_E4M3"),
+        (cut_off, "header says"),
+        (lambda f: (f / "config.json").unlink(), "without a config.json"),
+        (lambda f: (f / "model.gguf").touch(), "GGUF"),
+    ],
+)
+def test_a_folder_that_is_not_right_is_one_line(
+    spoil: Any, said: str, make: Make, capsys: Any
+) -> None:
+    source = make()
+    spoil(source)
+    before = sorted(path.name for path in source.parent.iterdir())
+    capsys.readouterr()
+    assert main(["convert", "--fold", str(source)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert sorted(path.name for path in source.parent.iterdir()) == before

@@ -1,0 +1,88 @@
+"""A folder appears whole or not at all, whenever the process that writes it is killed."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rewrite.errors import CheckpointError
+from rewrite.sharded.staging import staged_folder
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from rewrite.sharded.staging import staged_folder
+notes = []
+with staged_folder(Path(sys.argv[1]), notes) as stage:
+    print("begun", flush=True)
+    for index in range(40):
+        (stage / f"{index}").write_bytes(b"x" * 4096)
+        time.sleep(0.002)
+print(notes)
+"""
+
+
+def test_it_appears_when_the_block_ends(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "out", []) as stage:
+        (stage / "a").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no"), staged_folder(tmp_path / "out", []):
+        raise ValueError("no")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with (
+        pytest.raises(CheckpointError, match="already exists"),
+        staged_folder(tmp_path / "out", []),
+    ):
+        pass
+
+
+def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+    with (
+        staged_folder(tmp_path / "out", []),
+        pytest.raises(CheckpointError, match="another process"),
+        staged_folder(tmp_path / "out", []),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_kill_leaves_it_absent_or_whole_and_the_next_run_begins_anew(
+    tmp_path: Path, seed: int
+) -> None:
+    kill_once(tmp_path / "out", random.Random(seed))
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_leave_it_absent_or_whole(tmp_path: Path) -> None:
+    chance = random.Random(7)
+    for number in range(100):
+        kill_once(tmp_path / f"out{number}", chance)
+
+
+def kill_once(target: Path, chance: random.Random) -> None:
+    command = [sys.executable, "-c", WRITER, str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None and running.stdout.readline() == "begun\n"
+        time.sleep(chance.uniform(0, 0.15))
+        running.send_signal(signal.SIGKILL)
+    assert not target.exists() or len(list(target.iterdir())) == 40
+    if target.exists():
+        return
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "begun anew" in again.stdout and len(list(target.iterdir())) == 40
+    assert not (target.parent / f".{target.name}.partial").exists()
