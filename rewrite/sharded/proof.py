@@ -71,7 +71,7 @@ def prove(
     reads = _reads(old, before, {}), _reads(new, after, computed)
     inputs = _inputs(old, seed)
     cases: list[Case] = []
-    with torch.no_grad(), KeepFloat64():  # type: ignore[no-untyped-call]
+    with torch.no_grad(), KeepFloat64():
         try:
             with _streamed(old, reads[0]), _streamed(new, reads[1]):
                 with _beside(old, new, cases, say):
