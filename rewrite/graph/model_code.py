@@ -59,21 +59,25 @@ class ModelCode:
                 held = [self._tree.get(join(place, key)) for key in wanted]
                 # A module that an edit has put there since is in no trace.
                 below += [self._tree.name(module) for module in held if module in self._tree]
-            hidden = [
-                name
-                for place in places
-                for name in self._tree.names
-                if step is not None and not below and _is_item(name, join(place, step))
-            ]
-            if not below and not hidden:
+            if not below:
+                if step is not None and len(left) > 1:
+                    for place in places:
+                        yield from self._items(join(place, step), left[1], tuple(left[2:]))
+                    if any(_is_holder(self._tree.get(p), step) for p in places):
+                        return
                 break
-            if hidden:
-                for name in hidden:
-                    yield self._tree.name(self._tree.get(name)), tuple(left[2:])
-                return
             places, left = below, left[1:]
         for place in places:
             yield place, tuple(left)
+
+    def _items(self, container: str, key: str | None, left: Path) -> Iterator[tuple[str, Path]]:
+        """Yield the modules in a plain container, or at one key or attribute of it."""
+        for name, module in self._tree.names.items():
+            label = name.removeprefix(container)
+            if label != name and label[:1] in (".", "["):
+                item = label.strip(".[]'\"")
+                if key is None or key == item:
+                    yield self._tree.name(module), left
 
     @cached_property
     def _uses(self) -> dict[str, str]:
@@ -182,5 +186,6 @@ class ModelCode:
                     yield f"{kind}.{method}() reads {what}, which changed: what it returns differs"
 
 
-def _is_item(name: str, container: str) -> bool:
-    return name.startswith(f"{container}[") or name.startswith(f"{container}.")
+def _is_holder(module: nn.Module, attr: str) -> bool:
+    """Return whether an attribute is a plain container or object, which may hold modules."""
+    return attr in vars(module) and not isinstance(vars(module)[attr], bool | int | float | str)
