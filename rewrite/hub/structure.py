@@ -95,11 +95,11 @@ def build(
     given = {key: value for key, value in config.items() if key != "transformers_version"}
     context = torch.device("meta") if meta_buffers else _parameters_on_meta()
     try:
-        described: Any = kind.config_class
-        settings = described.from_dict(given)
+        chosen: Any = kind
+        settings = chosen.config_class.from_dict(given)
         settings._attn_implementation = "eager"
         with context:
-            model: nn.Module = kind(settings)
+            model: nn.Module = chosen(settings)
     except Exception as error:
         raise CheckpointError(
             f"{folder.path}: {names[0]} cannot be built from its configuration: {one_line(error)}"
