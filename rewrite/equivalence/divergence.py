@@ -18,6 +18,7 @@ difference counts as one that never ends.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,9 @@ CLAMPS = frozenset({
     "clamp_max", "maximum", "minimum", "clip",
 })  # fmt: skip
 """Functions that return one value for a whole range: they can hide what parts two models."""
+
+
+_SUMS = ("add", "sub")
 
 
 @dataclass(frozen=True)
@@ -115,9 +119,9 @@ def value_noise(original: Record, perturbed: Record) -> list[float]:
         )
     noise = list(map(Sketch.distance, original.values, perturbed.values))
     for event in original.events:
-        least = max((noise[number] for number in event.inputs), default=0.0) / 2
-        for number in event.outputs:
-            noise[number] = max(noise[number], least)
+        for made in event.outputs:
+            came_in = (noise[n] * _share(original, event, n, made) for n in event.inputs)
+            noise[made] = max(noise[made], max(came_in, default=0.0) / 2)
     return list(map(max, noise, carried_bounds(original, noise)))
 
 
@@ -126,11 +130,24 @@ def carried_bounds(record: Record, noise: Sequence[float]) -> list[float]:
     bounds = [record.bounds.get(number, 0.0) for number in range(len(record.values))]
     for event in record.events if record.bounds else ():
         came_in = max((noise[number] for number in event.inputs), default=0.0)
-        bound = max((bounds[number] for number in event.inputs), default=0.0)
-        for number in event.outputs:
-            kept = min(1.0, noise[number] / came_in) if came_in else 1.0
-            bounds[number] = max(bounds[number], bound * kept)
+        for made in event.outputs:
+            kept = min(1.0, noise[made] / came_in) if came_in else 1.0
+            for given in event.inputs:
+                left = min(kept, _share(record, event, given, made))
+                bounds[made] = max(bounds[made], bounds[given] * left)
     return bounds
+
+
+def _share(record: Record, event: Event, given: int, made: int) -> float:
+    """Return how much of an input's relative error a call hands on, at most.
+
+    In a sum a term weighs as much as its share of the sum: the mean of what is nearly centered may
+    be off by all of itself and hardly move what it is subtracted from.
+    """
+    term, total = record.values[given], record.values[made]
+    if event.function.lower().strip("_").lstrip("ri") not in _SUMS or not total.norm:
+        return 1.0
+    return min(1.0, term.norm * math.sqrt(total.count / max(1, term.count)) / total.norm)
 
 
 def compare_records(

@@ -268,3 +268,123 @@ def test_the_model_is_untouched(tmp_path, net):
     export(net, Path(tmp_path) / "net.onnx", example_inputs=(X,))
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert onnx.load(tmp_path / "net.onnx").graph.node
+
+
+class States(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(5, 6, batch_first=True)
+
+    def forward(self, x, h, c):
+        return self.lstm(x, (h, c))[0]
+
+
+class Many(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, *xs):
+        return self.linear(xs[0]) + xs[1]
+
+
+class InDict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, batch):
+        return self.linear(batch["a"]) + batch["b"]
+
+
+A, B = torch.linspace(-1, 1, 12).reshape(3, 4), torch.linspace(0, 1, 6).reshape(3, 2)
+STATES = (torch.randn(2, 4, 5), torch.randn(1, 2, 6), torch.randn(1, 2, 6))
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (States(), STATES),
+        (Many(), (A, B)),
+        (InDict(), ({"a": A, "b": B},)),
+        (InDict(), {"batch": {"a": A, "b": B}}),
+    ],
+    ids=["states", "variadic", "a dict by position", "a dict by name"],
+)
+def test_every_form_of_inputs_has_a_dynamic_batch(tmp_path, model, inputs):
+    found = export(model.eval(), tmp_path / "x.onnx", example_inputs=inputs)
+    assert found.ok, str(found)
+    assert "batch 7" in str(found)
+    assert not found.notes
+
+
+def test_the_batch_of_states_may_be_named(tmp_path):
+    axes = {"x": {0: "batch"}, "h": {1: "batch"}, "c": {1: "batch"}}
+    path = tmp_path / "x.onnx"
+    found = export(States().eval(), path, example_inputs=STATES, dynamic_shapes=axes)
+    assert found.ok, str(found)
+    assert dynamic_axes(open_onnx(path)) == axes
+
+
+class OneSize(nn.Module):
+    def forward(self, x, y):
+        return x.reshape(2, 6) @ y.reshape(6, 5)
+
+
+def test_a_batch_that_stays_fixed_is_said(tmp_path):
+    inputs = (torch.randn(3, 4), torch.randn(5, 6))
+    found = export(OneSize(), tmp_path / "x.onnx", example_inputs=inputs)
+    assert found.ok, str(found)
+    assert any(note.startswith("the batch is fixed") for note in found.notes)
+
+
+class Shifts(nn.Module):
+    def forward(self, x):
+        return (x ^ (x >> 3)) & 15
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.cond(
+            x.sum() > 0, lambda x: self.linear(x).relu(), lambda x: self.linear(x).tanh(), (x,)
+        )
+
+
+@pytest.mark.parametrize(
+    ("model", "x"), [(Shifts(), torch.arange(12).reshape(3, 4)), (Branches(), A)]
+)
+def test_shifts_and_branches_are_exported(tmp_path, model, x):
+    found = export(model.eval(), tmp_path / "x.onnx", example_inputs=(x,))
+    assert found.ok, str(found)
+
+
+def test_what_was_not_verified_does_not_say_so(tmp_path, net):
+    found = export(net, tmp_path / "net.onnx", example_inputs=(X,), verify=False)
+    assert str(found).startswith(f"{tmp_path / 'net.onnx'}: not verified")
+    assert found.to_dict()["verdict"] == "not verified"
+    assert list(found.tables())
+    assert export(net, tmp_path / "net.onnx", example_inputs=(X,)).verdict == "verified"
+
+
+class Windows(nn.Module):
+    """Attention of five axes, which the exporter refuses in its fused form."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).chunk(3, -1)
+        return nn.functional.scaled_dot_product_attention(query, key, value)
+
+
+def test_attention_that_the_exporter_refuses_is_written_out(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 3, 5, 8)
+    found = export(Windows().eval(), tmp_path / "w.onnx", example_inputs=(x,))
+    assert found.ok, str(found)
+    assert any("attention is written out" in note for note in found.notes)

@@ -186,3 +186,19 @@ def test_a_wrong_norm_of_many_elements_is_caught(tmp_path, fault):
     found = verify_onnx(path, norm, (x,), level=Level.QUICK)
     assert not found.ok
     assert found.divergence is not None
+
+
+class Centered(nn.Module):
+    """A mean that is nearly nothing, subtracted: its own uncertainty is not the difference's."""
+
+    def forward(self, x):
+        return (x - x.mean((2, 3), keepdim=True)) * 3
+
+
+def test_the_mean_of_what_is_centered_does_not_drown_the_noise(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(1, 4, 256, 256)
+    x = x - x.double().mean((2, 3), keepdim=True).float()
+    found = export(Centered(), tmp_path / "c.onnx", example_inputs=(x,))
+    assert found.ok, str(found)
+    assert found.noise < 1e-5
