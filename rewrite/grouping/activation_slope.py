@@ -1,4 +1,4 @@
-"""How much of a small error at a norm's output its activation passes on.
+"""The mean slope of the activation behind a norm: the share of a small error that passes it.
 
     s_c = E f'(y_c),   y_c = β_c + γ_c t,   t standard normal
 

@@ -1,4 +1,4 @@
-"""One norm on its way to its factors: what is summed up for it, and the covariance that it fits.
+"""What the fit of one norm sums over the data, and the covariance of channel means that it uses.
 
 A hundred samples span few directions of the channel means z̄; the weights know how all others would
 come out. The covariance is therefore mixed,
