@@ -1,4 +1,4 @@
-"""A group norm between a low-rank map and its inverse: its groups lose the directions that matter least.
+"""A group norm between a low-rank map and its inverse: its groups lose what matters least.
 
 An anchored norm of z takes the mean of each group from all of its channels
 (`rewrite.grouping.mean_removal`). Between M and M⁻¹ it takes whatever one likes. For k groups in a

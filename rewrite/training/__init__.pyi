@@ -7,6 +7,8 @@ from .options import RecoverOptions as RecoverOptions
 from .parameter_groups import normalized_decay as normalized_decay
 from .parameter_groups import parameter_groups as parameter_groups
 from .path_sgd import PathSGD as PathSGD
+from .penultimate import penultimate_plane as penultimate_plane
+from .penultimate import plot_penultimate as plot_penultimate
 from .recover import recover as recover
 from .recovered import Recovered as Recovered
 from .schedule import correct_momentum as correct_momentum
