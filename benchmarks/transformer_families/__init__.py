@@ -65,6 +65,8 @@ _KEPT: dict[str, frozenset[str]] = {
     "falcon": frozenset({"input_layernorm"}),  # a linear class of its own, without bias
     "phimoe": frozenset({"post_attention_layernorm"}),  # a shift, and a router without bias
     "openai-gpt": frozenset({"ln_1", "ln_2"}),
+    "minimax": frozenset({"input_layernorm", "post_attention_layernorm"}),  # the stream itself
+    "diffllama": frozenset({"groupnorm"}),  # it has no weight
     "bert": _STREAM, "roberta": _STREAM, "electra": _STREAM, "distilbert": _STREAM,
     "albert": _STREAM, "deberta-v2": _STREAM, "mpnet": _STREAM, "bart": _STREAM,
     "plbart": _STREAM, "marian": _STREAM, "wav2vec2": _STREAM, "hubert": _STREAM,

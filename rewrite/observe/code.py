@@ -44,6 +44,7 @@ class CodeIndex:
     def __init__(self, evidence: Evidence) -> None:
         self.lines: dict[str, set[int]] = {}
         self.callees: dict[tuple[str, int], set[CodeLine]] = {}
+        self.ran = frozenset[str]().union(*(observed.ran for observed in evidence.calls))
         self._plain: dict[CodeLine, bool] = {}
         for observed in evidence.calls:
             for stack in observed.stacks:
@@ -100,6 +101,7 @@ class CodeCheck:
                     place = (stack[-1].file, stack[-1].number)
                     self._absorbed.setdefault(place, set()).add(op_name(read.node))
         self._owners = list(owners)
+        self._check_siblings()
         for chain in {self.index.outside(o.stack(s.node)) for o, s in self.fold.sites}:
             if chain:
                 self.inner(chain)
@@ -107,6 +109,17 @@ class CodeCheck:
     def _values(self) -> Iterator[tuple[ObservedCall, Node]]:
         for observed, flow in self.fold.flows:
             yield from ((observed, node) for node in flow.labels)
+
+    def _check_siblings(self) -> None:
+        """Refuse a reader that is one item of several, of which calls chose only some."""
+        for layer in self.fold.layers:
+            parent = layer.rpartition(".")[0]
+            holder = self.captured.tree.names.get(parent)
+            if not isinstance(holder, nn.ModuleDict | nn.ModuleList):
+                continue
+            for name, _ in holder.named_children():
+                if f"{parent}.{name}" not in self.index.ran:
+                    raise Untaken(f"{parent} also holds {name}, which no call chose")
 
     # -- what the reader of a function asks -----------------------------------------------------
 

@@ -200,16 +200,18 @@ class ExpressionReader:
 
     def _computes(self, node: ast.expr) -> bool:
         """Return whether an expression computes with the value."""
-        parts = (n for n in ast.walk(node) if isinstance(n, ast.Call | ast.BinOp | ast.Subscript))
-        return any(self.holds(part) for part in parts if isinstance(part, ast.expr))
+        for part in ast.walk(node):
+            if isinstance(part, ast.BinOp) and _adds_tuples(part):
+                continue
+            if isinstance(part, ast.Call | ast.BinOp | ast.Subscript) and self.holds(part):
+                return True
+        return False
 
     def _operation(self, node: ast.BinOp | ast.UnaryOp | ast.Compare, statement: ast.stmt) -> bool:
         parts = [self._evaluate(n, statement) for n in children(node)]
         if not any(parts):
             return False
-        if isinstance(node, ast.BinOp) and any(
-            isinstance(n, ast.Tuple | ast.List) for n in (node.left, node.right)
-        ):
+        if isinstance(node, ast.BinOp) and _adds_tuples(node):
             return True  # a list of outputs grows
         if isinstance(node, ast.Compare) and all(
             isinstance(op, ast.Is | ast.IsNot) for op in node.ops
@@ -295,3 +297,8 @@ class ExpressionReader:
             self.names.add(target.value.id)
         elif held:
             raise Untaken(f"{self.at(node)} keeps it as {ast.unparse(target)}")
+
+
+def _adds_tuples(node: ast.BinOp) -> bool:
+    """Return whether a sum is one of tuples or lists."""
+    return any(isinstance(part, ast.Tuple | ast.List) for part in (node.left, node.right))

@@ -7,6 +7,7 @@ Evidence holds for its calls. A call that cannot be exported leaves no graph; th
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -69,4 +70,5 @@ def observe(model: nn.Module, calls: Sequence[ExampleCall]) -> Evidence:
             wider = export_call(model, hidden_states_call(seen[0].call))
         except CaptureError:
             failed.append("the call with output_hidden_states=True could not be observed")
+    gc.collect()  # cycles hold the stand-ins of exports, and with them tensors that a fold replaces
     return Evidence(tuple(seen), wider, tuple(failed))

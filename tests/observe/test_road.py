@@ -299,6 +299,28 @@ def test_a_report_folds_another_checkpoint() -> None:
     assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
+class Chosen(nn.Module):
+    """One of several layers, by a key that the calls leave alone."""
+
+    def __init__(self, keys: list[str]) -> None:
+        super().__init__()
+        self.norm = RMSNorm()
+        self.heads = nn.ModuleDict({key: nn.Linear(WIDTH, 4) for key in keys})
+        self.key = "a"
+
+    @untraceable
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return self.heads[self.key](self.norm(x))
+
+
+@pytest.mark.parametrize(("keys", "folds"), [(["a"], True), (["a", "b"], False)])
+def test_a_layer_that_no_call_chose_counts(keys: list[str], folds: bool) -> None:
+    result = folded(randomized(Chosen(keys)), (torch.randn(3, WIDTH, dtype=torch.float64),))
+    assert targets(result) == ({"norm"} if folds else set())
+    if not folds:
+        assert "heads also holds b" in reason(result, "norm")
+
+
 def test_inspect_shows_what_reads_each_norm() -> None:
     from rewrite.inspection import inspect_model
 
