@@ -21,13 +21,21 @@ def copy_model(model: Model) -> Model:
 
     Structure, Python attributes and hooks are copied as by `copy.deepcopy`. Each parameter and
     buffer is a new tensor object; its storage is duplicated only when either side is written to.
-    Tied tensors stay tied. Python modules held as attributes are shared, as nothing can copy them.
+    Tied tensors stay tied. Python modules and TorchScript functions
+    held as attributes are shared, as nothing can copy them.
     """
     memo: dict[int, Any] = {id(module): module for module in list(sys.modules.values())}
+    memo |= {id(function): function for function in _compiled(model)}
     for tensor in _tensors(model):
         if id(tensor) not in memo:
             memo[id(tensor)] = lazy_copy(tensor)
     return copy.deepcopy(model, memo)
+
+
+def _compiled(model: nn.Module) -> Iterator[Any]:
+    """Yield the TorchScript functions that modules hold; nothing can copy or change one."""
+    for _, module in Tree(model).modules():
+        yield from (v for v in vars(module).values() if isinstance(v, torch.jit.ScriptFunction))
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:

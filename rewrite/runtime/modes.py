@@ -51,7 +51,11 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     before = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
-            model.eval()
+            try:
+                model.eval()
+            except NotImplementedError:  # the module of an exported program forbids it
+                for module in model.modules():
+                    module.training = False
         yield
     finally:
         for module, training in before:

@@ -21,7 +21,7 @@ import rewrite
 from models.randomize import randomize_norms_
 from passes import FoldNorm
 from rewrite import registry
-from rewrite.errors import PassError
+from rewrite.errors import CaptureError, PassError
 from rewrite.graph.capture import capture
 from rewrite.protocol import find_sites
 
@@ -232,6 +232,11 @@ def test_capture_and_every_find_change_nothing(name: str, inputs: Any):
 def test_a_conversion_without_verification_leaves_nothing_behind(name: str, spec: str):
     model = make(name)
     before = state(model)
+    if (name, spec) == ("Raises", "fold"):
+        with pytest.raises(CaptureError, match="this model never works"):
+            rewrite.convert(model, [spec], example_inputs=X, verify=False)
+        assert state(model) == before
+        return
     result = rewrite.convert(model, [spec], example_inputs=X, verify=False)
     assert state(model) == before
     for item in state(result.model):
@@ -279,3 +284,34 @@ def test_the_state_notices_a_write():
         before = state(model)
         change(model)
         assert state(model) != before
+
+
+@pytest.mark.parametrize("name", ["Assigns", "Appends", "Counts", "Caches", "Draws"])
+def test_a_verified_conversion_runs_neither_the_argument_nor_the_result(name: str):
+    model = make(name)
+    before = state(model)
+    result = rewrite.convert(model, ["freeze-bn"], example_inputs=X)
+    assert result.report.ok and result.report.changes
+    assert state(model) == before
+    assert result.model.__dict__.keys() == model.__dict__.keys()
+    assert getattr(result.model, "calls", 0) == 0 and not getattr(result.model, "seen", [])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_compiled_function_and_an_exported_program_are_copied():
+    class Swish(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.function = torch.jit.script(swish)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.function(x)
+
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), Swish()).eval()
+    assert rewrite.convert(model, ["fold"], example_inputs=X).report.changes
+    program = torch.export.export(model[:2], X).module()
+    assert rewrite.convert(program, ["fold"], example_inputs=X).report.ok
+
+
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
