@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
@@ -29,6 +30,7 @@ def copy_model(model: Model) -> Model:
     for tensor in _tensors(model):
         if id(tensor) not in memo:
             memo[id(tensor)] = lazy_copy(tensor)
+    _copy_plain_modules(model, memo)
     return copy.deepcopy(model, memo)
 
 
@@ -36,6 +38,65 @@ def _compiled(model: nn.Module) -> Iterator[Any]:
     """Yield the TorchScript functions that modules hold; nothing can copy or change one."""
     for _, module in Tree(model).modules():
         yield from (v for v in vars(module).values() if isinstance(v, torch.jit.ScriptFunction))
+
+
+_UNCHANGED = (type(None), bool, int, float, str, type)
+
+
+def _copy_plain_modules(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Enter into `memo` copies of the modules that `copy.deepcopy` copies attribute by attribute.
+
+    They hold the same as its own would; most of what a module holds is an empty dict or a number,
+    which needs none of its machinery.
+    """
+    plain: dict[type, bool] = {}
+    copies: list[tuple[nn.Module, nn.Module]] = []
+    for _, module in Tree(model).modules():
+        kind = type(module)
+        if kind not in plain:
+            plain[kind] = _is_plain(kind)
+        if plain[kind] and id(module) not in memo:
+            memo[id(module)] = kind.__new__(kind)
+            copies.append((module, memo[id(module)]))
+    # The innermost first: a class that copies itself may look at its children.
+    for module, twin in reversed(copies):
+        held = vars(twin)
+        for key, value in vars(module).items():
+            if key != "_compiled_call_impl":  # nor does torch pickle it
+                held[key] = _copied(value, memo)
+
+
+def _is_plain(kind: type) -> bool:
+    """Return whether a class leaves it to Python and torch.nn how its instances are copied.
+
+    What torch.nn does beside is for files of older versions: it adds attributes that are missing.
+    """
+    theirs: Any = kind
+    return (
+        not hasattr(kind, "__deepcopy__")
+        and theirs.__new__ is object.__new__
+        and theirs.__reduce_ex__ is object.__reduce_ex__
+        and theirs.__reduce__ is object.__reduce__
+        and theirs.__getstate__ is nn.Module.__getstate__
+        and str(theirs.__setstate__.__module__).startswith("torch.nn.modules.")
+        and not any(vars(base).get("__slots__") for base in kind.__mro__)
+    )
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in _UNCHANGED:
+        return value
+    if (kind is dict or kind is OrderedDict) and id(value) not in memo:
+        if not value:
+            memo[id(value)] = kind()
+            return memo[id(value)]
+        if all(type(key) is str for key in value):
+            twin = memo[id(value)] = kind()
+            for key, held in value.items():
+                twin[key] = _copied(held, memo)
+            return twin
+    return copy.deepcopy(value, memo)
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
