@@ -192,7 +192,7 @@ def verified(path: str) -> str:
     try:
         found = verify_onnx(path)
     except RewriteError as error:
-        return _cell(str(error))
+        return _cell(str(error).replace(f"{path}: ", ""))
     return found.verdict if found.ok else _cell("; ".join(found.reasons))
 
 
@@ -215,7 +215,7 @@ def opened(path: str, factory: str) -> str:
     try:
         state = load(path, factory=f"{_HERE}:{factory}").state_dict()
     except RewriteError as error:
-        return _cell(str(error))
+        return _cell(str(error).replace(f"{path}: ", ""))
     safe = path.endswith(".safetensors")
     plain: dict[str, Any] = load_file(path) if safe else torch.load(path, map_location="cpu")
     plain = plain.get("model_state", plain)

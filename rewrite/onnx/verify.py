@@ -63,21 +63,19 @@ def verify_onnx(
     Args:
         path: the file.
         model: what it should compute: a PyTorch model, or the path of another ONNX file.
-        example_inputs: positional inputs, or a dict by the graph's input names; without them they
-            are made up from the graph's declaration.
+        example_inputs: positional inputs, or a dict by the graph's input names; else made up.
         calibration: batches of your own to compare on beside them.
         contract: what the graph promises: the same function, or an approximate one.
-        tolerance: of an approximate one: how far an output may be off, relative to its largest
-            magnitude; without it the distance is measured and judged by nobody.
+        tolerance: of an approximate one, relative to the largest output; without it the distance
+            is measured and judged by nobody.
         level: quick (the checker, one session, the given input, declared sizes) or thorough.
-        expect: how often an operator has to occur.
-        expect_no: operators that may not occur.
+        expect: how often an operator has to occur; expect_no: operators that may not occur.
         repro: a folder to write a one-node reproduction into, should the graph be wrong.
         seed: of everything random.
 
     Raises:
         VerificationError: the file cannot be read or run, or the inputs do not fit it.
-        OptionError: a tolerance with a contract that has none, or an unknown contract.
+        OptionError: an unknown contract, or a tolerance with one that has none.
     """
     begin = time.perf_counter()
     parity = Parity(_tolerance(contract, tolerance))
@@ -88,19 +86,15 @@ def verify_onnx(
     first = _first(example_inputs, feed)
     sizes = list(resized(opened, first, seed))
     checks += _behaviour(opened, live, feed, level, seed, alone=model is None)
+    cases = _cases(opened, example_inputs, first, calibration, level, seed)
     if isinstance(model, nn.Module):
-        cases = _cases(opened, example_inputs, first, calibration, level, seed)
         with evaluating(model):
-            reference = Reference(opened, live, model, level, repro, seed)
-            against_model(reference, cases, sizes, parity)
+            against_model(Reference(opened, live, model, level, repro, seed), cases, sizes, parity)
     else:
         checks.append(_dynamic(opened, live, sizes, parity))
-        if model is not None:
-            feeds = [
-                feed_of(opened, case)
-                for _, case in _cases(opened, example_inputs, first, calibration, level, seed)
-            ]
-            against_graph(opened, live, open_onnx(model), feeds, repro, seed, parity)
+    if isinstance(model, str | Path):
+        feeds = [feed_of(opened, case) for _, case in cases]
+        against_graph(opened, live, open_onnx(model), feeds, repro, seed, parity)
     found = parity.numbers() if model is not None else {"notes": tuple(parity.notes)}
     return OnnxVerification(
         path=str(path),
