@@ -33,7 +33,10 @@ from rewrite.tracing.decisions import place_of, statement_at, uncertain_values
 from rewrite.tracing.regions import Region
 from rewrite.tracing.taint import TaintAnalysis, is_super, path_of
 
-_Readers = dict[tuple[Any, frozenset[str]], TaintAnalysis | None]
+_Readers = dict[tuple[Any, frozenset[str], frozenset[str]], TaintAnalysis | None]
+
+_SIZES = frozenset({"shape", "size", "ndim", "dim", "numel", "dtype", "device"})
+"""What is asked of a value without reading it."""
 
 
 @dataclass
@@ -212,7 +215,8 @@ class _Search:
         self._seen.add((owner, function, tainted, given))
         if _is_torch(function):
             return
-        reader, values = self._read(function, tainted), self._read(function, given)
+        reader = self._read(function, tainted)
+        values = self._read(function, given, _SIZES)
         if reader is None or values is None:
             choices = self._note(owner, tainted)
             choices.anything = choices.incoming = True
@@ -239,15 +243,21 @@ class _Search:
             choices.incoming = True
             _spell(part, choices)
 
-    def _read(self, function: Callable[..., Any], tainted: frozenset[str]) -> TaintAnalysis | None:
-        if (function, tainted) not in self._readers:
+    def _read(
+        self,
+        function: Callable[..., Any],
+        tainted: frozenset[str],
+        ignored: frozenset[str] = frozenset(),
+    ) -> TaintAnalysis | None:
+        key = (function, tainted, ignored)
+        if key not in self._readers:
             try:
                 code = ast.parse(textwrap.dedent(inspect.getsource(function)))
             except (OSError, TypeError, SyntaxError):
-                self._readers[function, tainted] = None
+                self._readers[key] = None
             else:
-                self._readers[function, tainted] = TaintAnalysis(code, tainted)
-        return self._readers[function, tainted]
+                self._readers[key] = TaintAnalysis(code, tainted, ignored=ignored)
+        return self._readers[key]
 
     def _note(self, owner: str, tainted: Iterable[str]) -> BranchEffects:
         choices = self.found.setdefault(owner, BranchEffects({}, set(), set()))

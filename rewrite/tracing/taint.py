@@ -24,10 +24,18 @@ class TaintAnalysis:
         first: the name of its first parameter.
         chosen: the code that runs or not by a tainted name; None for what can be anything.
         calls: the calls that are given a tainted value.
+
+    Args:
+        code: the function.
+        tainted: its parameters that are.
+        ignored: attributes and methods that say nothing of a value, such as its shape.
     """
 
-    def __init__(self, code: ast.Module, tainted: frozenset[str]) -> None:
+    def __init__(
+        self, code: ast.Module, tainted: frozenset[str], *, ignored: frozenset[str] = frozenset()
+    ) -> None:
         self.parameters = tainted
+        self._ignored = ignored
         self._code = code
         self._assigned = list(_assignments(code))
         definition = code.body[0]
@@ -48,6 +56,8 @@ class TaintAnalysis:
         """Return whether a tainted name is in `node`; without `calls`, not as what a call gets."""
         if isinstance(node, ast.Name):
             return node.id in self._tainted
+        if isinstance(node, ast.Attribute) and node.attr in self._ignored:
+            return False
         if isinstance(node, ast.Call) and not calls:
             path = path_of(node.func) or []
             if not (len(path) == 1 and hasattr(builtins, path[0])):

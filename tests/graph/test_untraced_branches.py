@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+import rewrite
 from passes import FoldNorm
 from rewrite.graph.capture import capture
 from rewrite.protocol import Applied, apply_pass
@@ -454,3 +455,54 @@ def test_code_that_cannot_be_read_may_call_anything() -> None:
     exec(compile(source, "<nowhere>", "exec"), space)
     kind = type("Unreadable", (Holds,), {"forward": space["forward"]})
     assert "may call block" in str(capture(prepare(kind)).unknown_caller("block.conv"))
+
+
+# -- sizes of a value are not the value -------------------------------------------------------
+
+
+def masked(scores: Tensor, length: int, mask: Tensor | None = None) -> Tensor:
+    return scores if mask is None else scores + mask[:length, :length]
+
+
+def mixed(value: Tensor, mask: Tensor | None = None) -> Tensor:
+    return value if mask is None else value * mask
+
+
+class AsksForItsSize(nn.Module):
+    """An attention in short: the mask meets scores, and of its input no more than the length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qk, self.v = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        length = x.shape[1]
+        q = self.qk(x)
+        return masked(q @ q.transpose(1, 2), length, mask) @ self.v(x)
+
+
+class ReadsItsInput(AsksForItsSize):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q = self.qk(x)
+        return (q @ q.transpose(1, 2)) @ self.v(x) + mixed(x, mask) * 0
+
+
+class Normed(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(4), attention
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.attention(self.norm(x), mask)
+
+
+def test_the_length_of_a_value_beside_a_mask_stops_no_fold_and_the_value_does() -> None:
+    for attention, folds in ((AsksForItsSize(), 1), (ReadsItsInput(), 0)):
+        model = Normed(attention).double().eval()
+        nn.init.uniform_(model.norm.weight, 0.5, 1.5)
+        nn.init.normal_(model.norm.bias)
+        x, mask = torch.randn(2, 5, 4).double(), torch.randn(5, 5).double()
+        result = rewrite.convert(model, ["fold"], example_inputs=(x,))
+        assert len(result.report.changes) == folds
+        if folds:
+            assert torch.allclose(result.model(x, mask), model(x, mask), rtol=0, atol=1e-12)
