@@ -132,3 +132,60 @@ def test_a_full_disk_in_a_real_process(tmp_path):
     assert leftovers(tmp_path) == []
     assert run(1 << 20).returncode == 0
     assert leftovers(tmp_path) == ["m.pt"]
+
+
+def test_files_of_one_command_get_their_names_together_or_not_at_all(tmp_path, monkeypatch):
+    from rewrite import files
+
+    old = write_bytes(tmp_path / "a", "old")
+    with files.publication() as pending:
+        write_bytes(old, "new")
+        write_bytes(tmp_path / "b", "new")
+        assert leftovers(tmp_path) == ["a"]
+        assert old.read_text() == "old"
+        assert pending.publish() == (tmp_path / "a", tmp_path / "b")
+    assert old.read_text() == (tmp_path / "b").read_text() == "new"
+    with files.publication():
+        write_bytes(old, "newer")
+    assert old.read_text() == "new"
+    rename, count = files._rename, 0
+
+    def fails_second(staged):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise OSError(28, "full")
+        rename(staged)
+
+    monkeypatch.setattr(files, "_rename", fails_second)
+    with pytest.raises(CheckpointError, match="disk is full"), files.publication() as pending:
+        write_bytes(old, "newest")
+        write_bytes(tmp_path / "c", "newest")
+        pending.publish()
+    assert old.read_text() == "new"
+    assert leftovers(tmp_path) == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "loop", "dangling"])
+def test_what_is_no_file_is_not_replaced(tmp_path, kind):
+    place = tmp_path / kind
+    if kind == "fifo":
+        os.mkfifo(place)
+    elif kind == "device":
+        place.symlink_to("/dev/null")
+    else:
+        place.symlink_to(place if kind == "loop" else tmp_path / "no" / "where")
+    with pytest.raises(CheckpointError):
+        write_bytes(place, "x")
+    assert leftovers(tmp_path) == [kind]
+
+
+def test_a_killed_process_leaves_nothing(tmp_path):
+    program = (
+        "import os, signal, sys\nfrom rewrite.files import atomic_path\n"
+        "with atomic_path(sys.argv[1]) as place:\n"
+        "    place.write_bytes(bytes(1000))\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a")], check=False)
+    assert run.returncode == -9
+    assert leftovers(tmp_path) == []

@@ -33,6 +33,11 @@ _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+"""What an image may be, whatever it is called: others start programs (EPS) or read beside them."""
+
+_MOST_PIXELS = 100_000_000
+
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
 
 
@@ -141,12 +146,20 @@ class ImageFolder:
         except ImportError as error:
             raise OptionError("a folder of images needs pillow; pip install pillow") from error
         try:
-            with Image.open(file) as opened:
+            with Image.open(file, formats=_FORMATS) as opened:
+                self._check_size(*opened.size)
                 image = opened.convert("L" if self.format.channels == 1 else "RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             self.left_out.append(f"{file.name}: {error}")
             return None
         return self._as_tensor(image)
+
+    def _check_size(self, width: int, height: int) -> None:
+        """Raise ValueError for an image that would take more memory than a photo does."""
+        scale = self.format.size / self.format.crop / max(1, min(width, height))
+        resized = scale * width * scale * height
+        if width * height > _MOST_PIXELS or resized > _MOST_PIXELS:
+            raise ValueError(f"{width} x {height} pixels are too many")
 
     def _as_tensor(self, image: Any) -> Tensor:
         import numpy as np

@@ -31,6 +31,7 @@ from rewrite.checkpoint.check_loaded import check_loaded
 from rewrite.checkpoint.exported.program import is_exported, load_exported
 from rewrite.checkpoint.factory import FACTORY_NAME, build_named
 from rewrite.checkpoint.pickler import write_model
+from rewrite.checkpoint.pickles.opcodes import DictOf, Name, walk
 from rewrite.checkpoint.pickles.state import (
     build_state,
     find_state,
@@ -39,10 +40,17 @@ from rewrite.checkpoint.pickles.state import (
     pairs_of,
 )
 from rewrite.checkpoint.pickles.unpickle import PickleFile, opened_pickle
-from rewrite.checkpoint.state_dict import check_file, describe_root, fill, read_safetensors
+from rewrite.checkpoint.state_dict import (
+    check_file,
+    describe_root,
+    fill,
+    read_safetensors,
+    read_state,
+    write_state,
+)
 from rewrite.errors import CheckpointError
 from rewrite.files import atomic_path
-from rewrite.runtime.copying import own_memory_
+from rewrite.runtime.copying import copy_model, own_memory_
 
 
 def _silent(_: str) -> None:
@@ -114,6 +122,33 @@ def load(
     return build_named(reference, seed).to(map_location)
 
 
+def load_into(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    key: str | None = None,
+    strip_prefix: str | None = None,
+    note: Callable[[str], None] = _silent,
+) -> nn.Module:
+    """Return a copy of `model` with the tensors of a state dict in the place of its own.
+
+    Args:
+        model: What the state dict belongs to; it is not changed.
+        path: A file of tensors by name.
+        key: Where in a training checkpoint the state dict is.
+        strip_prefix: What to take off the keys; by itself any prefix that makes all keys fit.
+        note: Takes a line about each thing that was left out or renamed.
+
+    Raises:
+        CheckpointError: the file holds no state dict, or one that does not fit.
+    """
+    place = Path(path)
+    copied = copy_model(model)
+    state = read_state(place, key, strip_prefix is None)
+    fill(place, "the other model", copied, state, note=note, prefix=strip_prefix)
+    return copied
+
+
 def holds_state(reference: str | os.PathLike[str]) -> bool:
     """Say whether a reference is a file of tensors by name, and no whole model.
 
@@ -145,16 +180,39 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Tr
 
     Args:
         model: The model; it is not changed.
-        path: The file to write; its folder must exist.
+        path: The file to write; its folder must exist. A `.safetensors` file holds the state dict
+            alone, and is opened with a factory.
         overwrite: Whether a file at `path` may be replaced.
 
     Raises:
         CheckpointError: The place cannot be written, or the model holds something (a lambda, a
             local class) that no file can hold.
     """
+    target = Path(path)
     with atomic_path(path, overwrite=overwrite) as temporary:
-        write_model(model, temporary)
-    return Path(path)
+        if target.suffix == ".safetensors":
+            write_state(model.state_dict(), temporary)
+        else:
+            write_model(model, temporary)
+            _check_written(temporary)
+    return target
+
+
+def _check_written(path: Path) -> None:
+    """Raise CheckpointError unless `load` opens a file, with trust in all that it names."""
+    try:
+        with opened_pickle(path) as file:
+            nodes = list(walk(file.program.root))
+            names = {node.full for node in nodes if isinstance(node, Name)}
+            names |= {
+                value for node in nodes if isinstance(node, DictOf)
+                for key, value in node.pairs if key == "target" and isinstance(value, str)
+            }  # fmt: skip
+            trust = sorted(names | {name.partition(".")[0] for name in names})
+            check_loaded(file.build(file.program.root, trust, "meta"), trust)
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise CheckpointError(f"the model cannot be written so that it opens: {reason}") from error
 
 
 def _load_file(request: _Request) -> nn.Module:

@@ -85,6 +85,8 @@ def write_model(model: nn.Module, path: Path) -> None:
 
 def _importable(value: type | FunctionType) -> bool:
     """Say whether a class or function is found again under its own name."""
+    if value is type(None):
+        return True
     found = sys.modules.get(value.__module__)
     return getattr(found, value.__qualname__, None) is value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import zipfile
 from collections import OrderedDict
@@ -21,8 +22,15 @@ from rewrite.errors import CheckpointError, system_reason
 from rewrite.weights.weight_norm_keys import fit_weight_norm_keys
 
 
-def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_state(
+    path: str | os.PathLike[str], key: str | None = None, bare: bool = True
+) -> dict[str, Tensor]:
     """Return the tensors of a file by key: a state dict, or that of a whole model, on the CPU.
+
+    Args:
+        path: The file.
+        key: Where in a training checkpoint the state dict is.
+        bare: Take off what DataParallel, FSDP and torch.compile put before the keys.
 
     Raises:
         CheckpointError: the file is missing, unreadable, or holds no tensors by name.
@@ -32,12 +40,13 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if place.suffix == ".safetensors":
         return read_safetensors(place, "cpu")
     with opened_pickle(place) as file:
-        found = find_state(file.program.root)
+        found = find_state(file.program.root, key)
         if found is None:
             raise CheckpointError(
                 f"{path}: holds no state dict, but {describe_root(file.program.root)}"
             )
-        return without_wrappers(build_state(file, found[1], "cpu"))
+        state = build_state(file, found[1], "cpu")
+        return without_wrappers(state) if bare else state
 
 
 def check_file(path: Path) -> None:
@@ -190,3 +199,38 @@ def describe_root(root: Any) -> str:
         return f"a dict with the keys {_first(keys, 6) or '(none)'}"
     kind = "Tensor" if is_tensor(root) else describe_node(root)
     return f"a {kind}"
+
+
+def write_state(state: Mapping[str, Any], path: Path) -> None:
+    """Write a state dict as safetensors into a path, tensor by tensor.
+
+    The format is 8 bytes of length, a JSON header, and the bytes of the tensors: written here,
+    since the library's writer renames a file of its own, and a file without a name has no folder.
+
+    Raises:
+        CheckpointError: something in it is no tensor, or of a type that the format has not.
+    """
+    from safetensors.torch import _TYPES
+
+    names = {dtype: name for name, dtype in _TYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            raise CheckpointError(f"{key} is no plain tensor; write a .pt file")
+        if value.dtype not in names or value.is_quantized:
+            raise CheckpointError(f"{key} is of {value.dtype}, which safetensors has not")
+        end = offset + value.nbytes
+        header[key] = {
+            "dtype": names[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for value in state.values():
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            stream.write(flat.view(torch.uint8).numpy() if flat.numel() else b"")

@@ -21,12 +21,13 @@ def add_parsers(subparsers: Any) -> None:
     parser.add_argument("report", metavar="REPORT.json", help="what `convert --report` wrote")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a state dict of the old model")
     parser.add_argument("output", metavar="OUT", help=".safetensors, or else torch's format")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing output")
     parser.set_defaults(run=run_apply_map)
 
 
 def run_apply_map(options: argparse.Namespace) -> int:
     """Read the report and the checkpoint, write the folded one, and return the exit code."""
-    from rewrite.checkpoint.state_dict import read_state
+    from rewrite.checkpoint.state_dict import read_state, write_state
     from rewrite.files import atomic_path
     from rewrite.fold.replay import apply_report
 
@@ -35,11 +36,9 @@ def run_apply_map(options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise OptionError(f"{options.report}: no report can be read: {error}") from error
     state = apply_report(report, read_state(options.checkpoint))
-    with atomic_path(options.output) as temporary:
+    with atomic_path(options.output, overwrite=options.force) as temporary:
         if options.output.endswith(".safetensors"):
-            from safetensors.torch import save_file
-
-            save_file({key: value.contiguous() for key, value in state.items()}, temporary)
+            write_state(state, temporary)
         else:
             import torch
 

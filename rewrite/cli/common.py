@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,6 +58,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="allow the classes of a package in a pickled checkpoint (repeatable)",
     )
+    parser.add_argument(
+        "--key", metavar="NAME", help="where in a checkpoint the state dict is, as generator"
+    )
+    parser.add_argument(
+        "--strip-prefix",
+        metavar="PREFIX",
+        help="what to take off the keys of a state dict (by itself: what makes all keys fit)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     parser.add_argument(
         "--input",
@@ -70,11 +79,26 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
-def load_model(options: argparse.Namespace, reference: str) -> nn.Module:
-    """Open a MODEL reference with the command's --factory and --trust."""
+def load_model(options: argparse.Namespace, reference: str, *, factory: bool = True) -> nn.Module:
+    """Open a MODEL reference with the command's --factory, --trust, --key and --strip-prefix.
+
+    Without `factory` a whole model is opened as it is, though --factory is given.
+    """
     from rewrite.checkpoint.load import load
 
-    return load(reference, factory=options.factory, trust=options.trust)
+    def note(text: str) -> None:
+        if not options.quiet:
+            print(f"rewrite: {reference}: {text}", file=sys.stderr)
+
+    return load(
+        reference,
+        factory=options.factory if factory else None,
+        trust=options.trust,
+        key=options.key,
+        strip_prefix=options.strip_prefix,
+        seed=options.seed,
+        note=note,
+    )
 
 
 def example_inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, ...] | None:
@@ -84,7 +108,9 @@ def example_inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, 
     from rewrite.runtime.input_files import load_inputs, parse_shapes
 
     if Path(options.input).suffix in (".npz", ".npy", ".pt", ".pth"):
-        return load_inputs(options.input)
+        from rewrite.checkpoint.pickles.unpickle import load_pickle
+
+        return load_inputs(options.input, load_pickle)
     return parse_shapes(options.input, model, options.seed)
 
 
@@ -130,6 +156,51 @@ def _written_reports(options: argparse.Namespace) -> Iterable[tuple[str, str | N
     """Yield the flag and the value of each report that a command may be asked to write."""
     for name in ("report", "html", "node_data"):
         yield f"--{name.replace('_', '-')}", getattr(options, name, None)
+
+
+def _is_report(name: str) -> bool:
+    """Say whether a file is an earlier report, which a new one may replace."""
+    place = Path(name)
+    try:
+        if place.suffix.lower() != ".json" or place.stat().st_size > 64 << 20:
+            return False
+        content = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "provenance" in content
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    try:
+        return Path(one).samefile(other)
+    except (OSError, ValueError):
+        return False
+
+
+_READ = ("model", "other", "input", "calibration", "before", "checkpoint", "teacher", "data")
+
+
+def check_places(options: argparse.Namespace) -> None:
+    """Raise before any work when a report would take the place of something else.
+
+    Raises:
+        OptionError: a report, page or picture is a file that is read, or that exists, without
+            --force.
+    """
+    read = [getattr(options, name, None) for name in _READ]
+    if options.command == "apply-map":
+        read.append(options.report)
+    named = [*_written_reports(options), ("--plot", getattr(options, "plot", None))]
+    for flag, name in named if options.command != "apply-map" else ():
+        if not name or not os.path.lexists(name):
+            continue
+        for other in read:
+            if isinstance(other, str) and _is_same_file(other, name):
+                raise OptionError(f"{flag} {name}: is {other}; give the report a place")
+        if Path(name).is_file() and not (getattr(options, "force", False) or _is_report(name)):
+            raise OptionError(
+                f"{flag} {name}: already exists; choose another place or pass --force"
+            )
 
 
 def check_report(options: argparse.Namespace, *others: str | None) -> None:

@@ -141,8 +141,8 @@ def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool
             progress("saving")
             save(result.model, output, overwrite=options.force)
     write_report(options, result.report, page)
-    if code == OK and not options.quiet:
-        print("nothing written (--dry-run)" if options.dry_run else f"wrote {output}")
+    if code == OK and not options.quiet and options.dry_run:
+        print("nothing written (--dry-run)")
     if exported is not None:
         if not options.quiet:
             for item in exported.tables():

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +28,7 @@ from rewrite.cli import (
     recover,
     verify,
 )
-from rewrite.cli.common import FAILED, USAGE, complain
+from rewrite.cli.common import FAILED, USAGE, check_places, complain
 from rewrite.cli.parser import Parser, apply_config, find_config
 from rewrite.errors import PassError, RewriteError
 
@@ -40,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if "_ARGCOMPLETE" in os.environ:
                 complete(parser)
             options = parser.parse_args(argv)
-            code: int = options.run(options)
+            check_places(options)
+            with _stopped_by_sigterm():
+                code = _published(options)
     except PassError as error:
         return complain(error, FAILED)
     except RewriteError as error:
@@ -48,6 +52,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return complain("interrupted; nothing was written", USAGE)
     return code
+
+
+def _published(options: argparse.Namespace) -> int:
+    """Run a command, and then give its files their names: all of them, or none."""
+    from rewrite.files import publication
+
+    with publication() as files:
+        code: int = options.run(options)
+        if code != FAILED or options.command not in _NOTHING_WRONG:
+            written = files.publish()
+            if not getattr(options, "quiet", False) and not getattr(options, "json", False):
+                for path in written:
+                    print(f"wrote {path}")
+    return code
+
+
+_NOTHING_WRONG = ("convert", "export", "apply-map")
+"""Commands that write nothing when they fail; a verification that fails is what a report is for."""
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Leave by an exception when the process is told to end, so that nothing stays behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -71,6 +110,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     convert.add_parsers(commands, argv)
     for command in (inspect, passes, verify, compare, recover, export, apply_map, completion):
         command.add_parsers(commands)
+    for parser_ in commands.choices.values():
+        known = {option for action in parser_._actions for option in action.option_strings}
+        if "--force" not in known and known & {"--report", "--html"}:
+            parser_.add_argument("--force", action="store_true", help="overwrite existing files")
     if (found := find_config(Path.cwd())) is not None:
         apply_config(commands.choices, *found)
     return parser

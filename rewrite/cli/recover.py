@@ -121,8 +121,6 @@ def finish(options: argparse.Namespace, recovered: Recovered[nn.Module], output:
     write_report(options, recovered)
     if not recovered.ok:
         return complain(f"{recovered.stopped}; wrote the best state to {output}", FAILED)
-    if not options.quiet:
-        print(f"wrote {output}")
     return OK
 
 

@@ -23,6 +23,8 @@ from rewrite.cli.common import (
 from rewrite.errors import OptionError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from rewrite.equivalence.verification import Verification
     from rewrite.onnx.report import OnnxVerification
 
@@ -106,8 +108,7 @@ def _verify_models(options: argparse.Namespace) -> tuple[Verification, str | Non
     from rewrite.equivalence.verify import verify
     from rewrite.outcomes import Contract
 
-    before = load_model(options, options.model)
-    after = load_model(options, options.other)
+    before, after = _two_models(options)
     inputs: Any = example_inputs(options, before)
     found = verify(
         before,
@@ -132,6 +133,23 @@ def _verify_models(options: argparse.Namespace) -> tuple[Verification, str | Non
     known = own_provenance(options.model, options.other)
     title = f"{options.other} held to {options.model}"
     return found, verification_page(found, modules, known, title).render()
+
+
+def _two_models(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
+    """Open A and B; a state dict without --factory is taken as weights of the other model."""
+    from rewrite.checkpoint.load import holds_state, load_into
+
+    states = [holds_state(name) for name in (options.model, options.other)]
+    if options.factory is None and any(states) and not all(states):
+        whole, tensors = sorted((options.model, options.other), key=holds_state)
+        model = load_model(options, whole)
+        other = load_into(model, tensors, key=options.key, strip_prefix=options.strip_prefix)
+        return (other, model) if states[0] else (model, other)
+    one, two = (
+        load_model(options, name, factory=is_state or not any(states))
+        for name, is_state in zip((options.model, options.other), states, strict=True)
+    )
+    return one, two
 
 
 def _verify_onnx(options: argparse.Namespace) -> OnnxVerification:

@@ -8,6 +8,7 @@ keeps as computation (a weight norm) is baked or kept by choice.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,7 @@ from torch import nn
 from rewrite import __version__
 from rewrite.equivalence.verification import Level
 from rewrite.errors import ExportError, VerificationError, system_reason
-from rewrite.files import check_writable
+from rewrite.files import atomic_path, check_writable
 from rewrite.onnx.exporters import Exporter, ExportRequest, export_program
 from rewrite.onnx.file import LARGE
 from rewrite.onnx.report import OnnxVerification
@@ -98,7 +99,7 @@ def export(
     _describe(program.model, metadata or {})
     if shared := _share(program.model, {name for name, _ in ready.named_parameters()}):
         notes.append(f"stored {shared} tensors once that are equal to others")
-    with _written(program, target, beside) as place:
+    with _written(program, target, beside, overwrite) as place:
         found = OnnxVerification(str(place), ())
         if verify:
             try:
@@ -196,19 +197,31 @@ def _share(model: Any, learned: set[str]) -> int:
     return dropped
 
 
+def _scratch(program: Any, target: Path) -> Path:
+    """Return a folder for what is verified before it is written: not the target's, if others fit.
+
+    A process that is killed leaves its scratch files; beside the target nobody wants them.
+    """
+    size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values()
+               if v.const_value is not None)  # fmt: skip
+    usual = Path(tempfile.gettempdir())
+    return usual if shutil.disk_usage(usual).free > 2 * size + (64 << 20) else target.parent
+
+
 @contextlib.contextmanager
-def _written(program: Any, target: Path, beside: bool) -> Iterator[Path]:
+def _written(program: Any, target: Path, beside: bool, overwrite: bool) -> Iterator[Path]:
     """Write the model, and the weights beside it, to where it is verified: at the end they move.
 
     When the block raises, nothing is left and what was at `target` stays.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export.") as folder:
+        with tempfile.TemporaryDirectory(dir=_scratch(program, target)) as folder:
             place = Path(folder) / target.name
             program.save(str(place), external_data=beside)
             yield place
             written = sorted(Path(folder).iterdir(), key=lambda file: file == place)
             for file in written:
-                file.replace(target.parent / file.name)
+                with atomic_path(target.parent / file.name, overwrite=overwrite) as staged:
+                    shutil.copyfile(file, staged)
     except OSError as error:
         raise ExportError(f"{target}: {system_reason(error)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,12 @@ def _from_text(text: str, default: torch.dtype, generator: torch.Generator) -> t
         ) from error
 
 
-def load_inputs(path: str) -> tuple[Any, ...]:
-    """Read inputs from a file of numpy (.npy, .npz) or PyTorch (.pt, tensors only).
+def _read_tensors(path: Path) -> Any:
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def load_inputs(path: str, read: Callable[[Path], Any] = _read_tensors) -> tuple[Any, ...]:
+    """Read inputs from a file of numpy (.npy, .npz) or PyTorch (.pt, opened by `read`).
 
     Raises:
         VerificationError: the file cannot be read, or holds no tensors.
@@ -63,7 +68,7 @@ def load_inputs(path: str) -> tuple[Any, ...]:
             # numpy leaves a file open that it opened and cannot read.
             with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
                 return tuple(torch.from_numpy(archive[name]) for name in archive.files)
-        loaded = torch.load(path, weights_only=True, map_location="cpu")
+        loaded = read(Path(path))
     except RewriteError:
         raise
     except OSError as error:

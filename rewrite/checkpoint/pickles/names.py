@@ -123,7 +123,7 @@ def meaning_of(name: str, trust: Sequence[str]) -> Meaning:
         if found is not None:
             return found
     value = _find(MOVED.get(name, name))
-    if name in trust:
+    if name in trust and not (isinstance(value, type) and issubclass(value, enum.Enum)):
         return Meaning(Use.LAYER if isinstance(value, type) else Use.FUNCTION, value)
     listed = standing(MOVED.get(name, name))
     fix = f"pass --trust {name} to allow just that"

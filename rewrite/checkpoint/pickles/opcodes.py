@@ -285,7 +285,9 @@ class _Machine:
         self._make(TupleOf(tuple(self._to_mark()), frozen=True))
 
     def _on_bytearray8(self, argument: Any) -> None:
-        self._stack.append(bytes(argument))
+        name, args = Name("builtins.bytearray"), TupleOf((bytes(argument),))
+        self.events += [Event("make", name), Event("make", args)]
+        self._make(Made(name, args, new=False))
 
     def _on_append(self, _: Any) -> None:
         item = self._stack.pop()
