@@ -1,0 +1,161 @@
+"""Rebalancing: equality over architectures, time, and what 8 bits a tensor leave of real weights.
+
+    python -m benchmarks.rebalance equality [NAME ...] [--write]     the quick tier, or those named
+    python -m benchmarks.rebalance quantize [--write]                real weights of MobileNetV2
+    python -m benchmarks.rebalance time [--write]                    a ResNet-50 of torchvision
+
+equality: in float64, the largest output difference relative to the largest output, for each
+objective; how many groups are scaled, and how many on a second run. An architecture without any
+ReLU has none.
+
+quantize: weights rounded to 256 levels a tensor, symmetric; norms folded; the top-1 agreement with
+the original on random crops of the photos of `foolbox` (`benchmarks.keep_function`). The rows with
+ReLU replace ReLU6.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks._table import environment, parser, publish, table
+from benchmarks.corpus import QUICK, UnbuildableError, build
+from passes import Rebalance
+from rewrite.protocol import apply_pass
+from rewrite.rescaling.plan import OBJECTIVES
+from rewrite.runtime.copying import copy_model
+from rewrite.runtime.float64 import KeepFloat64
+from rewrite.runtime.leaves import tensors
+from rewrite.runtime.modes import widen
+
+
+def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    """Run in float64, also where the model's code creates float32 tensors."""
+    torch.manual_seed(0)
+    with KeepFloat64(), torch.no_grad():
+        return tensors(model(*inputs))
+
+
+def equality(names: Sequence[str]) -> Iterator[tuple[object, ...]]:
+    """Yield a row an architecture: per objective groups, groups of a second run, and the error."""
+    for name in names:
+        try:
+            built, inputs = build(name)
+        except UnbuildableError as error:
+            yield (name, f"not built: {str(error)[:40]}", "", "")
+            continue
+        model, inputs = built.double(), widen(inputs)
+        before = outputs(model, inputs)
+        size = max(float(t.abs().max()) for t in before)
+        cells = []
+        for objective in OBJECTIVES:
+            item = Rebalance(objective=objective)
+            applied = apply_pass(item, copy_model(model), inputs)
+            after = outputs(applied.model, inputs)
+            pairs = zip(before, after, strict=True)
+            off = max(float((a - b).abs().max()) for a, b in pairs) / size
+            keys = list(applied.model.state_dict()) == list(model.state_dict())
+            again = apply_pass(item, applied.model, inputs).changes
+            cell = f"{len(applied.changes)}, {len(again)}, {off:.0e}"
+            cells.append(cell if keys else f"{cell}, other keys")
+            if not applied.changes:
+                cells[-1] = "none"
+        yield (name, *cells)
+
+
+def quantized(model: nn.Module, bits: int = 8) -> nn.Module:
+    """Return a copy whose kernels are rounded to 2^bits levels between -max and max, a tensor."""
+    result = copy_model(model)
+    levels = 2 ** (bits - 1) - 1
+    with torch.no_grad():
+        for module in result.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                weight = module.weight
+                step = weight.abs().max() / levels
+                module.weight = nn.Parameter((weight / step).round().clamp(-levels, levels) * step)
+    return result
+
+
+def quantization(crops: int) -> Iterator[tuple[object, ...]]:
+    """Yield a row a way to prepare MobileNetV2: agreement without and with 8 bits a tensor."""
+    from benchmarks.keep_function import mobilenet
+    from passes import FoldNorm
+
+    subject = mobilenet(crops=crops)
+    ways: dict[str, list[Any]] = {
+        "fold": [FoldNorm()],
+        "fold, rebalance equalize": [FoldNorm(), Rebalance("equalize")],
+        "fold, rebalance equalize, clipped relu": [FoldNorm(), Rebalance("equalize", "relu")],
+        "fold, rebalance l2, clipped relu": [FoldNorm(), Rebalance("l2", "relu")],
+    }
+    for name, passes_ in ways.items():
+        model = copy_model(subject.model)
+        for item in passes_:
+            model = apply_pass(item, model, (subject.example,)).model
+        plain, rounded = subject.score(model), subject.score(quantized(model))
+        print(name, plain, rounded, flush=True)
+        yield (
+            name, f"{plain['agreement']:.0f} %", f"{rounded['agreement']:.0f} %",
+            f"{rounded['right of 20']:.0f}",
+        )  # fmt: skip
+
+
+def times() -> Iterator[tuple[object, ...]]:
+    """Yield seconds and CPU seconds of one application to a ResNet-50, per objective."""
+    import torchvision
+
+    model, x = torchvision.models.resnet50().eval(), torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        begin = time.process_time()
+        model(x)
+        forward = time.process_time() - begin
+    for objective in OBJECTIVES:
+        wall, cpu = time.perf_counter(), time.process_time()
+        applied = apply_pass(Rebalance(objective=objective), copy_model(model), x)
+        cpu = time.process_time() - cpu
+        yield (
+            objective, len(applied.changes), f"{time.perf_counter() - wall:.1f}", f"{cpu:.1f}",
+            f"{cpu / forward:.0f}",
+        )  # fmt: skip
+
+
+def main() -> None:
+    """Print one of the tables."""
+    arguments = parser(__doc__)
+    arguments.add_argument("what", choices=["equality", "quantize", "time"])
+    arguments.add_argument("names", nargs="*")
+    arguments.add_argument("--crops", type=int, default=5, help="of each photo, for quantize")
+    options = arguments.parse_args()
+    warnings.simplefilter("ignore")
+    if options.what == "equality":
+        heads = (
+            "architecture",
+            *(f"{objective}: scaled, again, error" for objective in OBJECTIVES),
+        )
+        rows: list[tuple[object, ...]] = []
+        for row in equality(options.names or QUICK):
+            print(row, flush=True)
+            rows.append(row)
+        title = "Rebalancing leaves the function alone"
+    elif options.what == "quantize":
+        heads = (
+            "MobileNetV2, ImageNet weights",
+            "agreement",
+            "with 8 bits a tensor",
+            "right of 20",
+        )
+        rows, title = list(quantization(options.crops)), "Weights of 8 bits a tensor"
+    else:
+        heads = ("objective", "groups", "seconds", "CPU seconds", "/ forward")
+        rows, title = list(times()), "Time to rebalance a ResNet-50"
+    body = f"{table(heads, rows)}\n\n{environment()}"
+    publish(f"rebalance-{options.what}", title, body, write=options.write)
+
+
+if __name__ == "__main__":
+    main()
