@@ -18,11 +18,13 @@ from torch import Tensor
 
 from rewrite.errors import CaptureError, CheckpointError, OptionError, PassError
 from rewrite.fold.executor import Exact, run_recipes
+from rewrite.fold.recipes import FoldRecipe
 from rewrite.fold.store import ModelStore
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
-from rewrite.outcomes import Change, Contract, Site, Skip
+from rewrite.outcomes import Change, Contract, Declined, Site, Skip
 from rewrite.protocol import Pass
+from rewrite.rescaling.bias_absorption import bias_absorptions
 from rewrite.rescaling.clipped import Clip, clips
 from rewrite.rescaling.plan import OBJECTIVES, Rescaling, describe, plan_rescaling
 from rewrite.rescaling.scales import Scales
@@ -40,7 +42,9 @@ class Rebalance(Pass):
          and norms, through ReLU, LeakyReLU, PReLU, pooling and whatever else is positively
          homogeneous; a batch norm carries a scale in its weight and bias.
       2. Residual streams with one scale a channel; branches; concatenations, each part its own.
-      3. With `clipped=relu`: ReLU6, Hardtanh and clamp from 0 become ReLU first. That is another
+      3. With `absorb_bias`: biases of batch norms above three deviations go into the next layer;
+         the contract is then `approximate`.
+      4. With `clipped=relu`: ReLU6, Hardtanh and clamp from 0 become ReLU first. That is another
          function, and the contract is then `approximate`.
 
     Declines: channels that reach an input, an output, code that was not traced, an activation that
@@ -60,6 +64,11 @@ class Rebalance(Pass):
         metadata={"help": "ReLU6 and its like: decline (keep them), or relu (another function)"},
     )
 
+    absorb_bias: bool = field(
+        default=False,
+        metadata={"help": "move high biases of norms into the next layer (an approximation)"},
+    )
+
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise OptionError(
@@ -67,7 +76,7 @@ class Rebalance(Pass):
             )
         if self.clipped not in ("decline", "relu"):
             raise OptionError(f"{self.name}: clipped is {self.clipped!r}; pass decline or relu")
-        if self.clipped == "relu":
+        if self.clipped == "relu" or self.absorb_bias:
             object.__setattr__(self, "contract", Contract.APPROXIMATE)
 
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
@@ -79,6 +88,12 @@ class Rebalance(Pass):
             else:
                 clipped.append(clip)
                 yield Site(clip.target, clip.what, clip.nodes[0], clip)
+        for absorption in bias_absorptions(captured) if self.absorb_bias else ():
+            if isinstance(absorption.found, Declined):
+                yield Skip(absorption.target, absorption.before, absorption.found.reason)
+            else:
+                node = absorption.found.layers()[0].node
+                yield Site(absorption.target, absorption.before, node, absorption.found)
         scales = _scales(captured, clipped)
         try:
             plan = plan_rescaling(scales, self.objective)
@@ -106,9 +121,12 @@ class Rebalance(Pass):
         plan = self._plan(captured, sites, clipped, targets)
         numbers = {group.target: number for number, group in enumerate(plan.groups)}
         recipes = {target: plan.recipe(numbers[target]) for target in targets if target in numbers}
-        store, exact = ModelStore(captured, list(recipes.values())), Exact()
+        absorbed = [site.plan for site in sites if isinstance(site.plan, FoldRecipe)]
+        # A shift is taken out of the value as it was, before its channels are scaled.
+        every = [*absorbed, *recipes.values()]
+        store, exact = ModelStore(captured, every), Exact()
         try:
-            run_recipes(list(recipes.values()), store, exact)
+            run_recipes(every, store, exact)
         except CheckpointError as error:
             raise PassError(f"{self.name}: {error}") from error
         captured.exact.update(store.named(exact))
@@ -117,7 +135,9 @@ class Rebalance(Pass):
             if isinstance(site.plan, Clip):
                 site.plan.replace(captured)
                 changes.append(_replaced(site))
-            elif site.target in recipes:
+            elif isinstance(site.plan, FoldRecipe):
+                changes.append(_shifted(site, site.plan))
+            else:
                 recipe = recipes[site.target]
                 layers = tuple(dict.fromkeys(layer.name for layer in recipe.layers()))
                 changes.append(
@@ -159,6 +179,14 @@ def _largest(log_scales: Tensor) -> float:
 def _metrics(log_scales: Tensor) -> dict[str, float]:
     scales = log_scales.exp()
     return {"smallest scale": float(scales.min()), "largest scale": float(scales.max())}
+
+
+def _shifted(site: Site, recipe: FoldRecipe) -> Change:
+    layers = tuple(dict.fromkeys(layer.name for layer in recipe.layers()))
+    return Change(
+        site.target, site.before, f"absorbed by {', '.join(layers[1:])}",
+        "an approximation", touched=layers, recipe=recipe.to_data(),
+    )  # fmt: skip
 
 
 def _replaced(site: Site) -> Change:
