@@ -24,7 +24,8 @@ from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.editable import Editable
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
-from rewrite.runtime.hooks import hooked, in_eval_mode, run
+from rewrite.runtime.hooks import hooked, run
+from rewrite.runtime.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _collect(model: nn.Module, modules: Sequence[nn.Module], data: Batches) -> l
         sums[index] += torch.stack([counts, rows.sum(1), (rows * rows).sum(1)]).cpu()
 
     normalizing = _normalizing_by_batch(modules)
-    with in_eval_mode(model), torch.no_grad(), normalizing, hooked(modules, hook):
+    with evaluating(model), torch.no_grad(), normalizing, hooked(modules, hook):
         for batch in data:
             run(model, batch)
     for item in sums:

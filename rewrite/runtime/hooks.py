@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from rewrite.errors import OptionError
 from rewrite.runtime.inputs import Inputs
-from rewrite.runtime.tree import Tree
 
 
 @contextlib.contextmanager
@@ -31,19 +30,6 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` into eval mode and every module back into its own mode afterwards."""
-    modes = {module: module.training for _, module in Tree(model).modules()}
-    for module in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:

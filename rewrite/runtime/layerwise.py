@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from rewrite.runtime.inputs import Inputs
+from rewrite.runtime.modes import evaluating
 
 FitFunction = Callable[[str, nn.Module, torch.Tensor, Callable[[], torch.Tensor]], torch.Tensor]
 
@@ -51,18 +52,14 @@ def fit_in_lockstep(
         return hook
 
     inputs = Inputs.of(batch)
-    modes = {module: module.training for module in model.modules()}
     handles = [
         layer.register_forward_hook(hook_for(name), prepend=True, with_kwargs=True)
         for name, layer in layers.items()
     ]
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(*inputs.args, **inputs.kwargs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return tuple(unreached)

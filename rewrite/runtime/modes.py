@@ -47,8 +47,13 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models into eval mode, each module back into its own mode afterwards."""
-    before = [(module, module.training) for model in models for module in model.modules()]
+    """Put models into eval mode, each module back into its own mode afterwards.
+
+    Modules that stand in plain lists and dicts, which `model.eval()` does not reach, go with them.
+    """
+    hidden = [module for model in models for _, module in Tree(model).modules()]
+    seen = [*(module for model in models for module in model.modules()), *hidden]
+    before = {module: module.training for module in seen}
     try:
         for model in models:
             try:
@@ -56,9 +61,11 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             except NotImplementedError:  # the module of an exported program forbids it
                 for module in model.modules():
                     module.training = False
+        for module in hidden:
+            module.training = False
         yield
     finally:
-        for module, training in before:
+        for module, training in before.items():
             module.training = training
 
 

@@ -35,7 +35,7 @@ from rewrite.grouping.regroup import Shared, rearrange, shared_orders
 from rewrite.grouping.statistics import MeanStatistics
 from rewrite.grouping.swapped_norm import SwappedNorm
 from rewrite.nn.modules import ChannelAffine
-from rewrite.runtime.hooks import in_eval_mode
+from rewrite.runtime.modes import evaluating
 from rewrite.swap.agreement import Agreement, measure
 
 SIZES_FROM = 3.0
@@ -88,7 +88,7 @@ def keep_function(
     fitted = [probe for probe in probes if probe.standardized]
     captured = capture(model)
     planner = Planner(captured)
-    with in_eval_mode(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         fits = fits_of(captured, planner, fitted)
         sized = [fit for fit in fits if fit.probe.gain > SIZES_FROM]
         shared = shared_orders(captured, planner.context, sized, fits, bases_only=mix > 0)

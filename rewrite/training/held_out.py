@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rewrite.errors import OptionError
-from rewrite.runtime.hooks import in_eval_mode
 from rewrite.runtime.leaves import tensors
+from rewrite.runtime.modes import evaluating
 from rewrite.swap.agreement import Sums
 from rewrite.training.recovered import Held
 from rewrite.training.samples import Samples
@@ -57,7 +57,7 @@ def outputs_of(model: nn.Module, samples: Samples) -> tuple[Tensor, ...]:
     device = torch.device("cpu") if parameter is None else parameter.device
     dtype = None if parameter is None else parameter.dtype
     parts: list[list[Tensor]] = []
-    with in_eval_mode(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for index in torch.arange(len(samples)).split(_CHUNK):  # type: ignore[no-untyped-call]
             chunk = samples.take(index).to(device, dtype).inputs
             try:

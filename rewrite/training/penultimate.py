@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rewrite.errors import OptionError
-from rewrite.runtime.hooks import in_eval_mode
+from rewrite.runtime.modes import evaluating
 from rewrite.training.plot import new_figure, write_figure
 
 
@@ -77,7 +77,7 @@ def _last_linear(model: nn.Module, inputs: Tensor) -> tuple[nn.Linear, Tensor]:
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     handles = [layer.register_forward_hook(note) for layer in layers]
     try:
-        with in_eval_mode(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             output = model(inputs)
     finally:
         for handle in handles:
