@@ -136,8 +136,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     stopped = [row for row in ran if row[WAYS[1]] != "ok"]
     names_ = ", ".join(f"{row['name']} ({_kind(row[WAYS[1]])})" for row in stopped) or "none"
     return (
-        f"{environment('opacus', 'timm')}. Architectures with a BatchNorm, of the quick tier and "
-        f"of a draw; not run: {left}.\n\n{table(['', *WAYS], lines)}\n\nLeft after "
+        f"{environment('opacus', 'timm')}. {len(ran)} architectures with a BatchNorm, in the order "
+        f"of the quick tier and then of the draw; ended otherwise: {left}."
+        f"\n\n{table(['', *WAYS], lines)}\n\nLeft after "
         f"`--bn-to-gn --out-of-place`: {names_}."
     )
 
