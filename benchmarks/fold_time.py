@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from benchmarks._table import environment, parser, publish, table
 from benchmarks.folders import pt2e, torch_fx
 
-_MODELS = ("resnet50", "efficientnet_b0", "1 B parameters")
+_MODELS = (
+    "resnet50", "efficientnet_b0", "mobilenet_v3_large", "densenet121", "1 B parameters",
+)  # fmt: skip
 
 
 class _Billion(nn.Module):
