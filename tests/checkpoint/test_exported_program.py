@@ -187,3 +187,20 @@ def test_a_truncated_archive_is_refused(program, tmp_path, kept):
     path.write_bytes(data[: int(kept * len(data))])
     with pytest.raises(CheckpointError):
         load(path)
+
+
+def test_a_constant_that_torch_would_unpickle_is_refused(program, tmp_path):
+    weights = json.loads(zipfile.ZipFile(program[0]).read(_WEIGHTS))["config"]["conv.weight"]
+
+    def change(name, content):
+        if not name.endswith("constants_config.json"):
+            return None
+        tree = json.loads(content)
+        tree["config"]["x"] = {**weights, "path_name": "opaque_obj_0"}
+        return json.dumps(tree).encode()
+
+    with pytest.raises(CheckpointError, match="class of its own"):
+        load(altered(program, tmp_path, change))
+
+
+_WEIGHTS = "m/data/weights/model_weights_config.json"

@@ -41,6 +41,7 @@ _MEMBERS = re.compile(
     r"|\.storage_alignment|models/\w+\.json"
     r"|data/(weights|constants)/(\w+|\w+_config\.json)|data/sample_inputs/\w+\.pt"
 )
+_TENSOR = re.compile(r"(weight|tensor)_\d+")
 _KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
 _CONTAINERS = {"builtins.tuple": "tuple", "builtins.list": "list", "builtins.dict": "dict"}
 
@@ -115,7 +116,7 @@ class _Payload:
                     raise CheckpointError(
                         f"holds {key} as a pickled tensor; export the program on plain tensors"
                     )
-                if entry["tensor_meta"] is None or not entry["path_name"].isidentifier():
+                if entry["tensor_meta"] is None or _TENSOR.fullmatch(entry["path_name"]) is None:
                     raise CheckpointError(f"holds {key}, an object of a class of its own")
                 self._entries[key] = (f"{folder}/{entry['path_name']}", entry["tensor_meta"])
 
