@@ -17,7 +17,8 @@ class HardswishToSilu(Pass):
     """Replace Hardswish modules by SiLU.
 
     1. Every `nn.Hardswish` is replaced, once, whatever calls it.
-    2. Declined: a line of code that applies hardswish, since there is no module to replace.
+    2. Declined: a line of code that applies hardswish, since there is no module to replace; a module
+       with hooks, which would be lost.
     """
 
     name: ClassVar[str] = "hardswish-to-silu"
@@ -31,7 +32,9 @@ class HardswishToSilu(Pass):
                 continue
             if activation.module is None:
                 yield Skip(activation.target, "hardswish", "is a line of code, not a module")
-            elif node is captured.calls(activation.module)[0]:
+            elif reasons := captured.hooks(activation.module):
+                yield Skip(activation.target, "Hardswish", f"{reasons[0]}; remove it first")
+            elif node is captured.call_sites(node)[0]:
                 yield Site(activation.target, "Hardswish", node)
 
     def rewrite(self, captured: Editable, site: Site) -> Change:

@@ -93,12 +93,19 @@ class Pass(ABC):
         changes = []
         for site in sites:
             try:
-                changes.append(self.rewrite(captured, site))
+                change = self.rewrite(captured, site)
             except RewriteError:
                 raise
             except Exception as error:
                 message = f"{self.name}: {site.target}: {error}"
                 raise PassError(message, site.target) from error
+            if not isinstance(change, Change):
+                kind = type(change).__name__
+                raise PassError(
+                    f"{self.name}: {site.target}: rewrite returns a {kind}; return a Change",
+                    site.target,
+                )
+            changes.append(change)
         return changes
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
@@ -112,12 +119,16 @@ class Pass(ABC):
 def find_sites(
     pass_: Pass, captured: Captured, selection: Selection | None = None
 ) -> tuple[list[Site], list[Skip]]:
-    """Return what a pass would do and what it declines; `selection` declines more."""
+    """Return what a pass would do and what it declines; `selection` declines more.
+
+    Raises:
+        PassError: `find` itself failed; the cause is chained.
+    """
     selection = selection or Selection()
     sites: list[Site] = []
     skips: list[Skip] = []
     evidence = captured.evidence if isinstance(captured, Editable) else captured
-    for outcome in pass_.find(evidence):
+    for outcome in _found(pass_, evidence):
         if isinstance(outcome, Skip):
             skips.append(outcome)
         elif (reason := selection.refusal(outcome.target)) is not None:
@@ -125,6 +136,21 @@ def find_sites(
         else:
             sites.append(outcome)
     return sites, skips
+
+
+def _found(pass_: Pass, evidence: Captured) -> list[Site | Skip]:
+    try:
+        found = list(pass_.find(evidence))
+    except RewriteError:
+        raise
+    except Exception as error:
+        hint = "; find changes nothing: edit in rewrite" if "'editor'" in str(error) else ""
+        raise PassError(f"{pass_.name}: find failed: {error}{hint}") from error
+    for outcome in found:
+        if not isinstance(outcome, Site | Skip):
+            kind = type(outcome).__name__
+            raise PassError(f"{pass_.name}: find yields a {kind}; yield a Site or a Skip")
+    return found
 
 
 def apply_pass(

@@ -88,7 +88,9 @@ def pass_class(name: str) -> type[Pass]:
     known = entries()
     if name not in known:
         hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
-        raise OptionError(f"{name}: no such pass{hint}")
+        raise OptionError(
+            f"{name}: no such pass{hint} (one that was just registered needs `pip install -e .`)"
+        )
     try:
         loaded = known[name].load()
     except (ImportError, AttributeError) as error:

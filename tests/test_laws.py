@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -85,6 +88,22 @@ def test_laws(pass_name: str, model_name: str) -> None:
     if rewrite.contract is not Contract.REDEFINING:
         again = apply_pass(rewrite, applied.model, inputs)
         assert [change.target for change in again.changes] == []
+
+
+def test_every_pass_of_the_project_is_installed() -> None:
+    with (Path(__file__).parent.parent / "pyproject.toml").open("rb") as stream:
+        declared = tomllib.load(stream)["project"]["entry-points"]["rewrite.passes"]
+    own = {n: e.value for n, e in registry.entries().items() if e.value.startswith("passes:")}
+    assert own == declared, "run: pip install -e ."
+
+
+@pytest.mark.parametrize("pass_name", sorted(registry.entries()))
+def test_the_laws_are_not_empty(pass_name: str) -> None:
+    for model_name in _NAMES:
+        model, inputs = models.build(model_name)
+        if apply_pass(_pass(pass_name), model, inputs, [inputs]).changes:
+            return
+    pytest.fail(f"no model of models/ has a site of {pass_name}: add one")
 
 
 def test_the_laws_notice_a_pass_that_breaks_them() -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,11 +14,11 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 import models
 from passes import BatchNormToGroupNorm
-from rewrite.errors import OptionError
+from rewrite.errors import OptionError, PassError
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
-from rewrite.outcomes import Change, Selection, Site, Skip
-from rewrite.protocol import apply_pass
+from rewrite.outcomes import Change, Contract, Selection, Site, Skip
+from rewrite.protocol import Pass, apply_pass
 
 
 def traced() -> torch.fx.GraphModule:
@@ -106,3 +108,32 @@ def test_find_gets_what_cannot_edit_and_rewrite_what_can() -> None:
     applied = apply_pass(Looks(num_groups=2), model, (torch.randn(1, 3, 6, 6),))
     assert "editor: False" in [skip.reason for skip in applied.skips]
     assert len(applied.changes) == 1
+
+
+@dataclass(frozen=True)
+class Wrong(Pass):
+    """A pass whose `find` or `rewrite` is not what it has to be."""
+
+    name: ClassVar[str] = "wrong"
+    contract: ClassVar[Contract] = Contract.REDEFINING
+    found: Any = ()
+
+    def find(self, captured: Captured) -> Any:
+        return self.found(captured) if callable(self.found) else self.found
+
+    def rewrite(self, captured: Editable, site: Site) -> Any:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (None, "wrong: find failed"),
+        (["x"], "wrong: find yields a str; yield a Site or a Skip"),
+        (lambda captured: captured.editor, "find changes nothing: edit in rewrite"),
+        ([Site("0", "ReLU")], "wrong: 0: rewrite returns a NoneType; return a Change"),
+    ],
+)
+def test_a_pass_that_is_wrong_is_told_so(found: Any, said: str) -> None:
+    with pytest.raises(PassError, match=re.escape(said)):
+        apply_pass(Wrong(found), nn.Sequential(nn.ReLU()))
