@@ -17,8 +17,8 @@ class HardswishToSilu(Pass):
     """Replace Hardswish modules by SiLU.
 
     1. Every `nn.Hardswish` is replaced, once, whatever calls it.
-    2. Declined: a line of code that applies hardswish, since there is no module to replace; a module
-       with hooks, which would be lost.
+    2. Declined: a line of code that applies hardswish, since there is no module to replace; a
+       module with hooks, which would be lost.
     """
 
     name: ClassVar[str] = "hardswish-to-silu"

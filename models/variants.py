@@ -5,9 +5,10 @@ import warnings
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from models.sharing import images
+from rewrite.nn import WeightStandardization
 
 
 def double_output(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -81,6 +82,14 @@ class ParametrizedConv(_ConvNorm):
     def __init__(self) -> None:
         super().__init__()
         parametrizations.weight_norm(self.conv)
+
+
+class StandardizedConv(_ConvNorm):
+    """A convolution under weight standardization: its weight is computed from three tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parametrize.register_parametrization(self.conv, "weight", WeightStandardization())
 
 
 class OldWeightNorm(_ConvNorm):
@@ -168,6 +177,7 @@ MODELS = (
     PreHookOnNorm,
     HookOnParent,
     ParametrizedConv,
+    StandardizedConv,
     OldWeightNorm,
     ParametrizedNorm,
     Bfloat16,
