@@ -12,6 +12,7 @@ Gonon et al. 2024, https://arxiv.org/abs/2310.01225, theorem A.1.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from rewrite.errors import CaptureError
-from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.captured import Captured, Region, TensorRef
 from rewrite.graph.operators import conv_of, linear_of, norm_of
 from rewrite.graph.traits import Call, call_of
 from rewrite.rescaling.folded import FoldedTensors
@@ -35,6 +36,32 @@ from rewrite.rescaling.path_operations import (
     passes,
 )
 from rewrite.runtime.leaves import tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Constants:
+    """The tensors that the code of one region reads by their names, beside its layers."""
+
+    _captured: Captured
+    _region: Region
+
+    def parameter(self, node: Node) -> TensorRef | None:
+        """Return the parameter that a node reads, or None: it reads anything else."""
+        ref = self._captured.ref(node) if node.op == "get_attr" else None
+        if ref is None or ref.name in self._region.constants:
+            return None
+        module: nn.Module = self._captured.module(ref.owner)
+        return ref if module._parameters.get(ref.attr) is not None else None
+
+    def value(self, name: str) -> Any:
+        """Return what a name holds; a floating-point tensor in float64, detached."""
+        owner, _, attr = name.rpartition(".")
+        value = self._region.constants.get(name)
+        if value is None:
+            value = getattr(self._captured.module(owner), attr)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.detach().double()
+        return value
 
 
 class PathForward:
@@ -68,13 +95,15 @@ class PathForward:
         self._passes_on = {} if folded is None else folded.passes_on
         self._values: dict[Node, Any] = {}
         self._on_path: set[Node] = set()
-        self.region = next((r for r in captured.regions if not r.name), None)
-        if self.region is None:
+        region = next((r for r in captured.regions if not r.name), None)
+        if region is None:
             opaque = captured.opaque.get("")
             where = f": {opaque.reason} ({opaque.source})" if opaque else ""
             raise CaptureError(
                 f"{type(captured.model).__name__} was not traced as one graph{where}"
             )
+        self.region = region
+        self._constants = Constants(captured, region)
 
     def run(self, inputs: Iterable[Tensor]) -> Tensor:
         """Return the ⊕ over all paths to all outputs, a float64 scalar.
@@ -85,7 +114,6 @@ class PathForward:
         Raises:
             CaptureError: an operation is not positively homogeneous; the message names its line.
         """
-        assert self.region is not None
         given = iter(inputs)
         self._values, self._on_path = {}, set()
         last = {
@@ -129,7 +157,7 @@ class PathForward:
     def _evaluate(self, node: Node) -> Any:
         captured = self._captured
         if node.op == "get_attr":
-            return self._constant(str(node.target))
+            return self._constants.value(str(node.target))
         call = call_of(captured, node)
         inputs = [n for n in node.all_input_nodes if n in self._on_path]
         if not inputs or (call is not None and asks(call)):
@@ -194,20 +222,17 @@ class PathForward:
 
     # -- sums and products --------------------------------------------------------------------
 
-    def _operands(self, node: Node) -> tuple[Any, Any]:
-        one = node.args[0] if node.args else node.kwargs.get("input")
-        other = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
-        return one, other
-
     def _add(self, node: Node, name: str) -> Tensor:
+        operands = _operands(node)
         alpha = node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1)
-        if alpha != 1 or (name in ("maximum", "minimum") and self._constants(node)):
+        constant = name in ("maximum", "minimum") and any(v not in self._on_path for v in operands)
+        if alpha != 1 or constant:
             raise self._refusal(node, f"{name} with other arguments than two values on paths")
-        one, other = (self._powered(value) for value in self._operands(node))
+        one, other = (self._powered(value) for value in operands)
         return self._algebra.plus(one, other)
 
     def _multiply(self, node: Node, call: Call, inputs: list[Node]) -> Tensor:
-        one, other = self._operands(node)
+        one, other = _operands(node)
         both = isinstance(one, Node) and isinstance(other, Node)
         if both and one in self._on_path and other in self._on_path:
             raise self._refusal(node, "a product of two computed values is of the second degree")
@@ -219,39 +244,17 @@ class PathForward:
             return self._powered(one) / self._powered(other)
         return self._powered(one) * self._powered(other)
 
-    def _constants(self, node: Node) -> list[Any]:
-        return [v for v in self._operands(node) if v not in self._on_path]
-
     def _powered(self, value: Any) -> Tensor:
         """Return a value on a path as it is, and of a constant the power."""
         if isinstance(value, Node):
             if value in self._on_path:
                 result: Tensor = self._values[value]
                 return result
-            if value.op == "get_attr" and (ref := self._parameter(value)) is not None:
+            if (ref := self._constants.parameter(value)) is not None:
                 return self._weights(ref)
             value = self._values[value]
         constant = torch.as_tensor(value, dtype=torch.float64)
         return self._algebra.power(constant)
-
-    # -- constants ----------------------------------------------------------------------------
-
-    def _parameter(self, node: Node) -> TensorRef | None:
-        ref = self._captured.ref(node)
-        if ref is None or ref.name in getattr(self.region, "constants", {}):
-            return None
-        module: nn.Module = self._captured.module(ref.owner)
-        return ref if module._parameters.get(ref.attr) is not None else None
-
-    def _constant(self, name: str) -> Any:
-        assert self.region is not None
-        owner, _, attr = name.rpartition(".")
-        value = self.region.constants.get(name)
-        if value is None:
-            value = getattr(self._captured.module(owner), attr)
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.detach().double()
-        return value
 
     def _refusal(self, node: Node, reason: str) -> CaptureError:
         where = self._captured.owner(node) or "the model"
@@ -259,3 +262,10 @@ class PathForward:
         return CaptureError(
             f"{reason}: {node.name} in {where}" + (f" ({source})" if source else "")
         )
+
+
+def _operands(node: Node) -> tuple[Any, Any]:
+    """Return what a sum or a product is of."""
+    one = node.args[0] if node.args else node.kwargs.get("input")
+    other = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
+    return one, other

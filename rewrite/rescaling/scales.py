@@ -14,7 +14,7 @@ its scales.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +79,141 @@ class Units:
         return self._reasons.get(self.root(label))
 
 
+class ScaledOperations:
+    """What operations without weights make of the labels of their inputs.
+
+    Args:
+        planner: what is known of the operations of the model.
+        units: where labels are united and fixed.
+        known: the labels of each value that was visited.
+        clipped: calls of clipping activations that become ReLU.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        units: Units,
+        known: Mapping[Node, ChannelMap],
+        clipped: frozenset[Node],
+    ) -> None:
+        self._captured = planner.captured
+        self._called = planner.called
+        self._rules = planner.context.rules
+        self._ranks = planner.context.ranks
+        self._parts = Parts(self._captured, self._ranks)
+        self._units = units
+        self._known = known
+        self._clipped = clipped
+
+    def result(self, node: Node, inputs: list[Node]) -> ChannelMap | None:
+        """Return the labels of what a call returns, or None; what it does not scale is fixed.
+
+        Args:
+            node: the call.
+            inputs: those of its inputs that have labels.
+        """
+        inputs = [value for value in inputs if not self._rules.reads_only_shape(node, value)]
+        if not inputs:
+            return None
+        try:
+            return self._through(node, inputs)
+        except DeclinedError as declined:
+            for value in inputs:
+                self._units.fix(self._known[value].index, str(declined))
+            return None
+
+    def _through(self, node: Node, inputs: list[Node]) -> ChannelMap:
+        first, call = self._known[inputs[0]], call_of(self._captured, node)
+        if node in self._clipped or (call is not None and _keeps(call)):
+            return first
+        if call is not None and call.name in _SUMS:
+            return self._sum(call, inputs)
+        if call is not None and call.name in ("mul", "div"):
+            return self._product(call, inputs)
+        joined = self._parts.join(node)
+        if joined is not None:
+            return self._join(node, *joined)
+        if len(inputs) > 1:
+            raise DeclinedError(f"{self._called(node)} combines values in a way not followed", node)
+        part = self._parts.part(node, first, Direction.FORWARD)
+        if part is not None:
+            return part
+        if call is not None and call.name == "pixel_shuffle":
+            first = self._shuffled(call, first)
+        found = self._rules.around(node, inputs[0], first, Constraints(True, lambda ways: 0))
+        if node not in found:
+            raise DeclinedError(f"{self._called(node)} does not pass a scale on", node)
+        return found[node]
+
+    def _sum(self, call: Call, inputs: list[Node]) -> ChannelMap:
+        called = self._called(call.node)
+        if any(operand not in self._known for operand in (call.operand, call.get("other"))):
+            raise DeclinedError(f"{called} adds something whose scale is fixed", call.node)
+        first, *others = (self._known[value] for value in inputs)
+        for other in others:
+            if not _alike(first, other):
+                raise DeclinedError(f"{called} adds values whose channels lie differently")
+            self._units.unite(first.index, other.index)
+        if self._ranks.size(call.node, first.axis) not in (None, len(first.index)):
+            raise DeclinedError(f"{called} broadcasts the channels", call.node)
+        return first
+
+    def _product(self, call: Call, inputs: list[Node]) -> ChannelMap:
+        node, called = call.node, self._called(call.node)
+        if len(inputs) > 1 or call.operand is call.get("other"):
+            raise DeclinedError(f"{called} multiplies or divides two computed values", node)
+        if call.name == "div" and call.operand is not inputs[0]:
+            raise DeclinedError(f"{called} divides by a computed value", node)
+        if call.get("rounding_mode") is not None:
+            raise DeclinedError(f"{called} rounds", node)
+        found = self._known[inputs[0]]
+        if self._ranks.size(node, found.axis) != len(found.index):
+            raise DeclinedError(f"{called} may broadcast the channels (pass example_inputs)", node)
+        return found
+
+    def _join(self, node: Node, parts: list[Node], axis: int) -> ChannelMap:
+        """Put the labels of the parts one behind the other; what has none keeps its scale."""
+        called = self._called(node)
+        known = [self._known[part] for part in parts if part in self._known]
+        if axis >= 0 or any(part.axis >= 0 or part.spread for part in known):
+            raise DeclinedError(
+                f"how the channels lie in {called} is unknown (pass example_inputs)", node
+            )
+        if axis != known[0].axis:
+            if len(known) < len(parts) or not all(_alike(known[0], other) for other in known):
+                raise DeclinedError(f"{called} stacks values whose scales are fixed", node)
+            for other in known[1:]:
+                self._units.unite(known[0].index, other.index)
+            return known[0]
+        labels = [self._labels(node, part, axis) for part in parts]
+        return known[0].moved(axis, torch.cat(labels))
+
+    def _labels(self, node: Node, part: Node, axis: int) -> Tensor:
+        """Return the labels of one part of a concatenation."""
+        found = self._known.get(part)
+        if found is not None and found.axis == axis:
+            return found.index
+        size = self._ranks.size(part, axis)
+        if found is not None or size is None:
+            raise DeclinedError(
+                f"how the channels lie in {part.name}, a part of {self._called(node)}, is unknown",
+                node,
+            )
+        fixed = self._units.new(size)
+        self._units.fix(fixed, f"{part.name} has a fixed scale")
+        return fixed
+
+    def _shuffled(self, call: Call, given: ChannelMap) -> ChannelMap:
+        """Let the channels that a pixel shuffle makes one of share a scale."""
+        factor = call.get("upscale_factor")
+        if not isinstance(factor, int) or len(given.index) % factor**2:
+            raise DeclinedError("a pixel shuffle by an unknown factor", call.node)
+        rows = given.index.view(-1, factor**2)
+        for column in range(1, factor**2):
+            self._units.unite(rows[:, 0], rows[:, column])
+        return given.moved(given.axis, self._units.roots(given.index))
+
+
 @dataclass(eq=False)
 class ScaledLayer:
     """One layer, and the label of each channel that it reads and writes."""
@@ -117,10 +252,8 @@ class Scales:
         self.planner = Planner(captured)
         self.units = Units()
         self.layers: dict[str, ScaledLayer] = {}
-        self._clipped = clipped
-        self._around = self.planner.context
-        self._parts = Parts(captured, self._around.ranks)
         self._maps: dict[Node, ChannelMap] = {}
+        self._operations = ScaledOperations(self.planner, self.units, self._maps, clipped)
         for node in captured.nodes():
             self._visit(node)
 
@@ -186,122 +319,13 @@ class Scales:
         elif not inputs:
             return
         else:
-            found = self._at_operation(node, inputs)
+            found = self._operations.result(node, inputs)
         if found is None:
             return
         readers = self.captured.readers(node)
         if not readers.known:
             self.units.fix(found.index, readers.reason)
         self._maps[node] = found
-
-    def _at_operation(self, node: Node, inputs: list[Node]) -> ChannelMap | None:
-        rules = self._around.rules
-        inputs = [value for value in inputs if not rules.reads_only_shape(node, value)]
-        if not inputs:
-            return None
-        try:
-            return self._through(node, inputs)
-        except DeclinedError as declined:
-            for value in inputs:
-                self.units.fix(self._maps[value].index, str(declined))
-            return None
-
-    def _through(self, node: Node, inputs: list[Node]) -> ChannelMap:
-        first, call = self._maps[inputs[0]], call_of(self.captured, node)
-        if node in self._clipped or (call is not None and _keeps(call)):
-            return first
-        if call is not None and call.name in _SUMS:
-            return self._sum(call, inputs)
-        if call is not None and call.name in ("mul", "div"):
-            return self._product(call, inputs)
-        joined = self._parts.join(node)
-        if joined is not None:
-            return self._join(node, *joined)
-        if len(inputs) > 1:
-            raise DeclinedError(f"{self._called(node)} combines values in a way not followed", node)
-        part = self._parts.part(node, first, Direction.FORWARD)
-        if part is not None:
-            return part
-        if call is not None and call.name == "pixel_shuffle":
-            first = self._shuffled(call, first)
-        rules, constraints = self._around.rules, Constraints(True, lambda ways: 0)
-        found = rules.around(node, inputs[0], first, constraints)
-        if node not in found:
-            raise DeclinedError(f"{self._called(node)} does not pass a scale on", node)
-        return found[node]
-
-    def _called(self, node: Node) -> str:
-        return self._around.rules.called(node)
-
-    # -- operations ---------------------------------------------------------------------------
-
-    def _sum(self, call: Call, inputs: list[Node]) -> ChannelMap:
-        called = self._called(call.node)
-        if any(operand not in self._maps for operand in (call.operand, call.get("other"))):
-            raise DeclinedError(f"{called} adds something whose scale is fixed", call.node)
-        first, *others = (self._maps[value] for value in inputs)
-        for other in others:
-            if not _alike(first, other):
-                raise DeclinedError(f"{called} adds values whose channels lie differently")
-            self.units.unite(first.index, other.index)
-        if self._around.ranks.size(call.node, first.axis) not in (None, len(first.index)):
-            raise DeclinedError(f"{called} broadcasts the channels", call.node)
-        return first
-
-    def _product(self, call: Call, inputs: list[Node]) -> ChannelMap:
-        node, called = call.node, self._called(call.node)
-        if len(inputs) > 1 or call.operand is call.get("other"):
-            raise DeclinedError(f"{called} multiplies or divides two computed values", node)
-        if call.name == "div" and call.operand is not inputs[0]:
-            raise DeclinedError(f"{called} divides by a computed value", node)
-        if call.get("rounding_mode") is not None:
-            raise DeclinedError(f"{called} rounds", node)
-        found = self._maps[inputs[0]]
-        if self._around.ranks.size(node, found.axis) != len(found.index):
-            raise DeclinedError(f"{called} may broadcast the channels (pass example_inputs)", node)
-        return found
-
-    def _join(self, node: Node, parts: list[Node], axis: int) -> ChannelMap:
-        """Put the labels of the parts one behind the other; what has none keeps its scale."""
-        called = self._called(node)
-        known = [self._maps[part] for part in parts if part in self._maps]
-        if axis >= 0 or any(part.axis >= 0 or part.spread for part in known):
-            raise DeclinedError(
-                f"how the channels lie in {called} is unknown (pass example_inputs)", node
-            )
-        if axis != known[0].axis:
-            if len(known) < len(parts) or not all(_alike(known[0], other) for other in known):
-                raise DeclinedError(f"{called} stacks values whose scales are fixed", node)
-            for other in known[1:]:
-                self.units.unite(known[0].index, other.index)
-            return known[0]
-        labels = [self._labels(node, part, axis) for part in parts]
-        return known[0].moved(axis, torch.cat(labels))
-
-    def _labels(self, node: Node, part: Node, axis: int) -> Tensor:
-        """Return the labels of one part of a concatenation."""
-        found = self._maps.get(part)
-        if found is not None and found.axis == axis:
-            return found.index
-        size = self._around.ranks.size(part, axis)
-        if found is not None or size is None:
-            raise DeclinedError(
-                f"how the channels lie in {part.name}, a part of {self._called(node)}, is unknown",
-                node,
-            )
-        fixed = self.units.new(size)
-        self.units.fix(fixed, f"{part.name} has a fixed scale")
-        return fixed
-
-    def _shuffled(self, call: Call, given: ChannelMap) -> ChannelMap:
-        """Let the channels that a pixel shuffle makes one of share a scale."""
-        factor = call.get("upscale_factor")
-        if not isinstance(factor, int) or len(given.index) % factor**2:
-            raise DeclinedError("a pixel shuffle by an unknown factor", call.node)
-        rows = given.index.view(-1, factor**2)
-        for column in range(1, factor**2):
-            self.units.unite(rows[:, 0], rows[:, column])
-        return given.moved(given.axis, self.units.roots(given.index))
 
     # -- layers -------------------------------------------------------------------------------
 
@@ -350,7 +374,7 @@ class Scales:
                 return f"{layer.name} has no weight"
             if layer.kind == "norm" and layer.bias is None:
                 return f"{layer.name} has no bias"
-        reason = self._around.tensor_readers.refusal(layer)
+        reason = self.planner.context.tensor_readers.refusal(layer)
         if reason is not None:
             return reason
         assert layer.weight is not None
