@@ -15,15 +15,14 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
 from torch import nn
 
-Path = tuple[str | None, ...]
-"""Attributes and keys below `self`; None for a key that the code does not spell."""
+from rewrite.tracing.module_paths import ModulePaths, Path, called
 
 _TENSORS = frozenset(
     {"parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "get_parameter",
@@ -118,7 +117,10 @@ def _functions(kind: type) -> dict[str, list[FunctionType]]:
 
 
 class _Reader:
-    """Reads one function; `env` says which of its names stand for modules."""
+    """Reads one function.
+
+    Its first name stands for `self`, unless `env` says which names stand for which modules.
+    """
 
     def __init__(
         self, function: FunctionType, env: Mapping[str, Path], found: ClassCode, depth: int = 0
@@ -128,7 +130,8 @@ class _Reader:
         self._found = found
         self._depth = depth
         self._file = function.__code__.co_filename.rpartition("/")[2]
-        self._env: dict[str, Path] = dict(env)
+        first = dict.fromkeys(function.__code__.co_varnames[:1], ())
+        self._paths = ModulePaths(env or first)
         self._parents: dict[ast.AST, ast.AST] = {}
 
     def read(self) -> None:
@@ -137,71 +140,12 @@ class _Reader:
             tree = ast.parse(textwrap.dedent(inspect.getsource(self._function)))
         except (OSError, TypeError, SyntaxError):
             return
-        names = self._function.__code__.co_varnames
-        if not self._env and names:
-            self._env[names[0]] = ()
         for node in ast.walk(tree):
             for child in ast.iter_child_nodes(node):
                 self._parents[child] = node
-        for _ in range(2):  # an alias of an alias
-            self._aliases(tree)
+        self._paths.learn(tree)
         for node in ast.walk(tree):
             self._node(node)
-
-    def _aliases(self, tree: ast.AST) -> None:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Assign) and len(node.targets) == 1:
-                pairs: list[tuple[ast.AST, Path | None]] = [
-                    (node.targets[0], self._path(node.value))
-                ]
-            elif isinstance(node, ast.For | ast.comprehension):
-                pairs = list(self._items(node.target, node.iter))
-            else:
-                continue
-            for target, path in pairs:
-                if isinstance(target, ast.Name) and path:
-                    self._env.setdefault(target.id, path)
-
-    def _items(self, target: ast.AST, source: ast.AST) -> Iterator[tuple[ast.AST, Path | None]]:
-        """Yield the names of a loop, and the items that they stand for."""
-        if isinstance(source, ast.Call) and isinstance(target, ast.Tuple):
-            name = getattr(source.func, "id", getattr(source.func, "attr", ""))
-            if name == "zip":
-                for part, value in zip(target.elts, source.args, strict=False):
-                    yield from self._items(part, value)
-                return
-            if name == "enumerate" and len(target.elts) == 2:
-                yield from self._items(target.elts[1], source.args[0])
-                return
-            if name in ("items", "named_children") and len(target.elts) == 2:
-                path = self._path(getattr(source.func, "value", source))
-                yield target.elts[1], None if path is None else (*path, None)
-                return
-        if isinstance(source, ast.Call) and isinstance(source.func, ast.Attribute):
-            path = self._path(source.func.value)
-            wanted = source.func.attr in ("values", "children")
-            yield target, (*path, None) if path is not None and wanted else None
-            return
-        path = self._path(source)
-        yield target, None if path is None else (*path, None)
-
-    def _path(self, node: ast.AST) -> Path | None:
-        if isinstance(node, ast.Name):
-            return self._env.get(node.id)
-        if isinstance(node, ast.Attribute):
-            path = self._path(node.value)
-            return None if path is None else (*path, node.attr)
-        if isinstance(node, ast.Subscript):
-            path = self._path(node.value)
-            key = node.slice.value if isinstance(node.slice, ast.Constant) else None
-            return None if path is None else (*path, None if key is None else str(key))
-        if _called(node) == "getattr":
-            assert isinstance(node, ast.Call)
-            path = self._path(node.args[0])
-            name = node.args[1]
-            key = str(name.value) if isinstance(name, ast.Constant) else None
-            return None if path is None else (*path, key)
-        return None
 
     def _use(self, node: ast.AST, path: Path | None, kinds: tuple[type, ...] = ()) -> Use:
         line = self._function.__code__.co_firstlineno + getattr(node, "lineno", 1) - 1
@@ -223,7 +167,7 @@ class _Reader:
         parent = self._parents.get(node)
         if isinstance(node, ast.Attribute):
             self.words.add(node.attr)
-        path = self._path(node)
+        path = self._paths.of(node)
         if path is None:
             return
         if not isinstance(node.ctx, ast.Load):
@@ -247,20 +191,20 @@ class _Reader:
         )
 
     def _call(self, node: ast.Call) -> None:
-        name = _called(node)
+        name = called(node)
         first = node.args[0] if node.args else None
         if first is not None and name in ("isinstance", "issubclass", "hasattr", "type"):
             inner = first.args[0] if isinstance(first, ast.Call) and first.args else first
-            path = self._path(inner)
+            path = self._paths.of(inner)
             kinds = self._classes(node.args[1]) if len(node.args) > 1 else ()
             if name == "type" and isinstance(parent := self._parents.get(node), ast.Compare):
                 kinds = tuple(k for c in parent.comparators for k in self._classes(c))
             if path is not None or kinds:
                 self._found.tests.append(self._use(node, path, kinds))
-        elif name == "functional_call" and first is not None and self._path(first) is not None:
-            self._found.tensors.append(self._use(node, self._path(first)))
+        elif name == "functional_call" and first is not None and self._paths.of(first) is not None:
+            self._found.tensors.append(self._use(node, self._paths.of(first)))
         elif name in _TENSORS and isinstance(node.func, ast.Attribute):
-            path = self._path(node.func.value)
+            path = self._paths.of(node.func.value)
             if path is not None and not self._asks_kind(node):
                 self._found.tensors.append(self._use(node, path))
         elif isinstance(node.func, ast.Name) and self._depth < 3:
@@ -275,8 +219,8 @@ class _Reader:
         if function.__module__.partition(".")[0] == "torch":
             return
         names = function.__code__.co_varnames
-        given = {n: self._path(a) for n, a in zip(names, node.args, strict=False)}
-        given |= {k.arg: self._path(k.value) for k in node.keywords if k.arg in names}
+        given = {n: self._paths.of(a) for n, a in zip(names, node.args, strict=False)}
+        given |= {k.arg: self._paths.of(k.value) for k in node.keywords if k.arg in names}
         env = {name: path for name, path in given.items() if path is not None}
         if env:
             _Reader(function, env, self._found, self._depth + 1).read()
@@ -302,7 +246,7 @@ class _Reader:
         return tuple(found)
 
     def _subscript(self, node: ast.Subscript) -> None:
-        path = self._path(node.value)
+        path = self._paths.of(node.value)
         if path and any(self._is_state(part) for part in ast.walk(node.slice)):
             self._found.choices.append(self._use(node, (*path, None)))
 
@@ -310,7 +254,7 @@ class _Reader:
         if not any(self._is_state(part) for part in ast.walk(node.test)):
             return
         for part in ast.walk(node):
-            if isinstance(part, ast.Call) and (path := self._path(part.func)):
+            if isinstance(part, ast.Call) and (path := self._paths.of(part.func)):
                 self._found.choices.append(Use(path, *self._words(node)))
 
     def _words(self, node: ast.If | ast.IfExp) -> tuple[str, str]:
@@ -319,11 +263,5 @@ class _Reader:
 
     def _is_state(self, node: ast.AST) -> bool:
         """Return whether `node` is an attribute of the module itself, which somebody may set."""
-        path = self._path(node) if isinstance(node, ast.Attribute) else None
+        path = self._paths.of(node) if isinstance(node, ast.Attribute) else None
         return path is not None and len(path) == 1 and path[0] != "training"
-
-
-def _called(node: ast.AST) -> str:
-    if not isinstance(node, ast.Call):
-        return ""
-    return str(getattr(node.func, "id", getattr(node.func, "attr", "")))

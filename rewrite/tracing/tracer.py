@@ -18,21 +18,20 @@ Differences from `torch.fx.Tracer`, each for a reason:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, Node, Proxy, Tracer
-from torch.fx.proxy import TraceError
+from torch.fx import Graph, Node, Proxy
 from torch.nn.utils.parametrize import is_parametrized
 
 from rewrite.runtime.stand_in import Attributes
 from rewrite.runtime.tree import Tree
-from rewrite.tracing.proxies import ValueProxy, nodes_of
-from rewrite.tracing.records import Decision, Frame, Opaque, Trace
-from rewrite.tracing.source_lines import reason_of, user_frame, user_line
+from rewrite.tracing.proxies import nodes_of
+from rewrite.tracing.records import Frame, Opaque, Trace
+from rewrite.tracing.source_lines import reason_of, user_line
+from rewrite.tracing.value_tracer import ValueTracer
 
 if TYPE_CHECKING:
     from rewrite.tracing.shapes import Shapes
@@ -41,17 +40,6 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 _TORCH_PREFIXES = ("torch.nn.", "torch.ao.nn.")
-
-
-_SPLITS = frozenset(
-    {torch.split, torch.chunk, torch.unbind, torch.tensor_split, torch.functional.split}
-    | {"split", "chunk", "unbind", "tensor_split"}
-)
-"""What makes as many parts as the size of its input allows."""
-
-
-_UNROLLED = 64
-"""Items of a tensor that a loop over it is followed for."""
 
 
 _LAYER_METHODS = ("forward", "_conv_forward", "_check_input_dim")
@@ -96,7 +84,7 @@ def _is_old_weight_norm(module: nn.Module) -> bool:
     return all(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
 
 
-class RegionTracer(Tracer):
+class RegionTracer(ValueTracer):
     """Trace one root (the model, or a submodule below an opaque one) without ever giving up.
 
     Use it inside `tracing()`, on a stand-in of the model: a forward may write to what it holds.
@@ -117,18 +105,14 @@ class RegionTracer(Tracer):
         opaque: dict[str, Opaque],
         shapes: Shapes | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(shapes)
         self.tree = tree
         self.tensors = tensors
         self.opaque = opaque
-        self.shapes = shapes
         self.shallow = False
-        self._frames: list[Frame] = []
         self._invocations: dict[str, int] = {}
         self._dead: list[Node] = []
         self._before = Attributes(())
-        self._deciding: dict[FrameType, list[Decision]] = {}
-        self._trace: Trace
 
     def run(self, root: nn.Module, arguments: dict[str, Any]) -> Trace:
         """Trace `root`; `arguments` are the values of parameters that are not inputs.
@@ -223,72 +207,6 @@ class RegionTracer(Tracer):
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
 
-    def proxy(self, node: Node) -> Proxy:
-        """Return what flows through the forward in place of the value of `node`."""
-        return ValueProxy(node, self)
-
-    def iter(self, obj: Proxy) -> Iterator[Any]:
-        """Iterate over what `split` returns if it is given the sizes, and over what is known."""
-        parts = _parts(obj.node)
-        if parts is None and (value := self._known(obj)) is not None:
-            parts = len(value) if isinstance(value, tuple | list) else None
-            if parts is not None and obj.node.target in _SPLITS:
-                self._decide(obj)
-            if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] <= _UNROLLED:
-                parts = self.length(obj)
-        return super().iter(obj) if parts is None else map(cast(Any, obj).__getitem__, range(parts))
-
-    def keys(self, obj: Proxy) -> Any:
-        """Return the keys of keywords that are known."""
-        value = self._known(obj)
-        return list(value) if isinstance(value, dict) else super().keys(obj)
-
-    def to_bool(self, obj: Proxy) -> bool:
-        """Return what a condition on sizes is, where they are known."""
-        if isinstance(self._known(obj), bool | int | float | tuple | list | torch.Size):
-            return bool(self.number(obj))
-        return super().to_bool(obj)  # raises
-
-    def number(self, obj: Proxy) -> Any:
-        """Return the value of a size, and note which line needs it.
-
-        Raises:
-            TraceError: it is not known, or it is a tensor.
-        """
-        value = self._known(obj)
-        if value is None or isinstance(value, torch.Tensor):
-            raise TraceError("needs the value of a tensor or a size as a number")
-        self._decide(obj)
-        return value
-
-    def length(self, obj: Proxy) -> int:
-        """Return how many items a value has, and note which line needs to know.
-
-        Raises:
-            TraceError: it is not known.
-        """
-        value = self._known(obj)
-        if value is None or isinstance(value, int | float):
-            raise TraceError("needs the length of a value that is not known")
-        if isinstance(value, torch.Tensor):
-            self._decide(obj)
-        return len(value)
-
-    def _known(self, obj: Proxy) -> Any:
-        """Return the value of a proxy, tensors without numbers; None where there is none."""
-        return None if self.shapes is None else obj.node.meta.get("val")
-
-    def _decide(self, obj: Proxy) -> None:
-        """Note that the running line has seen a size that another input may not have."""
-        frame = user_frame()
-        if frame is None or obj.node.meta.get("fixed"):
-            return
-        held = [node for value in frame.f_locals.values() for node in nodes_of(value)]
-        owner = self._frames[-1].owner
-        decision = Decision(owner, frame.f_code, frame.f_lineno, held)
-        self._trace.decisions.append(decision)
-        self._deciding.setdefault(frame, []).append(decision)
-
     def _computes(self) -> bool:
         return self.shapes is not None and self.shapes.running
 
@@ -324,13 +242,6 @@ class RegionTracer(Tracer):
                 self._note_decided(node)
         return node
 
-    def _note_decided(self, node: Node) -> None:
-        frame = user_frame()
-        while frame is not None:
-            for decision in self._deciding.get(frame, ()):
-                decision.nodes.append(node)
-            frame = frame.f_back
-
     # -- erasing ------------------------------------------------------------------------------
 
     def _last_node(self) -> Node:
@@ -341,15 +252,6 @@ class RegionTracer(Tracer):
         for node in reversed(self._dead):
             if not node.users and not node._erased:
                 self.graph.erase_node(node)
-
-
-def _parts(node: Node) -> int | None:
-    """Return how many parts a split by sizes has; by one size, or a chunk, it is the input's."""
-    if node.target not in (torch.split, "split", torch.split_with_sizes, "split_with_sizes"):
-        return None
-    names = ("split_size_or_sections", "split_size", "split_sizes")
-    given = [*node.args[1:2], *(node.kwargs[name] for name in names if name in node.kwargs)]
-    return len(given[0]) if given and isinstance(given[0], list | tuple) else None
 
 
 def _nodes_after(last: Node) -> list[Node]:

@@ -1,0 +1,130 @@
+"""What a forward asks of a proxy: its number, its length, its items, answered where they are known.
+
+With example inputs each node has a value without numbers, so a branch or a loop on sizes can be
+followed. An input of another size may take another way: the line that asked is noted as a decision,
+with the values at hand there and those that its function makes from there on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch.fx import Node, Proxy, Tracer
+from torch.fx.proxy import TraceError
+
+from rewrite.tracing.proxies import ValueProxy, nodes_of
+from rewrite.tracing.records import Decision, Frame, Trace
+from rewrite.tracing.source_lines import user_frame
+
+if TYPE_CHECKING:
+    from rewrite.tracing.shapes import Shapes
+
+_SPLITS = frozenset(
+    {torch.split, torch.chunk, torch.unbind, torch.tensor_split, torch.functional.split}
+    | {"split", "chunk", "unbind", "tensor_split"}
+)
+"""What makes as many parts as the size of its input allows."""
+
+_UNROLLED = 64
+"""Items of a tensor that a loop over it is followed for."""
+
+
+class ValueTracer(Tracer):
+    """Answers for the values of proxies, and notes the decisions in the trace under way.
+
+    Args:
+        shapes: computes the shape of each value, if there are example inputs.
+    """
+
+    def __init__(self, shapes: Shapes | None) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self._trace: Trace
+        self._frames: list[Frame] = []
+        self._deciding: dict[FrameType, list[Decision]] = {}
+
+    def proxy(self, node: Node) -> Proxy:
+        """Return what flows through the forward in place of the value of `node`."""
+        return ValueProxy(node, self)
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        """Iterate over what `split` returns if it is given the sizes, and over what is known."""
+        parts = _parts(obj.node)
+        if parts is None and (value := self._known(obj)) is not None:
+            parts = len(value) if isinstance(value, tuple | list) else None
+            if parts is not None and obj.node.target in _SPLITS:
+                self._decide(obj)
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] <= _UNROLLED:
+                parts = self.length(obj)
+        return super().iter(obj) if parts is None else map(cast(Any, obj).__getitem__, range(parts))
+
+    def keys(self, obj: Proxy) -> Any:
+        """Return the keys of keywords that are known."""
+        value = self._known(obj)
+        return list(value) if isinstance(value, dict) else super().keys(obj)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        """Return what a condition on sizes is, where they are known."""
+        if isinstance(self._known(obj), bool | int | float | tuple | list | torch.Size):
+            return bool(self.number(obj))
+        return super().to_bool(obj)  # raises
+
+    def number(self, obj: Proxy) -> Any:
+        """Return the value of a size, and note which line needs it.
+
+        Raises:
+            TraceError: it is not known, or it is a tensor.
+        """
+        value = self._known(obj)
+        if value is None or isinstance(value, torch.Tensor):
+            raise TraceError("needs the value of a tensor or a size as a number")
+        self._decide(obj)
+        return value
+
+    def length(self, obj: Proxy) -> int:
+        """Return how many items a value has, and note which line needs to know.
+
+        Raises:
+            TraceError: it is not known.
+        """
+        value = self._known(obj)
+        if value is None or isinstance(value, int | float):
+            raise TraceError("needs the length of a value that is not known")
+        if isinstance(value, torch.Tensor):
+            self._decide(obj)
+        return len(value)
+
+    def _known(self, obj: Proxy) -> Any:
+        """Return the value of a proxy, tensors without numbers; None where there is none."""
+        return None if self.shapes is None else obj.node.meta.get("val")
+
+    def _decide(self, obj: Proxy) -> None:
+        """Note that the running line has seen a size that another input may not have."""
+        frame = user_frame()
+        if frame is None or obj.node.meta.get("fixed"):
+            return
+        held = [node for value in frame.f_locals.values() for node in nodes_of(value)]
+        owner = self._frames[-1].owner
+        decision = Decision(owner, frame.f_code, frame.f_lineno, held)
+        self._trace.decisions.append(decision)
+        self._deciding.setdefault(frame, []).append(decision)
+
+    def _note_decided(self, node: Node) -> None:
+        """Add a new node to the decisions of the functions that are making it."""
+        frame = user_frame()
+        while frame is not None:
+            for decision in self._deciding.get(frame, ()):
+                decision.nodes.append(node)
+            frame = frame.f_back
+
+
+def _parts(node: Node) -> int | None:
+    """Return how many parts a split by sizes has; by one size, or a chunk, it is the input's."""
+    if node.target not in (torch.split, "split", torch.split_with_sizes, "split_with_sizes"):
+        return None
+    names = ("split_size_or_sections", "split_size", "split_sizes")
+    given = [*node.args[1:2], *(node.kwargs[name] for name in names if name in node.kwargs)]
+    return len(given[0]) if given and isinstance(given[0], list | tuple) else None
