@@ -200,7 +200,9 @@ class FoldNorm(Pass):
                 changes.append(change)
             elif isinstance(site.plan, Merge):
                 changes.append(_merged_change(site, merged[site.plan]))
-        captured.exact.update(ran.exact)
+        # A baked weight was rounded before it was folded: its exact value is not what was computed.
+        rounded = {f"{name}.{attr}" for name in baked for attr in ("weight", "bias")}
+        captured.exact.update({n: e for n, e in ran.exact.items() if n not in rounded})
         return changes
 
 

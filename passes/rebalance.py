@@ -81,6 +81,10 @@ class Rebalance(Pass):
 
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
         """Yield every group of channels in data-flow order, and the activations that would go."""
+        if empty := next((n for n, p in captured.model.named_parameters() if p.is_meta), None):
+            reason = f"{empty} is on the meta device: scales are chosen by values"
+            yield Skip("", f"{self.objective} objective", reason)
+            return
         clipped: list[Clip] = []
         for clip in clips(captured) if self.clipped == "relu" else ():
             if clip.refusal:

@@ -82,7 +82,7 @@ def _exported(model: nn.Module, inputs: Inputs, arguments: dict[str, Any], notes
                     with written:
                         program = _run_exporter(model, inputs, arguments)
                 except Exception:  # noqa: BLE001 - of two failures the first is the cause
-                    raise error from None
+                    raise error from error.__cause__
                 if not written.calls:
                     raise
             notes.append(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx._symbolic_trace import _new_patcher
+from torch.utils._device import _device_constructors
 
 from rewrite.tracing.proxies import proxies_in
 
@@ -84,5 +85,8 @@ def _record_factories(patcher: Any) -> None:
 
         return make
 
+    # `with torch.device(...)` remembers the factories by identity at its first use, for good: it
+    # has to meet the real ones.
+    _device_constructors()
     for name in _FACTORIES:
         patcher.patch(vars(torch), name, recorded(getattr(torch, name)), deduplicate=False)

@@ -82,7 +82,7 @@ def test_reads_arrays(tmp_path: Path, suffix: str) -> None:
 
 
 def test_calls_a_factory() -> None:
-    batches = list(open_calibration("tests.test_calibration_data:images", model()))
+    batches = list(open_calibration(f"{__name__}:images", model()))
     assert [len(batch) for batch in batches] == [2, 1]
 
 

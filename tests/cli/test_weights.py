@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch):
 
 
 _BAD = {
-    "unknown scheme 'hee'; known are glorot": ["--reinit", "hee"],
+    "unknown scheme 'hee'; did you mean he?": ["--reinit", "hee"],
     "unknown activation 'rellu'; known are celu": ["--reinit", "he", "--activation", "rellu"],
     "unknown layer kind 'convv'; known are linear": ["--reinit", "@convv=he"],
     "unknown layer kind 'kind'; known are linear": ["--weight-norm", "--kinds", "kind"],
@@ -46,7 +46,6 @@ def test_bad_options_are_one_line_and_2(said, folder, capsys):
 
 
 _BAD_SIGNAL = {
-    "pass --input": [],
     "does not run on the input": ["--input", "2x5"],
     "a plot is a .png or .svg file": ["--input", "2x3", "--plot", "a.gif"],
 }

@@ -89,10 +89,11 @@ def test_the_whole_way(tmp_path: Path) -> None:
     assert changes["0.parametrizations.weight.original2"] == "0.weight"
 
 
-def test_folding_bakes_it() -> None:
+@pytest.mark.parametrize("computed", ["weight-standardize", "weight-norm"])
+def test_folding_bakes_it(computed: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
     x = torch.randn(2, 3, 8, 8)
-    result = rewrite.convert(model, ["weight-standardize", "fold"], example_inputs=(x,))
+    result = rewrite.convert(model, [computed, "fold"], example_inputs=(x,))
     assert result.report.ok and not parametrize.is_parametrized(result.model[0])
 
 

@@ -315,3 +315,15 @@ def test_a_compiled_function_and_an_exported_program_are_copied():
 
 def swish(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
+
+
+def test_a_device_context_works_after_one_that_was_first_entered_while_tracing() -> None:
+    from torch.utils._device import _device_constructors
+
+    from rewrite.tracing.patches import tracing
+
+    _device_constructors.cache_clear()
+    with tracing(), torch.device("meta"):
+        torch.zeros(1)
+    with torch.device("meta"):
+        assert torch.zeros(1).is_meta and torch.empty(2, 3).is_meta
