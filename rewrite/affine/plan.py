@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Node
 
 from rewrite.affine.algebra import Affine
@@ -185,52 +184,3 @@ def write_tensor(editor: Editor, layer: Layer, attr: str, tensor: Tensor) -> Ten
         return editor.set_argument(layer.node, 2, attr, tensor)
     editor.set_tensor(ref, tensor)
     return ref
-
-
-def write_ledger(editor: Editor, ledger: Ledger) -> tuple[str, ...]:
-    """Give every layer of `ledger` its new tensors, and return the names of clones.
-
-    A shared layer that absorbs different maps at different calls is cloned for all but one.
-    """
-    calls: dict[str, dict[Node, dict[str, Tensor]]] = {}
-
-    def write(layer: Layer, attr: str, tensor: Tensor) -> None:
-        if layer.call is None or layer.module is None:
-            write_tensor(editor, layer, attr, tensor)
-        else:
-            calls.setdefault(layer.module, {}).setdefault(layer.call, {})[attr] = tensor
-
-    ledger.write(write)
-    return tuple(
-        name for module, tensors in calls.items() for name in _separate(editor, module, tensors)
-    )
-
-
-def _separate(editor: Editor, name: str, tensors: dict[Node, dict[str, Tensor]]) -> list[str]:
-    """Set the tensors of the calls of one module, and clone it where they differ."""
-    groups: list[tuple[list[Node], dict[str, Tensor]]] = []
-    for call, new in tensors.items():
-        for members, held in groups:
-            if held.keys() == new.keys() and all(torch.equal(held[k], new[k]) for k in new):
-                members.append(call)
-                break
-        else:
-            groups.append(([call], new))
-    keeps_old = len(tensors) < len(editor.captured.calls(name))
-    clones = []
-    for number, (members, new) in enumerate(groups):
-        if number == 0 and not keeps_old:
-            for attr, tensor in new.items():
-                editor.set_tensor(TensorRef(name, attr), tensor)
-            continue
-        old = editor.captured.module(name)
-        for call in members:
-            clone = copy.copy(old)
-            clone._parameters = dict(old._parameters)
-            for attr, tensor in new.items():
-                requires_grad = old._parameters["weight"].requires_grad  # type: ignore[union-attr]
-                clone.register_parameter(attr, nn.Parameter(tensor, requires_grad))
-            leaf = name.rpartition(".")[2]
-            leaf = f"{leaf}_clone" if not leaf.isdigit() else f"layer{leaf}_clone"
-            clones.append(editor.merge(call, lambda line: line.all_input_nodes[0], clone, leaf))
-    return clones

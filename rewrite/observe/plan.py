@@ -23,6 +23,7 @@ from rewrite.observe.export import ObservedCall
 from rewrite.observe.flow import Flow, Read, Unfollowed
 from rewrite.observe.norms import Expression, ObservedNorm, expression_of, norms_of
 from rewrite.observe.spellings import FORM, op_name, shape_of
+from rewrite.outcomes import Declined
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,6 @@ class Options:
 
     untie: bool = False
     strict_outputs: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Declined:
-    """Why a norm keeps its affine part."""
-
-    reason: str
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,8 @@ from rewrite.observe.evidence import Evidence, observe
 from rewrite.observe.execute import carry_out
 from rewrite.observe.flow import Unfollowed
 from rewrite.observe.norms import norms_of
-from rewrite.observe.plan import Declined, ObservedFold, ObservedPlanner, Options
-from rewrite.outcomes import Change, Site, Skip
+from rewrite.observe.plan import ObservedFold, ObservedPlanner, Options
+from rewrite.outcomes import Change, Declined, Site, Skip
 
 
 @dataclass(frozen=True, eq=False)
