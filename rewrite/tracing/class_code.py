@@ -227,12 +227,29 @@ class _Reader:
 
     def _asks_kind(self, node: ast.Call) -> bool:
         """Return whether a line reads no more of a parameter than its dtype or device."""
+        holder = self._parents.get(node)
+        if isinstance(holder, ast.comprehension) and isinstance(holder.target, ast.Name):
+            return self._asks_kind_of_each(holder)
         parent: ast.AST = node
         for _ in range(3):
             parent = self._parents.get(parent, node)
             if isinstance(parent, ast.Attribute) and parent.attr in _KINDS:
                 return True
         return False
+
+    def _asks_kind_of_each(self, holder: ast.comprehension) -> bool:
+        """Return whether `p.dtype for p in self.parameters()` reads no more of each."""
+        name = holder.target.id if isinstance(holder.target, ast.Name) else ""
+        whole = self._parents[holder]
+        uses = [
+            self._parents[part]
+            for part in ast.walk(whole)
+            if isinstance(part, ast.Name) and part.id == name and isinstance(part.ctx, ast.Load)
+        ]
+        return bool(uses) and all(
+            isinstance(use, ast.Attribute) and use.attr in (*_KINDS, "is_floating_point")
+            for use in uses
+        )
 
     def _classes(self, node: ast.AST) -> tuple[type, ...]:
         parts = node.elts if isinstance(node, ast.Tuple) else [node]

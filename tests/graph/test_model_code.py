@@ -228,6 +228,20 @@ class AsksForTheType(Base):
         return self.head(self.bn(self.conv(x)))
 
 
+class AsksForTheTypeOfEach(Base):
+    @property
+    def kind(self) -> torch.dtype:
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.bn(self.conv(x.to(self.kind))))
+
+
+class ScalesByEach(Base):
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.bn(self.conv(x))) * next(p for p in self.parameters() if p.numel())
+
+
 class LooksAtAnother(Base):
     flag = True
 
@@ -238,12 +252,17 @@ class LooksAtAnother(Base):
         return y
 
 
-@pytest.mark.parametrize("kind", [Base, AsksForTheType, LooksAtAnother])
+@pytest.mark.parametrize("kind", [Base, AsksForTheType, AsksForTheTypeOfEach, LooksAtAnother])
 def test_code_that_leaves_the_norm_alone_stops_no_fold(kind: type[nn.Module]):
     model = make(kind)
     result = rewrite.convert(model, ["fold"], example_inputs=(X,))
     assert [change.target for change in result.report.changes] == ["bn"]
     assert torch.allclose(result.model(X), model(X), rtol=0, atol=1e-12)
+
+
+def test_code_that_takes_a_value_of_each_tensor_stops_the_fold():
+    report = rewrite.convert(make(ScalesByEach), ["fold"], verify=False).report
+    assert not report.changes and "reads all tensors" in report.skips[0].reason
 
 
 class WithRaw(Base):
