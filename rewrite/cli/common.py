@@ -114,6 +114,15 @@ def example_inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, 
     return parse_shapes(options.input, model, options.seed)
 
 
+def or_inferred(options: argparse.Namespace, model: nn.Module, inputs: Any) -> Any:
+    """Return the inputs that were given, or else ones that are made up; None if none are known."""
+    if inputs is not None:
+        return inputs
+    from rewrite.runtime.infer_inputs import infer_example_inputs
+
+    return infer_example_inputs(model, options.seed)
+
+
 def write_report(options: argparse.Namespace, found: Reported, page: str | None = None) -> None:
     """Print what was found and write its JSON and its HTML page, as the options say."""
     from rewrite.files import write_bytes

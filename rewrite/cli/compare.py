@@ -36,16 +36,13 @@ def add_parsers(subparsers: Any) -> None:
 
 def run_compare(options: argparse.Namespace) -> int:
     """Compare, print the modules that differ, and write what the options name."""
-    from rewrite.cli.common import check_report
+    from rewrite.cli.common import check_report, or_inferred
     from rewrite.equivalence.side_by_side import side_by_side
-    from rewrite.runtime.infer_inputs import infer_example_inputs
     from rewrite.runtime.inputs import Inputs
 
     check_report(options, options.model, options.other)
     before = load_model(options, options.model)
-    inputs: Any = example_inputs(options, before)
-    if inputs is None:
-        inputs = infer_example_inputs(before, options.seed)
+    inputs: Any = or_inferred(options, before, example_inputs(options, before))
     given = None if inputs is None else Inputs.of(inputs)
     found = side_by_side(before, load_model(options, options.other), given, options.seed)
     _write(options, found)

@@ -178,12 +178,10 @@ def _page(
     options: argparse.Namespace, result: Result[nn.Module], model: nn.Module, inputs: Any
 ) -> str:
     """Return the HTML page of a conversion, on the input that was given or one that is made up."""
-    from rewrite.cli.common import own_provenance
-    from rewrite.runtime.infer_inputs import infer_example_inputs
+    from rewrite.cli.common import or_inferred, own_provenance
 
-    if inputs is None:
-        inputs = infer_example_inputs(model, options.seed)
-    return result.report.to_html(model, result.model, inputs, own_provenance(options.model))
+    given = or_inferred(options, model, inputs)
+    return result.report.to_html(model, result.model, given, own_provenance(options.model))
 
 
 def _output(options: argparse.Namespace) -> Path:

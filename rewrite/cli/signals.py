@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewrite.cli.common import OK, load_model, write_report
+from rewrite.cli.common import OK, load_model, or_inferred, write_report
 from rewrite.errors import OptionError
-from rewrite.runtime.infer_inputs import infer_example_inputs
 from rewrite.signals.measure import signal
 from rewrite.signals.plot import check_plot
 
@@ -27,8 +26,7 @@ def run_signal(
     """
     if options.plot is not None:
         check_plot(Path(options.plot))
-    if inputs is None:
-        inputs = infer_example_inputs(model, options.seed)
+    inputs = or_inferred(options, model, inputs)
     if inputs is None:
         raise OptionError("--signal runs the model; pass --input, such as 8x3x224x224")
     measured = signal(model, inputs, seed=options.seed)

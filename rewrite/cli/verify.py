@@ -17,6 +17,7 @@ from rewrite.cli.common import (
     complain,
     example_inputs,
     load_model,
+    or_inferred,
     own_provenance,
     write_report,
 )
@@ -123,11 +124,9 @@ def _verify_models(options: argparse.Namespace) -> tuple[Verification, str | Non
         return found, None
     from rewrite.equivalence.side_by_side import side_by_side
     from rewrite.html.pages import verification_page
-    from rewrite.runtime.infer_inputs import infer_example_inputs
     from rewrite.runtime.inputs import Inputs
 
-    if inputs is None:
-        inputs = infer_example_inputs(before, options.seed)
+    inputs = or_inferred(options, before, inputs)
     given = None if inputs is None else Inputs.of(inputs)
     modules = side_by_side(before, after, given, options.seed)
     known = own_provenance(options.model, options.other)
@@ -186,15 +185,13 @@ def _verify_onnx(options: argparse.Namespace) -> OnnxVerification:
 def _write_node_data(options: argparse.Namespace) -> None:
     from rewrite.files import write_bytes
     from rewrite.onnx.node_data import node_data, node_errors
-    from rewrite.runtime.infer_inputs import infer_example_inputs
 
     graph, reference = options.model, options.other
     if _is_onnx(reference):
         graph, reference = reference, graph
     model = load_model(options, reference).eval()
-    inputs: Any = _named_inputs(options) or example_inputs(options, model)
-    if inputs is None:
-        inputs = infer_example_inputs(model, options.seed)
+    given = _named_inputs(options) or example_inputs(options, model)
+    inputs: Any = or_inferred(options, model, given)
     if inputs is None:
         raise OptionError("--node-data runs both; pass --input, such as 1x3x224x224")
     errors = node_errors(graph, model, inputs, options.seed)
