@@ -29,6 +29,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks import conversions
 from benchmarks.corpus import PACKAGES, QUICK, UnbuildableError, build, installed, names
 from benchmarks.sweep.measure import BRIEF_ABOVE, measure, with_peers
 from benchmarks.sweep.order import by_family
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.summarize:
         everything = len(_all(tuple(PACKAGES)))
-        PAGE.write_text(summary(list(read(options.results)), everything), encoding="utf-8")
+        page = summary(list(read(options.results)), everything)
+        PAGE.write_text(conversions.added_to(page), encoding="utf-8")
         return 0
     wanted = options.names or (QUICK if options.quick else _all(options.package or tuple(PACKAGES)))
     chosen = [name for name in wanted if installed(name)]
