@@ -28,7 +28,7 @@ from rewrite.cli import (
     recover,
     verify,
 )
-from rewrite.cli.common import FAILED, USAGE, check_places, complain
+from rewrite.cli.common import FAILED, OK, USAGE, check_places, complain
 from rewrite.cli.parser import Parser, apply_config, find_config
 from rewrite.errors import PassError, RewriteError
 
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if "_ARGCOMPLETE" in os.environ:
                 complete(parser)
             options = parser.parse_args(argv)
+            _finish_interrupted(options)
             check_places(options)
             with _stopped_by_sigterm():
                 code = _published(options)
@@ -59,13 +60,33 @@ def _published(options: argparse.Namespace) -> int:
     from rewrite.files import publication
 
     with publication() as files:
-        code: int = options.run(options)
-        if code != FAILED or options.command not in _NOTHING_WRONG:
-            written = files.publish()
-            if not getattr(options, "quiet", False) and not getattr(options, "json", False):
-                for path in written:
-                    print(f"wrote {path}")
+        try:
+            code: int = options.run(options)
+            if code != FAILED or options.command not in _NOTHING_WRONG:
+                files.publish()
+        except KeyboardInterrupt:
+            # It waited while files got their names: too late to stop anything.
+            if not files.written:
+                raise
+        if not getattr(options, "quiet", False) and not getattr(options, "json", False):
+            for path in files.written:
+                print(f"wrote {path}")
     return code
+
+
+def _finish_interrupted(options: argparse.Namespace) -> None:
+    """Finish what earlier commands were cut off from, in the folders of the files named here."""
+    from rewrite.files.publishing import finish_interrupted
+
+    named = [value for value in vars(options).values() if isinstance(value, str) and value]
+    for folder in {Path(name).parent for name in named if "\0" not in name}:
+        try:
+            finished = finish_interrupted(folder)
+        except OSError as error:
+            finished = False
+            complain(f"{folder}: an interrupted command left {error.filename}", USAGE)
+        if finished and not getattr(options, "quiet", False):
+            complain(f"{folder}: finished what an interrupted command had begun to write", OK)
 
 
 _NOTHING_WRONG = ("convert", "export", "apply-map")

@@ -2,8 +2,8 @@
 
     .NAME.partial/ (locked) -> written, flushed -> renamed to NAME
 
-A run that was killed leaves its partial folder, without a lock: the next one takes it away and
-begins anew.
+A process of its own takes the partial folder away when the run is killed. Where that one dies too,
+the folder stays, without a lock: the next run takes it away and begins anew.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rewrite.errors import CheckpointError, system_reason
+from rewrite.files import removed_if_killed
 
 _LOCK = ".lock"
 
@@ -45,14 +46,15 @@ def staged_folder(target: Path, notes: list[str]) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{target}: {system_reason(error)}") from error
     try:
-        yield stage
-        (stage / _LOCK).unlink()
-        for path in stage.rglob("*"):
-            if path.is_file():
-                _flush(path)
-        check_target(target)
-        stage.rename(target)
-        _flush(target.parent)
+        with removed_if_killed(stage, _LOCK):
+            yield stage
+            (stage / _LOCK).unlink()
+            for path in stage.rglob("*"):
+                if path.is_file():
+                    _flush(path)
+            check_target(target)
+            stage.rename(target)
+            _flush(target.parent)
     except OSError as error:
         raise CheckpointError(f"{target}: {system_reason(error)}") from error
     finally:

@@ -1,27 +1,34 @@
 """Write files completely or not at all, and those of one command together.
 
-    content -> file without a name -> fsync -> link or rename onto the target
+    content -> file without a name -> fsync -> its name (`publishing`)
     files of one command: all are staged first, then all get their names, or none does
 
 A file without a name (`O_TMPFILE`) vanishes with its process, so a kill leaves nothing behind. A
 rename inside one folder is atomic: a reader sees the old file or the new one. Where a file system
-has no such files, a hidden one beside the target is used and removed.
+has no such files, a hidden one beside the target is used; one that a killed process left there is
+taken away by the next writer of the same target.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
+import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rewrite.errors import CheckpointError, system_reason
+from rewrite.files import publishing
 
 
 def check_writable(path: str | os.PathLike[str], *, overwrite: bool = True) -> Path:
@@ -66,26 +73,15 @@ class _Staged:
         """Return where writers and readers find the content."""
         return self.name if self.name is not None else Path(f"/proc/self/fd/{self.handle}")
 
-    def named(self) -> Path:
-        """Return a hidden name beside the target that the content has."""
-        if self.name is None:
-            hidden = self.place.with_name(f".{self.place.name[:200]}.{os.getpid()}.tmp")
-            hidden.unlink(missing_ok=True)
-            self.link(hidden)
-            self.name = hidden
-        return self.name
+    @property
+    def entry(self) -> publishing.Entry:
+        """Return what is to be published, for whoever has the handle."""
+        return publishing.Entry(str(self.path), str(self.place), self.overwrite)
 
-    def link(self, name: Path) -> None:
-        """Give the content one more name; raise FileExistsError when it is taken."""
-        if self.name is not None:
-            os.link(self.name, name)
-            return
-        folder = os.open(name.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            # A folder's handle makes this linkat(2), which follows the link in /proc.
-            os.link(self.path, name.name, dst_dir_fd=folder, follow_symlinks=True)
-        finally:
-            os.close(folder)
+    @property
+    def published(self) -> bool:
+        """Say whether the content has its name."""
+        return self.place.exists() and os.path.samestat(self.place.stat(), os.fstat(self.handle))
 
     def close(self) -> None:
         """Let go of the content, and of its hidden name."""
@@ -107,32 +103,90 @@ class Publication:
     def publish(self) -> tuple[Path, ...]:
         """Give every staged file its name, or none; return the targets, in their order.
 
+        It happens in a process of its own, which goes on when this one is killed.
+
         Raises:
             CheckpointError: a name was taken meanwhile, or the system refuses.
         """
-        before: list[tuple[_Staged, Path | None]] = []
+        return self._named(_apart)
+
+    def publish_here(self) -> tuple[Path, ...]:
+        """Do so in this process: what a kill cuts off is finished by the next writer."""
+        return self._named(lambda staged: publishing.publish([one.entry for one in staged]))
+
+    def _named(self, publish: Callable[[Sequence[_Staged]], None]) -> tuple[Path, ...]:
+        made = [staged.target for staged in self.staged]
+        if not made:
+            return ()
         with _undisturbed():
             try:
-                for staged in self.staged:
-                    before.append((staged, _backup(staged) if len(self.staged) > 1 else None))
-                    _rename(staged)
-            except OSError as error:
-                for staged, old in reversed(before):
-                    _undo(staged, old, failed=staged is before[-1][0])
-                raise CheckpointError(f"{before[-1][0].target}: {_reason(error)}") from error
+                publish(self.staged)
+            except publishing.PublishError as error:
+                named = {str(staged.place): staged.target for staged in self.staged}
+                place = named.get(error.target, error.target)
+                raise CheckpointError(f"{place}: {_reason(error)}") from error
             finally:
-                for _, old in before:
-                    if old is not None:
-                        old.unlink(missing_ok=True)
-                made = [staged.target for staged in self.staged]
                 self.close()
-        self.written += made
+            self.written += made
         return tuple(made)
 
     def close(self) -> None:
         """Throw away what was not published."""
         while self.staged:
             self.staged.pop().close()
+
+
+def _apart(staged: Sequence[_Staged]) -> None:
+    """Publish in a process that has a session of its own, and wait for it."""
+    entries = [one.entry for one in staged]
+    line = json.dumps([asdict(entry) for entry in entries]).encode() + b"\n"
+    process = _helper(["publish"], [one.handle for one in staged])
+    if process is None:
+        publishing.publish(entries)
+        return
+    said = process.communicate(line)[0]
+    if process.returncode == 0 and said:
+        failed = json.loads(said)
+        if failed:
+            raise publishing.PublishError(failed["code"], failed["target"])
+        return
+    # It was killed itself: what it began is finished or taken back here.
+    for folder in {one.place.parent for one in staged}:
+        publishing.finish_interrupted(folder)
+    if lost := [one for one in staged if not one.published]:
+        raise publishing.PublishError(errno.EINTR, str(lost[0].place))
+
+
+def _helper(
+    arguments: Sequence[str], handles: Sequence[int] = ()
+) -> subprocess.Popen[bytes] | None:
+    """Start `publishing` as a script, where no signal to this command reaches it."""
+    if not sys.executable or not Path(publishing.__file__).is_file():
+        return None
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", publishing.__file__, *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            pass_fds=handles, start_new_session=True, cwd="/",
+        )  # fmt: skip
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def removed_if_killed(folder: Path, lock: str) -> Iterator[None]:
+    """See to it that `folder` goes when this process is killed inside of the block.
+
+    Args:
+        folder: a folder that this process writes.
+        lock: the file in it that this process has locked; who locks it next has the folder.
+    """
+    process = _helper(["discard", str(folder.resolve()), lock])
+    try:
+        yield
+    finally:
+        if process is not None:
+            process.communicate(b"done\n")
 
 
 _CURRENT: ContextVar[Publication | None] = ContextVar("publication", default=None)
@@ -168,8 +222,7 @@ def atomic_path(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iter
         yield staged.path
         _flush(staged)
         if collected is None:
-            alone = Publication([staged])
-            alone.publish()
+            Publication([staged]).publish_here()
         else:
             collected.staged.append(staged)
     except OSError as error:
@@ -197,10 +250,32 @@ def _open(staged: _Staged) -> None:
         if staged.path.exists():
             return
         staged.close()
-    handle, name = tempfile.mkstemp(
-        dir=staged.place.parent, prefix=f".{staged.place.name[:200]}.", suffix=".tmp"
-    )
+    prefix = f".{staged.place.name[:200]}."
+    _sweep(staged.place.parent, prefix)
+    handle, name = tempfile.mkstemp(dir=staged.place.parent, prefix=prefix, suffix=".tmp")
     staged.handle, staged.name = handle, Path(name)
+    _lock(handle)
+
+
+def _sweep(folder: Path, prefix: str) -> None:
+    """Take away what killed writers of the same target left: files that nobody has locked."""
+    for found in folder.glob(f"{glob.escape(prefix)}*.tmp"):
+        with contextlib.suppress(OSError):
+            handle = os.open(found, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                if _lock(handle):
+                    found.unlink()
+            finally:
+                os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Take the lock of a staged file, which ends with its process; say whether it was free."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _flush(staged: _Staged) -> None:
@@ -209,40 +284,9 @@ def _flush(staged: _Staged) -> None:
         # A writer may have put another file in the place of the first.
         os.close(staged.handle)
         staged.handle = os.open(staged.name, os.O_RDWR)
+        _lock(staged.handle)
     os.fsync(staged.handle)
     os.fchmod(staged.handle, _mode(staged.place))
-
-
-def _rename(staged: _Staged) -> None:
-    """Give the content its name, in one step."""
-    if not staged.overwrite:
-        # A hard link fails when the name is taken, which a rename does not.
-        staged.link(staged.place)
-    else:
-        staged.named().replace(staged.place)
-        staged.name = None
-    folder = os.open(staged.place.parent, os.O_RDONLY | os.O_DIRECTORY)
-    with contextlib.suppress(OSError):
-        os.fsync(folder)
-    os.close(folder)
-
-
-def _backup(staged: _Staged) -> Path | None:
-    """Return a second name of the file that is to be replaced, None where there is none."""
-    if not staged.place.exists():
-        return None
-    old = staged.place.with_name(f".{staged.place.name[:200]}.{os.getpid()}.old")
-    old.unlink(missing_ok=True)
-    os.link(staged.place, old)
-    return old
-
-
-def _undo(staged: _Staged, old: Path | None, *, failed: bool) -> None:
-    """Put back what was there before."""
-    if old is not None:
-        old.replace(staged.place)
-    elif not failed:
-        staged.place.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -273,6 +317,10 @@ def _reason(error: OSError) -> str:
         return "the file is larger than this system allows; nothing was written"
     if error.errno in (errno.EACCES, errno.EPERM):
         return "no permission to write here"
+    if error.errno == errno.EINTR:
+        return "was interrupted; nothing was written"
+    if error.errno == errno.EAGAIN:
+        return "another process is writing into its folder; try again"
     if error.errno == errno.EROFS:
         return "the file system is read-only"
     if error.errno == errno.EEXIST:
