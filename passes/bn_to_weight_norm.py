@@ -109,9 +109,10 @@ class BatchNormToWeightNorm(Pass):
             return "no mean-only norm: it was not one module right after one layer"
         bias: torch.Tensor = layer.bias  # type: ignore[assignment]
         norm = MeanOnlyBatchNorm(beta.numel(), self.momentum).to(bias)
-        norm.bias = nn.Parameter(beta.to(bias), bias.requires_grad)
-        norm.running_mean = (beta.double() - bias.detach().double()).to(bias)
-        layer._parameters["bias"] = None
+        mean = (beta.double() - bias.detach().double()).to(bias)
+        captured.editor.write(norm, "bias", beta.to(bias), bias.requires_grad)
+        captured.editor.write(norm, "running_mean", mean)
+        captured.editor.write(layer, "bias", None)
         captured.editor.replace(target, norm)
         return "mean-only batch norm in its place"
 
@@ -158,8 +159,8 @@ def _shift(captured: Captured, site: Site) -> torch.Tensor | None:
     return torch.zeros_like(captured.tensor(norm.running_mean))
 
 
-def _normed(captured: Captured, name: str) -> dict[str, str | None]:
+def _normed(captured: Editable, name: str) -> dict[str, str | None]:
     layer = captured.module(name)
     ((key, layout),) = weight_layouts(layer).items()
-    add_weight_norm(layer, key, layout)
+    add_weight_norm(captured.editor, layer, key, layout)
     return {f"{name}.{key}": f"{name}.parametrizations.{key}.original1"}

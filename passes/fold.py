@@ -11,7 +11,6 @@ reason.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -256,7 +255,7 @@ def _run(captured: Editable, plans: Sequence[Site]) -> _Ran:
     return _Ran(recipes, store, store.named(exact), clones)
 
 
-def _bake_all(captured: Captured, plans: Sequence[Site]) -> dict[str, Baked]:
+def _bake_all(captured: Editable, plans: Sequence[Site]) -> dict[str, Baked]:
     """Make plain what absorbs a map, or loses its own, and computes its weight."""
     layers = [
         site.plan.source.layer for site in plans if isinstance(site.plan, Fold | UnfoldedNorm)
@@ -359,15 +358,8 @@ def _bypass(captured: Captured, editor: Editor, source: Source) -> None:
 def _drop_gain(captured: Captured, editor: Editor, source: Source) -> None:
     """Put a norm without weight and bias, otherwise the same, in place of one that has them."""
     old = captured.module(source.target)
-    new = copy.copy(old)
-    new._parameters = dict(old._parameters)
-    for key in ("weight", "bias"):
-        if key in new._parameters:
-            new._parameters[key] = None
-    for flag in ("affine", "elementwise_affine"):
-        if hasattr(new, flag):
-            setattr(new, flag, False)
-    editor.replace(source.target, new)
+    held = [key for key in ("weight", "bias") if key in old._parameters]
+    editor.replace(source.target, editor.copied(old, dict.fromkeys(held)))
 
 
 def _keys(captured: Captured, source: Source) -> dict[str, str | None]:

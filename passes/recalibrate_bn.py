@@ -63,7 +63,7 @@ class RecalibrateBatchNorm(Pass):
         if calibration is None:
             raise OptionError(f"{self.name}: pass calibration data (--calibration DATA)")
         modules = [captured.module(site.target) for site in sites]
-        sums = _collect(captured.model, modules, Batches(captured.model, calibration, hold_out=0))
+        sums = _collect(captured, modules, Batches(captured.model, calibration, hold_out=0))
         return [_change(captured, site, item) for site, item in zip(sites, sums, strict=True)]
 
 
@@ -74,7 +74,7 @@ def _shared(captured: Captured, name: str) -> str:
     return ""
 
 
-def _collect(model: nn.Module, modules: Sequence[nn.Module], data: Batches) -> list[Tensor]:
+def _collect(captured: Editable, modules: Sequence[nn.Module], data: Batches) -> list[Tensor]:
     """Return (3, channels) sums of 1, x and x² at each norm; its output is that of its batch."""
     sums = [torch.zeros(3, module.num_features, dtype=torch.float64) for module in modules]  # type: ignore[call-overload]
 
@@ -83,29 +83,30 @@ def _collect(model: nn.Module, modules: Sequence[nn.Module], data: Batches) -> l
         counts = torch.full_like(rows[:, 0], rows.shape[1])
         sums[index] += torch.stack([counts, rows.sum(1), (rows * rows).sum(1)]).cpu()
 
-    normalizing = _normalizing_by_batch(modules)
-    with evaluating(model), torch.no_grad(), normalizing, hooked(modules, hook):
+    normalizing = _normalizing_by_batch(captured, modules)
+    with evaluating(captured.model), torch.no_grad(), normalizing, hooked(modules, hook):
         for batch in data:
-            run(model, batch)
+            run(captured.model, batch)
     for item in sums:
         all_reduce(item)
     return sums
 
 
 @contextlib.contextmanager
-def _normalizing_by_batch(modules: Sequence[nn.Module]) -> Iterator[None]:
+def _normalizing_by_batch(captured: Editable, modules: Sequence[nn.Module]) -> Iterator[None]:
     """Let each norm normalize by its batch; what it updates meanwhile are copies."""
-    buffers = {module: dict(module._buffers) for module in modules}
+    buffers = [(module, key, value) for module in modules for key, value in module._buffers.items()]
     try:
         for module in modules:
             module.training = True
-            for key, value in module._buffers.items():
-                module._buffers[key] = None if value is None else value.clone()
+        for module, key, value in buffers:
+            captured.editor.share(module, key, None if value is None else value.clone())
         yield
     finally:
         for module in modules:
             module.training = False
-            module._buffers.update(buffers[module])
+        for module, key, value in buffers:
+            captured.editor.share(module, key, value)
 
 
 def _change(captured: Editable, site: Site, sums: Tensor) -> Change:

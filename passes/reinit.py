@@ -23,6 +23,7 @@ from torch import nn
 
 from rewrite.errors import OptionError
 from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.graph.order import in_data_flow_order
 from rewrite.init.layers import Plan, Weight, functional_weights, module_plan, write
 from rewrite.init.lsuv import fit_unit_variance
@@ -144,7 +145,7 @@ class Reinitialize(Pass):
 
     # -- rewrite ----------------------------------------------------------------------------------
 
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Initialize one module."""
         plan: Plan = site.plan
         metrics = write(captured, site.target, plan, self.seed, self.forget_bias)
@@ -154,7 +155,7 @@ class Reinitialize(Pass):
         return Change(site.target, site.before, after, plan.note, touched, {}, metrics)
 
     def rewrite_all(
-        self, captured: Captured, sites: Sequence[Site], calibration: Iterable[Any] | None = None
+        self, captured: Editable, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
         """Initialize every site, then fit to data and see to the residual branches."""
         batch = self._batch(calibration) if self.lsuv else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.editable import Editable
 from rewrite.graph.order import in_data_flow_order
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
@@ -42,10 +43,10 @@ class RemoveStandardize(Pass):
             else:
                 yield Site(name, before, plan=tuple(ref.name for ref in refs))
 
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Bake the weight of one layer."""
         module = captured.module(site.target)
-        remove_weight_norm(module, "weight")
+        remove_weight_norm(captured.editor, module, "weight")
         *scales, weight = site.plan
         keys: dict[str, str | None] = dict.fromkeys(scales)
         keys[weight] = TensorRef(site.target, "weight").name

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.editable import Editable
 from rewrite.graph.order import in_data_flow_order
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
@@ -63,7 +64,7 @@ class RemoveWeightNorm(Pass):
             if plan.ties:
                 yield Site(name, _describe(module), plan=plan)
 
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Bake the weights of one layer and of those tied to it."""
         plan: Plan = site.plan
         touched: list[str] = [site.target]
@@ -72,13 +73,11 @@ class RemoveWeightNorm(Pass):
             keys |= _keys(plan.module, TensorRef(site.target, key))
             for ref in ties:
                 keys |= _keys(captured.module(ref.owner), ref)
-            weight = remove_weight_norm(plan.module, key)
+            weight = remove_weight_norm(captured.editor, plan.module, key)
             for ref in ties:
                 other = captured.module(ref.owner)
-                remove_weight_norm(other, ref.attr)
-                other._parameters[ref.attr] = weight
-                if isinstance(other, nn.RNNBase):
-                    other._init_flat_weights()
+                remove_weight_norm(captured.editor, other, ref.attr)
+                captured.editor.share(other, ref.attr, weight)
                 touched.append(ref.owner)
         after = type(plan.module).__name__
         tied = [ref.name for ties in plan.ties.values() for ref in ties]

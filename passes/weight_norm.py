@@ -153,16 +153,17 @@ class WeightNorm(Pass):
 
     # -- rewrite ----------------------------------------------------------------------------------
 
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Reparameterize the weights of one layer and of those tied to it."""
         plan: Plan = site.plan
         for key in plan.old:
-            convert_old_weight_norm(plan.module, key)
+            convert_old_weight_norm(captured.editor, plan.module, key)
         touched, tied = [site.target], []
         for key, layout in plan.weights.items():
-            add_weight_norm(plan.module, key, layout)
+            add_weight_norm(captured.editor, plan.module, key, layout)
             for ref in plan.ties[key]:
-                share_weight_norm(plan.module, key, captured.module(ref.owner), ref.attr)
+                other = captured.module(ref.owner)
+                share_weight_norm(captured.editor, plan.module, key, other, ref.attr)
                 touched.append(ref.owner)
                 tied.append(ref.name)
         after = f"{site.before.split(' ')[0]} with weight norm"
@@ -221,8 +222,8 @@ class WeightNorm(Pass):
         norm = MeanOnlyBatchNorm(units, self.momentum, 1 if _is_conv(layer) else -1)
         norm = norm.to(device=weight.device, dtype=weight.dtype)
         if layer.bias is not None:
-            norm.bias = layer.bias
-            layer._parameters["bias"] = None
+            captured.editor.share(norm, "bias", layer.bias)
+            captured.editor.write(layer, "bias", None)
         pair = nn.Sequential(OrderedDict(layer=layer, mean=norm))
         draft.centred = norm
         captured.editor.replace(site.target, pair)

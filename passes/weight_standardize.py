@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from rewrite.errors import OptionError
 from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.editable import Editable
 from rewrite.graph.order import in_data_flow_order
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
@@ -76,9 +77,10 @@ class WeightStandardize(Pass):
             elif "already" not in reason:
                 yield Skip(name, before, f"weight {reason}")
 
-    def rewrite(self, captured: Captured, site: Site) -> Change:
+    def rewrite(self, captured: Editable, site: Site) -> Change:
         """Reparameterize the weight of one layer."""
-        standardize_weight(captured.module(site.target), site.plan, self.eps)
+        module = captured.module(site.target)
+        standardize_weight(captured.editor, module, site.plan, self.eps)
         ref = TensorRef(site.target, "weight")
         stem = f"{TensorRef(site.target, 'parametrizations').name}.weight.original"
         after = f"{site.before} with weight standardization"

@@ -72,7 +72,7 @@ def _recipe(captured: Captured, merge: Merge) -> MergeRecipe:
     return MergeRecipe(merge.owner, "merged_conv", outer.weight.name, outer.groups, terms)
 
 
-def _convolution(captured: Captured, merge: Merge, weight: Tensor, bias: Tensor) -> nn.Module:
+def _convolution(captured: Editable, merge: Merge, weight: Tensor, bias: Tensor) -> nn.Module:
     outer = merge.outer
     old = captured.tensor(outer.weight)
     conv = _CONVS[outer.dims](
@@ -80,8 +80,8 @@ def _convolution(captured: Captured, merge: Merge, weight: Tensor, bias: Tensor)
         outer.padding, outer.dilation, outer.groups, padding_mode=outer.padding_mode,
         device="meta",
     )  # fmt: skip
-    conv.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
-    conv.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
+    for key, value in (("weight", weight), ("bias", bias)):
+        captured.editor.write(conv, key, value, old.requires_grad)
     return conv
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Node
 
 from rewrite.affine.layers import Layer
@@ -153,11 +152,7 @@ class ModelStore:
 
     def _clone(self, name: str, call: Node, new: Mapping[str, Tensor]) -> str:
         old = self.captured.module(name)
-        clone = copy.copy(old)
-        clone._parameters = dict(old._parameters)
-        for attr, tensor in new.items():
-            requires_grad = old._parameters["weight"].requires_grad  # type: ignore[union-attr]
-            clone.register_parameter(attr, nn.Parameter(tensor, requires_grad))
+        clone = self.captured.editor.copied(old, new)
         leaf = name.rpartition(".")[2]
         leaf = f"{leaf}_clone" if not leaf.isdigit() else f"layer{leaf}_clone"
         return self.captured.editor.merge(call, lambda line: line.all_input_nodes[0], clone, leaf)

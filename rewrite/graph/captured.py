@@ -28,12 +28,12 @@ from rewrite.graph.lines import Lines
 from rewrite.graph.model_code import ModelCode
 from rewrite.graph.refs import Readers as Readers
 from rewrite.graph.refs import TensorRef as TensorRef
-from rewrite.graph.untraced_branches import UntracedBranches
 from rewrite.runtime.tree import Tree
 from rewrite.tracing.records import Frame
 from rewrite.tracing.records import Opaque as Opaque
 from rewrite.tracing.regions import Region as Region
 from rewrite.tracing.tracer import hook_reasons
+from rewrite.tracing.untraced_branches import UntracedBranches
 
 if TYPE_CHECKING:
     from rewrite.runtime.inputs import ExampleCall

@@ -21,11 +21,14 @@ from rewrite.errors import PassError
 from rewrite.graph.captured import Captured
 from rewrite.graph.forward_graph import Forward, finish_forward
 from rewrite.graph.refs import TensorRef
+from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.runtime.tree import Tree, join
 
 
-class Editor:
+class Editor(TensorWriter):
     """Edits one captured model in place. Take it from `captured.editor`.
+
+    What a module holds is written by the methods of `TensorWriter`.
 
     Attributes:
         rewritten: the forwards that `commit` has finished, by their owner, each with the qualified
@@ -45,15 +48,7 @@ class Editor:
 
         A parameter keeps its `requires_grad`; a new one takes that of the owner's weight.
         """
-        module = self.captured.module(ref.owner)
-        if ref.attr in module._buffers:
-            module._buffers[ref.attr] = tensor.detach()
-            return
-        old = module._parameters.get(ref.attr)
-        if old is None:
-            old = next((p for p in module._parameters.values() if p is not None), None)
-        requires_grad = old.requires_grad if old is not None else tensor.is_floating_point()
-        module.register_parameter(ref.attr, nn.Parameter(tensor.detach(), requires_grad))
+        self.write(self.captured.module(ref.owner), ref.attr, tensor)
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put `module` in place of the one called `name`, in every place that holds it."""

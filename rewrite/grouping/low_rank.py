@@ -118,7 +118,7 @@ def conjugate(captured: Editable, one: Conjugation) -> tuple[str, ...]:
     maps = low_rank_maps(one.fit.shrunk(), _metric(captured, one), one.rank)
     scale, bias = probe.scale.cpu(), probe.bias.cpu()
     after = _mix(probe.module, scale, bias, maps.down, -scale.reshape(maps.rows) * maps.back)
-    _fill(one.fit, maps)
+    _fill(captured, one.fit, maps)
     norm, name = probe.module, captured.tree.name(probe.module)
     parts: OrderedDict[str, nn.Module] = OrderedDict(norm=norm, unmix=after)
     layers: tuple[str, ...] = ()
@@ -146,7 +146,7 @@ def _mix(norm: nn.Module, *values: Tensor) -> ChannelMix:
     return mix.requires_grad_(like.requires_grad).train(norm.training)
 
 
-def _fill(fit: NormFit, maps: ConjugationMaps) -> None:
+def _fill(captured: Editable, fit: NormFit, maps: ConjugationMaps) -> None:
     """Give the norm the weight and bias with which it takes no more than it has to."""
     norm = fit.probe.module
     means = torch.einsum("bkn,bn->bk", maps.functionals, fit.plain.mean.reshape(maps.rows[:2]))
@@ -154,8 +154,7 @@ def _fill(fit: NormFit, maps: ConjugationMaps) -> None:
     for key, value in (("weight", fit.probe.gain * maps.sizes.flatten()), ("bias", taken)):
         like = norm.weight
         assert isinstance(like, nn.Parameter)
-        new = nn.Parameter(value.to(like), requires_grad=like.requires_grad)
-        norm.register_parameter(key, new)
+        captured.editor.write(norm, key, value.to(like), like.requires_grad)
 
 
 # -- algebra ----------------------------------------------------------------------------------

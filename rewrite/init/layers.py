@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.editable import Editable
 from rewrite.graph.operators import Activation, conv_of, linear_of
+from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.init.draw import draw, generator, refusal
 from rewrite.init.following_activation import activation_gain, following_activation
 from rewrite.init.rules import Rule
@@ -178,14 +181,14 @@ def _identity_scale(module: nn.Module, key: str) -> float:
     if type(module).__module__.startswith("torch.nn.") or scale is None:
         return 1.0
     trial, size = copy.deepcopy(module), scale.numel()
-    for parameter in trial.parameters():
-        parameter.data.zero_()
+    zeros = {name: torch.zeros_like(p) for name, p in trial.named_parameters()}
     random = torch.Generator().manual_seed(0)
     for shape in ((2, size), (2, 3, 3, size), (2, size, 3, 3)):
         one, other = (torch.randn(shape, generator=random).to(scale) for _ in range(2))
         try:
             with torch.no_grad():
-                return 1.0 if torch.equal(trial(one), trial(other)) else 0.0
+                first, second = (functional_call(trial, zeros, (x,)) for x in (one, other))
+                return 1.0 if torch.equal(first, second) else 0.0
         except Exception:  # noqa: BLE001 - a forward may raise anything; try a layout more
             continue
     return 1.0
@@ -242,7 +245,7 @@ def _calls(captured: Captured, name: str, module: nn.Module, key: str) -> tuple[
 
 
 def write(
-    captured: Captured, name: str, plan: Plan, seed: int, forget_bias: float
+    captured: Editable, name: str, plan: Plan, seed: int, forget_bias: float
 ) -> dict[str, float]:
     """Initialize one module; return the standard deviation of each weight that was drawn."""
     metrics: dict[str, float] = {}
@@ -250,11 +253,11 @@ def write(
         value = _drawn(name, plan.module, weight, seed)
         ties = [(captured.module(ref.owner), ref.attr) for ref in weight.ties]
         plan.note = "; ".join(
-            filter(None, [plan.note, assign(plan.module, weight.key, value, ties)])
+            filter(None, [plan.note, assign(captured.editor, plan.module, weight.key, value, ties)])
         )
         metrics[f"std {weight.key}"] = float(value.std(correction=0)) if value.numel() else 0.0
     for key, constant in plan.resets.items():
-        _reset(plan.module, key, constant, forget_bias)
+        _reset(captured.editor, plan.module, key, constant, forget_bias)
     return metrics
 
 
@@ -275,15 +278,17 @@ def _drawn(name: str, module: nn.Module, weight: Weight, seed: int) -> torch.Ten
     return value
 
 
-def _reset(module: nn.Module, key: str, constant: float, forget_bias: float) -> None:
+def _reset(
+    writer: TensorWriter, module: nn.Module, key: str, constant: float, forget_bias: float
+) -> None:
     if (buffer := module._buffers.get(key)) is not None:
         if is_lazy(buffer):
             return
-        module._buffers[key] = torch.full_like(buffer, constant)
+        writer.write(module, key, torch.full_like(buffer, constant))
         return
     value = torch.full(getattr(module, key).shape, constant, dtype=torch.float64)
     recurrent = isinstance(module, nn.LSTM | nn.LSTMCell)
     if recurrent and key.startswith("bias_ih"):
         size = value.shape[0] // len(gate_names(module))  # type: ignore[arg-type]
         value[size : 2 * size] = forget_bias
-    assign(module, key, value)
+    assign(writer, module, key, value)

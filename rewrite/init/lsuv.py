@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
 from rewrite.init.layers import Weight
 from rewrite.runtime.layerwise import fit_in_lockstep
 from rewrite.weights.assign import assign
@@ -20,7 +20,7 @@ _FITTED = ("linear", "conv", "conv_transpose", "bilinear")
 
 
 def fit_unit_variance(
-    captured: Captured,
+    captured: Editable,
     batch: Any,
     weights: dict[str, Weight],
     tolerance: float,
@@ -47,11 +47,12 @@ def fit_unit_variance(
                 return output
             if not math.isfinite(variance) or variance < 1e-30 or count == iterations:
                 break
-            assign(layer, key, getattr(layer, key).detach().double() / math.sqrt(variance))
+            value = getattr(layer, key).detach().double() / math.sqrt(variance)
+            assign(captured.editor, layer, key, value)
             output = again()
-        said = f"the output has variance {variance:.3g}; lsuv left it there"
-        warnings.warn(f"{name}: {said}", stacklevel=2)
-        notes.setdefault(name, []).append(said)
+        note = f"the output has variance {variance:.3g}; lsuv left it there"
+        warnings.warn(f"{name}: {note}", stacklevel=2)
+        notes.setdefault(name, []).append(note)
         return output
 
     for name in fit_in_lockstep(captured.model, batch, layers, fit):

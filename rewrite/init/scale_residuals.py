@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.captured import TensorRef
+from rewrite.graph.editable import Editable
 from rewrite.init.residual import Residual, residual_branches
 from rewrite.init.residual_tails import Tail
 from rewrite.outcomes import Change
@@ -14,7 +15,7 @@ _ZEROING = ("zero", "fixup")
 
 
 def scale_residuals(
-    captured: Captured, kind: str, allowed: set[str], notes: dict[str, list[str]]
+    captured: Editable, kind: str, allowed: set[str], notes: dict[str, list[str]]
 ) -> list[Change]:
     """Zero or scale the tail of every residual branch; return a change for each tail of its own.
 
@@ -33,15 +34,15 @@ def scale_residuals(
             if tail.weight in done or not (known or tail.kind == "scale"):
                 continue
             done.add(tail.weight)
-            said = _scale(captured, tail, kind, count, branch.target)
+            what = _scale(captured, tail, kind, count, branch.target)
             if known:
-                notes.setdefault(tail.weight.owner, []).append(said)
+                notes.setdefault(tail.weight.owner, []).append(what)
             else:
-                changes.append(Change(tail.weight.owner, tail.weight.attr, said))
+                changes.append(Change(tail.weight.owner, tail.weight.attr, what))
     return changes
 
 
-def _scale(captured: Captured, tail: Tail, kind: str, count: int, where: str) -> str:
+def _scale(captured: Editable, tail: Tail, kind: str, count: int, where: str) -> str:
     factor = 0.0 if kind in _ZEROING else 1 / math.sqrt(count)
     made = _multiply(captured, tail.weight, factor)
     after = f" ({made})" if made else ""
@@ -49,12 +50,12 @@ def _scale(captured: Captured, tail: Tail, kind: str, count: int, where: str) ->
         _multiply(captured, tail.bias, 0.0)
     if factor == 0:
         return f"{tail.weight.attr} 0: last {tail.kind} of a residual branch of {where}{after}"
-    said = f"{tail.weight.attr} times {factor:.4g}: last {tail.kind} of {count} residual branches"
-    return said + after
+    what = f"{tail.weight.attr} times {factor:.4g}: last {tail.kind} of {count} residual branches"
+    return what + after
 
 
 def _shrink(
-    captured: Captured,
+    captured: Editable,
     branch: Residual,
     count: int,
     allowed: set[str],
@@ -72,11 +73,11 @@ def _shrink(
             continue
         done.add(ref)
         made = _multiply(captured, ref, factor)
-        said = "; ".join(filter(None, [f"{ref.attr} times {factor:.4g} (fixup)", made]))
-        notes.setdefault(ref.owner, []).append(said)
+        note = "; ".join(filter(None, [f"{ref.attr} times {factor:.4g} (fixup)", made]))
+        notes.setdefault(ref.owner, []).append(note)
 
 
-def _multiply(captured: Captured, ref: TensorRef, factor: float) -> str:
+def _multiply(captured: Editable, ref: TensorRef, factor: float) -> str:
     value = captured.tensor(ref).detach().double() * factor
     module = captured.module(ref.owner)
     ties = [
@@ -84,4 +85,4 @@ def _multiply(captured: Captured, ref: TensorRef, factor: float) -> str:
         for other in captured.tied(ref)
         if captured.tensor(other) is captured.tensor(ref)
     ]
-    return assign(module, ref.attr, value, ties)
+    return assign(captured.editor, module, ref.attr, value, ties)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -100,9 +99,9 @@ def _write(captured: Editable, name: str, tensor: Tensor, alone: bool) -> None:
     captured.editor.set_tensor(ref, tensor)
     new = captured.module(ref.owner)._parameters.get(ref.attr)
     for other in others:
-        held = captured.module(other.owner)._parameters
-        if new is not None and held.get(other.attr) is old:
-            held[other.attr] = new
+        module = captured.module(other.owner)
+        if new is not None and module._parameters.get(other.attr) is old:
+            captured.editor.share(module, other.attr, new)
 
 
 def _may_go(captured: Captured, fold: ObservedFold) -> bool:
@@ -113,12 +112,9 @@ def _may_go(captured: Captured, fold: ObservedFold) -> bool:
 
 def _drop(captured: Editable, target: str) -> None:
     """Put a norm without weight and bias, otherwise the same, in place of one that has them."""
-    new = copy.copy(captured.module(target))
-    new._parameters = {**new._parameters, "weight": None}
-    if "bias" in new._parameters:
-        new._parameters["bias"] = None
-    new.elementwise_affine = False  # type: ignore[assignment]
-    captured.editor.replace(target, new)
+    old = captured.module(target)
+    held = [key for key in ("weight", "bias") if key in old._parameters]
+    captured.editor.replace(target, captured.editor.copied(old, dict.fromkeys(held)))
 
 
 def _untie_config(model: nn.Module) -> None:

@@ -26,6 +26,7 @@ from rewrite import __version__
 from rewrite.equivalence.verification import Level
 from rewrite.errors import ExportError, VerificationError, system_reason
 from rewrite.files import atomic_path, check_writable
+from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.onnx.exporters import Exporter, ExportRequest, export_program
 from rewrite.onnx.file import LARGE
 from rewrite.onnx.report import OnnxVerification
@@ -153,7 +154,7 @@ def _baked(model: nn.Module, notes: list[str]) -> nn.Module:
     for name in names:
         module = tree.get(name)
         for key in weight_normed(module):
-            remove_weight_norm(module, key)
+            remove_weight_norm(TensorWriter(), module, key)
     shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
     notes.append(f"baked the weight norm of {len(names)} modules: {shown}")
     return copied

@@ -139,13 +139,10 @@ def describe(captured: Captured, norm: Norm) -> str:
     return f"{norm.node.target.__name__}({channels})"  # type: ignore[union-attr]
 
 
-def copy_affine(captured: Captured, norm: Norm, module: nn.Module) -> None:
+def copy_affine(captured: Editable, norm: Norm, module: nn.Module) -> None:
     """Give `module` the γ and β of `norm`: the very parameters, or None."""
     for key, ref in (("weight", norm.weight), ("bias", norm.bias)):
-        module.register_parameter(key, _parameter(captured, ref))
-    for flag in ("affine", "elementwise_affine"):
-        if hasattr(module, flag):
-            setattr(module, flag, norm.weight is not None)
+        captured.editor.share(module, key, _parameter(captured, ref))
 
 
 def install(captured: Editable, norm: Norm, module: nn.Module) -> tuple[str, str]:
@@ -239,14 +236,14 @@ def exchange_class(
     return Change(site.target, site.before, after, kept, (site.target, name))
 
 
-def _give_statistics(captured: Captured, norm: Norm, module: nn.Module) -> None:
+def _give_statistics(captured: Editable, norm: Norm, module: nn.Module) -> None:
     if norm.running_mean is None or norm.running_var is None:
         return
-    module.register_buffer("running_mean", captured.tensor(norm.running_mean))
-    module.register_buffer("running_var", captured.tensor(norm.running_var))
+    captured.editor.share(module, "running_mean", captured.tensor(norm.running_mean))
+    captured.editor.share(module, "running_var", captured.tensor(norm.running_var))
     owner = captured.module(norm.running_mean.owner)
     counter = getattr(owner, "num_batches_tracked", None)
     if not isinstance(counter, torch.Tensor):
         device = captured.tensor(norm.running_mean).device
         counter = torch.zeros((), dtype=torch.long, device=device)
-    module.register_buffer("num_batches_tracked", counter)
+    captured.editor.share(module, "num_batches_tracked", counter)

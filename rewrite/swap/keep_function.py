@@ -131,8 +131,8 @@ def _apply(
         factor = torch.ones_like(probe.scale)
         if fit.sized and not fit.mixed:
             factor = _factors(fit)
-        touched = _scale_producers(probe, fit.plan, factor, ledger)
-        _scale_norm(probe, factor, fit.plain)
+        touched = _scale_producers(captured, probe, fit.plan, factor, ledger)
+        _scale_norm(captured, probe, factor, fit.plain)
         note = _note(probe, fit.plan)
         if (one := moved.get(id(fit))) is not None:
             touched = tuple(dict.fromkeys((*touched, *one.order.layers)))
@@ -159,14 +159,13 @@ def _factors(fit: NormFit) -> Tensor:
 
 
 def _scale_producers(
-    probe: SwappedNorm, plan: Absorption | None, factor: Tensor, ledger: Ledger
+    captured: Editable, probe: SwappedNorm, plan: Absorption | None, factor: Tensor, ledger: Ledger
 ) -> tuple[str, ...]:
     if probe.prefix is not None:
         assert isinstance(probe.prefix, ChannelAffine)
         for key in ("weight", "bias"):
             old = getattr(probe.prefix, key)
-            new = nn.Parameter((old.double() * factor).to(old), requires_grad=old.requires_grad)
-            probe.prefix.register_parameter(key, new)
+            captured.editor.write(probe.prefix, key, (old.double() * factor).to(old))
         return ()
     if plan is None:
         return ()
@@ -174,23 +173,20 @@ def _scale_producers(
     return plan.layers
 
 
-def _scale_norm(probe: SwappedNorm, factor: Tensor, item: MeanStatistics) -> None:
+def _scale_norm(
+    captured: Editable, probe: SwappedNorm, factor: Tensor, statistics: MeanStatistics
+) -> None:
     """Divide the norm's weight by the factors and give its bias the mean that it will take."""
     module = probe.module
-    means = (item.mean.reshape(-1).to(factor) * factor).reshape(probe.groups, -1)
+    means = (statistics.mean.reshape(-1).to(factor) * factor).reshape(probe.groups, -1)
     taken = means.mean(1, keepdim=True).expand_as(means).reshape(-1)
     probe.scale = probe.scale / factor
     bias = probe.bias + probe.scale * taken
-    _set(module, "weight", probe.scale * probe.gain)
-    _set(module, "bias", bias)
-
-
-def _set(module: nn.Module, key: str, value: Tensor) -> None:
-    old = getattr(module, key)
-    like = old if old is not None else module.weight
-    assert isinstance(like, nn.Parameter)
-    requires_grad = like.requires_grad
-    module.register_parameter(key, nn.Parameter(value.to(like), requires_grad=requires_grad))
+    for key, value in (("weight", probe.scale * probe.gain), ("bias", bias)):
+        held = getattr(module, key)
+        like = held if held is not None else module.weight
+        assert isinstance(like, nn.Parameter)
+        captured.editor.write(module, key, value.to(like), like.requires_grad)
 
 
 def _note(probe: SwappedNorm, plan: Absorption | None) -> str:

@@ -122,14 +122,14 @@ def _swap(
 ) -> Swapped:
     swap.copy_affine(captured, norm, module)
     if settings.keep == "nothing":
-        _reset(module)
+        _reset(captured, module)
     notes = [getattr(site.plan, "note", ""), swap.affine_note(norm)]
     gamma, beta, like = _affine(captured, module, norm)
     anchored = 1.0
     placed = module
     if moved is not None and moved.known:
         anchor = settings.anchor if settings.anchor is not None else DEFAULT_ANCHOR[settings.keep]
-        anchored, note = _anchor(module, gamma, like, anchor)
+        anchored, note = _anchor(captured, module, gamma, like, anchor)
         notes.append(note)
         if moved.prefix is not None:
             placed = _behind_prefix(moved, module, like)
@@ -165,7 +165,7 @@ def _affine(
 
 
 def _anchor(
-    module: nn.Module, gamma: torch.Tensor, like: torch.Tensor, anchor: float
+    captured: Editable, module: nn.Module, gamma: torch.Tensor, like: torch.Tensor, anchor: float
 ) -> tuple[float, str]:
     """Anchor a dressed norm; return what its weight was multiplied by, and what to say."""
     if anchor == 0:
@@ -177,11 +177,7 @@ def _anchor(
         note += f" instead of {anchor:.3g}, the largest that {like.dtype} holds"
     if module.weight is None:
         note += ", γ filled in"
-    new = nn.Parameter((gamma * gain(chosen)).to(like), requires_grad=trainable)
-    module.register_parameter("weight", new)
-    for flag in ("affine", "elementwise_affine"):
-        if hasattr(module, flag):
-            setattr(module, flag, True)
+    captured.editor.write(module, "weight", (gamma * gain(chosen)).to(like), trainable)
     module.eps = float(module.eps) + chosen * chosen  # type: ignore[arg-type, assignment]
     return gain(chosen), note
 
@@ -192,9 +188,8 @@ def _behind_prefix(moved: Standardized, module: nn.Module, like: torch.Tensor) -
     return nn.Sequential(OrderedDict(affine=ChannelAffine(scale, shift), norm=module))
 
 
-def _reset(module: nn.Module) -> None:
+def _reset(captured: Editable, module: nn.Module) -> None:
     for key, value in (("weight", 1.0), ("bias", 0.0)):
         old = getattr(module, key)
         if isinstance(old, nn.Parameter):
-            new = torch.full_like(old, value)
-            module.register_parameter(key, nn.Parameter(new, requires_grad=old.requires_grad))
+            captured.editor.write(module, key, torch.full_like(old, value), old.requires_grad)

@@ -23,6 +23,7 @@ from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
 
 from rewrite.errors import one_line
+from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.nn.weight_norm import WeightNorm
 from rewrite.weights.spectral import refresh_chain, refresh_old_spectral_norm
 from rewrite.weights.weight_norm import has_old_weight_norm
@@ -85,6 +86,7 @@ def is_frozen(module: nn.Module, name: str) -> bool:
 
 
 def assign(
+    writer: TensorWriter,
     module: nn.Module,
     name: str,
     value: torch.Tensor,
@@ -101,24 +103,22 @@ def assign(
         before = {key: t.detach().clone() for key, t in module.state_dict().items()}
         computed = vars(module).get(name)
         with torch.no_grad():
-            (_assign_hooked if hooked else _assign_through)(module, name, value)
+            (_assign_hooked if hooked else _assign_through)(writer, module, name, value)
             made = getattr(module, name).detach()
             if bool(made.isfinite().all()) or not bool(value.isfinite().all()):
                 return _made_of(module, name, value, made)
-            module.load_state_dict(before)
+            writer.restore(module, before)
             if hooked:
                 vars(module)[name] = computed
         return f"{name} is left as it was: {_kind(module, name)} makes NaN or infinity of the value"
     if name in has_old_weight_norm(module):
-        _assign_old(module, name, value)
+        _assign_old(writer, module, name, value)
         return ""
     old = module._parameters[name]
     assert old is not None  # `assign_refusal` has seen to it
-    parameter = nn.Parameter(_like(value, old), old.requires_grad)
-    for holder, key in ((module, name), *ties):
-        holder._parameters[key] = parameter
-        if isinstance(holder, nn.RNNBase):
-            refresh_recurrent(holder)
+    writer.write(module, name, _like(value, old), old.requires_grad)
+    for holder, key in ties:
+        writer.share(holder, key, module._parameters[name])
     return ""
 
 
@@ -154,49 +154,43 @@ def _like(value: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(old.detach()).copy_(value)
 
 
-def refresh_recurrent(layer: nn.RNNBase) -> None:
-    """Let a recurrent layer see its new parameters; a parametrized one computes them anyway."""
-    if not parametrize.is_parametrized(layer):
-        layer._init_flat_weights()
-
-
-def _assign_through(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    current = getattr(module, name)
-    value = _like(value, current)
+def _assign_through(
+    writer: TensorWriter, module: nn.Module, name: str, value: torch.Tensor
+) -> None:
+    value = _like(value, getattr(module, name))
     chain: Any = module.parametrizations[name]  # type: ignore[index]
-    if len(chain) == 1 and isinstance(chain[0], TorchWeightNorm):
-        g, v = _direction(value, chain.original0)
-        chain.original0.data, chain.original1.data = g, v
+    if len(chain) == 1 and isinstance(chain[0], TorchWeightNorm | WeightNorm):
+        ours = isinstance(chain[0], WeightNorm)
+        g, v = chain[0].right_inverse(value) if ours else _direction(value, chain.original0)
+        writer.refill(chain.original0, g)
+        writer.refill(chain.original1, v.clone())
         return
-    if len(chain) == 1 and isinstance(chain[0], WeightNorm):
-        g, v = chain[0].right_inverse(value)
-        chain.original0.data, chain.original1.data = g, v.clone()
-        return
-    setattr(module, name, value)
-    _refresh(module, name)
+    writer.assign_through(module, name, value)
+    _refresh(writer, module, name)
 
 
-def _assign_hooked(module: nn.Module, name: str, value: torch.Tensor) -> None:
+def _assign_hooked(writer: TensorWriter, module: nn.Module, name: str, value: torch.Tensor) -> None:
     original = getattr(module, f"{name}_orig")
-    original.data = _like(value, original)
-    _refresh(module, name)
+    writer.refill(original, _like(value, original))
+    _refresh(writer, module, name)
 
 
-def _refresh(module: nn.Module, name: str) -> None:
+def _refresh(writer: TensorWriter, module: nn.Module, name: str) -> None:
     """Bring what a weight's computation remembers of it up to date, and compute it."""
     hook = old_hooks(module).get(name)
     if hook is not None:
         if isinstance(hook, OldSpectralNorm):
-            refresh_old_spectral_norm(module, hook)
+            refresh_old_spectral_norm(writer, module, hook)
         hook(module, None)
     elif parametrize.is_parametrized(module, name):
-        refresh_chain(module, name)
+        refresh_chain(writer, module, name)
 
 
-def _assign_old(module: nn.Module, name: str, value: torch.Tensor) -> None:
+def _assign_old(writer: TensorWriter, module: nn.Module, name: str, value: torch.Tensor) -> None:
     old_g, old_v = getattr(module, f"{name}_g"), getattr(module, f"{name}_v")
     g, v = _direction(_like(value, old_v), old_g)
-    old_g.data, old_v.data = g, v
+    writer.refill(old_g, g)
+    writer.refill(old_v, v)
     for hook in module._forward_pre_hooks.values():
         if getattr(hook, "name", None) == name:
             hook(module, None)

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import prune
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod as _Pruning
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm as OldWeightNorm
 
 from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.editable import Editable
+from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.tracing.tracer import hook_reasons
 from rewrite.weights.weight_norm import has_old_weight_norm, remove_weight_norm, weight_normed
 
@@ -110,7 +111,7 @@ def originals(captured: Captured, name: str) -> list[TensorRef]:
     return refs
 
 
-def bake(captured: Captured, name: str) -> Baked | None:
+def bake(captured: Editable, name: str) -> Baked | None:
     """Make the module a plain layer; return what that was, or None if it is one already."""
     module = captured.module(name)
     computed = computed_tensors(module)
@@ -120,7 +121,7 @@ def bake(captured: Captured, name: str) -> Baked | None:
     old = set(module.state_dict())
     normed = set(weight_normed(module))
     for key in computed:
-        _bake_tensor(module, key)
+        _bake_tensor(captured.editor, module, key)
     gone = old - set(module.state_dict())
     keys: dict[str, str | None] = {}
     for place in places:
@@ -133,15 +134,8 @@ def bake(captured: Captured, name: str) -> Baked | None:
     return Baked(tensors, keys, tuple(f"{name}.{key}" for key in sorted(normed)))
 
 
-def _bake_tensor(module: nn.Module, key: str) -> None:
+def _bake_tensor(writer: TensorWriter, module: nn.Module, key: str) -> None:
     if is_parametrized(module, key) or key in has_old_weight_norm(module):
-        remove_weight_norm(module, key)
-        return
-    frozen = not module._parameters[f"{key}_orig"].requires_grad  # type: ignore[union-attr]
-    if prune.is_pruned(module):
-        prune.remove(module, key)  # type: ignore[no-untyped-call]
+        remove_weight_norm(writer, module, key)
     else:
-        nn.utils.remove_spectral_norm(module, key)
-    parameter = module._parameters[key]
-    assert parameter is not None
-    module._parameters[key] = nn.Parameter(parameter.detach(), requires_grad=not frozen)
+        writer.remove_hook(module, key)

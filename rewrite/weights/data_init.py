@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rewrite.graph.captured import Captured
+from rewrite.graph.editable import Editable
+from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.nn.mean_only import MeanOnlyBatchNorm
 from rewrite.outcomes import Change, Site
 from rewrite.runtime.layerwise import fit_in_lockstep
@@ -55,7 +56,7 @@ class Draft:
 
 
 def fit_magnitudes(
-    captured: Captured, sites: Sequence[Site], drafts: dict[str, Draft], batch: Any
+    captured: Editable, sites: Sequence[Site], drafts: dict[str, Draft], batch: Any
 ) -> None:
     """Set g and b of every site in one forward."""
     layers: dict[str, nn.Module] = {}
@@ -69,13 +70,15 @@ def fit_magnitudes(
             layers[site.target] = site.plan.module
 
     def fit(name: str, layer: nn.Module, output: torch.Tensor, again: Any) -> torch.Tensor:
-        return _standardize(name, layer, output, drafts[name])
+        return _standardize(captured.editor, name, layer, output, drafts[name])
 
     for name in fit_in_lockstep(captured.model, batch, layers, fit):
         drafts[name].notes.append("not fitted: the batch did not reach it")
 
 
-def _standardize(name: str, layer: nn.Module, output: torch.Tensor, draft: Draft) -> torch.Tensor:
+def _standardize(
+    writer: TensorWriter, name: str, layer: nn.Module, output: torch.Tensor, draft: Draft
+) -> torch.Tensor:
     units = unit_statistics(layer, output)
     if units.complaint is not None:
         warnings.warn(f"{name}: {units.complaint}", stacklevel=2)
@@ -91,19 +94,19 @@ def _standardize(name: str, layer: nn.Module, output: torch.Tensor, draft: Draft
     chain: Any = layer.parametrizations["weight"]  # type: ignore[index]
     g = chain.original0
     flat = g.detach().flatten().to(scale.dtype) * scale
-    chain.original0 = nn.Parameter(flat.to(g.dtype).reshape(g.shape), g.requires_grad)
+    writer.write(chain, "original0", flat.to(g.dtype).reshape(g.shape))
     axis = unit_axis(layer, output)
     scaled = output * units.along(axis, output, scale)
     if draft.centred is not None:
         norm = draft.centred
         mean = torch.where(units.usable, units.mean / units.std, norm.running_mean)
-        norm.running_mean = mean.to(norm.running_mean)
+        writer.write(norm, "running_mean", mean.to(norm.running_mean))
         bias = torch.where(units.usable, 0.0, norm.bias.detach())
-        norm.bias = nn.Parameter(bias.to(norm.bias.dtype), norm.bias.requires_grad)
+        writer.write(norm, "bias", bias.to(norm.bias.dtype))
         return scaled
     old = layer.bias
     if old is None:
         draft.notes.append("a bias was added")
     bias = shift if old is None else old.detach().to(scale.dtype) * scale + shift  # type: ignore[operator]
-    layer.bias = nn.Parameter(bias.to(g.dtype), g.requires_grad)
+    writer.write(layer, "bias", bias.to(g.dtype), g.requires_grad)
     return scaled + units.along(axis, output, shift)

@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
 
+from rewrite.graph.tensor_writer import TensorWriter
+
 _LARGE = 3000
 """From this many rows and columns on the vectors are found by power iterations."""
 
@@ -43,15 +45,17 @@ def leading_vectors(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return u.to(matrix.dtype), v.to(matrix.dtype)
 
 
-def refresh_old_spectral_norm(module: nn.Module, hook: OldSpectralNorm) -> None:
+def refresh_old_spectral_norm(
+    writer: TensorWriter, module: nn.Module, hook: OldSpectralNorm
+) -> None:
     """Give an old-style spectral norm the vectors of the weight that it now has."""
     matrix = hook.reshape_weight_to_matrix(getattr(module, f"{hook.name}_orig"))
     u, v = leading_vectors(matrix)
-    getattr(module, f"{hook.name}_u").copy_(u)
-    getattr(module, f"{hook.name}_v").copy_(v)
+    writer.write(module, f"{hook.name}_u", u)
+    writer.write(module, f"{hook.name}_v", v)
 
 
-def refresh_chain(module: nn.Module, name: str) -> None:
+def refresh_chain(writer: TensorWriter, module: nn.Module, name: str) -> None:
     """Bring the state of a weight's parametrizations up to date with what they now read.
 
     Where one is no spectral norm and keeps buffers, the weight is read in train mode, as training
@@ -73,8 +77,8 @@ def refresh_chain(module: nn.Module, name: str) -> None:
         for step in chain:
             if isinstance(step, _SpectralNorm) and sources[0].ndim > 1:
                 u, v = leading_vectors(step._reshape_weight_to_matrix(sources[0]))
-                step._u.copy_(u)
-                step._v.copy_(v)
+                writer.write(step, "_u", u)
+                writer.write(step, "_v", v)
             sources = [step(*sources)]
     finally:
         for step, training in modes:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils import parametrize
 
+from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.nn.weight_standardization import WeightStandardization
 from rewrite.weights.layout import Layout
-from rewrite.weights.weight_norm import own_class, weight_refusal
+from rewrite.weights.weight_norm import weight_refusal
 
 
 def is_standardized(module: nn.Module, key: str = "weight") -> bool:
@@ -31,16 +32,10 @@ def standardization_refusal(module: nn.Module, layout: Layout) -> str | None:
     return None
 
 
-def standardize_weight(module: nn.Module, layout: Layout, eps: float) -> None:
+def standardize_weight(writer: TensorWriter, module: nn.Module, layout: Layout, eps: float) -> None:
     """Compute the weight of a layer from a gain, an offset and itself."""
     weight = module._parameters["weight"]
     assert weight is not None
-    own_class(module, tuple(getattr(module, "parametrizations", ())))
     groups = layout.groups if layout.inputs_first else 1
-    made = WeightStandardization(groups, layout.inputs_first, eps)
-    # `unsafe` skips a trial run on the live parameter; shapes and dtypes are ours to get right.
-    parametrize.register_parametrization(module, "weight", made, unsafe=True)
-    parametrizations = module.get_submodule("parametrizations")
-    parametrizations.train(module.training)
-    for parameter in parametrizations.get_submodule("weight").parameters():
-        parameter.requires_grad_(weight.requires_grad)
+    step = WeightStandardization(groups, layout.inputs_first, eps)
+    writer.parametrize(module, "weight", step, weight.requires_grad)

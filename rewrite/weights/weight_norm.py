@@ -28,6 +28,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook
 
+from rewrite.graph.tensor_writer import TensorWriter, parametrized_keys, track_flat_weights
 from rewrite.nn.weight_norm import WeightNorm
 from rewrite.weights.fans import linear_maps
 from rewrite.weights.layout import Layout
@@ -80,7 +81,7 @@ def _chain(module: nn.Module, name: str) -> parametrize.ParametrizationList:
 
 def weight_normed(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the weights of `module` that are weight-normed, in either form."""
-    new = [name for name in _parametrized(module) if has_weight_norm(module, name)]
+    new = [name for name in parametrized_keys(module) if has_weight_norm(module, name)]
     return (*new, *has_old_weight_norm(module))
 
 
@@ -97,17 +98,11 @@ def weight_norm_sources(module: nn.Module, name: str) -> tuple[int, int]:
     return id(chain.original0), id(chain.original1)
 
 
-def _parametrized(module: nn.Module) -> tuple[str, ...]:
-    if not parametrize.is_parametrized(module):
-        return ()
-    return tuple(module.parametrizations)  # type: ignore[arg-type]
-
-
 def _old_hooks(module: nn.Module) -> dict[int, WeightNormHook]:
     return {k: h for k, h in module._forward_pre_hooks.items() if isinstance(h, WeightNormHook)}
 
 
-def add_weight_norm(module: nn.Module, name: str, layout: Layout) -> None:
+def add_weight_norm(writer: TensorWriter, module: nn.Module, name: str, layout: Layout) -> None:
     """Reparameterize weight `name` of `module`; its value does not change.
 
     The new g and v require a gradient if the weight did.
@@ -115,24 +110,22 @@ def add_weight_norm(module: nn.Module, name: str, layout: Layout) -> None:
     requires_grad = getattr(module, name).requires_grad
     # With the outputs on axis 0 the groups are blocks of rows, and every row is a unit anyway.
     groups = layout.groups if layout.inputs_first else 1
-    _register(module, name, WeightNorm(groups, layout.inputs_first), requires_grad)
+    _register(writer, module, name, WeightNorm(groups, layout.inputs_first), requires_grad)
 
 
 def _register(
-    module: nn.Module, name: str, parametrization: nn.Module, requires_grad: bool
-) -> None:
-    own_class(module, _parametrized(module))
-    # `unsafe` skips a trial run on the live parameter; shapes and dtypes are ours to get right.
-    parametrize.register_parametrization(module, name, parametrization, unsafe=True)
-    for parameter in _chain(module, name).parameters():
-        parameter.requires_grad_(requires_grad)
+    writer: TensorWriter, module: nn.Module, name: str, step: nn.Module, requires_grad: bool
+) -> nn.Module:
+    """Compute weight `name` by a weight norm; return what holds its g and v."""
+    chain = writer.parametrize(module, name, step, requires_grad)
     complete_weight_norm(module, name)
+    return chain
 
 
 def complete_weight_norm(module: nn.Module, name: str) -> None:
     """Give a module with a weight-normed `name` what no file holds: hook and property."""
     if isinstance(module, nn.RNNBase):
-        _track_flat_weights(module)
+        track_flat_weights(module)
     module.register_load_state_dict_pre_hook(_LoadsOldKeys(name))  # type: ignore[no-untyped-call]
 
 
@@ -141,50 +134,27 @@ def is_weight_norm_hook(hook: Any) -> bool:
     return isinstance(getattr(hook, "hook", hook), _LoadsOldKeys)
 
 
-def share_weight_norm(first: nn.Module, name: str, second: nn.Module, other: str) -> None:
+def share_weight_norm(
+    writer: TensorWriter, first: nn.Module, name: str, second: nn.Module, other: str
+) -> None:
     """Tie weight `other` of `second` to the weight-normed weight `name` of `first`."""
     source, copied = _chain(first, name), copy.deepcopy(_chain(first, name)[0])
-    _register(second, other, copied, False)
+    chain = _register(writer, second, other, copied, False)
     for key in ("original0", "original1"):
-        _chain(second, other)._parameters[key] = source._parameters[key]
+        writer.share(chain, key, source._parameters[key])
 
 
-def remove_weight_norm(module: nn.Module, name: str) -> nn.Parameter:
+def remove_weight_norm(writer: TensorWriter, module: nn.Module, name: str) -> nn.Parameter:
     """Bake the weight-normed weight `name` of `module` into a plain parameter, and return it."""
-    for key, hook in _old_hooks(module).items():
-        if hook.name == name:
-            return _remove_old(module, key, hook)
-    requires_grad = any(p.requires_grad for p in _chain(module, name).parameters())
+    if name not in has_old_weight_norm(module):
+        _drop_load_hook(module, name)
+        return writer.unparametrize(module, name)
+    g, v, dim = writer.take_sources(module, name)
     with torch.no_grad():
-        weight = nn.Parameter(getattr(module, name).clone(), requires_grad=requires_grad)
-    _drop_load_hook(module, name)
-    left = tuple(key for key in _parametrized(module) if key != name)
-    del module.parametrizations[name]  # type: ignore[union-attr, operator]
-    own_class(module, left)
-    module._parameters[name] = weight
-    if isinstance(module, nn.RNNBase) and not left:
-        module._init_flat_weights()
+        value = _of_dim(dim)(g, v)
+    weight = nn.Parameter(value.clone(), requires_grad=g.requires_grad or v.requires_grad)
+    writer.share(module, name, weight)
     return weight
-
-
-def own_class(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Give a parametrized module a class of its own, with properties for `names` alone.
-
-    PyTorch makes a class for each parametrized module, but a deep copy shares it with the original,
-    and `register_parametrization` and `remove_parametrizations` edit it: they would break the
-    original, which is why neither is called on a module that is parametrized already.
-    """
-    if not isinstance(module._modules.get("parametrizations"), nn.ModuleDict):
-        return
-    module.__class__ = type(module).__mro__[1]
-    if not names:
-        del module._modules["parametrizations"]
-        return
-    parametrize._inject_new_class(module)
-    for name in names:
-        parametrize._inject_property(module, name)
-    if isinstance(module, nn.RNNBase):
-        _track_flat_weights(module)
 
 
 def _drop_load_hook(module: nn.Module, name: str) -> None:
@@ -200,26 +170,6 @@ def _drop_load_hook(module: nn.Module, name: str) -> None:
             del hooks[key]
 
 
-def _remove_old(module: nn.Module, key: int, hook: WeightNormHook) -> nn.Parameter:
-    g, v = _take_old(module, key, hook)
-    with torch.no_grad():
-        value = _of_dim(hook.dim)(g, v)
-    weight = nn.Parameter(value.clone(), requires_grad=g.requires_grad or v.requires_grad)
-    module.register_parameter(hook.name, weight)
-    return weight
-
-
-def _take_old(
-    module: nn.Module, key: int, hook: WeightNormHook
-) -> tuple[nn.Parameter, nn.Parameter]:
-    del module._forward_pre_hooks[key]
-    module.__dict__.pop(hook.name, None)
-    g = module._parameters.pop(f"{hook.name}_g")
-    v = module._parameters.pop(f"{hook.name}_v")
-    assert g is not None and v is not None  # the old style registers both
-    return g, v
-
-
 def _of_dim(dim: int) -> nn.Module:
     """Return the parametrization of an old-style `dim`."""
     if dim in (0, 1):
@@ -227,16 +177,17 @@ def _of_dim(dim: int) -> nn.Module:
     return TorchWeightNorm(dim)
 
 
-def convert_old_weight_norm(module: nn.Module, name: str) -> None:
-    """Turn an old-style weight norm of `name` into the new form, on the same two parameters."""
-    for key, hook in _old_hooks(module).items():
-        if hook.name == name:
-            g, v = _take_old(module, key, hook)
-            module.register_parameter(name, nn.Parameter(torch.ones_like(v)))
-            _register(module, name, _of_dim(hook.dim), True)
-            _chain(module, name)._parameters.update(original0=g, original1=v)
-            return
-    raise KeyError(name)
+def convert_old_weight_norm(writer: TensorWriter, module: nn.Module, name: str) -> None:
+    """Turn an old-style weight norm of `name` into the new form, on the same two parameters.
+
+    Raises:
+        KeyError: there is none.
+    """
+    g, v, dim = writer.take_sources(module, name)
+    writer.write(module, name, torch.ones_like(v), requires_grad=True)
+    chain = _register(writer, module, name, _of_dim(dim), True)
+    writer.share(chain, "original0", g)
+    writer.share(chain, "original1", v)
 
 
 class _LoadsOldKeys:
@@ -254,23 +205,3 @@ class _LoadsOldKeys:
             new = f"{prefix}parametrizations.{self.name}.original"
             state_dict[f"{new}0"] = state_dict.pop(g)
             state_dict[f"{new}1"] = state_dict.pop(v)
-
-
-def _flat_weights(module: nn.RNNBase) -> list[torch.Tensor | None]:
-    return [getattr(module, name, None) for name in module._flat_weights_names]
-
-
-def _ignore(module: nn.RNNBase, value: Any) -> None:
-    """Ignore what RNNBase keeps: it would be the weights of before the last step."""
-
-
-def _track_flat_weights(module: nn.RNNBase) -> None:
-    """Make a recurrent layer compute its weights at each call.
-
-    RNNBase keeps a list of its weights beside the parameters; with a parametrization the list
-    would hold the tensors of the day of registration, and training would change nothing.
-    """
-    type(module)._flat_weights = property(_flat_weights, _ignore)  # type: ignore[assignment]
-    unknown = [None] * len(module._flat_weights_names)
-    module.__dict__["_flat_weights"] = unknown  # read by RNNBase.__setstate__ alone
-    module._flat_weight_refs = list(unknown)

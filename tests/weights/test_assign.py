@@ -9,6 +9,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import rewrite
 from passes import Reinitialize
+from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.weights.assign import assign, assign_refusal
 from rewrite.weights.spectral import leading_vectors
 
@@ -81,7 +82,7 @@ def test_a_spectral_norm_gets_the_vectors_of_the_new_weight(normed, training):
     layer.train(training)
     for _ in range(20):
         layer(torch.randn(4, 16))
-    note = assign(layer, "weight", value())
+    note = assign(TensorWriter(), layer, "weight", value())
     layer.eval()(torch.randn(4, 16))
     assert abs(sigma(layer.weight) - 1) < 1e-3
     expected = value() / sigma(value())
@@ -92,7 +93,7 @@ def test_a_spectral_norm_gets_the_vectors_of_the_new_weight(normed, training):
 
 def test_a_spectral_norm_of_a_convolution_on_another_axis():
     layer = parametrizations.spectral_norm(nn.ConvTranspose2d(4, 6, 3), dim=1).eval()
-    assign(layer, "weight", value((4, 6, 3, 3)))
+    assign(TensorWriter(), layer, "weight", value((4, 6, 3, 3)))
     assert abs(sigma(layer.weight.transpose(0, 1)) - 1) < 1e-5
 
 
@@ -109,7 +110,7 @@ def test_a_spectral_norm_of_a_convolution_on_another_axis():
 def test_the_weight_is_read_back(parametrized, words):
     torch.manual_seed(0)
     layer = parametrized(nn.Linear(16, 32)).eval()
-    note = assign(layer, "weight", value())
+    note = assign(TensorWriter(), layer, "weight", value())
     same = torch.allclose(layer.weight.double(), value(), atol=1e-6)
     assert same == (not words)
     assert words in note
@@ -119,18 +120,18 @@ def test_the_weight_is_read_back(parametrized, words):
 def test_what_is_projected_says_how_far():
     layer = nn.Linear(8, 8)
     parametrize.register_parametrization(layer, "weight", Symmetric())
-    note = assign(layer, "weight", value((8, 8)))
+    note = assign(TensorWriter(), layer, "weight", value((8, 8)))
     assert "Symmetric makes of it" in note
     symmetric = value((8, 8)).triu() + value((8, 8)).triu(1).T
     away = float((symmetric - value((8, 8))).norm() / value((8, 8)).norm())
     assert f"{away:.2g} away" in note
-    assert assign(layer, "weight", symmetric) == ""
+    assert assign(TensorWriter(), layer, "weight", symmetric) == ""
 
 
 def test_a_value_that_becomes_nan_leaves_the_weight_as_it_was():
     layer = parametrizations.spectral_norm(nn.Linear(16, 32)).eval()
     before = layer.weight.detach().clone()
-    note = assign(layer, "weight", torch.zeros(32, 16, dtype=torch.float64))
+    note = assign(TensorWriter(), layer, "weight", torch.zeros(32, 16, dtype=torch.float64))
     assert "left as it was" in note
     torch.testing.assert_close(layer.weight, before)
 

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm as torch_weight_norm
 
 from rewrite.checkpoint.load import load, save
+from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.nn.weight_norm import WeightNorm
 from rewrite.runtime.copying import copy_model
 from rewrite.weights.layout import Layout
@@ -44,7 +45,7 @@ LAYERS = {
 
 def normed(layer: nn.Module) -> nn.Module:
     for name, layout in weight_layouts(layer).items():
-        add_weight_norm(layer, name, layout)
+        add_weight_norm(TensorWriter(), layer, name, layout)
     return layer
 
 
@@ -70,7 +71,7 @@ def test_added_and_removed_bit_for_bit(kind, dtype):
         assert has_weight_norm(layer, name)
         assert torch.equal(getattr(layer, name), before[name])
         assert all(p.dtype == dtype for p in layer.parametrizations[name].parameters())
-        remove_weight_norm(layer, name)
+        remove_weight_norm(TensorWriter(), layer, name)
     assert type(layer) is type(LAYERS[kind]())
     assert layer.state_dict().keys() == before.keys()
     for key, value in before.items():
@@ -169,8 +170,8 @@ def test_tied_weights_stay_tied():
     first, second = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
     second.weight = first.weight
     model = nn.ModuleList([first, second])
-    add_weight_norm(first, "weight", Layout())
-    share_weight_norm(first, "weight", second, "weight")
+    add_weight_norm(TensorWriter(), first, "weight", Layout())
+    share_weight_norm(TensorWriter(), first, "weight", second, "weight")
     assert len(list(model.parameters())) == 2
     copied = copy.deepcopy(model)
     assert len(list(copied.parameters())) == 2
@@ -197,7 +198,7 @@ def test_recurrent_layers_follow_their_weights(kind):
     assert torch.equal(copied(x)[0], before)
     doubled = layer.double()(x.double())[0]
     for name in weight_normed(layer):
-        remove_weight_norm(layer, name)
+        remove_weight_norm(TensorWriter(), layer, name)
         torch.testing.assert_close(layer(x.double())[0], doubled)
     assert type(layer) is type(LAYERS[kind]())
 
@@ -218,7 +219,7 @@ def test_saved_and_loaded(kind, tmp_path):
         x = torch.randn(2, 1, 3)
         assert not torch.allclose(read(x)[0], layer(x)[0], rtol=1e-3)
     for name in weight_normed(read):
-        remove_weight_norm(read, name)
+        remove_weight_norm(TensorWriter(), read, name)
     assert type(read) is type(LAYERS[kind]())
 
 
@@ -233,14 +234,14 @@ def test_old_style_is_removed_and_converted(dim):
     parameters = {id(p) for p in layer.parameters()}
     converted = copy_model(layer)  # copy.deepcopy raises on the old style
     removed = copy_model(layer)
-    convert_old_weight_norm(converted, "weight")
-    remove_weight_norm(removed, "weight")
+    convert_old_weight_norm(TensorWriter(), converted, "weight")
+    remove_weight_norm(TensorWriter(), removed, "weight")
     for module in (converted, removed):
         torch.testing.assert_close(module(x), before)
         assert not module._forward_pre_hooks
     assert sorted(removed.state_dict()) == ["bias", "weight"]
     assert has_weight_norm(converted, "weight")
-    convert_old_weight_norm(layer, "weight")
+    convert_old_weight_norm(TensorWriter(), layer, "weight")
     assert {id(p) for p in layer.parameters()} == parameters
 
 
@@ -261,19 +262,19 @@ def test_a_copy_can_change_without_its_original():
     """A deep copy shares the class that PyTorch made for the original."""
     lstm = nn.LSTM(3, 4)
     layouts = weight_layouts(lstm)
-    add_weight_norm(lstm, "weight_ih_l0", layouts["weight_ih_l0"])
+    add_weight_norm(TensorWriter(), lstm, "weight_ih_l0", layouts["weight_ih_l0"])
     x = torch.randn(2, 1, 3)
     before = lstm(x)[0]
     copied = copy.deepcopy(lstm)
     assert type(copied) is type(lstm)
-    add_weight_norm(copied, "weight_hh_l0", layouts["weight_hh_l0"])
+    add_weight_norm(TensorWriter(), copied, "weight_hh_l0", layouts["weight_hh_l0"])
     assert torch.equal(lstm(x)[0], before)
     assert weight_normed(lstm) == ("weight_ih_l0",)
-    remove_weight_norm(copied, "weight_ih_l0")
+    remove_weight_norm(TensorWriter(), copied, "weight_ih_l0")
     assert weight_normed(copied) == ("weight_hh_l0",)
     for layer in (lstm, copied):
         assert torch.equal(layer(x)[0], before)
-    remove_weight_norm(copied, "weight_hh_l0")
+    remove_weight_norm(TensorWriter(), copied, "weight_hh_l0")
     assert type(copied) is nn.LSTM
     assert torch.equal(lstm.weight_ih_l0, copied.weight_ih_l0)
 
@@ -289,4 +290,4 @@ def test_frozen_weights_stay_frozen():
     layer.weight.requires_grad_(False)
     normed(layer)
     assert [p.requires_grad for p in layer.parametrizations.weight.parameters()] == [False, False]
-    assert not remove_weight_norm(layer, "weight").requires_grad
+    assert not remove_weight_norm(TensorWriter(), layer, "weight").requires_grad

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from rewrite.checkpoint.load import load
+from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.weights.weight_norm import add_weight_norm, weight_layouts
 from rewrite.weights.weight_norm_keys import bake, fit_weight_norm_keys
 
@@ -71,7 +72,7 @@ def test_other_keys_that_look_alike_are_left_alone():
 def test_baking_agrees_with_the_module(groups):
     layer = nn.ConvTranspose2d(4, 6, 3, groups=groups)
     ((name, layout),) = weight_layouts(layer).items()
-    add_weight_norm(layer, name, layout)
+    add_weight_norm(TensorWriter(), layer, name, layout)
     g, v = layer.parametrizations.weight.parameters()
     with torch.no_grad():
         g.mul_(torch.rand_like(g) + 0.5)

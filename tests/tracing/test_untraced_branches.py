@@ -1,4 +1,4 @@
-"""rewrite.graph.untraced_branches: what a forward does for other values of its arguments.
+"""rewrite.tracing.untraced_branches: what a forward does for other values of its arguments.
 
 Each model is folded and run with the value that was not traced: a fold that does not know of it is
 another function there. The twins have the same code without the choice, and fold.
@@ -429,7 +429,7 @@ def test_a_fold_holds_where_an_input_is_none(kind: type[nn.Module], folds: bool)
 
 def test_the_fold_without_this_knowledge_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative twin: with nothing known of untaken code, each of these is another function."""
-    from rewrite.graph import untraced_branches as untaken
+    from rewrite.tracing import untraced_branches as untaken
 
     monkeypatch.setattr(untaken.UntracedBranches, "caller", lambda self, place: None)
     monkeypatch.setattr(untaken.UntracedBranches, "reader", lambda self, region, node: None)
