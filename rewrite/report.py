@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from torch import nn
 
+    from rewrite.equivalence.side_by_side import SideBySide
     from rewrite.equivalence.verification import Verification
 
 
@@ -129,8 +130,8 @@ class Report:
             for name in part.violations:
                 yield Text(f"{name} changed although no rewritten site names it", style="red")
             yield Text(f"{len(part.changes)} rewritten, {len(part.skips)} left alone")
-        for note in self.notes:
-            yield Text(f"note: {note}")
+        for note, count in _rows([(note,) for note in self.notes], verbose):
+            yield Text(f"note: {note}{f'  {count} alike' if count > 1 else ''}")
         if self.verification is not None:
             yield Text(str(self.verification))
 
@@ -143,20 +144,32 @@ class Report:
     ) -> str:
         """Return the report as one HTML page that opens offline.
 
-        With both models and an input the page shows them module by module, each with its error.
+        With both models the page shows them module by module, each with its error on what they were
+        verified on; where no value on the way was compared they are run on the input.
+
+        Args:
+            before: the original.
+            after: the rewritten model.
+            example_inputs: a tensor, a tuple of positional inputs or a dict of keywords.
+            provenance: what the page says of where it comes from; by default the versions.
         """
         from rewrite.html.pages import conversion_page
         from rewrite.provenance import provenance as reproduced
 
         modules = None
         if before is not None and after is not None:
-            from rewrite.equivalence.side_by_side import side_by_side
-            from rewrite.runtime.inputs import Inputs
-
-            inputs = None if example_inputs is None else Inputs.of(example_inputs)
-            modules = side_by_side(before, after, inputs)
+            modules = self._modules(before, after, example_inputs)
         known = reproduced() if provenance is None else provenance
         return conversion_page(self, modules, known).render()
+
+    def _modules(self, before: nn.Module, after: nn.Module, example_inputs: Any) -> SideBySide:
+        from rewrite.equivalence.side_by_side import of_runs, side_by_side
+        from rewrite.runtime.inputs import Inputs
+
+        if self.verification is not None and self.verification.runs is not None:
+            return of_runs(before, after, self.verification.runs)
+        inputs = None if example_inputs is None else Inputs.of(example_inputs)
+        return side_by_side(before, after, inputs)
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: the terminal's text."""

@@ -180,7 +180,10 @@ def _page(
     """Return the HTML page of a conversion, on the input that was given or one that is made up."""
     from rewrite.cli.common import or_inferred, own_provenance
 
-    given = or_inferred(options, model, inputs)
+    check = result.report.verification
+    given = inputs
+    if check is None or check.runs is None:
+        given = or_inferred(options, model, inputs)
     return result.report.to_html(model, result.model, given, own_provenance(options.model))
 
 

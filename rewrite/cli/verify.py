@@ -122,13 +122,16 @@ def _verify_models(options: argparse.Namespace) -> tuple[Verification, str | Non
     )
     if not options.html:
         return found, None
-    from rewrite.equivalence.side_by_side import side_by_side
+    from rewrite.equivalence.side_by_side import of_runs, side_by_side
     from rewrite.html.pages import verification_page
     from rewrite.runtime.inputs import Inputs
 
-    inputs = or_inferred(options, before, inputs)
-    given = None if inputs is None else Inputs.of(inputs)
-    modules = side_by_side(before, after, given, options.seed)
+    if found.runs is not None:
+        modules = of_runs(before, after, found.runs)
+    else:
+        inputs = or_inferred(options, before, inputs)
+        given = None if inputs is None else Inputs.of(inputs)
+        modules = side_by_side(before, after, given, options.seed)
     known = own_provenance(options.model, options.other)
     title = f"{options.other} held to {options.model}"
     return found, verification_page(found, modules, known, title).render()

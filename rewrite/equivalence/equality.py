@@ -23,7 +23,7 @@ from rewrite.equivalence.deployed import (
 )
 from rewrite.equivalence.divergence import Divergence, compare_records, recorded, value_noise
 from rewrite.equivalence.exactness import Exact, misrounded, present
-from rewrite.equivalence.record import Sketcher
+from rewrite.equivalence.record import Record, Sketcher
 from rewrite.equivalence.rounding import EXPLAINS, Perturbation, perturbed, stored_rounding
 from rewrite.equivalence.training import judge_training
 from rewrite.equivalence.variations import adversarial
@@ -64,6 +64,7 @@ class Findings:
     noise: float | None = None
     rounding: float | None = None
     divergence: Divergence | None = None
+    runs: tuple[Record, Record] | None = None
 
     def measure(self, compared: Comparison) -> None:
         """Take the agreement of one pair of outputs into account."""
@@ -239,7 +240,10 @@ class _Judge:
             amplified = (_AMPLIFIED * own for own in value_noise(record_a, record_n))
             noise = list(map(max, noise, amplified))
             parted = compare_records(record_a, record_b, noise, self.touched)
-        if parted is not None and self.found.divergence is None:
+        first = parted is not None and self.found.divergence is None
+        if first or self.found.runs is None:
+            self.found.runs = record_a, record_b
+        if parted is not None and first:
             self.found.divergence = parted
             self.found.reasons.append(
                 f"{name}: {parted.target or 'the forward'} ({parted.function}) is off by "

@@ -122,6 +122,12 @@ def side_by_side(
     ):
         record_a, _ = recorded(before, wide, sketch, seed)
         record_b, _ = recorded(after, wide, sketch, seed)
+    return of_runs(before, after, (record_a, record_b))
+
+
+def of_runs(before: nn.Module, after: nn.Module, runs: tuple[Record, Record]) -> SideBySide:
+    """Return both models' modules from what each computed on one input; nothing is run."""
+    record_a, record_b = runs
     return SideBySide(
         _rows(before, record_a, _distances(record_a, record_b)),
         _rows(after, record_b, _distances(record_b, record_a)),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from rewrite.equivalence.divergence import Divergence
+    from rewrite.equivalence.record import Record
 
 
 JUDGED = (Contract.EXACT, Contract.EXACT_IN_EVAL)
@@ -62,6 +63,8 @@ class Verification:
         reasons: why the contract does not hold; empty when it does.
         divergence: the first place where the models part, if they do.
         seconds: how long it took.
+        runs: what each model computed in float64 on one input that was compared value by value: the
+            first, or the first on which they part; None where none was.
     """
 
     contract: Contract
@@ -77,6 +80,7 @@ class Verification:
     reasons: tuple[str, ...] = ()
     divergence: Divergence | None = None
     seconds: float = field(default=0.0, compare=False)
+    runs: tuple[Record, Record] | None = field(default=None, compare=False, repr=False)
 
     @property
     def ok(self) -> bool:

@@ -113,6 +113,7 @@ def verify(
         reasons=tuple(dict.fromkeys(found.reasons)),
         divergence=found.divergence,
         seconds=time.perf_counter() - begin,
+        runs=found.runs,
     )
 
 

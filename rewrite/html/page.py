@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +138,7 @@ class Page:
 
 
 def _row(row: ModuleRow) -> dict[str, Any]:
-    found = asdict(row)
+    found = dict(vars(row))
     if row.error is not None and not math.isfinite(row.error):
         found["error"] = 1e300
     return found

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rewrite.alike import group_alike
 from rewrite.equivalence.side_by_side import ROUNDING
 from rewrite.equivalence.verification import JUDGED
 from rewrite.html.page import Number, Page
@@ -59,7 +60,7 @@ def conversion_page(
         changes=[(item.spec, change) for item in report.passes for change in item.changes],
         skips=[(item.spec, skip) for item in report.passes for skip in item.skips],
         cases=() if check is None else check.cases,
-        notes=report.notes,
+        notes=_alike(report.notes),
         modules=modules,
         wrong=_wrong(check),
         provenance=provenance or {},
@@ -128,6 +129,15 @@ def onnx_page(found: OnnxVerification, provenance: Mapping[str, str] | None = No
         notes=[*(f"{c.name}: {c.found}" for c in found.checks if c.ok), *found.notes],
         provenance=provenance or {},
     )
+
+
+def _alike(notes: Sequence[str]) -> list[str]:
+    """Return the notes, those that differ in numbers only as one."""
+    merged = group_alike([(note,) for note in notes])
+    return [
+        f"{each.texts[0]} ({each.count} alike)" if each.count > 1 else each.texts[0]
+        for each in merged
+    ]
 
 
 def _count(number: int, what: str) -> str:

@@ -4,7 +4,6 @@ Needs Chromium and its driver (Debian: chromium, chromium-driver).
 """
 
 import copy
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,32 +14,19 @@ import torchvision
 
 import models
 import rewrite
+from benchmarks import _browser
 from rewrite.equivalence.side_by_side import side_by_side
 from rewrite.html.pages import verification_page
 from rewrite.runtime.inputs import Inputs
 
 selenium = pytest.importorskip("selenium")
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    BROWSER is None or DRIVER is None, reason="needs chromium and chromedriver"
-)
+pytestmark = pytest.mark.skipif(not _browser.installed(), reason="needs chromium and chromedriver")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    for flag in (
-        "headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync",
-        "disable-component-update", "no-first-run", "disable-quic", "window-size=1280,900",
-    ):  # fmt: skip
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
-    yield driver
-    driver.quit()
+    with _browser.headless() as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +45,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(browser: Any, page: Path) -> Any:
-    browser.get(page.as_uri())
-    assert browser.execute_script("return document.body.dataset.ready") == "true"
+    _browser.opened(browser, page)
     return browser
 
 
@@ -128,8 +113,4 @@ def test_the_page_works_by_keyboard(browser: Any, page: Path) -> None:
 
 
 def test_it_is_usable_in_two_seconds(browser: Any, page: Path) -> None:
-    opened(browser, page)
-    spent = browser.execute_script(
-        "const t = performance.getEntriesByType('navigation')[0]; return t.loadEventEnd;"
-    )
-    assert 0 < spent < 2000
+    assert 0 < _browser.opened(browser, page) < 2000

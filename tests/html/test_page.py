@@ -1,5 +1,6 @@
 """The HTML page as text: whole, offline, escaped, and saying what the report says."""
 
+import copy
 import json
 import re
 
@@ -9,8 +10,10 @@ from torch import nn
 
 import models
 import rewrite
+from benchmarks.html_report import terminal
+from rewrite.equivalence.side_by_side import of_runs
 from rewrite.html.page import Page
-from rewrite.html.pages import onnx_page, verification_page
+from rewrite.html.pages import conversion_page, onnx_page, verification_page
 from rewrite.outcomes import Skip
 
 X = torch.randn(2, 3, 8, 8)
@@ -92,3 +95,56 @@ def test_a_notebook_shows_little(cell: str) -> None:
     result = rewrite.convert(network(), "fold", example_inputs=X)
     shown = repr(result.report) if cell == "repr" else result.report._repr_html_()
     assert "rewritten" in shown and len(shown) < 2000
+
+
+def test_a_page_costs_no_run_where_the_values_were_compared() -> None:
+    model = network()
+    result = rewrite.convert(model, "fold", example_inputs=X)
+    ran: list[str] = []
+    for each in (model, result.model):
+        each.register_forward_pre_hook(lambda *_: ran.append("once"))
+    rows = data_of(result.report.to_html(model, result.model, X))["after"]
+    assert ran == []
+    assert max(row["error"] or 0.0 for row in rows) < 1e-6  # type: ignore[attr-defined]
+
+
+def test_a_page_runs_both_where_no_value_was_compared() -> None:
+    model = network()
+    result = rewrite.convert(model, "bn-to-gn", example_inputs=X)
+    rows = data_of(result.report.to_html(model, result.model, X))["after"]
+    assert max(row["error"] or 0.0 for row in rows) > 1e-3  # type: ignore[attr-defined]
+
+
+def test_the_run_on_which_two_models_part_is_the_one_that_is_shown() -> None:
+    model, wrong = network(), network()
+    with torch.no_grad():
+        wrong[0].weight[0, 0, 0, 0] += 0.5
+    blind = torch.zeros(2, 3, 8, 8)
+    batches = [blind, X]
+    found = rewrite.verify(model, wrong, calibration=batches, level="thorough")
+    assert not found.ok
+    text = verification_page(found, of_runs(model, wrong, found.runs)).render()
+    assert max(row["error"] or 0.0 for row in data_of(text)["after"]) > 1e-3  # type: ignore[attr-defined]
+
+
+def test_a_module_takes_few_bytes_and_alike_rows_few_lines() -> None:
+    """The limits of `python -m benchmarks.html_report`, on a model that is quickly converted."""
+    block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+    sizes = []
+    for count in (10, 110):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), *(copy.deepcopy(block) for _ in range(count)))
+        models.randomize_norms_(model).eval()
+        result = rewrite.convert(model, "fold", example_inputs=X)
+        sizes.append(len(result.report.to_html(model, result.model, X).encode()))
+        assert len(terminal(result.report).splitlines()) <= 60
+    assert (sizes[1] - sizes[0]) / 400 < 600
+    assert sizes[0] < 600_000
+
+
+def test_notes_that_are_alike_are_one() -> None:
+    notes = tuple(f"Block.reset() reads layer{n}.bn, which changed" for n in range(1, 60))
+    report = rewrite.Report((), notes)
+    assert "note: Block.reset() reads layer{1..59}.bn, which changed  59 alike" in str(report)
+    assert conversion_page(report).notes == [
+        "Block.reset() reads layer{1..59}.bn, which changed (59 alike)"
+    ]
