@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,6 +30,26 @@ class Affine:
 
     scale: Tensor
     shift: Tensor
+
+    @cached_property
+    def finite(self) -> bool:
+        """Whether every scale and every shift is a number."""
+        return bool(torch.isfinite(self.scale).all()) and bool(torch.isfinite(self.shift).all())
+
+    @cached_property
+    def scales(self) -> bool:
+        """Whether it multiplies any channel by another number than 1."""
+        return bool((self.scale != 1).any())
+
+    @cached_property
+    def adds(self) -> bool:
+        """Whether it adds anything to any channel."""
+        return bool(self.shift.any())
+
+    @cached_property
+    def positive(self) -> bool:
+        """Whether every scale is positive."""
+        return bool((self.scale > 0).all())
 
     @classmethod
     def identity(cls, channels: int) -> Affine:

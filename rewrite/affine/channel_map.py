@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,7 +52,9 @@ class ChannelMap:
     @property
     def trivial(self) -> bool:
         """Whether nothing happens to the value."""
-        return not (self.scale or self.shift) or bool((self.index < 0).all())
+        return not (self.scale or self.shift) or bool(
+            self.index.numel() == 0 or self.index.max() < 0
+        )
 
     def same(self, other: ChannelMap) -> bool:
         """Return whether both say the same."""
@@ -61,12 +63,13 @@ class ChannelMap:
             and self.scale == other.scale
             and self.shift == other.shift
             and self.spread == other.spread
-            and torch.equal(self.index, other.index)
+            and (self.index is other.index or torch.equal(self.index, other.index))
         )
 
     def moved(self, axis: int, index: Tensor | None = None) -> ChannelMap:
         """Return the map on another axis, or with another index."""
-        return replace(self, axis=axis, index=self.index if index is None else index)
+        index = self.index if index is None else index
+        return ChannelMap(axis, index, self.scale, self.shift, self.spread)
 
 
 UNKNOWN_RANK = "the number of axes of {0} is unknown without example inputs (pass example_inputs)"

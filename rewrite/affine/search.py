@@ -143,7 +143,7 @@ class PropagationSearch:
         for node, side in neighbours:
             if node in self.context.folded or (node, side) in self._done:
                 continue
-            if self._sums_later(node):
+            if self._combines_later(node):
                 raise DeclinedError(self._against_reason(node, value), node)
             layer = self.context.layer(node)
             if layer is None or (side is Side.INPUT and node.all_input_nodes[:1] != [value]):
@@ -153,14 +153,15 @@ class PropagationSearch:
             if side is Side.INPUT and layer.kind == "gain":
                 raise DeclinedError(layer.why_not, node)
 
-    def _sums_later(self, node: Node) -> bool:
-        """Return whether `node` is a sum behind the seeds, which no way backward reaches.
+    def _combines_later(self, node: Node) -> bool:
+        """Return whether `node` is a sum or a concatenation behind the seeds.
 
-        A sum changes with each of its operands, so it would have to be one of the changed values.
+        It changes with each of its operands, so it would have to be one of the changed values; no
+        way backward reaches it.
         """
         if self.direction is Direction.FORWARD or self.absorb_inverse:
             return False
-        if not has(node, Trait.ADDS):
+        if not has(node, Trait.ADDS) and not has(node, Trait.JOINS):
             return False
         order = self.context.order
         return all(s.graph is node.graph and order[s] < order[node] for s in self._seeds)

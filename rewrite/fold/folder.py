@@ -63,8 +63,8 @@ class Fold:
         edits = [edit for move in self.moves for edit in move.absorption.edits]
         inverse = any(edit.inverse for edit in edits)
         return Requirements(
-            scales=bool((self.affine.scale != 1).any()),
-            adds=bool(self.affine.shift.any()),
+            scales=self.affine.scales,
+            adds=self.affine.adds,
             positive=any(move.absorption.needs_positive for move in self.moves),
             invertible=inverse or any(move.part == "shift over scale" for move in self.moves),
         )
@@ -159,11 +159,10 @@ class Folder:
     # -- where it goes ------------------------------------------------------------------------
 
     def _moves(self, source: Source, affine: Affine) -> tuple[Move, ...] | Declined:
-        scales = bool((affine.scale != 1).any())
-        adds = bool(affine.shift.any())
+        scales, adds = affine.scales, affine.adds
         if not scales and not adds:
             return ()
-        positive = bool((affine.scale > 0).all())
+        positive = affine.positive
         declined: list[Declined] = []
         for absorb_inverse in (False, True)[: 1 + self.compensate]:
             if absorb_inverse and not _invertible(affine, self.captured, source):

@@ -40,13 +40,13 @@ class Requirements:
 
     def broken_by(self, affine: Affine, dtype: torch.dtype = torch.float64) -> str:
         """Return what of `affine`, made of tensors of `dtype`, breaks them, in words, or ""."""
-        if not bool(torch.isfinite(affine.scale).all() and torch.isfinite(affine.shift).all()):
+        if not affine.finite:
             return "scale or shift is not finite"
-        if not self.adds and bool(affine.shift.any()):
+        if not self.adds and affine.adds:
             return "adds something, and the plan moves no shift"
-        if not self.scales and bool((affine.scale != 1).any()):
+        if not self.scales and affine.scales:
             return "scales, and the plan moves no scale"
-        if self.positive and bool((affine.scale <= 0).any()):
+        if self.positive and not affine.positive:
             return "has a scale that is not positive, which max pooling or ReLU does not let pass"
         if self.invertible and (reason := uninvertible(affine, dtype)):
             return f"{reason}, and another layer would absorb the inverse"

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.fx import Node
-from torch.nn.utils.parametrize import is_parametrized
 
 from rewrite.graph.effects import Effects
 from rewrite.graph.index import Index, storage_of
@@ -32,7 +31,7 @@ from rewrite.runtime.tree import Tree
 from rewrite.tracing.records import Frame
 from rewrite.tracing.records import Opaque as Opaque
 from rewrite.tracing.regions import Region as Region
-from rewrite.tracing.tracer import hook_reasons
+from rewrite.tracing.tracer import has_parametrizations, hook_reasons
 from rewrite.tracing.untraced_branches import UntracedBranches
 
 if TYPE_CHECKING:
@@ -111,7 +110,7 @@ class Captured:
         """Return why a call of the module is more than its forward: hooks, parametrizations."""
         module = self.module(name)
         reasons = hook_reasons(module)
-        if is_parametrized(module):
+        if has_parametrizations(module):
             keys = ", ".join(module.parametrizations)  # type: ignore[arg-type]
             reasons = (*reasons, f"has a parametrization of {keys}")
         elif module._forward_pre_hooks and not reasons:

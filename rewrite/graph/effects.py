@@ -67,7 +67,7 @@ def shared_inputs(captured: Model, node: Node, prefix: str = "") -> tuple[Node, 
     if node.op == "call_module":
         name = f"{prefix}.{node.target}" if prefix else str(node.target)
         module = captured.module(name)
-        if getattr(module, "inplace", False) is True:
+        if _is_in_place(module):
             return inputs[:1]
         return () if is_leaf(module) and not isinstance(module, _SHARING_MODULES) else inputs
     if node.op == "output":
@@ -121,13 +121,20 @@ def writes(captured: Model, node: Node) -> tuple[Node, ...]:
     """Return the inputs of `node` that it writes into."""
     if node.op == "call_module":
         module = captured.module(str(node.target))
-        return tuple(node.all_input_nodes[:1]) if getattr(module, "inplace", False) is True else ()
+        return tuple(node.all_input_nodes[:1]) if _is_in_place(module) else ()
     if node.target in _AUGMENTED:
         # A proxy records `x += y` as `x + y`: only the line of code tells them apart.
         written = _AUGMENTED[node.target] in captured.source_text(node)
         first = node.args[0] if node.args else None
         return (first,) if written and isinstance(first, Node) else ()
     return _written(node)
+
+
+def _is_in_place(module: nn.Module) -> bool:
+    """Return whether a module is told to write into its input; no child is looked for."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return getattr(module, "inplace", False) is True
+    return vars(module).get("inplace", getattr(type(module), "inplace", False)) is True
 
 
 def changes_in_place(captured: Model, node: Node) -> bool:
@@ -238,6 +245,16 @@ class Effects:
         return found
 
     @cached_property
+    def _writes_into(self) -> dict[Node, list[_Write]]:
+        """By value: the writes into its memory, in the order of the graph."""
+        found: dict[Node, list[_Write]] = {}
+        for graph_writes in self._writes.values():
+            for write in graph_writes:
+                for value in write.family:
+                    found.setdefault(value, []).append(write)
+        return found
+
+    @cached_property
     def written_tensors(self) -> dict[str, Node]:
         """The parameters, buffers and attributes that a forward writes, and the call that does."""
         found: dict[str, Node] = {}
@@ -254,10 +271,9 @@ class Effects:
         The graph shows that reader the value from before the write.
         """
         memory = self.memory(value)
-        for write in self._writes.get(value.graph, ()):
-            if value in write.family:
-                for _, reader in memory.later_readers(write.node, write.written):
-                    return write.node, reader
+        for write in self._writes_into.get(value, ()):
+            for _, reader in memory.later_readers(write.node, write.written):
+                return write.node, reader
         return None
 
     def parted(self, node: Node, value: Node) -> tuple[Node, Node] | None:
@@ -268,7 +284,8 @@ class Effects:
             the input or tensor of the model that it is.
         """
         memory = self.memory(node)
-        for write in self._writes.get(node.graph, ()):
+        seen = dict.fromkeys((*self._writes_into.get(node, ()), *self._writes_into.get(value, ())))
+        for write in sorted(seen, key=lambda write: memory.place(write.node)):
             if memory.place(write.node) <= memory.place(node):
                 continue
             for own, other in ((value, node), (node, value)):
@@ -286,8 +303,8 @@ class Effects:
     def written_between(self, value: Node, first: Node, last: Node) -> Node | None:
         """Return what writes into the memory of `value` after `first` and before `last`."""
         place = self.memory(value).place
-        for write in self._writes.get(value.graph, ()):
-            if place(first) < place(write.node) < place(last) and value in write.family:
+        for write in self._writes_into.get(value, ()):
+            if place(first) < place(write.node) < place(last):
                 return write.node
         return None
 

@@ -169,6 +169,8 @@ class ModelCode:
 
     def read_whole(self, name: str) -> str | None:
         """Return which line reads every tensor of `name`, or of a module around it, or None."""
+        if not self._read_whole:
+            return None
         for place in (name, *self._tree.aliases(name)):
             parts = place.split(".") if place else []
             for length in range(len(parts), -1, -1):

@@ -26,6 +26,7 @@ class Ranks:
     def __init__(self, captured: Captured) -> None:
         self._captured = captured
         self._ranks: dict[Node, int | None] = {}
+        self._sizes: dict[tuple[Node, int], int | None] = {}
         for node in captured.nodes():
             self._ranks[node] = self._infer(node)
 
@@ -42,6 +43,11 @@ class Ranks:
         """Return the length of `axis` (counted from the end) of a value, or None if unknown."""
         if axis >= 0:
             return None
+        if (node, axis) not in self._sizes:
+            self._sizes[node, axis] = self._find_size(node, axis)
+        return self._sizes[node, axis]
+
+    def _find_size(self, node: Node, axis: int) -> int | None:
         seen = 0
         current = node
         while seen < 64:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -129,14 +130,18 @@ ACTIVATION_NAMES: frozenset[str] = frozenset(ACTIVATION_MODULES.values())
 
 def function_name(node: Node) -> str | None:
     """Return the plain name of a called function or method: "relu" for `F.relu_`, `x.relu()` …"""
-    if node.op == "call_method":
-        name = str(node.target)
-    elif node.op != "call_function":
-        return None
-    elif isinstance(node.target, torch._ops.OpOverload):
-        name = node.target.overloadpacket.__name__
+    return plain_name(node.target) if node.op in ("call_method", "call_function") else None
+
+
+@lru_cache(maxsize=4096)
+def plain_name(target: Any) -> str:
+    """Return the plain name of a function, or of a method that is given by its name."""
+    if isinstance(target, str):
+        name = target
+    elif isinstance(target, torch._ops.OpOverload):
+        name = target.overloadpacket.__name__
     else:
-        name = getattr(node.target, "__name__", "")
+        name = getattr(target, "__name__", "")
     return name if name.startswith("__") else name.rstrip("_")
 
 
@@ -150,6 +155,8 @@ def is_plain(module: nn.Module) -> bool:
 
     Quantized and fused layers of `torch.ao.nn` inherit from plain ones and compute something else.
     """
+    if type(module).__module__.startswith("torch.nn.modules."):
+        return is_leaf(module)
     base = next((b for b in type(module).__mro__ if not is_parametrization_class(b)), None)
     while base is not None and not base.__module__.startswith("torch."):
         base = base.__mro__[1]

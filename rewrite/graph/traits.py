@@ -17,13 +17,14 @@ import enum
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.fx import Node
 
-from rewrite.graph.spellings import ACTIVATION_MODULES, function_name, is_plain
+from rewrite.graph.spellings import ACTIVATION_MODULES, is_plain, plain_name
 
 if TYPE_CHECKING:
     from rewrite.graph.captured import Captured
@@ -333,11 +334,16 @@ _GUESTS: Mapping[str, frozenset[str]] = {
 
 def operation(node: Node) -> Operation | None:
     """Return the operation that a function or a method computes, None for anything else."""
-    name = function_name(node)
-    row = None if name is None else _BY_SPELLING.get(name.removeprefix("special_"))
-    if row is None or node.op == "call_method":
+    return _operation(node.target) if node.op in ("call_method", "call_function") else None
+
+
+@lru_cache(maxsize=4096)
+def _operation(target: Any) -> Operation | None:
+    """Return the operation of a function, or of a method by its name: few, and asked for often."""
+    row = _BY_SPELLING.get(plain_name(target).removeprefix("special_"))
+    if row is None or isinstance(target, str):
         return row
-    return row if _is_known(row, node.target) else None
+    return row if _is_known(row, target) else None
 
 
 def _is_known(row: Operation, target: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,24 +26,25 @@ def copy_model(model: Model) -> Model:
     held as attributes are shared, as nothing can copy them.
     """
     memo: dict[int, Any] = {id(module): module for module in list(sys.modules.values())}
-    memo |= {id(function): function for function in _compiled(model)}
-    for tensor in _tensors(model):
+    modules = [module for _, module in Tree(model).modules()]
+    memo |= {id(function): function for function in _compiled(modules)}
+    for tensor in _tensors(modules):
         if id(tensor) not in memo:
             memo[id(tensor)] = lazy_copy(tensor)
-    _copy_plain_modules(model, memo)
+    _copy_plain_modules(modules, memo)
     return copy.deepcopy(model, memo)
 
 
-def _compiled(model: nn.Module) -> Iterator[Any]:
+def _compiled(modules: Iterable[nn.Module]) -> Iterator[Any]:
     """Yield the TorchScript functions that modules hold; nothing can copy or change one."""
-    for _, module in Tree(model).modules():
+    for module in modules:
         yield from (v for v in vars(module).values() if isinstance(v, torch.jit.ScriptFunction))
 
 
 _UNCHANGED = (type(None), bool, int, float, str, type)
 
 
-def _copy_plain_modules(model: nn.Module, memo: dict[int, Any]) -> None:
+def _copy_plain_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
     """Enter into `memo` copies of the modules that `copy.deepcopy` copies attribute by attribute.
 
     They hold the same as its own would; most of what a module holds is an empty dict or a number,
@@ -51,7 +52,7 @@ def _copy_plain_modules(model: nn.Module, memo: dict[int, Any]) -> None:
     """
     plain: dict[type, bool] = {}
     copies: list[tuple[nn.Module, nn.Module]] = []
-    for _, module in Tree(model).modules():
+    for module in modules:
         kind = type(module)
         if kind not in plain:
             plain[kind] = _is_plain(kind)
@@ -99,8 +100,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     return copy.deepcopy(value, memo)
 
 
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    for _, module in Tree(model).modules():
+def _tensors(modules: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
+    for module in modules:
         yield from (p for p in module._parameters.values() if p is not None)
         yield from (b for b in module._buffers.values() if b is not None)
         # Old-style weight_norm and friends keep the computed weight, not a leaf, as an attribute.
@@ -162,7 +163,7 @@ def own_memory_(
     returns the bytes of a storage in memory of their own.
     """
     moved: dict[int, torch.UntypedStorage] = {}
-    for tensor in list(_tensors(model)):
+    for tensor in list(_tensors(module for _, module in Tree(model).modules())):
         if is_lazy(tensor) or type(tensor.data) is not torch.Tensor:
             continue
         data = tensor.detach()

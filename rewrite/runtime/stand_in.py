@@ -50,7 +50,10 @@ def stand_in(
 
 def without_values(tensor: Tensor) -> Tensor:
     """Return a tensor of the same shape, dtype and strides on the meta device."""
-    if is_lazy(tensor) or tensor.is_meta or type(tensor.detach()) is not Tensor:
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    if not plain and (is_lazy(tensor) or type(tensor.detach()) is not Tensor):
+        return lazy_copy(tensor)
+    if tensor.is_meta:
         return lazy_copy(tensor)
     if tensor.layout is not torch.strided or tensor.is_quantized:
         return lazy_copy(tensor)
@@ -138,11 +141,14 @@ class _Copier:
     def _fill(self, module: nn.Module) -> None:
         held = vars(self._memo[id(module)])
         for key, value in vars(module).items():
-            if key in ("_parameters", "_buffers"):
+            kind = type(value)
+            if kind in _SHARED or (kind is tuple and _SHARED.issuperset(map(type, value))):
+                held[key] = value
+            elif key in ("_parameters", "_buffers"):
                 held[key] = {k: None if t is None else self._tensor(t) for k, t in value.items()}
             elif key == "_modules" and type(value) is dict:
                 held[key] = {k: None if m is None else self._module(m) for k, m in value.items()}
-            elif type(value) in _SHARED or key in ("_graph", "meta"):
+            elif key in ("_graph", "meta"):
                 held[key] = value
             elif key in _OWN_ATTRIBUTES and not value:
                 held[key] = type(value)()

@@ -91,9 +91,15 @@ def slots(module: nn.Module) -> Iterator[tuple[Slot, nn.Module]]:
         if child is not None:
             yield Slot(module, key), child
     for attr, value in vars(module).items():
-        if attr not in _OWN_ATTRIBUTES and type(value) not in _PLAIN:
+        if attr not in _OWN_ATTRIBUTES and not _holds_nothing(value):
             for path, child in _inside(value):
                 yield Slot(module, attr, path), child
+
+
+def _holds_nothing(value: Any) -> bool:
+    """Return whether `value` is plain, or a sequence of what is: kernel sizes, strides, names."""
+    kind = type(value)
+    return kind in _PLAIN or (kind in (tuple, list) and _PLAIN.issuperset(map(type, value)))
 
 
 def _inside(

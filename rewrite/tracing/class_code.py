@@ -17,6 +17,7 @@ import inspect
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
@@ -75,8 +76,14 @@ class ClassCode:
 
 
 def code_of(kind: type) -> ClassCode:
-    """Return what the code of a class does."""
+    """Return what the code of a class does; it is read once for as long as its functions stay."""
     functions = _functions(kind)
+    return _read(kind, tuple((name, *several) for name, several in functions.items()))
+
+
+@lru_cache(maxsize=256)
+def _read(kind: type, named: tuple[tuple[Any, ...], ...]) -> ClassCode:
+    functions: dict[str, list[FunctionType]] = {name: several for name, *several in named}
     found = ClassCode()
     reached: set[str] = set()
     pending = ["forward"]

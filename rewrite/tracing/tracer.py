@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
+_NUMBERS_AND_NAMES = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
+
+
 _TORCH_PREFIXES = ("torch.nn.", "torch.ao.nn.")
 
 
@@ -50,7 +53,7 @@ def is_leaf(module: nn.Module) -> bool:
     kind = type(module)
     if isinstance(module, _CONTAINERS):
         return False
-    if is_parametrized(module):
+    if has_parametrizations(module):
         kind = kind.__mro__[1]
     if kind.__module__.startswith("torch.nn.parallel."):
         return False
@@ -62,6 +65,14 @@ def is_leaf(module: nn.Module) -> bool:
     if base is nn.Module or issubclass(base, _CONTAINERS):
         return False
     return all(getattr(kind, name, None) is getattr(base, name, None) for name in _LAYER_METHODS)
+
+
+def has_parametrizations(module: nn.Module) -> bool:
+    """Return whether `torch.nn.utils.parametrize` computes a tensor of `module`.
+
+    Most modules have none, and their dict of children tells so without an exception inside.
+    """
+    return "parametrizations" in module._modules and is_parametrized(module)
 
 
 def hook_reasons(module: nn.Module) -> tuple[str, ...]:
@@ -135,6 +146,8 @@ class RegionTracer(ValueTracer):
             # A value that a forward caches on its module belongs to this graph, not to the next.
             for entered in self._trace.entered:
                 for key, value in vars(self.tree.get(entered)).items():
+                    if not isinstance(value, Proxy | dict | list | tuple) or not _filled(value):
+                        continue
                     where = f"{entered}.{key}" if entered else key
                     kept = (node for node in nodes_of(value) if node.graph is self.graph)
                     self._trace.kept.update(dict.fromkeys(kept, where))
@@ -217,7 +230,19 @@ class RegionTracer(ValueTracer):
         return all(child in self.tree or self._is_slice(child) for child in module.children())
 
     def create_arg(self, a: Any) -> Any:
-        """Turn a tensor into a `get_attr` node without storing anything on the model."""
+        """Turn a tensor into a `get_attr` node without storing anything on the model.
+
+        What nearly every argument is comes first: fx's own asks each one for a dozen rarer types.
+        """
+        if isinstance(a, Proxy):
+            return a.node
+        kind = type(a)
+        if kind in _NUMBERS_AND_NAMES:
+            return a
+        if kind is tuple or kind is list:
+            return kind([self.create_arg(item) for item in a])
+        if kind is dict and not a:
+            return {}
         if isinstance(a, torch.Tensor):
             name = self.tensors.get(id(a))
             if name is None:
@@ -252,6 +277,11 @@ class RegionTracer(ValueTracer):
         for node in reversed(self._dead):
             if not node.users and not node._erased:
                 self.graph.erase_node(node)
+
+
+def _filled(value: Any) -> bool:
+    """Return whether a value may hold proxies: it is one, or a container with anything in it."""
+    return isinstance(value, Proxy) or bool(len(value))
 
 
 def _nodes_after(last: Node) -> list[Node]:

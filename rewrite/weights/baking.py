@@ -22,7 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm as OldWeightNorm
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.editable import Editable
 from rewrite.graph.tensor_writer import TensorWriter
-from rewrite.tracing.tracer import hook_reasons
+from rewrite.tracing.tracer import has_parametrizations, hook_reasons
 from rewrite.weights.weight_norm import has_old_weight_norm, remove_weight_norm, weight_normed
 
 _TENSORS = ("weight", "bias")
@@ -58,7 +58,7 @@ def computed_tensors(module: nn.Module) -> dict[str, str]:
 
 
 def _parametrized(module: nn.Module) -> dict[str, Any]:
-    if not is_parametrized(module):
+    if not has_parametrizations(module):
         return {}
     return {key: chain for key, chain in module.parametrizations.items() if key in _TENSORS}  # type: ignore[union-attr, operator]
 
