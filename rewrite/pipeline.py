@@ -24,6 +24,7 @@ from rewrite.progress import Announced
 from rewrite.protocol import Applied, Pass, apply_pass, find_sites
 from rewrite.report import PassReport, Report
 from rewrite.runtime.copying import copy_model
+from rewrite.runtime.infer_inputs import has_certain_rank, infer_example_inputs
 from rewrite.runtime.inputs import ExampleCall, Inputs
 from rewrite.snapshot import Snapshot, take_snapshot
 
@@ -114,13 +115,15 @@ def convert(
     if inputs is None and calls:
         inputs = calls[0].inputs
     notes: tuple[str, ...] = ()
+    shown = inputs is not None or calibration is not None
     runs = verify
     if verify and (reason := why_not_run(model)):
         runs, notes = False, (f"{reason}: nothing was run",)
     elif verify:
         inputs, notes = _inputs(model, inputs, calibration)
+    evidence = inputs if shown or has_certain_rank(model) else None
     work = _Conversion(
-        inputs, runs and inputs is not None, verify, calibration, seed,
+        inputs, evidence, runs and inputs is not None, verify, calibration, seed,
         progress or (lambda _: None), calls,
     )  # fmt: skip
     selection = Selection(tuple(only), tuple(skip))
@@ -147,7 +150,6 @@ def _inputs(
     if given is not None:
         return given, ()
     from rewrite.calibration.batches import first_usable
-    from rewrite.runtime.infer_inputs import infer_example_inputs
 
     # An iterator can be read once only, and its batches are for the fit.
     if calibration is not None and not isinstance(calibration, Iterator):
@@ -202,11 +204,14 @@ class _Conversion:
 
     Attributes:
         inputs: what the models take, if that is known.
+        evidence: the inputs whose shapes the passes may rely on: those, unless they are made up
+            and the model would take other ranks too.
         runs: whether they are run.
         checks: whether tensors that no change names are held to be untouched.
     """
 
     inputs: Inputs | None
+    evidence: Inputs | None
     runs: bool
     checks: bool
     calibration: Iterable[Any] | None
@@ -256,7 +261,7 @@ class _Conversion:
         calibration = self.calibration
         if calibration is not None:
             calibration = Announced(calibration, self.say, pass_.name)
-        applied = apply_pass(pass_, after, self.inputs, calibration, selection, self.calls)
+        applied = apply_pass(pass_, after, self.evidence, calibration, selection, self.calls)
         seconds = time.perf_counter() - start
         verification = None
         touched = {name: pass_.name for change in applied.changes for name in change.touched}
@@ -304,7 +309,7 @@ class _Conversion:
         return outcome
 
     def _targets(self, pass_: Pass, before: nn.Module, selection: Selection) -> tuple[str, ...]:
-        captured = capture(copy_model(before), self.inputs, self.calls)
+        captured = capture(copy_model(before), self.evidence, self.calls)
         sites, _ = find_sites(pass_, captured, selection)
         return tuple(dict.fromkeys(site.target for site in sites))
 

@@ -177,6 +177,20 @@ def test_calibration_data_is_what_is_verified_on_where_no_input_is_given() -> No
     assert "random one of shape" in once.notes[0]
 
 
+def test_a_made_up_input_is_no_evidence_of_a_rank() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).double().eval()
+    with torch.no_grad():
+        model[1].running_mean.normal_()
+        model[1].running_var.uniform_(0.5, 1.5)
+    made_up = rewrite.convert(model, "fold", check=False).report
+    assert not made_up.changes and "number of axes" in made_up.skips[0].reason
+    given = rewrite.convert(model, "fold", example_inputs=torch.randn(4, 5).double())
+    assert len(given.report.changes) == 1 and given.report.ok
+    # The first layer of a network of convolutions says the rank.
+    images = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)).eval()
+    assert len(rewrite.convert(images, "fold").report.changes) == 1
+
+
 def test_a_consumed_model_gives_the_same_result_and_the_same_report() -> None:
     def converted(**options: bool) -> rewrite.Result[nn.Module]:
         torch.manual_seed(0)

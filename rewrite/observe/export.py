@@ -13,7 +13,6 @@ import contextlib
 import copy
 import re
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from rewrite.errors import CaptureError, one_line
 from rewrite.runtime.copying import copy_model
 from rewrite.runtime.inputs import ExampleCall
 from rewrite.runtime.leaves import leaves, tensors
+from rewrite.runtime.quiet import quiet
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 _INNER = "model"
@@ -101,8 +101,7 @@ def export_call(model: nn.Module, call: ExampleCall) -> ObservedCall:
     flat = _Flat(standin, call)
     ran, stacks = set[str](), set[tuple[CodeLine, ...]]()
     given = tuple(tensors([call.inputs.args, dict(call.inputs.kwargs)]))
-    with _watched(standin, ran, stacks), _whole_stacks(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _watched(standin, ran, stacks), _whole_stacks(), quiet():
         try:
             program = torch.export.export(flat, given, strict=False)
         except Exception as error:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +20,7 @@ from rewrite.runtime.batch_axes import BATCH, find_batch_axes, widened
 from rewrite.runtime.inputs import Inputs, call
 from rewrite.runtime.leaves import leaves
 from rewrite.runtime.modes import isolated
+from rewrite.runtime.quiet import quiet
 
 Exporter = Literal["dynamo", "torchscript"]
 
@@ -72,7 +71,7 @@ def export_program(
 
 def _exported(model: nn.Module, inputs: Inputs, arguments: dict[str, Any], notes: list[str]) -> Any:
     """Run the exporter; where it refuses attention in fused form, write attention out."""
-    with _quiet():
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # it prints too
         try:
             program = _run_exporter(model, inputs, arguments)
         except Exception as error:
@@ -124,7 +123,7 @@ def _traced(
         raise ExportError(f"--opset {asked.opset}: the exporter torchscript ends at {NEWEST_OPSET}")
     axes = {name: shape for name, shape in shapes.items() if isinstance(shape, dict)}
     names = _input_names(model, inputs)
-    with _quiet(), _failing(model, ""):
+    with quiet(), contextlib.redirect_stderr(io.StringIO()), _failing(model, ""):
         return trace_to_onnx(model, inputs, names, output_names, axes, asked.opset)
 
 
@@ -143,20 +142,6 @@ def _cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings and log lines to itself: what matters is verified afterwards."""
-    # The tracer's loggers are many and set their own levels: all are off meanwhile. It prints too.
-    before = logging.root.manager.disable
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            logging.disable(logging.CRITICAL)
-            yield
-        finally:
-            logging.disable(before)
 
 
 def _dynamic_shapes(

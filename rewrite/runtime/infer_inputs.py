@@ -40,6 +40,18 @@ def infer_example_inputs(
     return None
 
 
+def has_certain_rank(model: nn.Module) -> bool:
+    """Return whether the first layer says how many axes an inferred input has to have.
+
+    A linear layer and a batch norm of vectors take inputs of several ranks, and what follows may
+    mean another thing on each: Linear → BatchNorm1d on (N, C) and on (N, C, L) with C = L.
+    """
+    leading = (nn.modules.conv._ConvNd, nn.Embedding, nn.Linear, nn.RNNBase)
+    ambiguous = (nn.Linear, nn.modules.batchnorm._BatchNorm)
+    layers = (m for m in model.modules() if isinstance(m, (*leading, *ambiguous)))
+    return not isinstance(next(layers, None), ambiguous)
+
+
 def _candidates(
     model: nn.Module, quick: bool
 ) -> Iterator[Callable[[torch.Generator], torch.Tensor]]:

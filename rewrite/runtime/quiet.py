@@ -1,0 +1,24 @@
+"""Keep what torch's exporters warn and log to itself: an error says what matters, once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Let no warning and no log line through while the context is open.
+
+    The loggers of torch's tracers are many and set their own levels: all are off meanwhile.
+    """
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            logging.disable(logging.CRITICAL)
+            yield
+        finally:
+            logging.disable(before)
