@@ -1,11 +1,14 @@
 """Private training after a swap: which architectures Opacus takes, and trains for a step.
 
-    python -m benchmarks.private_training [--draw 60] [--workers 1] [--summarize --write]
+    python -m benchmarks.private_training [--draw 200] [--limit 150] [--workers 1] [--write]
+    python -m benchmarks.private_training --summarize --write        # the rows so far; runs nothing
 
 Per architecture with a BatchNorm: `make_private` and one step of DP-SGD after `--bn-to-gn` alone,
-after `--bn-to-gn --out-of-place`, and after Opacus' own `ModuleValidator.fix`. Architectures: the
-quick tier of the sweep, and a draw from all of it with a fixed seed. Weights are random. Rows are
-appended to private_training.jsonl; what has one is not run again.
+after `--bn-to-gn --out-of-place` in each mode of Opacus and as one layer (`AsOneLayer`), and after
+Opacus' own `ModuleValidator.fix`. Where a step was taken, the gradients of single samples in
+float64 are compared with those of runs with one sample. Architectures: the quick tier of the sweep,
+and a draw from all of it with a fixed seed. Weights are random. Rows are appended to
+private_training.jsonl; what has one is not run again, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +33,23 @@ from benchmarks.sweep.peers import opacus_fix
 from benchmarks.sweep.workers import Limits, run_all
 from rewrite.runtime.copying import copy_model
 from rewrite.runtime.leaves import tensors
+from rewrite.training import AsOneLayer
 
 RESULTS = Path(__file__).parent / "private_training.jsonl"
 SWEEP = Path(__file__).parent / "coverage.jsonl"
-WAYS = ("bn-to-gn", "bn-to-gn, out-of-place", "Opacus' fix")
+OURS = "bn-to-gn, out-of-place"
+ONE = "as one layer"
+MODES = {OURS: "hooks", f"{OURS}, functorch": "functorch", f"{OURS}, ew": "ew"}
+WAYS = ("bn-to-gn", *MODES, ONE, "Opacus' fix")
 _SEED = 19
+_TOLERANCE = 1e-6
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what has no row yet, and print the table."""
     options = parser(__doc__)
-    options.add_argument("--draw", type=int, default=60, help="architectures beside the quick tier")
+    options.add_argument("--draw", type=int, default=200, help="beside the quick tier")
+    options.add_argument("--limit", type=int, default=150, help="seconds for one architecture")
     options.add_argument("--workers", type=int, default=1)
     options.add_argument("--summarize", action="store_true", help="run nothing")
     chosen = options.parse_args(arguments)
@@ -48,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not chosen.summarize:
         done = {row["name"] for row in read()}
         pending = [name for name in wanted if name not in done]
-        for row in run_all(pending, measure, Limits(150, 12_000), chosen.workers):
+        for row in run_all(pending, measure, Limits(chosen.limit, 12_000), chosen.workers):
             with RESULTS.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
             print(row, flush=True)
@@ -88,21 +98,34 @@ def measure(name: str) -> dict[str, Any]:
     def ours(count: int) -> nn.Module:
         return rewrite.convert(model, passes[:count], example_inputs=inputs, verify=False).model
 
-    makes: list[Callable[[], nn.Module]] = [
-        lambda: ours(1), lambda: ours(2), lambda: opacus_fix(copy_model(model)),
-    ]  # fmt: skip
-    found = [_outcome(make, inputs) for make in makes]
-    return {"name": name, "status": "done"} | dict(zip(WAYS, found, strict=True))
+    swapped = ours(2)
+    makes: dict[str, Callable[[], nn.Module]] = {
+        "bn-to-gn": lambda: ours(1),
+        **{way: lambda: copy_model(swapped) for way in MODES},
+        ONE: lambda: AsOneLayer(copy_model(swapped)),
+        "Opacus' fix": lambda: opacus_fix(copy_model(model)),
+    }
+    row: dict[str, str] = {}
+    for way, make in makes.items():
+        row[way] = _outcome(partial(_step_of, make, inputs, MODES.get(way, "hooks")))
+    compared = next((way for way in (OURS, ONE) if row[way] == "ok"), "")
+    if compared:
+        row["gradients"] = _outcome(lambda: f"{gradient_error(makes[compared](), inputs):.0e}")
+    return {"name": name, "status": "done"} | row
 
 
-def _outcome(make: Callable[[], nn.Module], inputs: tuple[Any, ...]) -> str:
+def _outcome(run: Callable[[], str]) -> str:
     try:
-        return step(make(), inputs)
+        return run()
     except Exception as error:  # noqa: BLE001 - the row says what stopped it
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
-def step(model: nn.Module, inputs: tuple[Any, ...]) -> str:
+def _step_of(make: Callable[[], nn.Module], inputs: tuple[Any, ...], mode: str) -> str:
+    return step(make(), inputs, mode)
+
+
+def step(model: nn.Module, inputs: tuple[Any, ...], mode: str) -> str:
     """Make a model private, take one step of DP-SGD, and return "ok"; or raise."""
     from opacus import PrivacyEngine
 
@@ -113,18 +136,63 @@ def step(model: nn.Module, inputs: tuple[Any, ...]) -> str:
     )
     private, optimizer, _ = PrivacyEngine().make_private(
         module=model, optimizer=torch.optim.SGD(trained, lr=0.01), data_loader=loader,
-        noise_multiplier=1.0, max_grad_norm=1.0,
+        noise_multiplier=1.0, max_grad_norm=1.0, grad_sample_mode=mode,
     )  # fmt: skip
-    outputs = [t for t in tensors(private(*inputs)) if t.requires_grad]
-    torch.stack([t.float().square().mean() for t in outputs]).sum().backward()
+    _loss(private, inputs).backward()
     optimizer.step()
     return "ok"
+
+
+def gradient_error(model: nn.Module, inputs: tuple[Any, ...]) -> float:
+    """Return the largest error of the gradients of single samples, relative to the largest one.
+
+    Two samples in float64; dropout is off, or two runs would differ by their random numbers.
+    """
+    from opacus.grad_sample.utils import prepare_module
+
+    model = model.double().train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    generator = torch.Generator().manual_seed(_SEED)
+    pair = tuple(
+        torch.randn(2, *x.shape[1:], generator=generator, dtype=torch.double)
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x
+        for x in inputs
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    wanted = []
+    for number in range(2):
+        one = tuple(x[number : number + 1] if isinstance(x, torch.Tensor) else x for x in pair)
+        wanted.append(torch.autograd.grad(_loss(model, one), parameters, allow_unused=True))
+    _loss(prepare_module(model, "hooks"), pair).backward()
+    largest = error = 0.0
+    for place, parameter in enumerate(parameters):
+        found = getattr(parameter, "grad_sample", None)
+        for number in range(2):
+            gradient = wanted[number][place]
+            if gradient is None:
+                continue
+            if found is None:
+                raise ValueError("a parameter has no gradient of single samples")
+            largest = max(largest, float(gradient.abs().max()))
+            error = max(error, float((found[number] - gradient).abs().max()))
+    return error / largest
+
+
+def _loss(model: nn.Module, inputs: tuple[Any, ...]) -> torch.Tensor:
+    """Return a mean over samples of what each of them adds."""
+    outputs = [t for t in tensors(model(*inputs)) if t.requires_grad]
+    dtype = torch.promote_types(outputs[0].dtype, torch.float)
+    return torch.stack([t.to(dtype).square().mean() for t in outputs]).sum()
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """Return the counts, and what stopped the others."""
     ran = [row for row in rows if row.get("status") == "done"]
     other = Counter(row["status"] for row in rows if row["status"] not in ("done", "no BatchNorm"))
+    either = [row for row in ran if "ok" in (row[OURS], row[ONE])]
     counts = {way: sum(row[way] == "ok" for row in ran) for way in WAYS}
     kinds = {way: Counter(_kind(row[way]) for row in ran if row[way] != "ok") for way in WAYS}
     reasons = sorted(set().union(*kinds.values()), key=lambda kind: -kinds[WAYS[1]][kind])
@@ -133,14 +201,36 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     ]
     lines += [[kind, *(kinds[way][kind] for way in WAYS)] for kind in reasons]
     left = ", ".join(f"{n} {status}" for status, n in other.items()) or "none"
-    stopped = [row for row in ran if row[WAYS[1]] != "ok"]
-    names_ = ", ".join(f"{row['name']} ({_kind(row[WAYS[1]])})" for row in stopped) or "none"
+    stopped = [row for row in ran if row not in either]
+    names_ = ", ".join(f"{row['name']} ({_kind(row[OURS])})" for row in stopped) or "none"
     return (
         f"{environment('opacus', 'timm')}. {len(ran)} architectures with a BatchNorm, in the order "
-        f"of the quick tier and then of the draw; ended otherwise: {left}."
-        f"\n\n{table(['', *WAYS], lines)}\n\nLeft after "
-        f"`--bn-to-gn --out-of-place`: {names_}."
+        f"of the quick tier and then of the draw; ended otherwise: {left}. Mode `hooks` where no "
+        f"other is named.\n\n{table(['', *WAYS], lines)}\n\nAfter `--bn-to-gn --out-of-place`, as "
+        f"they are or as one layer: {len(either)} of {len(ran)} "
+        f"({len(either) / max(1, len(ran)):.1%}). Left: {names_}.\n\n{_gradients(either)}"
     )
+
+
+def _gradients(rows: Sequence[dict[str, Any]]) -> str:
+    """Say how far the gradients of single samples are from those of runs with one sample."""
+    errors: dict[str, float] = {}
+    failed = []
+    for row in rows:
+        try:
+            errors[row["name"]] = float(row["gradients"])
+        except ValueError:
+            failed.append(f"{row['name']} ({row['gradients'][:60]})")
+    close = sum(error <= _TOLERANCE for error in errors.values())
+    far = [f"{name} ({error:.0e})" for name, error in errors.items() if error > _TOLERANCE]
+    worst = max((e for e in errors.values() if e <= _TOLERANCE), default=0.0)
+    text = (
+        f"The gradients of single samples equal those of runs with one sample, in float64 and to "
+        f"{_TOLERANCE:.0e} of the largest, in {close} of {len(errors)}; the largest error of these "
+        f"is {worst:.0e}."
+    )
+    text += f" Others: {', '.join(far)}." if far else ""
+    return text + (f" Not compared: {', '.join(failed)}." if failed else "")
 
 
 def _kind(text: str) -> str:
@@ -149,6 +239,10 @@ def _kind(text: str) -> str:
         "with buffers": "Opacus: a trainable layer with buffers",
         "targets should not be none": "a detector: its loss needs boxes",
         "stack expects": "Opacus: no per-sample gradient of a bare parameter",
+        "ExpandedWeights": "Opacus, mode ew: rows are no samples",
+        "Expanded Weights": "Opacus, mode ew: an operation without a rule",
+        "wrap it to return one tensor": "as one layer: several outputs",
+        "randomness": "as one layer: random numbers",
         "IllegalModuleConfiguration": "Opacus: a layer that it does not know",
         "UnsupportedModuleError": "Opacus: a layer that it does not know",
     }

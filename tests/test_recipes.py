@@ -23,7 +23,11 @@ def test_opacus(mode: str) -> None:
     text = (RECIPES / "opacus.md").read_text(encoding="utf-8")
     code = text.split("```python\n")[1].split("```")[0]
     assert "MODE" in code
-    exec(compile(code, "opacus.md", "exec"), {"MODE": mode, "__name__": "recipe"})
+    names = {"MODE": mode, "__name__": "recipe"}
+    exec(compile(code, "opacus.md", "exec"), names)
+    if mode == "hooks":
+        as_one_layer = text.split("```python\n")[2].split("```")[0]
+        exec(compile(as_one_layer, "opacus.md", "exec"), names)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,6 +3,7 @@ from .calibration_error import fit_temperature as fit_temperature
 from .distillation import Distillation as Distillation
 from .label_smoothing import LabelSmoothing as LabelSmoothing
 from .label_smoothing import OnlineLabelSmoothing as OnlineLabelSmoothing
+from .one_layer import AsOneLayer as AsOneLayer
 from .options import RecoverOptions as RecoverOptions
 from .parameter_groups import normalized_decay as normalized_decay
 from .parameter_groups import parameter_groups as parameter_groups
