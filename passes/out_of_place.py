@@ -11,6 +11,7 @@ That holds for every input, in both modes, for outputs and gradients. Hooks on a
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,7 +19,6 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from rewrite.functional.augmented import AugmentedAssignments
 from rewrite.functional.forms import Make, cast, functional, same, written
 from rewrite.functional.untraced_writes import untraced_writes
 from rewrite.graph.captured import Captured
@@ -97,7 +97,6 @@ class Writes:
 
     def __init__(self, captured: Captured) -> None:
         self.captured = captured
-        self._augmented = AugmentedAssignments(captured)
         self._memories: dict[Region, Memory] = {}
         self._accepted: set[Node] = set()
 
@@ -116,7 +115,7 @@ class Writes:
                     yield self._accept(self._module(name, calls), calls)
                 continue
             operand = self._operand(node)
-            if operand is not None and not (isinstance(operand, Node) and is_number(operand)):
+            if operand is not None and not is_number(operand):
                 yield self._accept(self._line(node, operand, calls), calls)
         for name, _ in self.captured.tree.modules():
             if name not in met and self._has_flag(name):
@@ -143,24 +142,33 @@ class Writes:
             return Skip(name, before, f"{place}: {reason}" if place else reason)
         return Site(name, before, calls[0] if calls else None, Plan(lines, None, bool(lines)))
 
-    def _operand(self, node: Node) -> Node | str | None:
-        """Return what `node` writes into, None if nothing, or why that cannot be told."""
+    def _operand(self, node: Node) -> Node | None:
+        """Return what `node` writes into, None if nothing."""
         if (operand := written(node)) is not None:
             return operand
-        augmented = self._augmented.is_one(node)
-        if augmented is None:
-            return "only parts of this line ran: which of its operations assigns cannot be told"
-        first = node.args[0] if augmented else None
+        first = node.args[0] if self._assigns(node) else None
         return first if isinstance(first, Node) else None
 
-    def _line(self, node: Node, operand: Node | str, calls: tuple[Node, ...]) -> Site | Skip:
+    def _assigns(self, node: Node) -> bool:
+        """Return whether `node` is `x += y`; of `x[i] += y`, what writes is the call x[i] = …."""
+        if node not in self.captured.region_of(node).augmented:
+            return False
+        item = node.args[0]
+        return not any(
+            user.target is operator.setitem
+            and user.args[2] is node
+            and isinstance(item, Node)
+            and item.target is operator.getitem
+            and user.args[:2] == item.args
+            for user in node.users
+        )
+
+    def _line(self, node: Node, operand: Node, calls: tuple[Node, ...]) -> Site | Skip:
         captured = self.captured
         target = captured.owner(node)
         place = captured.source(node) or "generated code"
         before = captured.source_text(node) or node.format_node() or str(node)
-        if isinstance(operand, str):
-            return Skip(target, before, f"{place}: {operand}")
-        make: Make | str = same if written(node) is None else functional(node)
+        make: Make | str = same if written(node) is None else functional(node, calls)
         if isinstance(make, str):
             return Skip(target, before, f"{place}: {make}")
         later, reason = self._judge(calls)
@@ -277,8 +285,7 @@ class Writes:
         return ""
 
     def _shares(self, node: Node) -> tuple[Node, ...]:
-        augmented = node.op in ("call_function", "call_method") and self._augmented.is_one(node)
-        if augmented or augmented is None:
+        if node.op == "call_function" and self._assigns(node):
             return tuple(node.all_input_nodes[:1])
         return shared_inputs(self.captured, node)
 

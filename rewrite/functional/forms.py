@@ -5,6 +5,8 @@
     torch.f(…, out=x)                                    f(…)
     x.zero_(), x.fill_(v), x.copy_(y)                    fill(x, 0), fill(x, v), where(true, y, x)
     x[i, a:b] = y                                        select_scatter, slice_scatter
+    x[:, i] = y for places i                             index_copy
+    x[mask] = 1                                          masked_fill
     x[mask] = y, x[indices] = y                          index_put
 
 An operation in place keeps the dtype of x; where the new value would have another one it is cast.
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,15 +62,20 @@ def written(node: Node) -> Node | None:
     return _first(node) if _inplace_argument(node) else None
 
 
-def functional(node: Node) -> Make | str:
-    """Return what makes the value of `node` anew, or why there is nothing that does."""
+def functional(node: Node, calls: Sequence[Node] = ()) -> Make | str:
+    """Return what makes the value of `node` anew, or why there is nothing that does.
+
+    Args:
+        node: a call that writes in place.
+        calls: all calls that its line makes, `node` among them; the new line has to suit each.
+    """
     name = str(node.target) if node.op == "call_method" else _spelled(node)
     if name in _RANDOM:
         return f"{name} draws random numbers: a new draw would be another"
     if name in _STORAGE:
         return f"{name} changes the tensor itself, not its values"
     if node.target is operator.setitem:
-        return _assignment(node)
+        return _assignment(node, calls or (node,))
     if name in ("zero_", "fill_", "copy_"):
         return _filled(name)
     if node.op == "call_method":
@@ -139,18 +146,44 @@ def _without_inplace(graph: Graph, line: Node) -> Node:
     return graph.create_node(line.op, line.target, tuple(args), kwargs)
 
 
-def _assignment(node: Node) -> Make | str:
-    key, value = node.args[1], node.args[2]
-    keys = key if isinstance(key, tuple) else (key,)
+def _assignment(node: Node, calls: Sequence[Node]) -> Make | str:
+    key = node.args[1]
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if all(_is_full_mask(call) for call in calls):
+        return lambda graph, line: graph.call_function(torch.masked_fill, line.args)
     if all(isinstance(k, Node) for k in keys):
         return lambda graph, line: _put(graph, line)
-    plain = [k for k in keys if isinstance(k, int | slice) or k is Ellipsis]
-    if len(plain) != len(keys):
-        return "assigns through an index that mixes tensors, slices and new axes"
-    if Ellipsis in keys[:-1]:
-        return "assigns through an index with axes behind an ellipsis"
-    assert value is not None
-    return lambda graph, line: _scatter(graph, line.args[0], list(keys), 0, line.args[2])
+    if any(k is None or isinstance(k, bool) for k in keys):
+        return "assigns through an index with new axes"
+    for k in keys:
+        if isinstance(k, Node) and not (_rank(k) == 1 and _dtype(k) == torch.long):
+            return "assigns through an index that mixes slices and tensors, not all 1-D of int64"
+    several = [k for k in keys if isinstance(k, Node | list)]
+    if several and (len(several) > 1 or any(isinstance(k, int) for k in keys)):
+        return "assigns through an index of several places along more than one axis"
+    return lambda graph, line: _scatter(graph, line.args[0], _keys(line), 0, line.args[2])
+
+
+def _is_full_mask(call: Node) -> bool:
+    """Return whether a call is x[mask] = number, with a mask of the rank of x."""
+    old, key, value = call.args
+    masks = isinstance(key, Node) and _dtype(key) == torch.bool
+    return masks and isinstance(value, bool | int | float) and _rank(key) == _rank(old) is not None
+
+
+def _keys(line: Node) -> list[Any]:
+    key = line.args[1]
+    return list(key) if isinstance(key, tuple) else [key]
+
+
+def _rank(value: Any) -> int | None:
+    known = value.meta.get("val") if isinstance(value, Node) else None
+    return known.dim() if isinstance(known, torch.Tensor) else None
+
+
+def _dtype(value: Node) -> torch.dtype | None:
+    known = value.meta.get("val")
+    return known.dtype if isinstance(known, torch.Tensor) else None
 
 
 def _put(graph: Graph, line: Node) -> Node:
@@ -163,21 +196,35 @@ def _put(graph: Graph, line: Node) -> Node:
 
 
 def _scatter(graph: Graph, old: Any, keys: list[Any], dim: int, value: Any) -> Node:
-    """Return `old` with `old[keys]` replaced, index by index from axis `dim` on."""
-    if not keys or keys[0] is Ellipsis:
+    """Return `old` with `old[keys]` replaced, index by index from axis `dim` on.
+
+    Behind an ellipsis axes are counted from the last one, so that the rank does not matter.
+    """
+    if keys and keys[0] is Ellipsis:
+        keys = keys[1:]
+        dim = -len(keys)
+    if not keys:
         return _all(graph, old, value)
     key, *rest = keys
+    if isinstance(key, slice) and key == slice(None):
+        return _scatter(graph, old, rest, dim + 1, value)
     if isinstance(key, int):
         part = graph.call_method("select", (old, dim, key))
-        new = _scatter(graph, part, rest, dim, value)
+        new = _scatter(graph, part, rest, dim if dim >= 0 else dim + 1, value)
         return graph.call_function(torch.select_scatter, (old, new, dim, key))
-    if key == slice(None):
-        return _scatter(graph, old, rest, dim + 1, value)
-    index = (*(slice(None),) * dim, key)
+    around = (slice(None),)
+    index = (*around * dim, key) if dim >= 0 else (Ellipsis, key, *around * (-dim - 1))
     part = graph.call_function(operator.getitem, (old, index))
     new = _scatter(graph, part, rest, dim + 1, value)
-    bounds = (dim, key.start, key.stop, 1 if key.step is None else key.step)
-    return graph.call_function(torch.slice_scatter, (old, new, *bounds))
+    if isinstance(key, slice):
+        bounds = (dim, key.start, key.stop, 1 if key.step is None else key.step)
+        return graph.call_function(torch.slice_scatter, (old, new, *bounds))
+    if isinstance(key, Node):
+        return graph.call_function(torch.index_copy, (old, dim, key, new))
+    for number, one in enumerate(key):
+        entry = graph.call_method("select", (new, dim, number))
+        old = graph.call_function(torch.select_scatter, (old, entry, dim, one))
+    return old  # type: ignore[no-any-return]
 
 
 # -- spellings --------------------------------------------------------------------------------

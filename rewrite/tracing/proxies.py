@@ -32,6 +32,10 @@ class ValueProxy(Proxy):
             raise TraceError(f"assigns .{name} of a tensor")
         super().__setattr__(name, value)
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Record `x[key] = value`: a call that writes into x and returns nothing."""
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
     def __int__(self) -> int:
         """Return the number, where it is known."""
         return int(self.tracer.number(self))

@@ -60,6 +60,7 @@ class Trace:
         entered: the modules whose forward the trace went through, the root first.
         kept: the values that a forward keeps on its module, and where.
         decisions: where a size was needed as a number.
+        augmented: the nodes that `x += y` and its like made.
     """
 
     graph: Graph
@@ -70,3 +71,4 @@ class Trace:
     entered: list[str] = field(default_factory=list)
     kept: dict[Node, str] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
+    augmented: set[Node] = field(default_factory=set)

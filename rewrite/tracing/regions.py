@@ -40,6 +40,7 @@ class Region:
         entered: the modules whose forward this trace went through.
         kept: values that a forward keeps on its module, and the attribute that holds each.
         decisions: where its code needed a size as a number, and may do something else for another.
+        augmented: the nodes that `x += y` and its like made.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Region:
     entered: frozenset[str] = frozenset()
     kept: dict[Node, str] = field(default_factory=dict)
     decisions: tuple[Decision, ...] = ()
+    augmented: frozenset[Node] = frozenset()
 
 
 def trace_regions(
@@ -179,6 +181,7 @@ def _region(name: str, trace: Trace, assumed: dict[str, Any], branches: tuple[st
     return Region(
         name, trace.graph, assumed, branches, frames, trace.lines, trace.constants, trace.made,
         frozenset(trace.entered), trace.kept, real_decisions(trace.decisions),
+        frozenset(trace.augmented & alive),
     )  # fmt: skip
 
 

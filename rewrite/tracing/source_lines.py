@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 
 import torch
 
@@ -34,12 +34,6 @@ def user_frame() -> FrameType | None:
     while frame is not None and frame.f_code.co_filename.startswith(_MACHINERY):
         frame = frame.f_back
     return frame
-
-
-def user_line() -> tuple[CodeType, int] | None:
-    """Return the line of the model's own code that runs."""
-    frame = user_frame()
-    return None if frame is None else (frame.f_code, frame.f_lineno)
 
 
 def short(source: str | None) -> str:

@@ -28,9 +28,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from rewrite.runtime.stand_in import Attributes
 from rewrite.runtime.tree import Tree
+from rewrite.tracing.instructions import is_augmented
 from rewrite.tracing.proxies import nodes_of
 from rewrite.tracing.records import Frame, Opaque, Trace
-from rewrite.tracing.source_lines import reason_of, user_line
+from rewrite.tracing.source_lines import reason_of, user_frame
 from rewrite.tracing.value_tracer import ValueTracer
 
 if TYPE_CHECKING:
@@ -258,9 +259,11 @@ class RegionTracer(ValueTracer):
         node = super().create_node(*args, **kwargs)
         self._trace.frames[node] = self._frames[-1]
         if node.op not in ("placeholder", "output", "get_attr"):
-            line = user_line()
-            if line is not None:
-                self._trace.lines[node] = line
+            frame = user_frame()
+            if frame is not None:
+                self._trace.lines[node] = (frame.f_code, frame.f_lineno)
+                if node.op == "call_function" and is_augmented(frame):
+                    self._trace.augmented.add(node)
         if self.shapes is not None:
             self.shapes.attach(node, self._trace.constants, node.target in self.opaque)
             if self._deciding:

@@ -58,12 +58,21 @@ def _check(graph: Graph, node: Node, y: Node) -> str:
 @pytest.mark.parametrize(
     "key",
     [0, -1, slice(1, 3), slice(-2, None), (slice(None), 2), (slice(0, 2), slice(None, None, 2)),
-     (1, slice(1, None)), (0, Ellipsis), Ellipsis, "mask"],
+     (1, slice(1, None)), (0, Ellipsis), Ellipsis, "mask", (Ellipsis, 2),
+     (Ellipsis, 1, slice(0, 3)), (Ellipsis, slice(1, 4, 2)), (1, Ellipsis, -1),
+     (slice(None), [0, 3]),
+     [2, 0], "places",
+     (Ellipsis, "places"), ("places", slice(1, 3))],
 )  # fmt: skip
 def test_index_assignments(key: object, value: object) -> None:
     graph, x, y = _graph()
     given = graph.call_function(torch.mean, (x,)) if value == "mean" else value
     index = graph.call_function(torch.gt, (x, 0.0)) if key == "mask" else key
+    if "places" in (key if isinstance(key, tuple) else (key,)):
+        places = graph.call_function(torch.arange, (0, 4, 2))
+        places.meta["val"] = torch.arange(0, 4, 2)
+        several = tuple(places if k == "places" else k for k in key)  # type: ignore[attr-defined]
+        index = several if isinstance(key, tuple) else places
     node = graph.call_function(operator.setitem, (y, index, given))
     assert "setitem" not in _check(graph, node, y)
 
@@ -106,8 +115,9 @@ def test_out() -> None:
         ("normal_", (), "draws random numbers"),
         ("resize_", (3,), "changes the tensor itself"),
         ("frobnicate_", (), "no form that returns a new tensor"),
-        (operator.setitem, ((Ellipsis, 0), 1.0), "behind an ellipsis"),
-        (operator.setitem, ((None, 0), 1.0), "mixes tensors, slices and new axes"),
+        (operator.setitem, ((None, 0), 1.0), "new axes"),
+        (operator.setitem, ((True, 0), 1.0), "new axes"),
+        (operator.setitem, (([0, 1], 0), 1.0), "several places along more than one axis"),
     ],
 )
 def test_what_has_no_functional_form(target: object, args: tuple[object, ...], reason: str) -> None:

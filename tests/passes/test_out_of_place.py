@@ -134,8 +134,57 @@ class Copied(Base):
         return y + w + z
 
 
+class Indexed(Base):
+    """Assignments through an index, whose forms return a new tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        y[:, 0] = x[:, 1]
+        y[..., -1] = 0.5
+        y[1:, ::2] = x[1:, ::2]
+        y[:, [1, 3]] = x[:, :2]
+        y[-1] *= 2
+        y[:, 2:4] += x[:, :2]
+        y[y < 0] = 0.1
+        z = torch.zeros_like(y)
+        z[:, 1:] = y[:, :-1]
+        return self.out(z) + y
+
+
+class Masked(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        y[y < 0] *= 0.1
+        rows = x.sum(1) > 0
+        y[rows] = x[rows]
+        y[y.sum(1) > 0] = 0.25
+        return self.out(y)
+
+
+class Unrolled(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        for i in range(3):
+            y[:, i] = y[:, i + 1] * 2
+            y += x[:, i : i + 1]
+        return self.out(y)
+
+
 @pytest.mark.parametrize(
-    "kind", [Residual, Spelled, Aliased, PreActivation, Sum, Loop, Twice, Copied]
+    "kind",
+    [
+        Residual,
+        Spelled,
+        Aliased,
+        PreActivation,
+        Sum,
+        Loop,
+        Twice,
+        Copied,
+        Indexed,
+        Masked,
+        Unrolled,
+    ],
 )
 @pytest.mark.parametrize("shapes", [True, False])
 def test_the_function_stays_and_nothing_is_written(kind: type[nn.Module], shapes: bool) -> None:
@@ -174,6 +223,42 @@ def test_the_dtype_of_the_memory_is_kept() -> None:
     x = torch.randn(2, 6)
     applied = _apply(Mixed(), x)
     assert applied.changes and applied.model(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [Indexed, Unrolled])
+def test_per_sample_gradients_through_index_assignments(kind: type[nn.Module]) -> None:
+    """`vmap` over samples asks for it: an assignment by mask or a tensor made here stops it."""
+    model, x = kind().double(), torch.randn(4, 6, dtype=torch.double)
+    converted = _apply(model, x).model
+    names, values = zip(*converted.named_parameters(), strict=True)
+
+    def loss(parameters: tuple[Tensor, ...], sample: Tensor) -> Tensor:
+        given = dict(zip(names, parameters, strict=True))
+        rows = torch.func.functional_call(converted, given, (torch.stack([sample, 2 * sample]),))
+        return rows.square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, x)
+    for number in range(4):
+        pair = model(torch.stack([x[number], 2 * x[number]]))
+        wanted = torch.autograd.grad(pair.square().sum(), list(model.parameters()))
+        for gradient, of_all in zip(wanted, found, strict=True):
+            assert float((gradient - of_all[number]).detach().abs().max()) < 1e-12
+
+
+class Items(Base):
+    """The items of a list are no index: what `+=` writes is the tensor itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [self.fc(x), self.out(x)]
+        parts[0] += x
+        return parts[0] * parts[1]
+
+
+def test_the_items_of_a_list() -> None:
+    model, x = Items(), torch.randn(4, 6)
+    applied = _apply(model, x)
+    assert [change.before for change in applied.changes] == ["parts[0] += x", "ReLU(inplace=True)"]
+    assert _same(model, applied.model, x) and not _writes(applied.model, x)
 
 
 # -- what is declined -------------------------------------------------------------------------
@@ -258,9 +343,36 @@ class Opaque(Base):
         return self.relu(y)
 
 
+class NewAxis(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        y[:, None] = x[:, None]
+        return self.out(y)
+
+
+class MaskAndPlace(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        y[x.sum(1) > 0, 0] = 1
+        return self.out(y)
+
+
+class Kept(Base):
+    """A view that was taken before still sees what the index writes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        part = y[:, :3]
+        y[:, 0] = 1
+        return self.out(y) + part.sum()
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
+        (NewAxis, "index with new axes"),
+        (MaskAndPlace, "mixes slices and tensors"),
+        (Kept, "read again through getitem"),
         (View, "read again through getitem"),
         (ViewWritten, "what it writes into is read again"),
         (Callers, "is read again in the forward of the model"),
