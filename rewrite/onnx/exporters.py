@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -71,7 +70,7 @@ def export_program(
 
 def _exported(model: nn.Module, inputs: Inputs, arguments: dict[str, Any], notes: list[str]) -> Any:
     """Run the exporter; where it refuses attention in fused form, write attention out."""
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # it prints too
+    with quiet():
         try:
             program = _run_exporter(model, inputs, arguments)
         except Exception as error:
@@ -123,7 +122,7 @@ def _traced(
         raise ExportError(f"--opset {asked.opset}: the exporter torchscript ends at {NEWEST_OPSET}")
     axes = {name: shape for name, shape in shapes.items() if isinstance(shape, dict)}
     names = _input_names(model, inputs)
-    with quiet(), contextlib.redirect_stderr(io.StringIO()), _failing(model, ""):
+    with quiet(), _failing(model, ""):
         return trace_to_onnx(model, inputs, names, output_names, axes, asked.opset)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -12,10 +13,11 @@ from collections.abc import Iterator
 def quiet() -> Iterator[None]:
     """Let no warning and no log line through while the context is open.
 
-    The loggers of torch's tracers are many and set their own levels: all are off meanwhile.
+    The loggers of torch's tracers are many and set their own levels: all are off meanwhile. A
+    graph that they give up is printed, so standard error is too.
     """
     before = logging.root.manager.disable
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             logging.disable(logging.CRITICAL)
