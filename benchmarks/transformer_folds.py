@@ -3,14 +3,18 @@
     error = max |f64(x) - g64(x)| / max |f64(x)|     over every call: prefill, mask, cache step
 
 A family is one model type of transformers, made tiny with random weights, every 1-D parameter drawn
-anew, tied and untied. `foldable` is what the table of names below calls foldable; the rest is
-declined with a reason. Norms and experts that compute in float32 on purpose are judged widened, the
-experts by their plain implementation.
+anew, decoders tied and untied. Foldable are the norms that a list by hand names for each family
+(`transformer_families`); the rest is declined with a reason. Norms and experts that compute in
+float32 on purpose are judged widened, the experts by their plain implementation.
+
+A row tells by which version of the code it was made. A run takes up where another stopped: it makes
+the rows that this version has not made yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -24,12 +28,13 @@ import torch
 from torch import nn
 
 from benchmarks._table import environment, replace_section, table
-from benchmarks.transformer_families import families, made
+from benchmarks.transformer_families import Family, families, foldable, made
 from passes import FoldNorm
 from rewrite.equivalence.compare import compare
 from rewrite.equivalence.generation import generates, greedy_tokens
 from rewrite.errors import RewriteError
 from rewrite.graph.capture import capture
+from rewrite.graph.captured import Captured
 from rewrite.observe.calls import default_calls
 from rewrite.observe.evidence import observe
 from rewrite.protocol import find_sites
@@ -41,41 +46,33 @@ from rewrite.runtime.modes import isolated, widen
 PAGE = Path(__file__).parent.parent / "docs" / "transformers.md"
 WRONG = 1e-10
 
-_STAYS = re.compile(
-    r"(^|\.)(q_norm|k_norm|q_layernorm|k_layernorm|query_layernorm|key_layernorm|q_layer_norm|"
-    r"k_layer_norm|post_self_attn_layernorm|post_mlp_layernorm|post_feedforward_layernorm|"
-    r"query_norm|key_norm|kv_a_layernorm)$"
-)
-"""Norms that no fold reaches: of queries and keys before a rotation, behind a block, in a cache."""
+
+def version() -> str:
+    """Return a digest of the code that a row rests on."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for folder in ("rewrite", "passes", "benchmarks/transformer_families"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
-def missed(row: dict[str, Any]) -> list[str]:
-    """Return the norms that stayed although the list of names calls them foldable."""
-    kept = next((f.kept for f in families() if f.name == row["family"]), frozenset())
-    return [
-        target
-        for target, reason in row["left"].items()
-        if not _STAYS.search(target)
-        and not target.endswith("_bias")  # a constant that is added, and no norm
-        and "no affine part" not in reason
-        and not any(re.sub(r"\.\d+", "", target).endswith(name) for name in kept)
-    ]
-
-
-def measure(family: str, model: nn.Module, *, tied: bool) -> dict[str, Any]:
+def measure(family: Family, *, tied: bool) -> dict[str, Any]:
     """Fold one model and return what became of its norms, and the largest error."""
+    model = made(family, tied=tied)
     calls = default_calls(model)
     if not calls:
-        return {"family": family, "tied": tied, "failed": "the model refuses every call"}
+        return {"failed": "the model refuses every call"}
     start = time.perf_counter()
     try:
         evidence = observe(model, calls)
     except RewriteError as error:
-        return {"family": family, "tied": tied, "failed": str(error)}
+        return {"failed": str(error)}
     observed = time.perf_counter() - start
     wide = copy_model(model).double()  # folded in float64: what rounds is not what is judged
     captured = capture(copy_model(wide), calls[0].inputs.map(widen), calls)
     captured.observed = evidence
+    declined = _declined(captured) if tied else {}
     fold = FoldNorm(untie=True)
     sites, skips = find_sites(fold, captured)
     changes = fold.rewrite_all(captured, sites)
@@ -83,15 +80,24 @@ def measure(family: str, model: nn.Module, *, tied: bool) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     errors = judge(wide, captured.model, calls)
     left = {s.target: s.reason for s in skips if not s.target.endswith((".weight", ".bias"))}
+    folded = [c.target for c in changes]
+    named = foldable(family, model)
     return {
-        "family": family,
-        "tied": tied,
-        "folded": [c.target for c in changes],
+        "folded": folded,
         "left": left,
+        "missed": [name for name in named if name not in folded],
+        "beyond": [name for name in folded if name not in named],
+        "tied_declined": declined,
         "errors": errors,
         "failed_calls": list(evidence.failed),
         "seconds": [round(observed, 2), round(seconds, 2)],
     }
+
+
+def _declined(captured: Captured) -> dict[str, str]:
+    """Return what a fold says of a norm whose reader shares its weight, without `untie`."""
+    _, skips = find_sites(FoldNorm(), captured)
+    return {skip.target: skip.reason for skip in skips if "untie" in skip.reason}
 
 
 def judge(a: nn.Module, b: nn.Module, calls: tuple[ExampleCall, ...]) -> dict[str, float]:
@@ -109,25 +115,32 @@ def judge(a: nn.Module, b: nn.Module, calls: tuple[ExampleCall, ...]) -> dict[st
     return errors
 
 
-def run(names: list[str], out: Path) -> None:
+def run(names: list[str], out: Path, *, tied_too: bool = True) -> None:
     """Measure families that `out` does not hold yet, one line of JSON each."""
-    done = set()
-    if out.exists():
-        done = {(r["family"], r["tied"]) for r in map(json.loads, out.read_text().splitlines())}
+    code = version()
+    done = {(r["family"], r["tied"]) for r in rows_of(out) if r["version"] == code}
     wanted = [family for family in families() if not names or family.name in names]
-    own, shared = [(f, False) for f in wanted], [(f, True) for f in wanted if f.ties]
+    own, shared = [(f, False) for f in wanted], [(f, True) for f in wanted if f.ties and tied_too]
     for family, tied in (*own, *shared):
         if (family.name, tied) in done:
             continue
         try:
-            model = made(family, tied=tied)
-            row = measure(family.name, model, tied=tied)
+            row = measure(family, tied=tied)
         except Exception as error:  # noqa: BLE001 - one family is one row, whatever it raises
-            row = {"family": family.name, "tied": tied, "crashed": repr(error)[:300]}
-        row["kind"] = family.kind
+            row = {"crashed": repr(error)[:300]}
+        row |= {"family": family.name, "tied": tied, "kind": family.kind, "version": code}
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(summary(row), flush=True)
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file, the last of each family and head, in the order of families."""
+    if not out.exists():
+        return []
+    held = {(r["family"], r["tied"]): r for r in map(json.loads, out.read_text().splitlines())}
+    order = {family.name: number for number, family in enumerate(families())}
+    return sorted(held.values(), key=lambda r: (r["tied"], order.get(r["family"], len(order))))
 
 
 def summary(row: dict[str, Any]) -> str:
@@ -137,7 +150,8 @@ def summary(row: dict[str, Any]) -> str:
         return f"{name}: {row.get('failed') or row.get('crashed')}"
     worst = max(row["errors"].values(), default=0.0)
     return (
-        f"{name}: {len(row['folded'])} folded, {len(row['left'])} left, missed {missed(row)}, "
+        f"{name}: {len(row['folded'])} folded, {len(row['left'])} left, missed {row['missed']}, "
+        f"beyond {row['beyond']}, "
         f"error {worst:.1e}, {row['seconds']} {row['failed_calls'] or ''}"
     )
 
@@ -146,29 +160,39 @@ def section(rows: list[dict[str, Any]]) -> str:
     """Return the table of all families, and the numbers above it."""
     right = [row for row in rows if "folded" in row]
     wrong = [r for r in right if max(r["errors"].values(), default=0.0) > WRONG]
-    folded = sum(len(row["folded"]) for row in right)
-    lost = sum(len(missed(row)) for row in right)
+    lost = sum(len(row["missed"]) for row in right)
+    listed = lost + sum(len(row["folded"]) - len(row["beyond"]) for row in right)
     kinds = Counter(kind for _, kind in {(row["family"], row["kind"]) for row in right})
+    versions = Counter(row["version"] for row in rows)
+    tied = [row for row in right if row["tied"]]
+    said = sum(bool(row["tied_declined"]) for row in tied)
     lines = [
-        f"{', '.join(f'{n} {kind} families' for kind, n in sorted(kinds.items()))}; "
-        f"{len(wrong)} wrong at {WRONG:.0e}; {folded} of {folded + lost} foldable norms folded "
-        f"({100 * folded / max(1, folded + lost):.1f} %).",
+        f"{', '.join(f'{n} {kind} families' for kind, n in sorted(kinds.items()))}, "
+        f"{len(tied)} tied as well (the norm before the head declined in {said} of them "
+        f"without `untie`); {len(wrong)} wrong at {WRONG:.0e}; of {listed} norms that the list by "
+        f"hand names {listed - lost} folded ({100 * (listed - lost) / max(1, listed):.1f} %).",
+        "Version of the code, and rows by it: "
+        f"{', '.join(f'{name} ({count})' for name, count in versions.items())}.",
         environment("transformers"),
         "",
     ]
     body = [_row(row) for row in rows]
-    header = ("family", "head", "folded", "left", "foldable, left", "largest error", "left because")
+    header = (
+        "family", "head", "folded", "left", "listed, left", "beyond the list", "largest error",
+        "left because",
+    )  # fmt: skip
     return "\n".join(lines) + "\n" + table(header, body)
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
     head = "untied" if row["tied"] else "own"
     if "folded" not in row:
-        return row["family"], head, "-", "-", "-", "-", row.get("failed") or row.get("crashed", "")
+        why = row.get("failed") or row.get("crashed", "")
+        return row["family"], head, *"-----", why.replace("|", "/")
     reasons = Counter(_short(reason) for reason in row["left"].values())
     why = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
     worst = max(row["errors"].values(), default=0.0)
-    counts = (str(len(held)) for held in (row["folded"], row["left"], missed(row)))
+    counts = (str(len(row[key])) for key in ("folded", "left", "missed", "beyond"))
     return row["family"], head, *counts, f"{worst:.0e}", why
 
 
@@ -181,13 +205,13 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("families", nargs="*", help="only these")
     arguments.add_argument("--out", type=Path, default=Path("transformer_folds.jsonl"))
+    arguments.add_argument("--no-tied", action="store_true", help="leave tied heads out")
     arguments.add_argument("--write", action="store_true", help="write docs/transformers.md")
     given = arguments.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    run(given.families, given.out)
-    rows = [json.loads(line) for line in given.out.read_text().splitlines()]
-    text = section(rows)
+    run(given.families, given.out, tied_too=not given.no_tied)
+    text = section(rows_of(given.out))
     print(text, file=sys.stderr)
     if given.write:
         page = PAGE.read_text(encoding="utf-8")

@@ -1,13 +1,15 @@
 """Families of transformers as tiny random models: one configuration a model type.
 
 A configuration keeps what makes a family itself and loses its size: widths, depths, vocabulary,
-experts. Sizes are set by the names that configurations share, where they are there.
+experts. Sizes are set by the names that configurations share, where they are there. Which norms
+only linear layers read stands in `decoders` and `others`, by hand, from the forwards.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+
+from benchmarks.transformer_families import decoders, others
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "n_embd": 32, "d_model": 32, "dim": 32, "n_embed": 32,
@@ -40,117 +44,47 @@ _SMALL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Family:
-    """A model type, its class, what its configuration needs beside small sizes.
+    """A model type, its class, and what its configuration needs beside small sizes.
 
-    `kept` are ends of names of norms that stay, beside those that stay in every family.
+    `foldable` are ends of names of the norms that only linear layers read, by hand.
     """
 
     name: str
     kind: str
+    model: str | None = None
+    foldable: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
-    kept: frozenset[str] = frozenset()
-    ties: bool = False
 
-
-_BEHIND = frozenset({"post_attention_layernorm", "post_feedforward_layernorm"})
-_STREAM = frozenset({"LayerNorm", "_layer_norm", "layer_norm", "layernorm_embedding"})
-"""Post-norm: what the norm makes is the residual stream."""
-_ENCODER = frozenset({"encoder.layer_norm", "encoder.final_layer_norm"})
-"""The last norm of an encoder: what it makes is returned as encoder_last_hidden_state."""
-
-_KEPT: dict[str, frozenset[str]] = {
-    "gemma2": _BEHIND, "gemma3_text": _BEHIND, "gemma3n_text": _BEHIND, "olmo2": _BEHIND,
-    "olmo3": _BEHIND, "exaone4": _BEHIND, "glm4": frozenset({"post_self_attn_layernorm"}),
-    "bloom": frozenset({"word_embeddings_layernorm"}),  # the stream begins behind it
-    "falcon": frozenset({"input_layernorm"}),  # a linear class of its own, without bias
-    "phimoe": frozenset({"post_attention_layernorm"}),  # a shift, and a router without bias
-    "openai-gpt": frozenset({"ln_1", "ln_2"}),
-    "minimax": frozenset({"input_layernorm", "post_attention_layernorm"}),  # the stream itself
-    "diffllama": frozenset({"groupnorm"}),  # it has no weight
-    "bert": _STREAM, "roberta": _STREAM, "electra": _STREAM, "distilbert": _STREAM,
-    "albert": _STREAM, "deberta-v2": _STREAM, "mpnet": _STREAM, "bart": _STREAM,
-    "plbart": _STREAM, "marian": _STREAM, "wav2vec2": _STREAM, "hubert": _STREAM,
-    "t5": _ENCODER, "mt5": _ENCODER, "umt5": _ENCODER, "mbart": _ENCODER, "pegasus": _ENCODER,
-    "blenderbot": _ENCODER, "m2m_100": _ENCODER, "whisper": _ENCODER,
-}  # fmt: skip
-
-DECODERS = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
-    "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neo", "gpt_neox", "gpt_neox_japanese",
-    "gptj", "gpt_bigcode", "codegen", "opt", "bloom", "falcon", "phi",
-    "phi3", "phimoe", "stablelm", "starcoder2", "cohere", "cohere2", "olmo",
-    "olmo2", "olmo3", "olmoe", "granite", "granitemoe", "granitemoeshared", "deepseek_v2",
-    "deepseek_v3", "glm", "glm4", "glm4_moe", "helium", "persimmon", "nemotron",
-    "mpt", "biogpt", "xglm", "dbrx", "ctrl", "openai-gpt", "gpt_oss",
-    "ernie4_5", "ernie4_5_moe", "arcee", "smollm3", "hunyuan_v1_dense", "hunyuan_v1_moe", "minimax",
-    "exaone4", "bitnet", "diffllama", "jetmoe", "apertus", "seed_oss", "dots1",
-    "lfm2", "mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba", "jamba",
-    "zamba", "rwkv", "recurrent_gemma", "doge", "vaultgemma", "flex_olmo", "longcat_flash",
-    "ministral", "minicpm3", "nanochat", "youtu", "cwm", "afmoe",
-)  # fmt: skip
-
-ENCODERS = {
-    "bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM", "electra": "ElectraForMaskedLM",
-    "distilbert": "DistilBertForMaskedLM", "albert": "AlbertForMaskedLM",
-    "modernbert": "ModernBertForMaskedLM", "esm": "EsmForMaskedLM",
-    "deberta-v2": "DebertaV2ForMaskedLM", "mpnet": "MPNetForMaskedLM",
-    "roberta-prelayernorm": "RobertaPreLayerNormForMaskedLM",
-    "t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration",
-    "umt5": "UMT5ForConditionalGeneration", "bart": "BartForConditionalGeneration",
-    "mbart": "MBartForConditionalGeneration", "pegasus": "PegasusForConditionalGeneration",
-    "marian": "MarianMTModel", "blenderbot": "BlenderbotForConditionalGeneration",
-    "m2m_100": "M2M100ForConditionalGeneration", "whisper": "WhisperForConditionalGeneration",
-    "plbart": "PLBartForConditionalGeneration",
-    "vit": "ViTForImageClassification", "deit": "DeiTForImageClassification",
-    "beit": "BeitForImageClassification", "dinov2": "Dinov2ForImageClassification",
-    "dinov2_with_registers": "Dinov2WithRegistersForImageClassification",
-    "swin": "SwinForImageClassification", "convnext": "ConvNextForImageClassification",
-    "convnextv2": "ConvNextV2ForImageClassification",
-    "segformer": "SegformerForImageClassification",
-    "pvt": "PvtForImageClassification", "vit_msn": "ViTMSNForImageClassification",
-    "siglip": "SiglipModel", "clip": "CLIPModel", "ijepa": "IJepaForImageClassification",
-    "audio-spectrogram-transformer": "ASTForAudioClassification",
-    "wav2vec2": "Wav2Vec2ForCTC", "hubert": "HubertForCTC", "data2vec-vision":
-    "Data2VecVisionForImageClassification", "focalnet": "FocalNetForImageClassification",
-}  # fmt: skip
-
-_CONFIG: dict[str, dict[str, Any]] = {
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "gptj": {"rotary_dim": 4},
-    "deepseek_v2": {"num_key_value_heads": 4}, "deepseek_v3": {"num_key_value_heads": 4},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8}, "ffn_config":
-             {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
-    "whisper": {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2},
-    "albert": {"embedding_size": 16}, "electra": {"embedding_size": 16},
-    "audio-spectrogram-transformer": {"max_length": 32, "patch_size": 8, "frequency_stride": 8,
-                                      "time_stride": 8},
-    "swin": {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": 2,
-             "patch_size": 4},
-    "convnext": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
-    "convnextv2": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
-    "focalnet": {"embed_dim": 8, "depths": [1, 1], "focal_levels": [2, 2], "focal_windows": [3, 3]},
-    "segformer": {"hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 16},
-    "pvt": {"hidden_sizes": [8, 8, 16, 16], "image_size": 64, "patch_sizes": [4, 2, 2, 2],
-            "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]},
-    "clip": {"text_config": dict(_SMALL, hidden_size=32), "vision_config": dict(_SMALL)},
-    "siglip": {"text_config": dict(_SMALL, hidden_size=32), "vision_config": dict(_SMALL)},
-    "wav2vec2": {"conv_dim": [8, 8, 8], "conv_stride": [5, 2, 2], "conv_kernel": [10, 3, 3],
-                 "num_feat_extract_layers": 3, "num_conv_pos_embeddings": 8,
-                 "num_conv_pos_embedding_groups": 2},
-    "hubert": {"conv_dim": [8, 8, 8], "conv_stride": [5, 2, 2], "conv_kernel": [10, 3, 3],
-               "num_feat_extract_layers": 3, "num_conv_pos_embeddings": 8,
-               "num_conv_pos_embedding_groups": 2},
-}  # fmt: skip
+    @property
+    def ties(self) -> bool:
+        """Whether it is measured with a tied head as well."""
+        return self.kind == "decoder"
 
 
 def families() -> Iterator[Family]:
     """Yield every family, decoders first."""
-    for name in DECODERS:
-        yield Family(
-            name, "decoder", _CONFIG.get(name, {}), _KEPT.get(name, frozenset()), ties=True
-        )
-    for name in ENCODERS:
-        yield Family(name, "other", _CONFIG.get(name, {}), _KEPT.get(name, frozenset()))
+    for name, norms in decoders.DECODERS.items():
+        config = decoders.CONFIGURATIONS.get(name, {})
+        yield Family(name, "decoder", None, tuple(norms.split()), config)
+    for name, (model, norms) in others.OTHERS.items():
+        config = others.CONFIGURATIONS.get(name, {})
+        yield Family(name, "other", model, tuple(norms.split()), config)
+
+
+def foldable(family: Family, model: nn.Module) -> list[str]:
+    """Return the norms of a model that the list of its family names."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "weight", None) is not None and _named(family, name)
+    ]
+
+
+def _named(family: Family, name: str) -> bool:
+    plain = re.sub(r"\.\d+(?=\.|$)", "", name)
+    return any(
+        f".{given}".endswith(f".{end}") for end in family.foldable for given in (name, plain)
+    )
 
 
 def made(family: Family, *, tied: bool) -> nn.Module:
@@ -162,7 +96,7 @@ def made(family: Family, *, tied: bool) -> nn.Module:
     transformers.logging.set_verbosity_error()
     kind, config_class = _classes(family)
     wanted = {**_small(config_class), **family.config}
-    if family.kind == "decoder":
+    if family.ties:
         wanted["tie_word_embeddings"] = tied
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -172,7 +106,7 @@ def made(family: Family, *, tied: bool) -> nn.Module:
         model.set_experts_implementation("eager")  # type: ignore[operator]
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        if parameter.ndim == 1:
+        if sum(size > 1 for size in parameter.shape) <= 1:
             drawn = torch.rand(parameter.shape, generator=generator) + 0.5
             parameter.data = drawn.to(parameter.dtype)
     return model
@@ -190,10 +124,11 @@ def _classes(family: Family) -> tuple[Any, Any]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if family.name not in CONFIG_MAPPING:
-        raise LookupError(f"transformers {transformers.__version__} has no {family.name}")
-    config_class = CONFIG_MAPPING[family.name]
-    name = ENCODERS.get(family.name) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family.name)
+    key = others.CONFIGURED_BY.get(family.name, family.name)
+    if key not in CONFIG_MAPPING:
+        raise LookupError(f"transformers {transformers.__version__} has no {key}")
+    config_class = CONFIG_MAPPING[key]
+    name = family.model or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family.name)
     if name is None:
         raise LookupError(f"{family.name} is no language model")
     module = importlib.import_module(config_class.__module__.replace("configuration_", "modeling_"))

@@ -69,16 +69,19 @@ def default_calls(model: nn.Module, seed: int = 0) -> tuple[ExampleCall, ...]:
     generator = torch.Generator().manual_seed(seed)
     calls: list[ExampleCall] = []
     with evaluating(model), isolated(model):
-        first = _main_inputs(model, config, 1, generator)
-        if first is None:
+        made = _InputMaker(model, config, generator)
+        output = None
+        for both in (False, True):  # some models of text and images want both
+            made.both = both
+            first = made.inputs(1)
+            output = None if first is None else _tried(model, first)
+            if output is not None:
+                break
+        if first is None or output is None:
             return ()
         generates = "input_ids" in first
-        output = _tried(model, first)
-        if output is None:
-            return ()
         calls.append(ExampleCall("prefill" if generates else "one sample", Inputs((), first)))
-        two = _main_inputs(model, config, 2, generator)
-        assert two is not None
+        two = made.inputs(2) or {}
         if generates and "attention_mask" in _parameters(model):
             mask = torch.ones_like(two["input_ids"])
             mask[0, :_PADDED] = 0
@@ -125,50 +128,66 @@ def _parameters(model: nn.Module) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
-def _main_inputs(
-    model: nn.Module, config: Any, batch: int, generator: torch.Generator
-) -> dict[str, Any] | None:
-    """Return the inputs that every use of the model gives, by the names of its arguments."""
-    names = _parameters(model)
-    device, dtype = device_of(model), dtype_of(model)
+class _InputMaker:
+    """Makes the inputs that every use of a model gives, by the names of its arguments.
 
-    def tokens(length: int = _LENGTH) -> torch.Tensor:
-        text = getattr(config, "text_config", None) or config
+    Args:
+        model: the model.
+        config: its configuration, which tells sizes.
+        generator: draws them.
+        both: whether a model of text and images gets both.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: Any, generator: torch.Generator, both: bool = False
+    ) -> None:
+        self.config, self.generator, self.both = config, generator, both
+        self.names = _parameters(model)
+        self.main = getattr(model, "main_input_name", "input_ids")
+        self.device, self.dtype = device_of(model), dtype_of(model)
+
+    def inputs(self, batch: int) -> dict[str, Any] | None:
+        """Return inputs of a batch; None where nothing is known of what the model takes."""
+        config, main, names = self.config, self.main, self.names
+        found: dict[str, Any] = {}
+        if main == "pixel_values" and main in names:
+            found[main] = self._floats(batch, *_image_shape(config))
+        elif main == "input_features" and main in names:
+            found[main] = self._floats(batch, *_feature_shape(config))
+        elif main == "input_values" and main in names:
+            patches = hasattr(config, "num_mel_bins") and hasattr(config, "max_length")
+            shape = (config.max_length, config.num_mel_bins) if patches else (1600,)
+            found[main] = self._floats(batch, *shape)
+        elif "input_ids" in names:
+            found["input_ids"] = self._tokens(batch, _LENGTH)
+        else:
+            return None
+        if self.both and "pixel_values" in names and "input_ids" in names:
+            found.setdefault("input_ids", self._tokens(batch, _LENGTH))
+            found.setdefault("pixel_values", self._floats(batch, *_image_shape(config)))
+        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
+            found["decoder_input_ids"] = self._tokens(batch, 5)
+        return found
+
+    def _tokens(self, batch: int, length: int) -> torch.Tensor:
+        text = getattr(self.config, "text_config", None) or self.config
         size = getattr(text, "vocab_size", None) or _VOCABULARY
         low = 3 if size > 8 else 0
-        ids = torch.randint(low, size, (batch, length), generator=generator)
-        return ids.to(device)
+        ids = torch.randint(low, size, (batch, length), generator=self.generator)
+        return ids.to(self.device)
 
-    def floats(*shape: int) -> torch.Tensor:
-        return torch.randn(batch, *shape, generator=generator).to(device, dtype)
-
-    found: dict[str, Any] = {}
-    main = getattr(model, "main_input_name", "input_ids")
-    if main == "pixel_values" and main in names:
-        found[main] = floats(*_image_shape(config))
-    elif main == "input_features" and main in names:
-        found[main] = floats(*_feature_shape(config))
-    elif main == "input_values" and main in names:
-        patches = hasattr(config, "num_mel_bins") and hasattr(config, "max_length")
-        shape = (config.max_length, config.num_mel_bins) if patches else (1600,)
-        found[main] = floats(*shape)
-    elif "input_ids" in names:
-        found["input_ids"] = tokens()
-    else:
-        return None
-    if "pixel_values" in names and main == "input_ids" and hasattr(config, "projection_dim"):
-        found["pixel_values"] = floats(*_image_shape(getattr(config, "vision_config", config)))
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
-        found["decoder_input_ids"] = tokens(5)
-    return found
+    def _floats(self, batch: int, *shape: int) -> torch.Tensor:
+        drawn = torch.randn(batch, *shape, generator=self.generator)
+        return drawn.to(self.device, self.dtype)
 
 
-def _image_shape(config: Any) -> tuple[int, int, int]:
+def _image_shape(config: Any) -> tuple[int, ...]:
     vision = getattr(config, "vision_config", None) or config
     size = getattr(vision, "image_size", None) or 64
     height, width = size if isinstance(size, list | tuple) else (size, size)
     channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
-    return int(channels), int(height), int(width)
+    frames = getattr(vision, "num_frames", None)  # a film
+    return *((int(frames),) if frames else ()), int(channels), int(height), int(width)
 
 
 def _feature_shape(config: Any) -> tuple[int, int]:
