@@ -178,7 +178,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
                   "encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "speech_to_text": {"input_feat_per_channel": 16, "conv_channels": 16},
     "sew": {**_WAVES, "squeeze_factor": 2},
-    **{name: _WAVES for name in ("wav2vec2", "hubert", "wavlm", "unispeech")},
+    **{name: dict(_WAVES) for name in ("wav2vec2", "hubert", "wavlm", "unispeech")},
     "data2vec-audio": {**_WAVES, "num_conv_pos_embeddings": 2},
 }  # fmt: skip
 """What a configuration needs beside small sizes."""

@@ -24,7 +24,8 @@ from torch import nn
 from torch.fx import Node
 
 from rewrite.graph.captured import Captured
-from rewrite.observe.code_expressions import Fields, Untaken
+from rewrite.observe.code_expressions import Untaken
+from rewrite.observe.code_fields import Fields
 from rewrite.observe.code_reader import FunctionReader
 from rewrite.observe.code_syntax import Function, function_at
 from rewrite.observe.evidence import Evidence
@@ -177,13 +178,17 @@ class CodeCheck:
 
     def absorbs(self, function: Function, node: ast.stmt, path: Sequence[str]) -> bool:
         """Return whether what a call by that name returns is the output of a layer that reads."""
-        if len(path) > 1 and path[0] == function.first:
-            child = ".".join(path[1:])
-            owners = self._instances(function)
-            if any((f"{o}.{child}" if o else child) in self.fold.layers for o in owners):
-                return True
+        if self.is_layer(function, path):
+            return True
         names = set().union(*(self._absorbed.get((function.file, n), ()) for n in _span(node)))
         return bool(path) and path[-1] in names
+
+    def is_layer(self, function: Function, path: Sequence[str]) -> bool:
+        """Return whether a call by that name is one of a layer that reads the value."""
+        if len(path) < 2 or path[0] != function.first:
+            return False
+        child, owners = ".".join(path[1:]), self._instances(function)
+        return any((f"{o}.{child}" if o else child) in self.fold.layers for o in owners)
 
     def callees(self, file: str, node: ast.stmt) -> list[Function]:
         """Return the functions that ran in what a statement called."""

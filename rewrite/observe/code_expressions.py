@@ -14,6 +14,7 @@ from typing import Protocol
 
 from torch import nn
 
+from rewrite.observe.code_fields import ANYWHERE, Fields, excludes, joined
 from rewrite.observe.code_syntax import (
     Function,
     bound,
@@ -21,6 +22,7 @@ from rewrite.observe.code_syntax import (
     decided,
     fits,
     lacks,
+    methods_reach,
     path_of,
     selects_rows,
 )
@@ -43,16 +45,6 @@ class Untaken(Exception):  # noqa: N818 - a reason, caught where it is decided
     """A line that no observed call took reads the value, or calls a reader of it."""
 
 
-Fields = frozenset[str] | None
-"""In which fields an object holds a value; None: it may be anywhere in it."""
-
-
-def joined(parts: Sequence[Fields]) -> Fields:
-    """Return the fields of several objects together."""
-    known = [part for part in parts if part is not None]
-    return frozenset().union(*known) if len(known) == len(parts) else None
-
-
 class Surroundings(Protocol):
     """What the reader of a function needs to know of the calls around it."""
 
@@ -73,6 +65,9 @@ class Surroundings(Protocol):
 
     def absorbs(self, function: Function, node: ast.stmt, path: Sequence[str]) -> bool:
         """Return whether what a call by that name returns is the output of a layer that reads."""
+
+    def is_layer(self, function: Function, path: Sequence[str]) -> bool:
+        """Return whether a call by that name is one of a layer that reads the value."""
 
     def callees(self, file: str, node: ast.stmt) -> list[Function]:
         """Return the functions that ran in what a statement called."""
@@ -108,24 +103,40 @@ class ExpressionReader:
         held = self._evaluate(node, statement)
         span = range(node.lineno, (node.end_lineno or node.lineno) + 1)
         if self.chain and self.chain[0].number in span:
-            if len(self.chain) == 1:
-                self.of_calls.append(None)
-                return True
-            returned, fields = self.check.inner(self.chain[1:])
-            self.of_calls += [fields] * returned
-            held |= returned
+            inner = len(self.chain) > 1
+            returned, fields = self.check.inner(self.chain[1:]) if inner else (True, None)
+            if returned and not self._given_to_layers(node):
+                self.of_calls.append(fields)
+                held = True
         return held
+
+    def _given_to_layers(self, node: ast.expr) -> bool:
+        """Return whether every call in an expression is a layer that reads, or is given to one."""
+        if isinstance(node, ast.Call):
+            return self.check.is_layer(self.function, path_of(node.func))
+        calls = [self._given_to_layers(part) for part in children(node) if _has_call(part)]
+        return bool(calls) and all(calls)
 
     def fields_of(self, node: ast.expr) -> Fields:
         """Return in which fields an object holds the value; None if it may be anywhere."""
         if isinstance(node, ast.Name):
             return self.of_name.get(node.id)
+        if isinstance(node, ast.Tuple | ast.List):
+            held = {str(i) for i, part in enumerate(node.elts) if self.may(part)}
+            starred = any(isinstance(part, ast.Starred) for part in node.elts)
+            return frozenset({ANYWHERE} if starred else held)
+        if isinstance(node, ast.BinOp) and self._adds_collections(node):
+            return frozenset({ANYWHERE})
         if not isinstance(node, ast.Call):
             return None
         path = path_of(node.func)
-        if len(path) == 1 and path[0][:1].isupper() and not any(map(self.may, node.args)):
-            held = {k.arg for k in node.keywords if self.may(k.value)}
-            return None if None in held else frozenset(str(key) for key in held)
+        if path in (["tuple"], ["list"], ["dict"]):
+            return frozenset({ANYWHERE})
+        if len(path) == 1 and path[0][:1].isupper():
+            if any(map(self.may, node.args)):
+                return None
+            keys = {k.arg for k in node.keywords if self.may(k.value)}
+            return frozenset(ANYWHERE if key is None else key for key in keys)
         return joined(self.of_calls) if self.of_calls else None
 
     def holds(self, node: ast.AST) -> bool:
@@ -148,6 +159,12 @@ class ExpressionReader:
                 if self.modules and lacks(self.modules, path[1]):
                     continue
                 raise Untaken(f"{self.at(statement)} calls {'.'.join(path[1:])}; no call took it")
+            if path[:1] == [self.function.first] and len(path) == 2:
+                for reached in self.readers & methods_reach(self.modules, path[1]):
+                    raise Untaken(
+                        f"{self.at(statement)} calls {path[1]}, which calls {reached}; "
+                        "no call took it"
+                    )
 
     def _evaluate(self, node: ast.expr, statement: ast.stmt) -> bool:
         if isinstance(node, ast.Name):
@@ -155,7 +172,7 @@ class ExpressionReader:
         if isinstance(node, ast.Attribute):
             name = node.value.id if isinstance(node.value, ast.Name) else ""
             fields = self.of_name.get(name)
-            if name in self.names and fields is not None and node.attr not in fields:
+            if name in self.names and excludes(fields, node.attr):
                 return False
             return node.attr not in _FORM and self._evaluate(node.value, statement)
         if isinstance(node, ast.Call):
@@ -167,6 +184,10 @@ class ExpressionReader:
         if isinstance(node, ast.Subscript):
             self._evaluate(node.slice, statement)
             held = self._evaluate(node.value, statement)
+            if held and self.is_collection(node.value):
+                fields = self.of_name[node.value.id] if isinstance(node.value, ast.Name) else None
+                place = node.slice.value if isinstance(node.slice, ast.Constant) else ANYWHERE
+                return not excludes(fields, str(place))
             moves = isinstance(node.slice, ast.Tuple | ast.Slice)
             if held and moves and not selects_rows(node, self.check.rank):
                 self._need_taken(node, statement)
@@ -182,7 +203,7 @@ class ExpressionReader:
         if isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp):
             for generator in node.generators:
                 held = self._evaluate(generator.iter, statement)
-                self.bind(generator.target, generator.iter, held, statement)
+                self.bind(generator.target, None, held, statement)
         parts = [self._evaluate(n, statement) for n in children(node)]
         return any(parts)
 
@@ -201,17 +222,35 @@ class ExpressionReader:
     def _computes(self, node: ast.expr) -> bool:
         """Return whether an expression computes with the value."""
         for part in ast.walk(node):
-            if isinstance(part, ast.BinOp) and _adds_tuples(part):
+            if isinstance(part, ast.BinOp) and self._adds_collections(part):
                 continue
-            if isinstance(part, ast.Call | ast.BinOp | ast.Subscript) and self.holds(part):
+            if isinstance(part, ast.Call | ast.BinOp | ast.Subscript) and self._mentions(part):
                 return True
         return False
+
+    def _mentions(self, node: ast.AST) -> bool:
+        """Return whether a name that may hold the value is read, for more than its form."""
+        if isinstance(node, ast.Attribute) and node.attr in _FORM and path_of(node.value):
+            return False
+        if isinstance(node, ast.Name):
+            return node.id in self.names
+        return any(self._mentions(child) for child in ast.iter_child_nodes(node))
+
+    def is_collection(self, node: ast.expr) -> bool:
+        """Return whether an expression is a tuple, a list or an object, and no value itself."""
+        if isinstance(node, ast.Name):
+            return node.id in self.names and self.of_name.get(node.id) is not None
+        return isinstance(node, ast.Tuple | ast.List)
+
+    def _adds_collections(self, node: ast.BinOp) -> bool:
+        """Return whether a sum is one of tuples or lists."""
+        return any(self.is_collection(part) for part in (node.left, node.right))
 
     def _operation(self, node: ast.BinOp | ast.UnaryOp | ast.Compare, statement: ast.stmt) -> bool:
         parts = [self._evaluate(n, statement) for n in children(node)]
         if not any(parts):
             return False
-        if isinstance(node, ast.BinOp) and _adds_tuples(node):
+        if isinstance(node, ast.BinOp) and self._adds_collections(node):
             return True  # a list of outputs grows
         if isinstance(node, ast.Compare) and all(
             isinstance(op, ast.Is | ast.IsNot) for op in node.ops
@@ -239,22 +278,26 @@ class ExpressionReader:
         if name in _KEEPS and isinstance(node.func, ast.Attribute):
             self.bind(node.func.value, node.func.value, True, statement)
             return False
-        if len(path) == 1 and name[:1].isupper():
-            return True  # an object that carries outputs
-        if len(path) == 1 and name in _COLLECTS:
-            return True
+        if len(path) == 1 and (name[:1].isupper() or name in _COLLECTS):
+            return self._whole()  # an object that carries outputs
         if not self.taken(statement) and selects_rows(node, self.check.rank):
-            return True
+            return self._whole()
         if not self._need_taken(node, statement):
             return False
         if self.check.absorbs(self.function, statement, path or [name]):
             return False
         inner = [f for f in self.check.callees(self.function.file, statement) if fits(f, name)]
         if not inner:
-            return self.check.moves(self.function.file, statement) or not self.taken(statement)
+            moves = self.check.moves(self.function.file, statement) or not self.taken(statement)
+            return moves and self._whole()
         read = [self.check.read(f, bound(f, node, given, named)) for f in inner]
         self.of_calls += [fields for returned, fields in read if returned]
         return any(returned for returned, _ in read)
+
+    def _whole(self) -> bool:
+        """Note that what a call returns may be the value itself."""
+        self.of_calls.append(None)
+        return True
 
     def taken(self, statement: ast.stmt) -> bool:
         """Return whether a call took a statement."""
@@ -280,25 +323,30 @@ class ExpressionReader:
         """Return where a piece of code stands."""
         return f"{self.function.file.rpartition('/')[2]}:{node.lineno}"
 
-    def bind(self, target: ast.expr, value: ast.expr, held: bool, node: ast.stmt) -> None:
-        """Note what a target holds after an assignment."""
+    def bind(self, target: ast.expr, value: ast.expr | None, held: bool, node: ast.stmt) -> None:
+        """Note what a target holds after an assignment of `value`, or of a part of something."""
         if isinstance(target, ast.Name):
+            fields = self.fields_of(value) if value is not None and held else None
+            self.of_name[target.id] = fields
             (self.names.add if held else self.names.discard)(target.id)
         elif isinstance(target, ast.Tuple | ast.List):
             values: Sequence[ast.expr | None] = [None] * len(target.elts)
-            if isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts):
+            starred = any(isinstance(part, ast.Starred) for part in target.elts)
+            if isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts) and not starred:
                 values = value.elts
-            for part, own in zip(target.elts, values, strict=True):
-                mine = held if own is None else self.may(own)
-                self.bind(part, own or value, mine, node)
+            known = value is not None and held and not starred
+            fields = self.fields_of(value) if known and value is not None else None
+            for place, (part, own) in enumerate(zip(target.elts, values, strict=True)):
+                mine = self.may(own) if own else held and not excludes(fields, str(place))
+                self.bind(part, own, mine, node)
         elif isinstance(target, ast.Starred):
-            self.bind(target.value, value, held, node)
+            self.bind(target.value, None, held, node)
         elif isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name) and held:
             self.names.add(target.value.id)
+            self.of_name[target.value.id] = None
         elif held:
             raise Untaken(f"{self.at(node)} keeps it as {ast.unparse(target)}")
 
 
-def _adds_tuples(node: ast.BinOp) -> bool:
-    """Return whether a sum is one of tuples or lists."""
-    return any(isinstance(part, ast.Tuple | ast.List) for part in (node.left, node.right))
+def _has_call(node: ast.expr) -> bool:
+    return any(isinstance(part, ast.Call) for part in ast.walk(node))

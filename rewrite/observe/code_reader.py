@@ -12,13 +12,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 
-from rewrite.observe.code_expressions import (
-    ExpressionReader,
-    Fields,
-    Surroundings,
-    Untaken,
-    joined,
-)
+from rewrite.observe.code_expressions import ExpressionReader, Surroundings, Untaken
+from rewrite.observe.code_fields import ANYWHERE, Fields, joined, merged
 from rewrite.observe.code_syntax import Function, decided
 from rewrite.observe.export import CodeLine
 
@@ -61,15 +56,16 @@ class FunctionReader(ExpressionReader):
             held = self.value(node.value, node)
             for target in node.targets:
                 self.bind(target, node.value, held, node)
-                if isinstance(target, ast.Name):
-                    self.of_name[target.id] = self.fields_of(node.value)
         elif isinstance(node, ast.AnnAssign | ast.AugAssign) and node.value is not None:
             held = self.value(node.value, node)
             if isinstance(node, ast.AugAssign):
+                grows = self.is_collection(node.target) or self.is_collection(node.value)
                 held = self._augmented(node, held)
-            self.bind(node.target, node.value, held, node)
-            if isinstance(node.target, ast.Name) and isinstance(node, ast.AnnAssign):
-                self.of_name[node.target.id] = self.fields_of(node.value)
+                self.bind(node.target, None, held, node)
+                if grows and isinstance(node.target, ast.Name):
+                    self.of_name[node.target.id] = frozenset({ANYWHERE})
+            else:
+                self.bind(node.target, node.value, held, node)
         elif isinstance(node, ast.Expr):
             self.value(node.value, node)
         elif isinstance(node, ast.FunctionDef):
@@ -82,37 +78,37 @@ class FunctionReader(ExpressionReader):
         """Read both branches, or the one that the model has decided on; is neither ever left?"""
         self.value(node.test, node)
         known = decided(node.test, self.modules, self.function.first) if self.modules else None
-        before = set(self.names)
-        after: set[str] = set()
-        ends = True
+        before, fields = set(self.names), dict(self.of_name)
+        after: list[tuple[set[str], dict[str, Fields]]] = []
         for wanted, body in ((True, node.body), (False, node.orelse)):
             if known is not None and known is not wanted:
                 continue
-            self.names = set(before)
+            self.names, self.of_name = set(before), dict(fields)
             if not self.block(body):
-                after |= self.names
-                ends = False
-        self.names = after
-        return ends
+                after.append((self.names, self.of_name))
+        self.of_name = merged(after)
+        self.names = set().union(*(names for names, _ in after))
+        return not after
 
     def _compound(self, node: ast.For | ast.While | ast.With | ast.Try) -> None:
         if isinstance(node, ast.For):
             held = self.value(node.iter, node)
-            self.bind(node.target, node.iter, held, node)
+            self.bind(node.target, None, held, node)
         elif isinstance(node, ast.While):
             self.value(node.test, node)
         bodies = [node.body, getattr(node, "orelse", []), getattr(node, "finalbody", [])]
         bodies += [handler.body for handler in getattr(node, "handlers", [])]
         for _ in range(2 if isinstance(node, ast.For | ast.While) else 1):
-            before = set(self.names)
+            before, fields = set(self.names), dict(self.of_name)
             for body in bodies:
                 self.block(body)
+            self.of_name = merged([(before, fields), (self.names, self.of_name)])
             if isinstance(node, ast.For | ast.While):
                 self.names |= before
 
     def _augmented(self, node: ast.AugAssign, held: bool) -> bool:
         old = isinstance(node.target, ast.Name) and node.target.id in self.names
-        if held and isinstance(node.value, ast.Tuple | ast.List):
+        if (held or old) and (self.is_collection(node.value) or self.is_collection(node.target)):
             return True  # a list of outputs
         if (held or old) and not self.taken(node):
             self.refuse(node)

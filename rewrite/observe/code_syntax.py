@@ -8,10 +8,12 @@ observed and promised is eval mode.
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -107,6 +109,36 @@ def decided(test: ast.expr, modules: Sequence[nn.Module], first: str) -> bool | 
 def lacks(modules: Sequence[nn.Module], attribute: str) -> bool:
     """Return whether none of the modules has an attribute: a line that reads it cannot run."""
     return bool(modules) and not any(hasattr(module, attribute) for module in modules)
+
+
+def methods_reach(modules: Sequence[nn.Module], name: str) -> frozenset[str]:
+    """Return the attributes that a method of some modules reads of them, and those it calls."""
+    found: set[str] = set()
+    for kind in {type(module) for module in modules}:
+        pending, seen = [name], set[str]()
+        while pending:
+            method = getattr(kind, pending.pop(), None)
+            code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+            body = None if code is None else _definition(code)
+            if body is None or body.name in seen or not body.args.args:
+                continue
+            seen.add(body.name)
+            first = body.args.args[0].arg
+            for part in ast.walk(body):
+                if isinstance(part, ast.Attribute) and path_of(part.value) == [first]:
+                    found.add(part.attr)
+                    pending.append(part.attr)
+    return frozenset(found)
+
+
+def _definition(code: CodeType) -> ast.FunctionDef | None:
+    """Return the definition that some code was compiled from; its decorators stand above it."""
+    later = [
+        function
+        for function, _ in functions_in(code.co_filename)
+        if function.name == code.co_name and function.lineno >= code.co_firstlineno
+    ]
+    return min(later, key=lambda function: function.lineno, default=None)
 
 
 def _value(node: ast.expr, module: nn.Module, first: str) -> Any:

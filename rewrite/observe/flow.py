@@ -19,6 +19,13 @@ from torch.fx import Node
 
 from rewrite.errors import one_line
 from rewrite.observe.export import ObservedCall
+from rewrite.observe.reductions import (
+    REDUCES,
+    Mixed,
+    is_split_by_values,
+    reduced,
+    split_labels,
+)
 from rewrite.observe.spellings import (
     FORM,
     MOVES,
@@ -144,6 +151,8 @@ class Follower:
             held: Any = flow.labels[node.args[0]]  # type: ignore[index]
             index: Any = node.args[1]
             _set(flow, node, held[index] if isinstance(held, list | tuple) else held)
+        elif is_split_by_values(node) or name in REDUCES:
+            self._reduced(flow, node, name)
         elif name in MOVES:
             _set(flow, node, self._moved(flow, node))
         elif contraction is not None:
@@ -165,6 +174,22 @@ class Follower:
         if name.endswith("dropout") and argument(node, 2, "train") is not False:
             raise Unfollowed(f"its output is read by a dropout that is active, {self.called(node)}")
         _set(flow, node, flow.labels[node.args[0]])  # type: ignore[index]
+
+    def _reduced(self, flow: Flow, node: Node, name: str) -> None:
+        held = flow.labels.get(node.args[0])  # type: ignore[arg-type]
+        if not isinstance(held, Tensor):
+            raise Unfollowed(f"its output is read by {self.called(node)}, which is no linear layer")
+        try:
+            if name in REDUCES:
+                labels, shifts = reduced(node, held)
+                if not shifts:
+                    flow.no_shift = flow.no_shift or f"{self.called(node)} lets no shift pass"
+                _set(flow, node, labels)
+            else:
+                axis, sizes = argument(node, 2, "dim", 0), argument(node, 1, "split_sizes")
+                _set(flow, node, split_labels(held, axis, len(sizes)))
+        except Mixed:
+            raise Unfollowed(f"in {self.called(node)} its channels meet each other") from None
 
     # -- moving -------------------------------------------------------------------------------
 

@@ -1,0 +1,45 @@
+"""Where in an object, or at which places of a tuple, code holds a value.
+
+Output(first=h, second=y)    {"first"}          (h, y)    {"0"}
+tuple(h), (h,) + rest        anywhere           f(h)      what f says; else it may be h itself
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+
+ANYWHERE = "*"
+
+Fields = frozenset[str] | None
+"""The names of fields, the numbers of places; with `ANYWHERE`: anywhere in a collection.
+
+None: it may be the value itself.
+"""
+
+
+def excludes(fields: Fields, key: str) -> bool:
+    """Return whether what stands under a name, or at a place, is not the value."""
+    if fields is None or ANYWHERE in fields or key in fields:
+        return False
+    return all(field.isdigit() == key.isdigit() for field in fields)
+
+
+def joined(parts: Sequence[Fields]) -> Fields:
+    """Return the fields of several objects together."""
+    known = [part for part in parts if part is not None]
+    return frozenset().union(*known) if len(known) == len(parts) else None
+
+
+def merged(
+    branches: Sequence[tuple[Set[str], Mapping[str, Fields]]],
+) -> dict[str, Fields]:
+    """Return the fields of each name behind a fork.
+
+    Args:
+        branches: per branch, the names that hold the value, and the fields of names.
+    """
+    held = set().union(*(names for names, _ in branches))
+    return {
+        name: joined([fields.get(name) for names, fields in branches if name in names])
+        for name in held
+    }
