@@ -16,10 +16,10 @@ import transformers
 from torch import nn
 
 from benchmarks._table import environment, publish, table
+from rewrite.fold.observed import carry_out
 from rewrite.graph.capture import capture
 from rewrite.observe.calls import default_calls
 from rewrite.observe.evidence import Evidence, observe
-from rewrite.observe.execute import carry_out
 from rewrite.observe.export import export_call
 from rewrite.observe.plan import ObservedFold, Options
 from rewrite.observe.road import decide

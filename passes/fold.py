@@ -26,6 +26,7 @@ from rewrite.fold.folder import Fold, Folder
 from rewrite.fold.input_norm import InputNorm, fold_input, parse_input_norm
 from rewrite.fold.merge import merge_site
 from rewrite.fold.merged_kernel import Merge
+from rewrite.fold.observed import carry_out
 from rewrite.fold.recipes import AffineRecipe, FoldRecipe, recipe_of
 from rewrite.fold.store import ModelStore
 from rewrite.fold.unfolded import UnfoldedNorm
@@ -170,7 +171,7 @@ class FoldNorm(Pass):
         observed = [site for site in sites if isinstance(site.plan, ObservedSite)]
         traced = [site for site in sites if not isinstance(site.plan, ObservedSite)]
         changes = self._rewrite_traced(captured, traced) if traced else []
-        return [*changes, *(site.plan.carry_out(captured) for site in observed)]
+        return [*changes, *(carry_out(captured, s.plan.fold, s.plan.before) for s in observed)]
 
     def _rewrite_traced(self, captured: Editable, sites: Sequence[Site]) -> list[Change]:
         """Fold the sites that the symbolic road found."""

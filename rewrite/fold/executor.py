@@ -4,6 +4,7 @@
        in the ledger of the layers that absorb it
     2. each layer's new tensors are computed in float64 from all of them, and rounded once
     3. branches are added up, with the norms that were folded into them
+    4. tensors that read a norm in observed calls absorb its map, as they are by then
 
 Only short vectors are kept between the steps; a weight is read, computed and written by itself.
 """
@@ -11,6 +12,7 @@ Only short vectors are kept between the steps; a weight is read, computed and wr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -21,8 +23,9 @@ from rewrite.affine.layers import Layer
 from rewrite.affine.ledger import Ledger
 from rewrite.errors import CheckpointError
 from rewrite.fold.recipes import AffineRecipe, FoldRecipe, MergeRecipe, Recipe, TermRecipe
-from rewrite.fold.requirements import culprit, narrowest
+from rewrite.fold.requirements import Requirements, culprit, narrowest
 from rewrite.graph.captured import TensorRef
+from rewrite.observe.recipe import ReaderRecipe
 
 Exact = dict[str, Callable[[], Tensor]]
 """What written tensors are before they are rounded, in float64, by name; computed when asked."""
@@ -79,6 +82,9 @@ def run_recipes(recipes: Sequence[Recipe], store: TensorStore, exact: Exact | No
         unrounded |= run_merge(recipe, store, unrounded)
     if exact is not None:
         exact |= unrounded
+    for recipe in recipes:
+        if isinstance(recipe, ReaderRecipe):
+            _run_reader(recipe, store, unrounded if exact is None else exact)
 
 
 def names_of(layer: Layer, attr: str, aliases: Sequence[str] = ()) -> tuple[str, ...]:
@@ -102,16 +108,46 @@ def _enter(recipe: FoldRecipe, ledger: Ledger, store: TensorStore) -> None:
         affine = origin
     else:
         affine = _chain([link.value(store.get) for link in origin])
-    if broken := recipe.requirements.broken_by(affine, dtype):
-        why = culprit(origin, lambda ref: store.get(ref.name)) if isinstance(origin, Layer) else ""
-        raise CheckpointError(
-            f"{recipe.target}: this checkpoint's {broken}{f' ({why})' if why else ''}; convert the "
-            "model instead"
-        )
+
+    def why() -> str:
+        return culprit(origin, lambda ref: store.get(ref.name)) if isinstance(origin, Layer) else ""
+
+    _check(recipe.target, recipe.requirements, affine, dtype, why)
     if isinstance(origin, Layer):
         ledger.forget(origin)
     for move in recipe.moves:
         move.enter(ledger, affine)
+
+
+def _run_reader(recipe: ReaderRecipe, store: TensorStore, unrounded: Exact) -> None:
+    affine = recipe.affine(store.get)
+
+    def why() -> str:
+        for name in filter(None, (recipe.weight, recipe.bias)):
+            if not bool(torch.isfinite(store.get(name)).all()):
+                return f"{name} holds values that are not finite"
+        return f"{recipe.bias} is not zero" if affine.shift.any() else ""
+
+    if not affine.scale.is_meta:
+        dtype = store.get(recipe.weight).dtype
+        _check(recipe.target, Requirements(adds=recipe.adds), affine, dtype, why)
+    recipe.absorb(affine, store.get, partial(_set, store), unrounded)
+
+
+def _check(
+    target: str,
+    requirements: Requirements,
+    affine: Affine,
+    dtype: torch.dtype,
+    why: Callable[[], str],
+) -> None:
+    """Raise `CheckpointError` if a map breaks what its plan relied on; `why` says which tensor."""
+    if broken := requirements.broken_by(affine, dtype):
+        tensor = why()
+        raise CheckpointError(
+            f"{target}: this checkpoint's {broken}{f' ({tensor})' if tensor else ''}; convert the "
+            "model instead"
+        )
 
 
 def _chain(links: Sequence[Affine]) -> Affine:
@@ -199,7 +235,11 @@ def _bias(term: TermRecipe, read: Callable[[str], Tensor]) -> Tensor | None:
 
 
 def _set(store: TensorStore, name: str, tensor: Tensor) -> None:
-    # The sum reads the tensor once; if it is finite, so is every value.
-    if not bool(tensor.sum(dtype=torch.float32).isfinite()) and not bool(tensor.isfinite().all()):
+    if not tensor.is_meta and not _is_finite(tensor):
         raise CheckpointError(f"{name} would hold values that are not finite in {tensor.dtype}")
     store.set(name, tensor)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The sum reads the tensor once; if it is finite, so is every value.
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())

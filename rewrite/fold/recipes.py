@@ -3,6 +3,7 @@
     fold       a map y = s.x + t, made of tensors, and the layers that absorb which part of it
     affine     a norm that becomes one multiply-add, with all that it has absorbed
     merge      parallel branches that become one convolution
+    observed   a norm's affine part, and the tensors that read it in observed calls
 
 A recipe names tensors as a state dict does. `rewrite.fold.executor` runs it; what a report holds of
 it is JSON, which version 0.1 can read as well.
@@ -25,6 +26,7 @@ from rewrite.fold.folder import Fold, Move
 from rewrite.fold.links import Link, constant_link
 from rewrite.fold.requirements import Requirements
 from rewrite.graph.captured import Captured, TensorRef
+from rewrite.observe.recipe import KIND, ReaderRecipe
 
 Data = Mapping[str, Any]
 
@@ -144,7 +146,7 @@ class MergeRecipe:
         }
 
 
-Recipe = FoldRecipe | AffineRecipe | MergeRecipe
+Recipe = FoldRecipe | AffineRecipe | MergeRecipe | ReaderRecipe
 
 
 def recipe_of(captured: Captured, fold: Fold) -> FoldRecipe:
@@ -182,6 +184,8 @@ def from_data(data: Data) -> Recipe:
             return AffineRecipe(layer.name, layer, data["name"])
         if data["do"] == "merge":
             return _merge_from(data)
+        if data["do"] == KIND:
+            return ReaderRecipe.from_data(data)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the report holds a recipe that is incomplete: {error}") from error
     raise CheckpointError(f"the report holds a recipe of an unknown kind: {data['do']!r}")

@@ -11,7 +11,6 @@ from rewrite.errors import CheckpointError
 from rewrite.fold.executor import run_recipes
 from rewrite.fold.recipes import Data, from_data
 from rewrite.fold.store import StateDictStore
-from rewrite.observe.recipe import run_recipe
 from rewrite.weights.weight_norm_keys import fit_weight_norm_keys
 
 
@@ -31,10 +30,7 @@ def apply_recipes(
     recipes = list(recipes)
     normed = {name for recipe in recipes for name in recipe.get("weight_normed", ())}
     store = StateDictStore(fit_weight_norm_keys(state, normed))
-    observed = [recipe for recipe in recipes if recipe["do"] == "fold-observed"]
-    run_recipes([from_data(recipe) for recipe in recipes if recipe not in observed], store)
-    for recipe in observed:
-        run_recipe(recipe, store.get, store.set)
+    run_recipes([from_data(recipe) for recipe in recipes], store)
     written = {f"{r['name']}.{attr}" for r in recipes if "name" in r for attr in ("weight", "bias")}
     for key in set(drop) - written:
         store.delete(key)

@@ -11,7 +11,7 @@ from torch.fx import Node
 from rewrite.affine.layers import Layer
 from rewrite.errors import CheckpointError
 from rewrite.fold.executor import Exact, names_of
-from rewrite.fold.recipes import FoldRecipe, Recipe
+from rewrite.fold.recipes import AffineRecipe, FoldRecipe, MergeRecipe, Recipe
 from rewrite.graph.captured import TensorRef
 from rewrite.graph.editable import Editable
 
@@ -73,7 +73,8 @@ class ModelStore:
     def __init__(self, captured: Editable, recipes: Sequence[Recipe]) -> None:
         self.captured = captured
         self.beside: dict[str, Tensor] = {}
-        self._new = tuple(f"{r.name}." for r in recipes if not isinstance(r, FoldRecipe))
+        made = [r for r in recipes if isinstance(r, AffineRecipe | MergeRecipe)]
+        self._new = tuple(f"{recipe.name}." for recipe in made)
         self._unnamed: dict[str, tuple[Layer, str]] = {}
         self._places: dict[str, list[str]] = {}
         self._calls: dict[str, dict[Node, dict[str, Tensor]]] = {}

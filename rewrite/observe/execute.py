@@ -1,4 +1,4 @@
-"""Carry out an observed fold: build its recipe, run it on the model, say what changed."""
+"""An observed fold on a model in memory: its recipe, its tensors, and what changed."""
 
 from __future__ import annotations
 
@@ -10,58 +10,69 @@ from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.editable import Editable
 from rewrite.graph.spellings import is_plain
 from rewrite.observe.plan import ObservedFold, ReaderEdit, _ranges
-from rewrite.observe.recipe import run_recipe
+from rewrite.observe.recipe import ReaderRecipe
 from rewrite.outcomes import Change
 
 
-def recipe_of(captured: Captured, fold: ObservedFold) -> dict[str, Any]:
-    """Return an observed fold as plain data."""
+class ObservedStore:
+    """The tensors of a model whose norm folds by observed calls, written by its editor.
+
+    Args:
+        captured: the model.
+        fold: the norm.
+        recipe: what is going to be run.
+    """
+
+    def __init__(self, captured: Editable, fold: ObservedFold, recipe: ReaderRecipe) -> None:
+        self._captured = captured
+        self._untied = {edit.untied for edit in fold.edits if edit.untied}
+        self._aliases = {name for edit in recipe.edits for name in edit["aliases"]}
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor of the model."""
+        return self._captured.tensor(_ref(name))
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in; one that several modules hold is written with the first name of them."""
+        if name not in self._aliases:
+            _write(self._captured, name, tensor, alone=name in self._untied)
+
+    def delete(self, name: str) -> None:
+        """Do nothing: a tensor goes with the norm that it belongs to."""
+
+
+def recipe_of(captured: Captured, fold: ObservedFold) -> ReaderRecipe:
+    """Return what an observed fold does, as data."""
     gone = _may_go(captured, fold)
     neutral = {fold.weight.tensor: (1.0 - fold.weight.offset) / fold.weight.factor}
     if fold.bias is not None:
         neutral[fold.bias] = 0.0
-    return {
-        "do": "fold-observed",
-        "weight": fold.weight.tensor,
-        "factor": fold.weight.factor,
-        "offset": fold.weight.offset,
-        "bias": fold.bias,
-        "edits": [_edit(captured, edit) for edit in fold.edits],
-        "neutral": {} if gone else neutral,
-        "gone": list(neutral) if gone else [],
-    }
+    return ReaderRecipe(
+        fold.weight.tensor, fold.weight.factor, fold.weight.offset, fold.bias,
+        tuple(_edit(captured, edit) for edit in fold.edits),
+        {} if gone else neutral, tuple(neutral) if gone else (),
+    )  # fmt: skip
 
 
-def carry_out(captured: Editable, fold: ObservedFold, before: str) -> Change:
-    """Fold one norm of the model in place and return what changed."""
-    recipe = recipe_of(captured, fold)
-    untied = {edit.untied for edit in fold.edits if edit.untied}
-    aliases = {name for edit in recipe["edits"] for name in edit["aliases"]}
-
-    def read(name: str) -> Tensor:
-        return captured.tensor(_ref(name))
-
-    def write(name: str, tensor: Tensor) -> None:
-        if name not in aliases:  # those are written together with the first name
-            _write(captured, name, tensor, alone=name in untied)
-
-    run_recipe(recipe, read, write, captured.exact)
-    if recipe["gone"]:
+def finish(captured: Editable, fold: ObservedFold, before: str, recipe: ReaderRecipe) -> Change:
+    """Take out what the norm does without, once the recipe has been run; say what changed."""
+    if recipe.gone:
         _drop(captured, fold.target)
     notes = [*fold.notes]
-    if not recipe["gone"]:
+    if not recipe.gone:
         notes.append("its class needs a weight: it stays, and does nothing")
-    if untied:
+    if untied := {edit.untied for edit in fold.edits if edit.untied}:
         notes.append(f"{', '.join(sorted(untied))} is a tensor of its own now")
         _untie_config(captured.model)
-    keys = dict.fromkeys(recipe["gone"])
+    keys: dict[str, str | None] = dict.fromkeys(recipe.gone)
     for name in list(keys):
         owner, _, attr = name.rpartition(".")
         keys.update({f"{alias}.{attr}": None for alias in captured.aliases(owner)})
     owners = [_ref(edit.read.tensor).owner for edit in fold.edits]
     return Change(
         fold.target, before, f"its affine part folded into {', '.join(fold.layers)}",
-        note="; ".join(notes), touched=(*fold.layers, *owners), keys=keys, recipe=recipe,
+        note="; ".join(notes), touched=(*fold.layers, *owners), keys=keys,
+        recipe=recipe.to_data(),
     )  # fmt: skip
 
 

@@ -117,6 +117,10 @@ class ObservedPlanner:
             if calls:
                 flows.append((observed, self.evidence.follower(observed).follow(calls)))
         bias = _bias(norm)
+        for name in filter(None, (expression.tensor, bias)):
+            held = self.captured.tensor(_ref(name))
+            if held.device.type != "meta" and not bool(held.isfinite().all()):
+                raise Unfollowed(f"{name} holds values that are not finite")
         adds = bias is not None and self._nonzero(bias)
         if adds and (why := next((f.no_shift for _, f in flows if f.no_shift), "")):
             raise Unfollowed(f"{why}, and {bias} is not zero")

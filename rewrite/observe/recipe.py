@@ -1,87 +1,126 @@
-"""The recipe of an observed fold: what it reads and what it writes, as plain data, and running it.
+"""The recipe of an observed fold, as plain data, and the arithmetic of the layers that absorb it.
 
     s = a.w + c,  t = b            of the norm
     W[.., i, ..] <- W[.., i, ..] . s[channel of i]         of every reader
     bias         <- bias + sum_i W[.., i, ..] . t[channel of i]
     w <- (1 - c) / a,  b <- 0      or both gone, where the norm's class can do without
 
-Computed in float64, in blocks of rows, and rounded once.
+Computed in float64, in blocks of rows, and rounded once. `rewrite.fold.executor` runs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from rewrite.errors import CheckpointError
+from rewrite.affine.algebra import Affine
+
+KIND = "fold-observed"
 
 _BLOCK = 1 << 22
 """Elements that are computed in float64 at a time."""
 
 
-def run_recipe(
-    recipe: Mapping[str, Any],
-    read: Callable[[str], Tensor],
-    write: Callable[[str, Tensor], None],
-    exact: dict[str, Callable[[], Tensor]] | None = None,
-) -> None:
-    """Run one recipe: read tensors by name, write new ones under theirs.
+@dataclass(frozen=True, eq=False)
+class ReaderRecipe:
+    """A norm whose affine part goes into the tensors that read it.
 
-    Args:
-        recipe: of one fold.
-        read: returns a tensor by its name.
-        write: puts one in its place.
-        exact: what tensors that were written before are, unrounded; it is told of the new ones.
-
-    Raises:
-        CheckpointError: a norm's weight or bias is not finite, or a shift appears where the recipe
-            relied on there being none.
+    Attributes:
+        weight, bias: the names of the norm's tensors; a bias of None adds nothing.
+        factor, offset: a and c of the scale a.w + c.
+        edits: the tensors that absorb it: names, axis of inputs, which part, channel by place.
+        neutral: what becomes of the norm's tensors where it keeps them, by name.
+        gone: those that it loses.
     """
-    weight = read(recipe["weight"])
-    if weight.device.type == "meta":
-        scale = torch.empty(weight.numel(), dtype=torch.float64, device="meta")
-    else:
-        scale = recipe["factor"] * weight.detach().reshape(-1).double() + recipe["offset"]
-    shift = None
-    if recipe["bias"] is not None:
-        shift = read(recipe["bias"]).detach().reshape(-1).double()
-    _check(recipe, scale, shift)
-    unrounded = {} if exact is None else exact
-    for edit in recipe["edits"]:
-        old = read(edit["weight"])
-        channels = _channels(edit["channels"], old.shape[edit["axis"]], old.device)
-        source = unrounded.get(edit["weight"], partial(Tensor.detach, old))
-        if shift is not None and edit["shifts"]:
-            bias = read(edit["bias"]) if edit["has_bias"] else None
-            given = (
-                None if bias is None else unrounded.get(edit["bias"], partial(Tensor.detach, bias))
-            )
-            shifted = partial(_shifted, edit, source, given, channels, shift)
-            write(edit["bias"], shifted(old.dtype if bias is None else bias.dtype))
-            unrounded[edit["bias"]] = partial(shifted, torch.float64)
-        scaled = partial(_scaled, edit, source, channels, scale)
-        new = scaled(old.dtype)
-        for name in (edit["into"], *edit["aliases"]):
-            write(name, new)
-            unrounded[name] = partial(scaled, torch.float64)
-    for name, neutral in recipe["neutral"].items():
-        write(name, torch.full_like(read(name), neutral))
+
+    weight: str
+    factor: float
+    offset: float
+    bias: str | None
+    edits: tuple[Mapping[str, Any], ...]
+    neutral: Mapping[str, float]
+    gone: tuple[str, ...]
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Self:
+        """Return the recipe that a report holds.
+
+        Raises:
+            KeyError: something is missing.
+        """
+        held = {field.name: data[field.name] for field in fields(cls)}
+        edits = tuple({key: edit[key] for key in _EDIT} for edit in data["edits"])
+        return cls(**{**held, "edits": edits, "gone": tuple(data["gone"])})
+
+    def to_data(self) -> dict[str, Any]:
+        """Return it as JSON's own types."""
+        edits = [dict(edit) for edit in self.edits]
+        return {"do": KIND, **asdict(self), "edits": edits, "gone": list(self.gone)}
+
+    @property
+    def target(self) -> str:
+        """The name of the norm."""
+        return self.weight.rpartition(".")[0] or self.weight
+
+    @property
+    def adds(self) -> bool:
+        """Whether every layer that absorbs the map can absorb a shift."""
+        return all(edit["shifts"] for edit in self.edits)
+
+    def affine(self, read: Callable[[str], Tensor]) -> Affine:
+        """Return the norm's map, in float64, made of the tensors that it has now."""
+        weight = read(self.weight).detach().reshape(-1).to(torch.float64)
+        scale = self.factor * weight + self.offset
+        if self.bias is None:
+            return Affine(scale, torch.zeros_like(scale))
+        return Affine(scale, read(self.bias).detach().reshape(-1).to(torch.float64))
+
+    def absorb(
+        self,
+        affine: Affine,
+        read: Callable[[str], Tensor],
+        write: Callable[[str, Tensor], None],
+        unrounded: dict[str, Callable[[], Tensor]],
+    ) -> None:
+        """Give every reader its new tensors, and the norm those with which it does nothing.
+
+        Args:
+            affine: the norm's map.
+            read: returns a tensor by its name.
+            write: puts one in its place.
+            unrounded: what tensors that were written before are; it is told of the new ones.
+        """
+        for edit in self.edits:
+            old = read(edit["weight"])
+            channels = _channels(edit["channels"], old.shape[edit["axis"]], old.device)
+            source = unrounded.get(edit["weight"]) or partial(Tensor.detach, old)
+            if self.bias is not None and edit["shifts"]:
+                bias = read(edit["bias"]) if edit["has_bias"] else None
+                given = None
+                if bias is not None:
+                    given = unrounded.get(edit["bias"]) or partial(Tensor.detach, bias)
+                shifted = partial(_shifted, edit, source, given, channels, affine.shift)
+                write(edit["bias"], shifted(old.dtype if bias is None else bias.dtype))
+                unrounded[edit["bias"]] = partial(shifted, torch.float64)
+            scaled = partial(_scaled, edit, source, channels, affine.scale)
+            new = scaled(old.dtype)
+            for name in (edit["into"], *edit["aliases"]):
+                write(name, new)
+                unrounded[name] = partial(scaled, torch.float64)
+        for name, neutral in self.neutral.items():
+            write(name, torch.full_like(read(name), neutral))
 
 
-def _check(recipe: Mapping[str, Any], scale: Tensor, shift: Tensor | None) -> None:
-    if scale.device.type == "meta":
-        return
-    if not bool(scale.isfinite().all()) or (shift is not None and not bool(shift.isfinite().all())):
-        raise CheckpointError(f"{recipe['weight']}: a scale or shift is not finite")
-    no_shift = [edit["weight"] for edit in recipe["edits"] if not edit["shifts"]]
-    if shift is not None and no_shift and bool(shift.any()):
-        raise CheckpointError(
-            f"{recipe['bias']} is not zero, and {no_shift[0]} was folded for a norm that adds none"
-        )
+_EDIT = (
+    "weight", "axis", "channels", "parts", "bias", "has_bias", "bias_part", "shifts", "into",
+    "aliases",
+)  # fmt: skip
+"""What is said of one tensor that absorbs the map."""
 
 
 def _channels(channels: int | list[int], size: int, device: torch.device) -> Tensor:

@@ -13,15 +13,13 @@ from torch import nn
 
 from rewrite.errors import CaptureError
 from rewrite.graph.captured import Captured
-from rewrite.graph.editable import Editable
 from rewrite.observe.code import CodeCheck, CodeIndex
 from rewrite.observe.code_expressions import Untaken
 from rewrite.observe.evidence import Evidence, observe
-from rewrite.observe.execute import carry_out
 from rewrite.observe.flow import Unfollowed
 from rewrite.observe.norms import norms_of
 from rewrite.observe.plan import ObservedFold, ObservedPlanner, Options
-from rewrite.outcomes import Change, Declined, Site, Skip
+from rewrite.outcomes import Declined, Site, Skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +28,6 @@ class ObservedSite:
 
     fold: ObservedFold
     before: str
-
-    def carry_out(self, captured: Editable) -> Change:
-        """Fold it."""
-        return carry_out(captured, self.fold, self.before)
 
 
 def evidence_of(captured: Captured) -> Evidence | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from typing import Any
 from torch import Tensor
 
 from rewrite.errors import ContractError
+from rewrite.fold.executor import run_recipes
 from rewrite.hub.folder import CheckpointFolder, open_folder
 from rewrite.hub.structure import structure_of
-from rewrite.observe.recipe import run_recipe
 from rewrite.pipeline import Result
 from rewrite.protocol import Pass
 from rewrite.report import Report
@@ -107,15 +107,28 @@ def _write(
     with FolderWriter(folder, stage, plan.made, plan.config) as writer:
         for number, recipe in enumerate(plan.recipes, start=1):
             say(f"rewriting {number} of {len(plan.recipes)}")
-            run_recipe(
-                recipe,
-                lambda name: folder.read(plan.structure.stored.get(name, name)),
-                lambda name, tensor: writer.put(plan.place(name), tensor),
-                exact,
-            )
+            run_recipes([recipe], _FolderStore(folder, plan, writer), exact)
         writer.copy_rest(say)
         writer.write_rest()
     return exact
+
+
+@dataclass(frozen=True)
+class _FolderStore:
+    """What is read of the old folder and written into the new one, by the names of the model."""
+
+    folder: CheckpointFolder
+    plan: FolderPlan
+    writer: FolderWriter
+
+    def get(self, name: str) -> Tensor:
+        return self.folder.read(self.plan.structure.stored.get(name, name))
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        self.writer.put(self.plan.place(name), tensor)
+
+    def delete(self, name: str) -> None:
+        """Do nothing: the configuration of the new folder says which tensors there are."""
 
 
 class Exact(dict[str, Callable[[], Tensor]]):

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from rewrite.errors import CheckpointError, OptionError
+from rewrite.fold.executor import run_recipes
+from rewrite.fold.recipes import from_data
 from rewrite.hub.folder import CheckpointFolder
 from rewrite.hub.safetensors_file import DTYPES, type_name
 from rewrite.hub.structure import Structure, build, persistent
-from rewrite.observe.recipe import run_recipe
+from rewrite.observe.recipe import KIND, ReaderRecipe
 from rewrite.pipeline import convert
 from rewrite.protocol import Pass
 from rewrite.report import Report
@@ -52,7 +54,7 @@ class FolderPlan:
     """
 
     structure: Structure
-    recipes: Sequence[Mapping[str, Any]]
+    recipes: Sequence[ReaderRecipe]
     made: Mapping[str, Made]
     config: Mapping[str, Any]
     report: Report
@@ -93,57 +95,83 @@ def _planned(
     folder: CheckpointFolder, structure: Structure, passes: Any, only: Any, skip: Any
 ) -> FolderPlan:
     report = convert(structure.model, passes, only=only, skip=skip, verify=False).report
-    recipes = [_kept(change.recipe) for change in report.changes]
-    for change, recipe in zip(report.changes, recipes, strict=True):
-        if recipe.get("do") != "fold-observed":
+    recipes = []
+    for change in report.changes:
+        recipe = from_data(change.recipe) if change.recipe.get("do") == KIND else None
+        if not isinstance(recipe, ReaderRecipe):
             raise OptionError(
                 f"{change.target}: its change cannot be run tensor by tensor; load the model and "
                 "convert it in memory"
             )
+        recipes.append(_kept(recipe))
     made = _dry_run(folder, structure, recipes)
     config = _config(folder, structure, made)
     return FolderPlan(structure, recipes, made, config or {}, report)
 
 
-def _kept(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+def _kept(recipe: ReaderRecipe) -> ReaderRecipe:
     """Return a recipe whose norm keeps its tensors: its class is told by the configuration."""
-    if not recipe.get("gone"):
+    if not recipe.gone:
         return recipe
-    neutral = {recipe["weight"]: (1.0 - recipe["offset"]) / recipe["factor"]}
-    if recipe["bias"] is not None:
-        neutral[recipe["bias"]] = 0.0
-    return {**recipe, "neutral": neutral, "gone": []}
+    neutral = {recipe.weight: (1.0 - recipe.offset) / recipe.factor}
+    if recipe.bias is not None:
+        neutral[recipe.bias] = 0.0
+    return replace(recipe, neutral=neutral, gone=())
 
 
 def _dry_run(
-    folder: CheckpointFolder, structure: Structure, recipes: Sequence[Mapping[str, Any]]
+    folder: CheckpointFolder, structure: Structure, recipes: Sequence[ReaderRecipe]
 ) -> dict[str, Made]:
     """Run the recipes on tensors without numbers; return what they write."""
-    new = {e["into"] for r in recipes for e in r["edits"] if _is_untied(folder, structure, e)}
-    held: dict[str, Tensor] = {}
+    new = {e["into"] for r in recipes for e in r.edits if _is_untied(folder, structure, e)}
+    store = _ShapeStore(folder, structure, new)
+    run_recipes(recipes, store)
+    return {name: Made(type_name(t.dtype), tuple(t.shape)) for name, t in store.held.items()}
 
-    def place(name: str) -> str:
-        return name if name in new else structure.stored.get(name, name)
 
-    def read(name: str) -> Tensor:
-        if place(name) in held:
-            return held[place(name)]
-        stored = structure.stored.get(name, name)
-        if stored not in folder.places:
-            raise CheckpointError(f"{folder.path}: has no tensor {name}, which the plan reads")
-        entry = folder.entry(stored)
+class _ShapeStore:
+    """The tensors of a folder without their numbers; what is written stands beside them.
+
+    Args:
+        folder: the old folder.
+        structure: which tensor of the folder each name of the model stands for.
+        new: the names that get a tensor of their own, where they shared one.
+    """
+
+    def __init__(self, folder: CheckpointFolder, structure: Structure, new: set[str]) -> None:
+        self.held: dict[str, Tensor] = {}
+        self._folder, self._structure, self._new = folder, structure, new
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor on the meta device.
+
+        Raises:
+            CheckpointError: there is none, or it is of a type that is not computed with.
+        """
+        if self._place(name) in self.held:
+            return self.held[self._place(name)]
+        stored = self._structure.stored.get(name, name)
+        if stored not in self._folder.places:
+            raise CheckpointError(
+                f"{self._folder.path}: has no tensor {name}, which the plan reads"
+            )
+        entry = self._folder.entry(stored)
         if entry.dtype not in DTYPES:
             raise CheckpointError(
-                f"{folder.path}: {stored} is of type {entry.dtype}, which is not computed with"
+                f"{self._folder.path}: {stored} is of type {entry.dtype}, which is not computed "
+                "with"
             )
         return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
 
-    def write(name: str, tensor: Tensor) -> None:
-        held[place(name)] = tensor
+    def set(self, name: str, tensor: Tensor) -> None:
+        """Remember a tensor that is written."""
+        self.held[self._place(name)] = tensor
 
-    for recipe in recipes:
-        run_recipe(recipe, read, write)
-    return {name: Made(type_name(t.dtype), tuple(t.shape)) for name, t in held.items()}
+    def delete(self, name: str) -> None:
+        """Do nothing: the configuration says which tensors there are."""
+
+    def _place(self, name: str) -> str:
+        return name if name in self._new else self._structure.stored.get(name, name)
 
 
 def _is_untied(folder: CheckpointFolder, structure: Structure, edit: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import rewrite
 from passes import FoldNorm
 from rewrite.cli.main import main
 from rewrite.sharded import convert as module
+from rewrite.sharded.writer import FolderWriter
 from tests.sharded.conftest import FAMILIES, Make, logits, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -80,18 +82,15 @@ def test_a_tied_head_is_left_alone_or_gets_its_own_weight(make: Make) -> None:
 def test_a_wrong_tensor_is_found_and_nothing_is_written(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = module.run_recipe
+    real = FolderWriter.put
 
-    def wrong(recipe: Any, read: Any, write: Any, exact: Any) -> None:
-        def off(name: str, tensor: torch.Tensor) -> None:
-            if name.endswith("layers.1.mlp.up_proj.weight"):
-                tensor = tensor.clone()
-                tensor[0, 0] += 1e-3
-            write(name, tensor)
+    def off(writer: FolderWriter, name: str, tensor: torch.Tensor) -> None:
+        if name.endswith("layers.1.mlp.up_proj.weight"):
+            tensor = tensor.clone()
+            tensor[0, 0] += 1e-3
+        real(writer, name, tensor)
 
-        real(recipe, read, off, exact)
-
-    monkeypatch.setattr(module, "run_recipe", wrong)
+    monkeypatch.setattr(FolderWriter, "put", off)
     source = make()
     with pytest.raises(rewrite.ContractError, match=r"layers\.1\.mlp\.up_proj\.weight is not"):
         rewrite.convert_checkpoint(source, source.with_name("out"), "fold")
@@ -99,14 +98,15 @@ def test_a_wrong_tensor_is_found_and_nothing_is_written(
 
 
 def test_a_wrong_recipe_is_found_in_its_block(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = module.run_recipe
+    real = module.run_recipes
 
-    def wrong(recipe: Any, read: Any, write: Any, exact: Any) -> None:
-        if "layers.1.post_attention" in recipe["weight"]:
-            recipe = {**recipe, "factor": recipe["factor"] * 1.001}
-        real(recipe, read, write, exact)
+    def wrong(recipes: Any, store: Any, exact: Any) -> None:
+        (recipe,) = recipes
+        if "layers.1.post_attention" in recipe.weight:
+            recipe = replace(recipe, factor=recipe.factor * 1.001)
+        real([recipe], store, exact)
 
-    monkeypatch.setattr(module, "run_recipe", wrong)
+    monkeypatch.setattr(module, "run_recipes", wrong)
     source = make()
     with pytest.raises(rewrite.ContractError, match=r"model\.layers\.1 is off") as caught:
         rewrite.convert_checkpoint(source, source.with_name("out"), "fold")
