@@ -116,7 +116,8 @@ class Constants:
     def at(self, node: Node) -> ChannelConstant | Declined | None:
         """Return how `node` combines a value and a constant per channel, None if it does not.
 
-        Declined is what does so in another way than a product or a sum, or not alone.
+        Declined is what does so in another way than a product or a sum, or not alone, and what
+        multiplies or adds something else: one number for all channels, a table of positions.
         """
         if node.op not in ("call_function", "call_method"):
             return None
@@ -125,12 +126,12 @@ class Constants:
         if len(constants) != 1 or len(others) != 1:
             return None
         value, operand = self.value(constants[0]), others[0]
-        if value is None or value.numel() < 2:
-            return None
-        axes = [axis for axis in range(value.dim()) if value.shape[axis] > 1]
-        if len(axes) != 1:
+        if value is None:
             return None
         call = call_of(self._captured, node)
+        axes = [axis for axis in range(value.dim()) if value.shape[axis] > 1]
+        if len(axes) != 1:
+            return _of_other_shape(call, value)
         if call is None:
             return Declined(
                 f"{function_name(node) or node.target} is not an operation that folding knows",
@@ -185,3 +186,13 @@ class Constants:
         if effects.late_write(operand) is not None:
             return "it writes into a value that is read elsewhere"
         return None
+
+
+def _of_other_shape(call: Call | None, value: Tensor) -> Declined | None:
+    """Return why a product or a sum with a constant is no map per channel, None for other calls."""
+    if call is None or not (call.terms() is not None or call.name in ("mul", "div")):
+        return None
+    if value.numel() < 2:
+        return Declined("the constant is one number for all channels, not one a channel", ())
+    shape = "x".join(map(str, value.shape))
+    return Declined(f"the constant ({shape}) differs along several axes, not by channel alone", ())

@@ -98,7 +98,7 @@ def sources(planner: Planner) -> Iterator[Source]:
         if isinstance(constant, Declined):
             calls = captured.call_sites(node)
             seen.update(calls)
-            yield _declined_source(planner, calls, constant)
+            yield _declined_source(planner, constants, calls, constant)
         elif constant is not None:
             chain = _chain(planner, constants, constant)
             seen.update(link.node for link in chain)
@@ -185,12 +185,16 @@ def _constant_source(planner: Planner, chain: tuple[ChannelConstant, ...]) -> So
     )  # fmt: skip
 
 
-def _declined_source(planner: Planner, calls: tuple[Node, ...], declined: Declined) -> Source:
+def _declined_source(
+    planner: Planner, constants: Constants, calls: tuple[Node, ...], declined: Declined
+) -> Source:
     """Return a line that combines a value and a constant in a way that is not folded."""
     name = function_name(calls[0]) or str(calls[0].target)
+    values = [node for node in calls[0].all_input_nodes if constants.value(node) is not None]
+    made_of = {root for node in values for root in constants.roots(node)}
+    target = made_of.pop() if len(made_of) == 1 else planner.captured.owner(calls[0])
     return Source(
-        "constant", planner.captured.owner(calls[0]), f"{name} by a constant per channel",
-        calls, calls, 0, None, declined.reason,
+        "constant", target, f"{name} by a constant", calls, calls, 0, None, declined.reason,
     )  # fmt: skip
 
 

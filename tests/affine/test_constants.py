@@ -90,3 +90,72 @@ def test_a_product_in_place_folds_where_nobody_else_sees_it() -> None:
 @pytest.mark.parametrize("kind", [ReadElsewhere, OnTheInput, IntoTheConstant, Wider, Deeper])
 def test_what_is_no_product_of_one_value_stays(kind: type[Scaled]) -> None:
     assert not fold(kind).changes
+
+
+class OneNumber(Scaled):
+    """A layer scale of one number for all channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(()) + 0.5)
+
+    def lines(self, y: Tensor) -> Tensor:
+        return y * self.gamma
+
+
+class OneNumberOfOneAxis(OneNumber):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(1) + 0.5)
+
+    def lines(self, y: Tensor) -> Tensor:
+        return y / self.gamma
+
+
+class Positions(Scaled):
+    """An embedding of positions: one number a channel and a position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.randn(1, 4, 5, 5))
+
+    def lines(self, y: Tensor) -> Tensor:
+        return y + self.gamma
+
+
+class Rooted(Positions):
+    def lines(self, y: Tensor) -> Tensor:
+        return self.gamma - y
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (OneNumber, "one number for all channels"),
+        (OneNumberOfOneAxis, "one number for all channels"),
+        (Positions, "the constant (1x4x5x5) differs along several axes"),
+        (Rooted, "the constant (1x4x5x5) differs along several axes"),
+    ],
+)
+def test_a_constant_that_is_not_per_channel_leaves_its_reason(
+    kind: type[Scaled], reason: str
+) -> None:
+    applied = fold(kind)
+    (skip,) = applied.skips
+    assert not applied.changes and skip.target == "gamma" and reason in skip.reason
+
+
+class MatrixOfItsOwn(Scaled):
+    """A product of matrices with a parameter is a layer, and no constant per channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.randn(5, 5))
+
+    def lines(self, y: Tensor) -> Tensor:
+        return y @ self.gamma * 0.5
+
+
+def test_a_matrix_and_a_number_of_the_code_are_no_candidates() -> None:
+    applied = fold(MatrixOfItsOwn)
+    assert not applied.changes and not applied.skips
