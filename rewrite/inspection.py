@@ -99,7 +99,8 @@ class Inspection:
             yield _table("Normalizations", head, rows)
         others = [name for name in self.regions if name]
         yield Text(
-            f"{len(self.regions)} traced regions" + (f": {', '.join(others)}" if others else "")
+            f"{len(self.regions)} traced region{'' if len(self.regions) == 1 else 's'}"
+            + (f": {', '.join(others)}" if others else "")
         )
         if self.opaque:
             columns = ("module", "stopped the tracer", "at")

@@ -14,6 +14,7 @@ from rewrite.outcomes import Contract
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from rewrite.equivalence.divergence import Divergence
     from rewrite.equivalence.record import Record
@@ -135,13 +136,14 @@ class Verification:
             lines.append(str(self.divergence))
         return "\n".join(lines)
 
-    def tables(self, *, verbose: bool = False) -> Iterator[Table | str]:
+    def tables(self, *, verbose: bool = False) -> Iterator[Table | Text | str]:
         """Yield what a terminal shows."""
         from rich.table import Table
+        from rich.text import Text
 
         verdict = "holds" if self.ok else "does not hold"
-        title = f"{self.contract} {verdict}: {self.distance()}"
-        table = Table("", "input", "shapes", "error", box=None, pad_edge=False, title=title)
+        yield Text(f"{self.contract} {verdict}: {self.distance()}", "bold")
+        table = Table("", "input", "shapes", "error", box=None, pad_edge=False)
         for case in self.cases:
             mark = "[bold red]FAIL[/]" if case.failed else "" if case.skipped else "[green]ok[/]"
             error = f"left out: {case.skipped}" if case.skipped else f"{case.max_rel:.1e}"

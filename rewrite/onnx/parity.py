@@ -116,7 +116,7 @@ class Parity:
     def sum_up(self, reference: str) -> None:
         """Turn what was gathered into checks."""
         label = f"parity with {reference}"
-        found = f"{self.ran} inputs, error {self.max_rel:.1e}"
+        found = f"{self.ran} input{'' if self.ran == 1 else 's'}, error {self.max_rel:.1e}"
         if self.tolerance is not None:
             found += f", allowed {self.tolerance:.1e}" if math.isfinite(self.tolerance) else ""
         elif self.where:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from rewrite.equivalence.divergence import Divergence
 
@@ -112,16 +113,18 @@ class OnnxVerification:
             lines.append(str(self.divergence))
         return "\n".join(lines)
 
-    def tables(self, *, verbose: bool = False) -> Iterator[Table | str]:
+    def tables(self, *, verbose: bool = False) -> Iterator[Table | Text | str]:
         """Yield what a terminal shows."""
         from rich.table import Table
         from rich.text import Text
 
-        table = Table("", "check", "found", box=None, pad_edge=False, title=self.path)
+        yield Text(f"{self.path}: {self.verdict}", "bold")
+        table = Table("", "check", "found", box=None, pad_edge=False)
         for check in self.checks:
             mark = Text("ok", "green") if check.ok else Text("FAIL", "bold red")
             table.add_row(mark, Text(check.name), Text(check.found))
-        yield table if self.checks else f"{self.path}: not verified"
+        if self.checks:
+            yield table
         yield from (f"note: {note}" for note in self.notes)
         if self.divergence is not None:
             yield str(self.divergence)
