@@ -5,8 +5,9 @@
     python -m benchmarks.rebalance time [--write]                    a ResNet-50 of torchvision
 
 equality: in float64, the largest output difference relative to the largest output, for each
-objective; how many groups are scaled, and how many on a second run. An architecture without any
-ReLU has none.
+objective; how many groups are scaled, how many on a second run, and the same difference after
+`apply-map` has repeated the scales on another checkpoint (parameters and norms drawn anew), where
+they leave that one's function alone. An architecture without any ReLU has no groups.
 
 quantize: weights rounded to 256 levels a tensor, symmetric; norms folded; the top-1 agreement with
 the original on random crops of the photos of `foolbox` (`benchmarks.keep_function`). The rows with
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from benchmarks._table import environment, parser, publish, table
 from benchmarks.corpus import QUICK, UnbuildableError, build
 from passes import Rebalance
+from rewrite.fold.replay import apply_recipes
 from rewrite.protocol import apply_pass
 from rewrite.rescaling.plan import OBJECTIVES
 from rewrite.runtime.copying import copy_model
@@ -42,7 +44,7 @@ def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
 
 
 def equality(names: Sequence[str]) -> Iterator[tuple[object, ...]]:
-    """Yield a row an architecture: per objective groups, groups of a second run, and the error."""
+    """Yield a row an architecture: per objective groups, groups of a second run, and the errors."""
     for name in names:
         try:
             built, inputs = build(name)
@@ -50,22 +52,42 @@ def equality(names: Sequence[str]) -> Iterator[tuple[object, ...]]:
             yield (name, f"not built: {str(error)[:40]}", "", "")
             continue
         model, inputs = built.double(), widen(inputs)
-        before = outputs(model, inputs)
-        size = max(float(t.abs().max()) for t in before)
-        cells = []
-        for objective in OBJECTIVES:
-            item = Rebalance(objective=objective)
-            applied = apply_pass(item, copy_model(model), inputs)
-            after = outputs(applied.model, inputs)
-            pairs = zip(before, after, strict=True)
-            off = max(float((a - b).abs().max()) for a, b in pairs) / size
-            keys = list(applied.model.state_dict()) == list(model.state_dict())
-            again = apply_pass(item, applied.model, inputs).changes
-            cell = f"{len(applied.changes)}, {len(again)}, {off:.0e}"
-            cells.append(cell if keys else f"{cell}, other keys")
-            if not applied.changes:
-                cells[-1] = "none"
-        yield (name, *cells)
+        other = drawn_anew(model)
+        yield (name, *(cell(model, other, objective, inputs) for objective in OBJECTIVES))
+
+
+def cell(model: nn.Module, other: nn.Module, objective: str, inputs: tuple[Any, ...]) -> str:
+    """Return groups, groups of a second run, the error, and that of a replay on `other`."""
+    item = Rebalance(objective=objective)
+    applied = apply_pass(item, copy_model(model), inputs)
+    if not applied.changes:
+        return f"none: {applied.skips[0].reason[:40]}" if objective == "path" else "none"
+    again = apply_pass(item, copy_model(applied.model), inputs).changes
+    replayed = copy_model(other)
+    written = apply_recipes([change.recipe for change in applied.changes], other.state_dict())
+    replayed.load_state_dict(written)
+    errors = (error(model, applied.model, inputs), error(other, replayed, inputs))
+    text = f"{len(applied.changes)}, {len(again)}, {errors[0]:.0e}, {errors[1]:.0e}"
+    keys = list(applied.model.state_dict()) == list(model.state_dict()) == list(written)
+    return text if keys else f"{text}, other keys"
+
+
+def error(one: nn.Module, other: nn.Module, inputs: tuple[Any, ...]) -> float:
+    """Return the largest output difference, relative to the largest output."""
+    before, after = outputs(one, inputs), outputs(other, inputs)
+    size = max(float(t.abs().max()) for t in before)
+    pairs = zip(before, after, strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs) / size
+
+
+def drawn_anew(model: nn.Module) -> nn.Module:
+    """Return another checkpoint: each parameter times a number of its own, between 0.7 and 1.4."""
+    torch.manual_seed(1)
+    other = copy_model(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(torch.rand_like(parameter).sub_(0.5).exp_())
+    return other
 
 
 def quantized(model: nn.Module, bits: int = 8) -> nn.Module:

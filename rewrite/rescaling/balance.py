@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,14 @@ class Balanced:
     after: float
     sweeps: int
     loss: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """By layer what each output of a writer gathers, and each input of a reader gives."""
+
+    written: Mapping[int, Tensor]
+    read: Mapping[int, Tensor]
 
 
 class Balance:
@@ -119,19 +128,20 @@ class Balance:
     def _step(self, number: int) -> float:
         """Balance one group, and return the largest change of a log d."""
         part = self._slices[number]
-        change = self._wanted(number)
-        if any(i in self._around[number][1] for i in self._around[number][0]):
+        sides = self._sides(number)
+        change = self._wanted(number, sides)
+        if sides.written.keys() & sides.read.keys():
             change = change / 2
         bound = LARGEST_LOG_SCALE * (1 if self._largest else 2)
         old = self.log_r[part].clone()
         self.log_r[part] = (old + change).clamp(-bound, bound)
         if self._counted:
-            self._add_up({*self._around[number][0], *self._around[number][1]})
+            self._follow(sides, part, self.log_r[part] - old)
         return float((self.log_r[part] - old).abs().max()) * (1.0 if self._largest else 0.5)
 
-    def _wanted(self, number: int) -> Tensor:
+    def _wanted(self, number: int, sides: _Sides) -> Tensor:
         """Return the change of log r that solves the equation of every unit of a group."""
-        p, q = self.sides(number)
+        p, q = self._sums(number, sides)
         if not self._counted:
             return (q / p).log() / 2
         scale = self.count / sum(self._totals)
@@ -140,18 +150,35 @@ class Balance:
     def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the units of each group that something writes and reads, their P and their Q."""
         for number, part in enumerate(self._slices):
-            yield (self._units[part], *self.sides(number))
+            yield (self._units[part], *self._sums(number, self._sides(number)))
 
-    def sides(self, number: int) -> tuple[Tensor, Tensor]:
+    def _sides(self, number: int) -> _Sides:
+        """Return what the layers around a group gather and give."""
+        writers, readers = self._around[number]
+        return _Sides({i: self._rows(i) for i in writers}, {i: self._columns(i) for i in readers})
+
+    def _sums(self, number: int, sides: _Sides) -> tuple[Tensor, Tensor]:
         """Return P and Q of the units of a group."""
         part = self._slices[number]
-        writers, readers = self._around[number]
-        written = self._collect(writers, self._writes, self._rows)[part]
-        read = self._collect(readers, self._reads, self._columns)[part]
-        return written, read
+        written = self._collect(sides.written, self._writes)[part]
+        return written, self._collect(sides.read, self._reads)[part]
+
+    def _follow(self, sides: _Sides, part: slice, change: Tensor) -> None:
+        """Add up the layers around a group whose scales have changed, from what they gathered."""
+        ratio = torch.ones(self._size + 1, dtype=torch.float64)
+        ratio[part] = change.exp()
+        both = sides.written.keys() & sides.read.keys()
+        for i in sides.written.keys() - both:
+            total = (sides.written[i] * ratio[self._writes[i]]).sum()
+            self._totals[i] = float(total) + self._edges[i].constant
+        for i in sides.read.keys() - both:
+            total = (sides.read[i] / ratio[self._reads[i]]).sum()
+            self._totals[i] = float(total) + self._edges[i].constant
+        self._add_up(both)
 
     def _imbalance(self) -> float:
-        wanted = [self._wanted(number) for number in range(len(self._slices))]
+        groups = range(len(self._slices))
+        wanted = [self._wanted(number, self._sides(number)) for number in groups]
         return max((float(w.abs().max()) for w in wanted if w.numel()), default=0.0)
 
     def _shift_groups(self) -> None:
@@ -206,12 +233,10 @@ class Balance:
         )
         return gathered / self._r(self._reads[i])
 
-    def _collect(
-        self, layers: Sequence[int], numbers: list[Tensor], side: Callable[[int], Tensor]
-    ) -> Tensor:
+    def _collect(self, gathered: Mapping[int, Tensor], numbers: list[Tensor]) -> Tensor:
         total = torch.zeros(self._size + 1, dtype=torch.float64)
-        for i in layers:
-            values = side(i).flatten()
+        for i, each in gathered.items():
+            values = each.flatten()
             if self._largest:
                 total.scatter_reduce_(0, numbers[i].flatten(), values, "amax")
             else:
@@ -272,23 +297,37 @@ def shift_of_groups(between: Tensor, k: Tensor, count: float | None, loops: floa
         count: n of "path"; None for "l2".
         loops: the sum of edges that nothing changes and that are not in `between`.
     """
-    shift = torch.zeros(len(k) + 1, dtype=torch.float64)
+    # Numbers of Python: a step is a few dozen of them, and a tensor operation costs as much as all.
     loops += float(between.diagonal().sum())
     edges = between.clone().fill_diagonal_(0.0)
+    rows, columns, kinds = edges.tolist(), edges.T.tolist(), k.tolist()
+    r = [1.0] * len(rows)
     for _ in range(_COARSE_SWEEPS):
         moved = 0.0
-        for group in range(len(k)):
-            r = shift.exp()
-            p = (edges[group] / r).sum() * r[group]
-            q = (edges[:, group] * r).sum() / r[group]
+        inverse = [1 / one for one in r]
+        total = loops + sum(one * _sumprod(row, inverse) for one, row in zip(r, rows, strict=True))
+        for group, wanted in enumerate(kinds):
+            p = _sumprod(rows[group], inverse) * r[group]
+            q = _sumprod(columns[group], r) * inverse[group]
             if not p > 0 or not q > 0:
                 continue
-            scale = 1.0
-            if count is not None:
-                scale = count / (loops + float((edges * r[:, None] / r[None]).sum()))
-            change = solve(scale * p, scale * q, k[group]).log()
-            shift[group] += change
-            moved = max(moved, float(change.abs()))
+            scale = 1.0 if count is None else count / total
+            factor = _solve_one(scale * p, scale * q, wanted)
+            total += p * (factor - 1) + q * (1 / factor - 1)
+            r[group] *= factor
+            inverse[group] = 1 / r[group]
+            moved = max(moved, abs(math.log(factor)))
         if moved < _COARSE_TOLERANCE:
             break
-    return shift[:-1]
+    return torch.tensor(r[:-1], dtype=torch.float64).log()
+
+
+def _solve_one(a: float, b: float, k: float) -> float:
+    """Return what `solve` does, of three numbers."""
+    root = math.sqrt(k * k + 4 * a * b)
+    return (k + root) / (2 * a) if k > 0 else 2 * b / (root - k)
+
+
+def _sumprod(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return Σ of the products of numbers at equal places."""
+    return float(sum(map(operator.mul, one, other)))

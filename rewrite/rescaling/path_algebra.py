@@ -70,6 +70,19 @@ class PathAlgebra(ABC):
         """Return one ⊕ other, broadcast."""
 
     @abstractmethod
+    def power_(self, weight: Tensor) -> Tensor:
+        """Put the `power` of a tensor in its place and return it."""
+
+    @abstractmethod
+    def scaled_plus(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Return x · scale ⊕ shift, one number a channel; both are powers.
+
+        Args:
+            x: (N, C, *space), or (C,).
+            scale, shift: (C,).
+        """
+
+    @abstractmethod
     def reduce(self, x: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
         """Return the ⊕ over axes."""
 
@@ -112,6 +125,19 @@ class PowerSum(PathAlgebra):
             return weight * weight
         return weight.abs() if self.p == 1 else weight.abs().pow(self.p)
 
+    def power_(self, weight: Tensor) -> Tensor:
+        """Return |w|ᵖ, in the memory of w."""
+        if self.p == 2:
+            return weight.mul_(weight)
+        return weight.abs_() if self.p == 1 else weight.abs_().pow_(self.p)
+
+    def scaled_plus(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Return x · scale + shift, as a norm of mean 0 and variance 1: one pass over x."""
+        if x.dim() < 2:
+            return x * scale + shift
+        zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+        return F.batch_norm(x, zeros, ones, scale, shift, eps=0.0)
+
     def plus(self, one: Tensor, other: Tensor) -> Tensor:
         """Return the sum."""
         return one + other
@@ -136,7 +162,7 @@ class PowerSum(PathAlgebra):
         return F.linear(x, weight)
 
     def pool(self, x: Tensor, window: Window) -> Tensor:
-        """Return the sum over each window: a depthwise convolution with ones."""
+        """Return the sum over each window: an average that divides by 1."""
         channels, dims = x.shape[1], x.dim() - 2
         # The last window of a pool in ceil mode may reach over the edge, where nothing is added.
         shape = _MAX_POOL[dims](
@@ -149,8 +175,11 @@ class PowerSum(PathAlgebra):
             reach += window.dilation[axis] * (window.kernel[axis] - 1)
             before = window.padding[axis]
             pads += [before, reach - before - x.shape[2 + axis]]
-        ones = x.new_ones(channels, 1, *window.kernel)
         padded = F.pad(x, pads)
+        if dims > 1 and set(window.dilation) == {1}:
+            pool = F.avg_pool2d if dims == 2 else F.avg_pool3d
+            return pool(padded, window.kernel, window.stride, divisor_override=1)
+        ones = x.new_ones(channels, 1, *window.kernel)
         return _CONV[dims](padded, ones, None, window.stride, 0, window.dilation, channels)
 
     def adaptive(self, x: Tensor, size: Sequence[int]) -> Tensor:
@@ -169,6 +198,15 @@ class Largest(PathAlgebra):
     def power(self, weight: Tensor) -> Tensor:
         """Return |w|."""
         return weight.abs()
+
+    def power_(self, weight: Tensor) -> Tensor:
+        """Return |w|, in the memory of w."""
+        return weight.abs_()
+
+    def scaled_plus(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Return the larger of x · scale and shift."""
+        shape = (-1, *(1,) * (x.dim() - 2)) if x.dim() > 1 else (-1,)
+        return torch.maximum(x * scale.view(shape), shift.view(shape))
 
     def plus(self, one: Tensor, other: Tensor) -> Tensor:
         """Return the larger."""

@@ -26,7 +26,7 @@ from rewrite.graph.operators import conv_of, linear_of, norm_of
 from rewrite.graph.traits import Call, call_of
 from rewrite.rescaling.folded import FoldedTensors
 from rewrite.rescaling.path_algebra import PathAlgebra
-from rewrite.rescaling.path_layers import Layers, NotHomogeneous, Weights, raw
+from rewrite.rescaling.path_layers import Layers, NotHomogeneous, Powers, Weights
 from rewrite.rescaling.path_operations import (
     ADDS,
     MULTIPLIES,
@@ -89,7 +89,7 @@ class PathForward:
     ) -> None:
         self._captured = captured
         self._algebra = algebra
-        self._weights = weights or (lambda ref: algebra.power(raw(captured, ref)))
+        self._weights = weights or Powers(captured, algebra)
         self._operations = Operations(captured, algebra)
         self._layers = Layers(captured, algebra, self._weights, folded)
         self._passes_on = {} if folded is None else folded.passes_on

@@ -28,7 +28,7 @@ class PathCurvature:
         ones: ones of the shapes of its inputs, float64.
 
     Raises:
-        CaptureError: the model is not positively homogeneous; the message names the line.
+        CaptureError: the root was not traced as one graph.
     """
 
     def __init__(self, captured: Captured, ones: Sequence[Tensor]) -> None:
@@ -36,10 +36,13 @@ class PathCurvature:
         self._ones = tuple(ones)
         self._squares: dict[int, Tensor] = {}
         self._forward = PathForward(captured, PowerSum(2), self._square, folded=None)
-        self.compute()
 
     def compute(self) -> dict[int, Tensor]:
-        """Return κ, float64, by the `id` of each parameter that is on a path."""
+        """Return κ, float64, by the `id` of each parameter that is on a path.
+
+        Raises:
+            CaptureError: the model is not positively homogeneous; the message names the line.
+        """
         self._squares = {}
         with torch.enable_grad():
             total = self._forward.run(self._ones)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
@@ -127,7 +128,7 @@ class Layers:
         shift = -centre * scale
         if bias is not None:
             shift = shift + bias
-        return plus(x * power(scale).view(shape), power(shift).view(shape))
+        return self._algebra.scaled_plus(x, power(scale), power(shift))
 
     def _now(self, node: Node, layer: Conv | Linear | Norm) -> tuple[Tensor | None, Tensor | None]:
         """Return weight and bias of a layer, as a fold makes them."""
@@ -141,6 +142,49 @@ class Layers:
 
     def _raw(self, ref: TensorRef) -> Tensor:
         return raw(self._captured, ref)
+
+
+class Powers:
+    """The power of each tensor of a model as it is, large ones in one buffer.
+
+    A network has more memory in its kernels than in its values: to fill new memory for each costs
+    as much as to run it. A kernel is good until the next one is asked for, which is when its layer
+    is done.
+    """
+
+    def __init__(self, captured: Captured, algebra: PathAlgebra) -> None:
+        self._captured = captured
+        self._algebra = algebra
+        self._buffer = torch.empty(0, dtype=torch.float64)
+
+    def __call__(self, ref: TensorRef) -> Tensor:
+        """Return the `power` of a tensor in float64."""
+        tensor = self._captured.tensor(ref).detach()
+        if tensor.numel() < _SMALL or not _is_dense(tensor):
+            return self._algebra.power(tensor.double())
+        if self._buffer.numel() < tensor.numel() or self._buffer.device != tensor.device:
+            self._buffer = torch.empty(tensor.numel(), dtype=torch.float64, device=tensor.device)
+        flat = tensor.as_strided((tensor.numel(),), (1,))
+        room = self._buffer[: tensor.numel()]
+        for part, given in zip(torch.split(room, _BLOCK), torch.split(flat, _BLOCK), strict=True):
+            self._algebra.power_(part.copy_(given))
+        return room.as_strided(tensor.shape, tensor.stride())
+
+
+_SMALL = 1 << 14
+"""Elements below which a tensor gets memory of its own."""
+
+_BLOCK = 1 << 15
+"""Elements converted and raised at a time: few enough to stay in the cache."""
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether the elements of a tensor fill a stretch of memory, in whichever order."""
+    plain = tensor.layout is torch.strided and not tensor.is_quantized
+    return plain and (
+        tensor.is_contiguous()
+        or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+    )
 
 
 def raw(captured: Captured, ref: TensorRef) -> Tensor:

@@ -63,6 +63,7 @@ class PathSGD(Optimizer):
             if ones is None:
                 raise OptionError("the shape of an input is unknown; pass example_inputs")
             self._curvature = PathCurvature(captured, ones)
+            self._curvature.compute()  # a model that has no paths is refused before it is trained
         self._model = model
         self._interval = interval
         self._steps = 0
