@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+RESCALING = PAGE.with_name("rescaling.md")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -49,14 +50,14 @@ def environment(*packages: str) -> str:
     )
 
 
-def publish(name: str, title: str, body: str, *, write: bool) -> None:
-    """Print the section `name`, and replace it in docs/benchmarks.md when asked to."""
+def publish(name: str, title: str, body: str, *, write: bool, page: Path = PAGE) -> None:
+    """Print the section `name`, and replace it in a page of docs/ when asked to."""
     command = " ".join(["python -m", _module(), *(a for a in sys.argv[1:] if a != "--write")])
     section = f"## {title}\n\n`{command}`\n\n{body.strip()}\n"
     print(section)
     if write:
-        text = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(replace_section(text, name, section), encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
+        page.write_text(replace_section(text, name, section), encoding="utf-8")
 
 
 def replace_section(page: str, name: str, section: str) -> str:

@@ -1,6 +1,7 @@
 """Rebalancing: equality over architectures, time, and what 8 bits a tensor leave of real weights.
 
     python -m benchmarks.rebalance equality [NAME ...] [--write]     the quick tier, or those named
+    python -m benchmarks.rebalance equality --results FILE           goes on where FILE ends
     python -m benchmarks.rebalance quantize [--write]                real weights of MobileNetV2
     python -m benchmarks.rebalance time [--write]                    a ResNet-50 of torchvision
 
@@ -16,15 +17,17 @@ ReLU replace ReLU6.
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks._table import environment, parser, publish, table
+from benchmarks._table import RESCALING, environment, parser, publish, table
 from benchmarks.corpus import QUICK, UnbuildableError, build
 from passes import Rebalance
 from rewrite.fold.replay import apply_recipes
@@ -64,7 +67,8 @@ def cell(model: nn.Module, other: nn.Module, objective: str, inputs: tuple[Any, 
         return f"none: {applied.skips[0].reason[:40]}" if objective == "path" else "none"
     again = apply_pass(item, copy_model(applied.model), inputs).changes
     replayed = copy_model(other)
-    written = apply_recipes([change.recipe for change in applied.changes], other.state_dict())
+    recipes = [change.recipe for change in applied.changes]
+    written = apply_recipes(recipes, (), other.state_dict())
     replayed.load_state_dict(written)
     errors = (error(model, applied.model, inputs), error(other, replayed, inputs))
     text = f"{len(applied.changes)}, {len(again)}, {errors[0]:.0e}, {errors[1]:.0e}"
@@ -88,6 +92,13 @@ def drawn_anew(model: nn.Module) -> nn.Module:
         for parameter in other.parameters():
             parameter.mul_(torch.rand_like(parameter).sub_(0.5).exp_())
     return other
+
+
+def noted(results: Path | None) -> list[tuple[object, ...]]:
+    """Return the rows that a file holds already."""
+    if results is None or not results.exists():
+        return []
+    return [tuple(json.loads(line)) for line in results.read_text(encoding="utf-8").splitlines()]
 
 
 def quantized(model: nn.Module, bits: int = 8) -> nn.Module:
@@ -151,18 +162,24 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("what", choices=["equality", "quantize", "time"])
     arguments.add_argument("names", nargs="*")
+    arguments.add_argument("--results", type=Path, help="rows of equality, one a line; appended to")
     arguments.add_argument("--crops", type=int, default=5, help="of each photo, for quantize")
     options = arguments.parse_args()
     warnings.simplefilter("ignore")
     if options.what == "equality":
         heads = (
             "architecture",
-            *(f"{objective}: scaled, again, error" for objective in OBJECTIVES),
+            *(f"{objective}: scaled, again, error, replayed" for objective in OBJECTIVES),
         )
-        rows: list[tuple[object, ...]] = []
-        for row in equality(options.names or QUICK):
+        names = options.names or QUICK
+        rows = [row for row in noted(options.results) if row[0] in names]
+        done = {row[0] for row in rows}
+        for row in equality([name for name in names if name not in done]):
             print(row, flush=True)
             rows.append(row)
+            if options.results is not None:
+                with options.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
         title = "Rebalancing leaves the function alone"
     elif options.what == "quantize":
         heads = (
@@ -176,7 +193,8 @@ def main() -> None:
         heads = ("objective", "groups", "seconds", "CPU seconds", "/ forward")
         rows, title = list(times()), "Time to rebalance a ResNet-50"
     body = f"{table(heads, rows)}\n\n{environment()}"
-    publish(f"rebalance-{options.what}", title, body, write=options.write)
+    name = f"rebalance-{options.what}"
+    publish(name, title, body, write=options.write, page=RESCALING)
 
 
 if __name__ == "__main__":

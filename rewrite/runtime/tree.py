@@ -13,9 +13,9 @@ import functools
 import sys
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from types import FunctionType, MethodType, SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -40,8 +40,7 @@ class Field(str):
     __slots__ = ()
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One place that holds a module: `parent.key`, or `parent.attr[path...]` in a container."""
 
     parent: nn.Module
@@ -51,6 +50,8 @@ class Slot:
     @property
     def label(self) -> str:
         """The slot's part of a qualified name."""
+        if not self.path:
+            return self.attr
         steps = (f".{key}" if isinstance(key, Field) else f"[{key!r}]" for key in self.path)
         return self.attr + "".join(steps)
 
