@@ -38,10 +38,17 @@ def copy_model(model: Model) -> Model:
 def _compiled(modules: Iterable[nn.Module]) -> Iterator[Any]:
     """Yield the TorchScript functions that modules hold; nothing can copy or change one."""
     for module in modules:
-        yield from (v for v in vars(module).values() if isinstance(v, torch.jit.ScriptFunction))
+        yield from (v for v in _attributes(module) if isinstance(v, torch.jit.ScriptFunction))
 
 
-_UNCHANGED = (type(None), bool, int, float, str, type)
+def _attributes(module: nn.Module) -> Iterator[Any]:
+    """Yield what a module holds, but for numbers, names and tuples, which nothing has to copy."""
+    for value in vars(module).values():
+        if type(value) not in _UNCHANGED and type(value) is not tuple:
+            yield value
+
+
+_UNCHANGED = frozenset({type(None), bool, int, float, str, type})
 
 
 def _copy_plain_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
@@ -63,7 +70,9 @@ def _copy_plain_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> N
     for module, twin in reversed(copies):
         held = vars(twin)
         for key, value in vars(module).items():
-            if key != "_compiled_call_impl":  # nor does torch pickle it
+            if type(value) in _UNCHANGED:
+                held[key] = value
+            elif key != "_compiled_call_impl":  # nor does torch pickle it
                 held[key] = _copied(value, memo)
 
 
@@ -86,7 +95,7 @@ def _is_plain(kind: type) -> bool:
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
-    if kind in _UNCHANGED:
+    if kind in _UNCHANGED or (kind is tuple and _UNCHANGED.issuperset(map(type, value))):
         return value
     if (kind is dict or kind is OrderedDict) and id(value) not in memo:
         if not value:
@@ -105,10 +114,11 @@ def _tensors(modules: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
         yield from (p for p in module._parameters.values() if p is not None)
         yield from (b for b in module._buffers.values() if b is not None)
         # Old-style weight_norm and friends keep the computed weight, not a leaf, as an attribute.
-        yield from (v for v in vars(module).values() if isinstance(v, torch.Tensor))
         # A recurrent layer lists its weights, a computed one among them.
-        for value in vars(module).values():
-            if isinstance(value, list):
+        for value in _attributes(module):
+            if isinstance(value, torch.Tensor):
+                yield value
+            elif isinstance(value, list):
                 yield from (v for v in value if isinstance(v, torch.Tensor))
 
 
