@@ -16,11 +16,13 @@ import ast
 import builtins
 import inspect
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import CodeType
 
 from torch.fx import Node
 
+from rewrite.tracing.rebinding import touched_by_rebinding
 from rewrite.tracing.records import Decision
 from rewrite.tracing.taint import path_of
 
@@ -42,8 +44,13 @@ def place_of(decision: Decision) -> str:
     return f"{decision.code.co_filename.rpartition('/')[2]}:{decision.line}"
 
 
-def real_decisions(decisions: Iterable[Decision]) -> tuple[Decision, ...]:
-    """Return those after which something else may run, or be read, for another size."""
+def real_decisions(
+    decisions: Iterable[Decision], lines: Mapping[Node, tuple[CodeType, int]]
+) -> tuple[Decision, ...]:
+    """Return those after which something else may run, or be read, for another size.
+
+    One that only gives names another value is about the values of those names alone.
+    """
     trees: dict[CodeType, ast.Module | None] = {}
     harmless: dict[tuple[CodeType, int], bool] = {}
     kept = []
@@ -52,8 +59,10 @@ def real_decisions(decisions: Iterable[Decision]) -> tuple[Decision, ...]:
         if key not in harmless:
             statement = statement_at(*key, trees)
             harmless[key] = statement is not None and _is_harmless(statement)
-        if not harmless[key]:
-            kept.append(decision)
+        if harmless[key]:
+            continue
+        touched = touched_by_rebinding(decision, statement_at(*key, trees), lines)
+        kept.append(decision if touched is None else replace(decision, nodes=touched))
     return tuple(kept)
 
 

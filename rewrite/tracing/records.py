@@ -40,12 +40,14 @@ class Decision:
         owner: the module whose forward was running.
         code, line: the function and its line.
         nodes: the values at hand there, and those made by that function since.
+        held: what the local names stand for there: the nodes in a value, none in a number.
     """
 
     owner: str
     code: CodeType
     line: int
     nodes: list[Node]
+    held: dict[str, tuple[Node, ...]] = field(default_factory=dict)
 
 
 @dataclass

@@ -180,7 +180,7 @@ def _region(name: str, trace: Trace, assumed: dict[str, Any], branches: tuple[st
     frames = {node: frame for node, frame in trace.frames.items() if node in alive}
     return Region(
         name, trace.graph, assumed, branches, frames, trace.lines, trace.constants, trace.made,
-        frozenset(trace.entered), trace.kept, real_decisions(trace.decisions),
+        frozenset(trace.entered), trace.kept, real_decisions(trace.decisions, trace.lines),
         frozenset(trace.augmented & alive),
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
@@ -34,6 +35,8 @@ _KEEP_SHAPE: frozenset[Any] = frozenset(
 )  # fmt: skip
 
 _ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "T", "mT", "H", "data", "real", "imag"})
+
+_DEVICES = frozenset({"is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta"})
 
 
 class Shapes:
@@ -154,6 +157,8 @@ class Shapes:
             if function is getattr and isinstance(args[0], Tensor):
                 if args[1] == "device":
                     return self._dry.device
+                if args[1] in _DEVICES:
+                    return getattr(torch.empty(0, device=self._dry.device), args[1])
                 if args[1] not in _ATTRIBUTES:
                     return NotImplemented
         return self._dry.run_function(function, call)

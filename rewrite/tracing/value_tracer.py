@@ -28,6 +28,8 @@ _SPLITS = frozenset(
 )
 """What makes as many parts as the size of its input allows."""
 
+_NUMBERS = (int, float, str, torch.dtype, torch.device, type(None))
+
 _UNROLLED = 64
 """Items of a tensor that a loop over it is followed for."""
 
@@ -106,9 +108,14 @@ class ValueTracer(Tracer):
         frame = user_frame()
         if frame is None or obj.node.meta.get("fixed"):
             return
-        held = [node for value in frame.f_locals.values() for node in nodes_of(value)]
+        held = {
+            name: nodes
+            for name, value in frame.f_locals.items()
+            if (nodes := tuple(nodes_of(value))) or isinstance(value, _NUMBERS)
+        }
+        at_hand = [node for nodes in held.values() for node in nodes]
         owner = self._frames[-1].owner
-        decision = Decision(owner, frame.f_code, frame.f_lineno, held)
+        decision = Decision(owner, frame.f_code, frame.f_lineno, at_hand, held)
         self._trace.decisions.append(decision)
         self._deciding.setdefault(frame, []).append(decision)
 
