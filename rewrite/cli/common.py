@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 OK, FAILED, USAGE, NOTHING = 0, 1, 2, 3
 
+INTERRUPTED = 130
+"""What a shell says of a command that Ctrl-C ended."""
+
 
 MODEL_HELP = (
     "a checkpoint (.pt, .pth, .pt2, .safetensors), torchvision:NAME, timm:NAME, "

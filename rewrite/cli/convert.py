@@ -23,6 +23,7 @@ from rewrite.cli.common import (
 )
 from rewrite.cli.pass_flags import PassFlags, add_pass_flags
 from rewrite.errors import OptionError
+from rewrite.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from rewrite.onnx.report import OnnxVerification
     from rewrite.pipeline import Result
     from rewrite.protocol import Pass
+    from rewrite.report import Report
 
 
 def add_parsers(commands: Any, argv: Sequence[str]) -> None:
@@ -126,6 +128,7 @@ def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool
             verify=not (options.no_verify or options.dry_run), seed=options.seed, progress=progress,
             check=False, consume=options.html is None and options.recover is None,
         )  # fmt: skip
+        _check_names(options, result.report)
         code = _judge(result.report, len(chosen), options)
         if code == OK and options.recover is not None and result.report.changes:
             result = _recovered(options, result, model)
@@ -194,6 +197,20 @@ def _output(options: argparse.Namespace) -> Path:
     if reference.exists():
         return reference.with_name(f"{reference.stem}.rewritten.pt")
     return Path(options.model.rpartition(":")[2].split("(")[0] + ".rewritten.pt")
+
+
+def _check_names(options: argparse.Namespace, report: Report) -> None:
+    """Raise where --only or --skip names something that no pass found; patterns may."""
+    found = [change.target for change in report.changes]
+    found += [skip.target for skip in report.skips]
+    for flag, names in (("--only", options.only), ("--skip", options.skip)):
+        for name in names:
+            if set(name) & set("*?[") or name in found:
+                continue
+            hint = did_you_mean(name, found)
+            if any(target.startswith(f"{name}.") for target in found):
+                hint = f"; write '{name}.*' for what is below it"
+            raise OptionError(f"{flag} {name}: no pass finds anything of that name{hint}")
 
 
 def _judge(report: Any, passes: int, options: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """The command line: arguments in, text and exit codes out. torch is imported only to do work.
 
 Exit codes: 0 done and verified; 1 a contract or a verification failed; 2 wrong usage or unreadable
-input; 3 nothing to rewrite.
+input; 3 nothing to rewrite; 130 interrupted, and nothing was written.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rewrite.cli import (
     recover,
     verify,
 )
-from rewrite.cli.common import FAILED, OK, USAGE, check_places, complain
+from rewrite.cli.common import FAILED, INTERRUPTED, OK, USAGE, check_places, complain
 from rewrite.cli.parser import Parser, apply_config, find_config
 from rewrite.errors import PassError, RewriteError
 
@@ -49,9 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PassError as error:
         return complain(error, FAILED)
     except RewriteError as error:
-        return complain(error, USAGE)
+        stopped = isinstance(error.__cause__, KeyboardInterrupt)
+        return complain(error, INTERRUPTED if stopped else USAGE)
     except KeyboardInterrupt:
-        return complain("interrupted; nothing was written", USAGE)
+        return complain("interrupted; nothing was written", INTERRUPTED)
     return code
 
 

@@ -54,6 +54,27 @@ def test_what_was_probably_meant_is_said(capsys, arguments: list[str], meant: st
     assert code == 2 and meant in said
 
 
+@pytest.mark.parametrize(
+    ("flag", "name", "said"),
+    [
+        ("--only", "block.norm9", "--only block.norm9: no pass finds anything of that name; did"),
+        ("--skip", "block.nrom1", "did you mean block.norm1"),
+        ("--only", "block", "; write 'block.*' for what is below it"),
+    ],
+)  # fmt: skip
+def test_a_name_that_nothing_has_is_an_error(
+    capsys, tmp_path: Path, flag: str, name: str, said: str
+) -> None:
+    model = nn.Sequential()
+    model.block = nn.Sequential()
+    model.block.conv1, model.block.norm1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+    rewrite.save(randomize_norms_(model).eval(), tmp_path / "m.pt")
+    place = [str(tmp_path / "m.pt"), "-o", str(tmp_path / "o.pt"), "--input", "1x3x9x9"]
+    code, _, err = run(capsys, "convert", "--fold", flag, name, *place)
+    assert code == 2 and said in err and not (tmp_path / "o.pt").exists()
+    assert run(capsys, "convert", "--fold", "--skip", "head*", *place)[0] == 0
+
+
 def test_nothing_is_suggested_for_what_is_like_nothing(capsys) -> None:
     assert "did you mean" not in run(capsys, "xyzzy")[2]
 
