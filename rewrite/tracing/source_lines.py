@@ -1,7 +1,8 @@
-"""Which line of the model's own code runs, or raised: torch and the tracer left out."""
+"""Which line of the model's own code runs, or raised, and which instruction of it."""
 
 from __future__ import annotations
 
+import dis
 import sys
 import traceback
 from pathlib import Path
@@ -12,6 +13,15 @@ import torch
 _HERE = Path(__file__).parent
 
 _MACHINERY = tuple(f"{p}/" for p in (Path(torch.__file__).parent, _HERE, _HERE.parent / "graph"))
+
+_OPERATORS = ("+", "-", "*", "/", "//", "%", "**", "@", "&", "|", "^", "<<", ">>")
+
+_AUGMENTED = frozenset(
+    instruction.arg
+    for operator in _OPERATORS
+    for instruction in dis.get_instructions(compile(f"x {operator}= y", "", "exec"))
+    if instruction.opname == "BINARY_OP"
+)
 
 
 def reason_of(error: BaseException) -> tuple[str, str | None]:
@@ -39,3 +49,9 @@ def user_frame() -> FrameType | None:
 def short(source: str | None) -> str:
     """Return " at file.py:123" for a line of code, "" for none."""
     return "" if source is None else f" at {Path(source).name}"
+
+
+def is_augmented(frame: FrameType) -> bool:
+    """Return whether a frame is at an augmented assignment, which reaches a proxy as `x + y`."""
+    code, place = frame.f_code.co_code, frame.f_lasti
+    return code[place] == dis.opmap["BINARY_OP"] and code[place + 1] in _AUGMENTED

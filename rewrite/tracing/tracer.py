@@ -28,10 +28,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from rewrite.runtime.stand_in import Attributes
 from rewrite.runtime.tree import Tree
-from rewrite.tracing.instructions import is_augmented
 from rewrite.tracing.proxies import nodes_of
 from rewrite.tracing.records import Frame, Opaque, Trace
-from rewrite.tracing.source_lines import reason_of, user_frame
+from rewrite.tracing.source_lines import is_augmented, reason_of, user_frame
 from rewrite.tracing.value_tracer import ValueTracer
 
 if TYPE_CHECKING:
