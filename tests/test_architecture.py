@@ -52,6 +52,36 @@ def test_no_package_has_more_than_sixteen_files() -> None:
         assert len(files) <= 16, (name, sorted(files))
 
 
+LONG = {
+    "ExpressionReader": "one branch for each kind of expression that Python has",
+    "Follower": "one branch for each kind of operator that an exported call has",
+}
+"""Classes that may be longer than 200 lines, and why."""
+
+
+def _lines(node: ast.ClassDef | ast.FunctionDef) -> int:
+    """Return how many lines a definition has, those of a function without its docstring."""
+    begin = node.lineno
+    if isinstance(node, ast.FunctionDef):
+        begin = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0].lineno
+    assert node.end_lineno is not None
+    return node.end_lineno - begin + 1
+
+
+def test_files_classes_and_functions_fit() -> None:
+    long = []
+    for path in [*ROOT.glob("rewrite/**/*.py"), *ROOT.glob("passes/*.py")]:
+        text = path.read_text(encoding="utf-8")
+        if (count := len(text.splitlines())) > 400:
+            long.append(f"{path.name}: {count} lines, 400 at most")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                most = 200 if isinstance(node, ast.ClassDef) else 60
+                if (count := _lines(node)) > most and node.name not in LONG:
+                    long.append(f"{path.name}: {node.name} has {count} lines, {most} at most")
+    assert not long, "\n".join(long)
+
+
 def test_every_docstring_begins_with_one_sentence() -> None:
     for path in [*ROOT.glob("rewrite/**/*.py"), *ROOT.glob("passes/*.py")]:
         assert re.match(r"[`A-Z\w]", first_sentence(path)), path

@@ -13,7 +13,6 @@ is a node or a constant. Nothing that a file says is run as it stands.
 
 from __future__ import annotations
 
-import keyword
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,12 +20,17 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
-from torch.utils import _pytree as pytree
 
 from rewrite.checkpoint.allowed_functions import METHODS, find_function, name_of_function, readable
+from rewrite.checkpoint.graph_values import (
+    build_signature,
+    decode,
+    describe_signature,
+    encode,
+    identifier,
+)
 from rewrite.errors import CheckpointError
 from rewrite.nn.edited import original_class, with_forward
 from rewrite.nn.weight_norm import WeightNorm
@@ -56,14 +60,8 @@ _MADE_AGAIN = frozenset(
 _PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
-_TORCH_CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
-
-
 _ANNOTATIONS: dict[str, type] = {kind.__name__: kind for kind in (Tensor, bool, int, float, str)}
 """Annotations that a graph keeps; they are text in the source, so the others are left out."""
-
-
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 class SavedModule:
@@ -193,13 +191,13 @@ def describe_graph(graph: torch.fx.Graph) -> dict[str, Any]:
             "op": node.op,
             "name": node.name,
             "target": _name_of_target(node),
-            "args": [_encode(arg, node) for arg in node.args],
-            "kwargs": {key: _encode(value, node) for key, value in node.kwargs.items()},
+            "args": [encode(arg, node) for arg in node.args],
+            "kwargs": {key: encode(value, node) for key, value in node.kwargs.items()},
             "type": next((k for k, kind in _ANNOTATIONS.items() if kind is node.type), None),
         }
         for node in graph.nodes
     ]
-    return {"nodes": nodes, "signature": _describe_signature(graph._codegen)}
+    return {"nodes": nodes, "signature": describe_signature(graph._codegen)}
 
 
 def build_graph(description: Mapping[str, Any], trust: Sequence[str]) -> torch.fx.Graph:
@@ -208,14 +206,14 @@ def build_graph(description: Mapping[str, Any], trust: Sequence[str]) -> torch.f
     nodes: dict[str, torch.fx.Node] = {}
     for entry in description["nodes"]:
         op, name = entry["op"], identifier(entry["name"])
-        args = tuple(_decode(value, nodes) for value in entry["args"])
-        kwargs = {identifier(key): _decode(value, nodes) for key, value in entry["kwargs"].items()}
+        args = tuple(decode(value, nodes) for value in entry["args"])
+        kwargs = {identifier(key): decode(value, nodes) for key, value in entry["kwargs"].items()}
         target = _check_node(op, entry["target"], args, kwargs, trust)
         annotation = _ANNOTATIONS.get(entry["type"])
         nodes[name] = graph.create_node(op, target, args, kwargs, name, annotation)
     signature = description["signature"]
     if signature is not None:
-        graph.set_codegen(_build_signature(signature))
+        graph.set_codegen(build_signature(signature))
     return graph
 
 
@@ -300,145 +298,9 @@ def _child(owner: Any, name: str) -> Any:
     return owner._modules.get(name)
 
 
-# -- arguments ----------------------------------------------------------------------------------
-
-
-def _encode(value: Any, node: torch.fx.Node) -> Any:
-    """Return an argument as plain data; containers are tagged with their kind."""
-    if isinstance(value, torch.fx.Node):
-        return {"node": value.name}
-    if type(value) in _PLAIN:
-        return value
-    if isinstance(value, torch.Size):
-        return {"size": [_encode(item, node) for item in value]}
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return {"tuple": [_encode(item, node) for item in value]}
-    if isinstance(value, list):
-        return {"list": [_encode(item, node) for item in value]}
-    if isinstance(value, dict):
-        return {"dict": [[_encode(k, node), _encode(v, node)] for k, v in value.items()]}
-    if isinstance(value, slice | range):
-        parts = [_encode(part, node) for part in (value.start, value.stop, value.step)]
-        return {type(value).__name__: parts}
-    if isinstance(value, torch.device):
-        return {"device": str(value)}
-    if isinstance(value, _TORCH_CONSTANTS):
-        return {"torch": str(value).removeprefix("torch.")}
-    if value is Ellipsis:
-        return {"ellipsis": None}
-    raise CheckpointError(
-        f"the graph's node {node.name} has an argument of type {type(value).__qualname__}, "
-        "which cannot be written"
-    )
-
-
-def _decode(value: Any, nodes: Mapping[str, torch.fx.Node]) -> Any:
-    """Return the argument that plain data stands for."""
-    if type(value) in _PLAIN:
-        return value
-    if not isinstance(value, dict) or len(value) != 1:
-        raise CheckpointError("holds a graph with an argument that is no plain data")
-    ((kind, content),) = value.items()
-    if kind == "node":
-        if content not in nodes:
-            raise CheckpointError(f"holds a graph that uses {content!r} before it is computed")
-        return nodes[content]
-    if kind == "torch":
-        found = getattr(torch, identifier(content), None)
-        if not isinstance(found, _TORCH_CONSTANTS):
-            raise CheckpointError(f"holds a graph with torch.{content} as an argument")
-        return found
-    if kind == "device":
-        return torch.device(str(content))
-    if kind == "ellipsis":
-        return Ellipsis
-    if kind == "dict":
-        return {_key(_decode(k, nodes)): _decode(v, nodes) for k, v in content}
-    items = [_decode(item, nodes) for item in content]
-    made = {"tuple": tuple, "list": list, "size": torch.Size}.get(kind)
-    if made is not None:
-        return made(items)
-    if kind == "slice" and len(items) == 3:
-        return slice(*items)
-    if kind == "range" and len(items) == 3:
-        return range(*items)
-    raise CheckpointError(f"holds a graph with an argument of kind {kind!r}")
-
-
-def _key(value: Any) -> Any:
-    """Return a key of a dict argument; fx writes it into the source as it is."""
-    if type(value) not in (str, int, bool, type(None)):
-        raise CheckpointError("holds a graph with a dict argument whose key is no text")
-    return value
-
-
-def identifier(name: Any) -> str:
-    """Return `name` if it can stand in source code as a name, or raise CheckpointError."""
-    if not (isinstance(name, str) and name.isidentifier() and name.isascii()):
-        raise CheckpointError(f"holds a graph with the name {name!r}")
-    if keyword.iskeyword(name):
-        raise CheckpointError(f"holds a graph with the name {name!r}, a word of Python")
-    return name
-
-
 def _dict(state: Any, key: str) -> dict[str, Any]:
     """Return a dict of a saved module's state."""
     value = state.get(key) if isinstance(state, dict) else None
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise CheckpointError(f"holds a saved module whose {key} is damaged")
     return value
-
-
-# -- signatures of exported programs ------------------------------------------------------------
-
-
-def _describe_signature(codegen: CodeGen) -> dict[str, Any] | None:
-    """Return the nested inputs and outputs of an exported program's graph, if it has any."""
-    if type(codegen) is CodeGen:
-        return None
-    if type(codegen) is not _PyTreeCodeGen:
-        raise CheckpointError(f"a graph with a {type(codegen).__name__} cannot be written")
-    info = codegen.pytree_info
-    return {
-        "names": list(info.orig_args),
-        "inputs": _describe_spec(info.in_spec),
-        "outputs": None if info.out_spec is None else _describe_spec(info.out_spec),
-    }
-
-
-def _build_signature(signature: Mapping[str, Any]) -> _PyTreeCodeGen:
-    """Return the code generator of a described signature."""
-    names = [identifier(name) for name in signature["names"]]
-    outputs = signature["outputs"]
-    return _PyTreeCodeGen(
-        _PyTreeInfo(
-            names,
-            pytree.tree_structure(example(signature["inputs"])),
-            None if outputs is None else pytree.tree_structure(example(outputs)),
-        )
-    )
-
-
-def _describe_spec(spec: pytree.TreeSpec) -> Any:
-    """Return a tree of containers: None for a leaf, else the kind, its keys and its children."""
-    if spec.is_leaf():
-        return None
-    if spec.type not in (tuple, list, dict):
-        raise CheckpointError(f"a graph that takes or returns a {spec.type} cannot be written")
-    children = [_describe_spec(spec.child(i)) for i in range(spec.num_children)]
-    keys = list(spec.context) if spec.type is dict else None
-    return [spec.type.__name__, keys, children]
-
-
-def example(description: Any) -> Any:
-    """Return a tree of the described structure, with zeros for leaves."""
-    if description is None:
-        return 0
-    kind, keys, children = description
-    examples = [example(child) for child in children]
-    if kind == "dict":
-        names = [identifier(key) for key in keys]
-        return dict(zip(names, examples, strict=True))
-    if kind in ("tuple", "list"):
-        return tuple(examples) if kind == "tuple" else examples
-    raise CheckpointError(f"holds a graph that takes or returns a {kind!r}")

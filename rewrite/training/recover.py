@@ -260,19 +260,12 @@ class _Recovery:
         for module in self.student.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()  # What no swap replaced keeps its statistics.
-        decay = normalized_decay(options.weight_decay, self.batch, len(self.fitted), options.epochs)
-        groups = [{k: g[k] for k in ("params", "weight_decay")} for g in
-                  parameter_groups(self.student, decay)]  # fmt: skip
-        rate = linear_scaling(options.rate or RATES[options.optimizer], self.batch, REFERENCE_BATCH)
-        optimizer: torch.optim.Optimizer
-        if options.optimizer == "adamw":
-            optimizer = torch.optim.AdamW(groups, lr=rate)
-        else:
-            optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
+        optimizer = _optimizer(options, self.student, self.batch, len(self.fitted))
         rising = round(options.warmup * self.total)
         start = min(1.0, REFERENCE_BATCH / self.batch) if self.batch > REFERENCE_BATCH else 0.1
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup(step, rising, start) * self._falling(step, rising)
+            optimizer,
+            lambda step: warmup(step, rising, start) * _falling(step, rising, self.total),
         )
         self.annealed = max(1, round(0.7 * self.total))
         recentering = Recentering(self.student, self.annealed) if options.recenter else None
@@ -283,11 +276,6 @@ class _Recovery:
         accelerator.register_for_checkpointing(self.state, self.schedule)
         if self.objective.target is not None:
             self.objective.target.to(accelerator.device)
-
-    def _falling(self, step: int, rising: int) -> float:
-        """Return the factor of a cosine from 1 to 0 over the steps behind the warmup."""
-        part = max(0, step - rising) / max(1, self.total - rising)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
 
     def _check_labels(self, classes: int) -> None:
         assert self.fitted.labels is not None
@@ -311,6 +299,25 @@ class _Recovery:
             for name, one in outputs.items()
             if one is not None
         }
+
+
+def _optimizer(
+    options: RecoverOptions, student: nn.Module, batch: int, samples: int
+) -> torch.optim.Optimizer:
+    """Return the optimizer, with decay for matrices alone and a rate for this batch size."""
+    decay = normalized_decay(options.weight_decay, batch, samples, options.epochs)
+    groups = [{k: g[k] for k in ("params", "weight_decay")} for g in
+              parameter_groups(student, decay)]  # fmt: skip
+    rate = linear_scaling(options.rate or RATES[options.optimizer], batch, REFERENCE_BATCH)
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=rate)
+    return torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
+
+
+def _falling(step: int, rising: int, total: int) -> float:
+    """Return the factor of a cosine from 1 to 0 over the steps behind the warmup."""
+    part = max(0, step - rising) / max(1, total - rising)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
 
 
 def _synchronizing(accelerator: Any, model: nn.Module, last: bool) -> Any:

@@ -17,7 +17,7 @@ import torch.fx
 from torch._ops import OpOverload
 
 from rewrite.checkpoint.allowed_functions import find_function
-from rewrite.checkpoint.graph_format import identifier
+from rewrite.checkpoint.graph_values import identifier
 from rewrite.errors import CheckpointError
 
 DTYPES = {

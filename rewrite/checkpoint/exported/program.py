@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from rewrite.checkpoint.archive import Archive, opened
 from rewrite.checkpoint.exported.graph import DTYPES, GraphBuilder
 from rewrite.checkpoint.exported.schema import parse_json
-from rewrite.checkpoint.graph_format import example, identifier
+from rewrite.checkpoint.graph_values import example, identifier
 from rewrite.checkpoint.pickles.names import refuse_unless_allowed
 from rewrite.checkpoint.pickles.opcodes import Name
 from rewrite.checkpoint.pickles.tensors import view

@@ -28,14 +28,11 @@ from torch import nn
 from rewrite.checkpoint.allowed_functions import FUNCTION_PLACES, held_function
 from rewrite.checkpoint.archive import Archive, TensorBytes, opened
 from rewrite.checkpoint.pickles import natives, tensors
+from rewrite.checkpoint.pickles.judgement import Judgement
 from rewrite.checkpoint.pickles.legacy import read_legacy
 from rewrite.checkpoint.pickles.names import (
     HELD,
-    PARTIALS,
-    Meaning,
     Use,
-    meaning_of,
-    refuse_unless_allowed,
 )
 from rewrite.checkpoint.pickles.opcodes import (
     DictOf,
@@ -84,8 +81,8 @@ class PickleFile:
         judged = [event.node for event in self.program.events] if whole else needed
         storages = tensors.Storages(self.source, torch.device(map_location))
         try:
-            builder = _Builder(tuple(trust), storages)
-            builder.judge(judged)
+            judgement = Judgement.of(judged, tuple(trust))
+            builder = _Builder(judgement, storages)
             return builder.build(self.program, root, {id(node) for node in needed})
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
@@ -160,63 +157,11 @@ def load_pickle(
 class _Builder:
     """Replays the events of a pickle, as far as they are needed."""
 
-    def __init__(self, trust: tuple[str, ...], storages: tensors.Storages) -> None:
-        self.trust = trust
+    def __init__(self, judgement: Judgement, storages: tensors.Storages) -> None:
+        self.judgement = judgement
         self.storages = storages
-        self._meanings: dict[str, Meaning] = {}
-        self._judges_itself: set[int] = set()
-        self._saved_states: set[int] = set()
+        self._meanings = judgement.meanings
         self._made: dict[int, Any] = {}
-
-    def judge(self, nodes: Sequence[Node]) -> None:
-        """Raise CheckpointError for a name that nobody allowed, and for a use that it has not."""
-        called = {id(node.function) for node in nodes if isinstance(node, Made)}
-        below = {id(value) for node in nodes for value in node.held()}
-        names = [
-            node for node in nodes
-            if isinstance(node, Name) and (id(node) in below or id(node) in called)
-        ]  # fmt: skip
-        for node in names:
-            refuse_unless_allowed(node.full, self.trust)
-        for node in names:
-            self._meanings[node.full] = meaning_of(node.full, self.trust)
-        for made in nodes:
-            if isinstance(made, Made):
-                self._check_call(made)
-
-    def _check_call(self, made: Made) -> None:
-        """Raise CheckpointError for a call of what may only be held."""
-        if not made.name:
-            raise CheckpointError("calls something that is no name")
-        if not isinstance(made.args, TupleOf):
-            raise CheckpointError(f"calls {made.name} with no arguments")
-        use = self._meanings[made.name].use
-        classes = (Use.LAYER, Use.INSTANCE, Use.ENUM)
-        if made.new and use in classes:
-            if made.args.items and not self._is_named_tuple(made):
-                raise CheckpointError(f"instantiates {made.name} with arguments of its own")
-        elif use in (Use.LAYER, Use.INSTANCE, Use.VALUE, Use.FUNCTION):
-            raise CheckpointError(
-                f"calls {made.name}, which could run anything; a pickled model only holds it"
-            )
-        elif use is Use.SAVED:
-            self._saved_states.update(map(id, made.states))
-        elif use in (Use.MEMBER, Use.REBUILD):
-            self._judges_itself.add(id(made.args))
-        elif use is Use.PARTIAL:
-            for part in (made.args, *made.states):
-                self._check_partial(part)
-
-    def _is_named_tuple(self, made: Made) -> bool:
-        kind = self._meanings[made.name].value
-        return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
-
-    def _check_partial(self, part: Any) -> None:
-        function = part.items[0] if isinstance(part, TupleOf) and part.items else None
-        if not isinstance(function, Name):
-            raise CheckpointError("holds a functools.partial of something that is no allowed name")
-        if self._meanings[function.full].use not in PARTIALS:
-            raise CheckpointError(f"holds a functools.partial of {function.full}")
 
     def build(self, program: Program, root: Any, needed: set[int]) -> Any:
         """Return the object of `root`."""
@@ -255,7 +200,7 @@ class _Builder:
         if isinstance(node, DictOf):
             return {}
         if isinstance(node, TupleOf):
-            if id(node) in self._judges_itself:
+            if id(node) in self.judgement.judges_itself:
                 return node.items
             items = self._all(node.items)
             return frozenset(map(hashable, items)) if node.frozen else tuple(items)
@@ -279,7 +224,7 @@ class _Builder:
             case Use.SAVED:
                 if args:
                     raise CheckpointError(f"makes a {node.name} with arguments of its own")
-                return meaning.value(self.trust)
+                return meaning.value(self.judgement.trust)
             case Use.PARTIAL:
                 return functools.partial(args[0])
             case Use.ENUM:
@@ -335,7 +280,7 @@ class _Builder:
                 raise CheckpointError(f"sets items of a {type(target).__name__}")
             ordered = isinstance(target, OrderedDict)
             put = OrderedDict.__setitem__ if ordered else dict.__setitem__
-            is_state = id(event.node) in self._saved_states
+            is_state = id(event.node) in self.judgement.saved_states
             for key, value in event.content:
                 if is_state and key == "class" and isinstance(value, Name):
                     # The class of an instance that is written as data; it is not kept.
