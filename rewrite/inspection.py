@@ -19,8 +19,11 @@ from rewrite.graph.captured import Captured
 from rewrite.graph.operators import activation_of, conv_of, linear_of, norm_of
 from rewrite.graph.spellings import function_name
 from rewrite.observe.calls import known_calls
+from rewrite.observe.evidence import Evidence
+from rewrite.observe.export import ObservedCall
+from rewrite.observe.norms import ObservedNorm, norms_of
 from rewrite.observe.road import evidence_of
-from rewrite.observe.summary import observed_rows
+from rewrite.observe.spellings import FORM, MOVES, SAME, op_name, shape_of
 from rewrite.protocol import find_sites
 from rewrite.runtime.inputs import Inputs
 
@@ -145,14 +148,59 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
 
 def _norms(captured: Captured) -> Iterator[NormRow]:
     evidence = evidence_of(captured)
-    observed = [] if evidence is None else list(observed_rows(captured, evidence))
-    for row in observed:
-        yield NormRow(
-            row.target, row.kind, row.channels, row.fed_by, "of the input", row.calls, row.source,
-            row.read_by,
-        )  # fmt: skip
-    shown = {row.target for row in observed}
+    observed = [] if evidence is None else list(_observed_norms(captured, evidence))
+    yield from observed
+    shown = {row.name for row in observed}
     yield from (row for row in _traced_norms(captured) if row.name not in shown)
+
+
+def _observed_norms(captured: Captured, evidence: Evidence) -> Iterator[NormRow]:
+    """Yield one row for each norm that calls showed, as the first call that reaches it does."""
+    met: set[str] = set()
+    for observed in evidence.calls:
+        found: dict[str, list[ObservedNorm]] = {}
+        for norm in norms_of(observed):
+            found.setdefault(norm.weight.tensor.rpartition(".")[0], []).append(norm)
+        for target, norms in found.items():
+            if target in met:
+                continue
+            met.add(target)
+            first, stack = norms[0], observed.stack(norms[0].node)
+            readers = dict.fromkeys(r for n in norms for r in _readers(observed, n.node))
+            yield NormRow(
+                target, type(captured.module(target)).__name__, (shape_of(first.node) or (0,))[-1],
+                _maker(observed, first), "of the input", len(norms),
+                f"{stack[-1].file}:{stack[-1].number}" if stack else "", ", ".join(readers),
+            )  # fmt: skip
+
+
+def _maker(observed: ObservedCall, norm: ObservedNorm) -> str:
+    """Return what makes the input of a norm: a module, or an operator in one."""
+    own = norm.weight.tensor.rpartition(".")[0]
+    node: Node | None = norm.node
+    while node is not None and (observed.owner(node) == own or op_name(node) in SAME):
+        made = [a for a in node.args if isinstance(a, Node) and a not in observed.tensors]
+        longer = [a for a in made if shape_of(a) == shape_of(norm.node)]
+        node = next(iter(longer or made), None)
+    return "an input" if node is None or node.op == "placeholder" else _named(observed, node)
+
+
+def _readers(observed: ObservedCall, node: Node) -> Iterator[str]:
+    """Yield what reads a value, through what only moves it."""
+    for user in node.users:
+        name = op_name(user)
+        if name in SAME or name in MOVES or name == "getitem":
+            yield from _readers(observed, user)
+        elif name == "output":
+            yield "the output"
+        elif name not in FORM:
+            yield _named(observed, user)
+
+
+def _named(observed: ObservedCall, node: Node) -> str:
+    owner = observed.owner(node)
+    multiplies = op_name(node) in ("linear", "addmm", "conv1d", "conv2d", "conv3d", "embedding")
+    return owner if owner and multiplies else f"{op_name(node)} in {owner or 'the model'}"
 
 
 def _traced_norms(captured: Captured) -> Iterator[NormRow]:

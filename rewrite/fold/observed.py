@@ -1,12 +1,18 @@
-"""Fold a norm whose readers were found by observed calls: its recipe, run by the one executor."""
+"""Fold a norm whose readers observed calls show: its recipe, its tensors, and what changed."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor, nn
+
 from rewrite.errors import CheckpointError, PassError
 from rewrite.fold.executor import run_recipes
+from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.editable import Editable
-from rewrite.observe.execute import ObservedStore, finish, recipe_of
-from rewrite.observe.plan import ObservedFold
+from rewrite.graph.spellings import is_plain
+from rewrite.observe.plan import ObservedFold, ReaderEdit, _ranges
+from rewrite.observe.recipe import ReaderRecipe
 from rewrite.outcomes import Change
 
 
@@ -26,4 +32,131 @@ def carry_out(captured: Editable, fold: ObservedFold, before: str) -> Change:
         run_recipes([recipe], ObservedStore(captured, fold, recipe), captured.exact)
     except CheckpointError as error:
         raise PassError(f"fold: {error}", fold.target) from error
-    return finish(captured, fold, before, recipe)
+    return _finish(captured, fold, before, recipe)
+
+
+class ObservedStore:
+    """The tensors of a model whose norm folds by observed calls, written by its editor.
+
+    Args:
+        captured: the model.
+        fold: the norm.
+        recipe: what is going to be run.
+    """
+
+    def __init__(self, captured: Editable, fold: ObservedFold, recipe: ReaderRecipe) -> None:
+        self._captured = captured
+        self._untied = {edit.untied for edit in fold.edits if edit.untied}
+        self._aliases = {name for edit in recipe.edits for name in edit["aliases"]}
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor of the model."""
+        return self._captured.tensor(_ref(name))
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in; one that several modules hold is written with the first name of them."""
+        if name not in self._aliases:
+            _write(self._captured, name, tensor, alone=name in self._untied)
+
+    def delete(self, name: str) -> None:
+        """Do nothing: a tensor goes with the norm that it belongs to."""
+
+
+def recipe_of(captured: Captured, fold: ObservedFold) -> ReaderRecipe:
+    """Return what an observed fold does, as data."""
+    gone = _may_go(captured, fold)
+    neutral = {fold.weight.tensor: (1.0 - fold.weight.offset) / fold.weight.factor}
+    if fold.bias is not None:
+        neutral[fold.bias] = 0.0
+    return ReaderRecipe(
+        fold.weight.tensor, fold.weight.factor, fold.weight.offset, fold.bias,
+        tuple(_edit(captured, edit) for edit in fold.edits),
+        {} if gone else neutral, tuple(neutral) if gone else (),
+    )  # fmt: skip
+
+
+def _finish(captured: Editable, fold: ObservedFold, before: str, recipe: ReaderRecipe) -> Change:
+    """Take out what the norm does without, once the recipe has been run; say what changed."""
+    if recipe.gone:
+        _drop(captured, fold.target)
+    notes = [*fold.notes]
+    if not recipe.gone:
+        notes.append("its class needs a weight: it stays, and does nothing")
+    if untied := {edit.untied for edit in fold.edits if edit.untied}:
+        notes.append(f"{', '.join(sorted(untied))} is a tensor of its own now")
+        _untie_config(captured.model)
+    keys: dict[str, str | None] = dict.fromkeys(recipe.gone)
+    for name in list(keys):
+        owner, _, attr = name.rpartition(".")
+        keys.update({f"{alias}.{attr}": None for alias in captured.aliases(owner)})
+    owners = [_ref(edit.read.tensor).owner for edit in fold.edits]
+    return Change(
+        fold.target, before, f"its affine part folded into {', '.join(fold.layers)}",
+        note="; ".join(notes), touched=(*fold.layers, *owners), keys=keys,
+        recipe=recipe.to_data(),
+    )  # fmt: skip
+
+
+def _edit(captured: Captured, edit: ReaderEdit) -> dict[str, Any]:
+    read = edit.read
+    shape = captured.tensor(_ref(read.tensor)).shape
+    parts = _ranges(read.operand.part(read.axis), shape)
+    channels: int | list[int] = list(read.channels)
+    if read.channels == tuple(range(len(read.channels))):
+        channels = len(read.channels)
+    bias_part = None
+    if edit.has_bias and read.bias is not None:
+        held = read.bias[1].part(-1)
+        bias_part = [held[0].start, held[0].length] if held else None
+    tied = captured.tied(_ref(read.tensor))
+    return {
+        "weight": read.tensor,
+        "axis": read.axis,
+        "channels": channels,
+        "parts": [list(part) for part in parts],
+        "bias": edit.bias,
+        "has_bias": edit.has_bias,
+        "bias_part": bias_part,
+        "shifts": edit.bias is not None,
+        "into": edit.untied or read.tensor,
+        "aliases": [] if edit.untied else [ref.name for ref in tied],
+    }
+
+
+def _write(captured: Editable, name: str, tensor: Tensor, alone: bool) -> None:
+    """Set a tensor in every place that holds it, as one; or in one place alone."""
+    ref = _ref(name)
+    old = getattr(captured.module(ref.owner), ref.attr, None)
+    others = () if alone or old is None else captured.tied(ref)
+    captured.editor.set_tensor(ref, tensor)
+    new = captured.module(ref.owner)._parameters.get(ref.attr)
+    for other in others:
+        module = captured.module(other.owner)
+        if new is not None and module._parameters.get(other.attr) is old:
+            captured.editor.share(module, other.attr, new)
+
+
+def _may_go(captured: Captured, fold: ObservedFold) -> bool:
+    """Return whether the norm's class can do without a weight."""
+    module = captured.module(fold.target)
+    return isinstance(module, nn.LayerNorm | nn.RMSNorm) and is_plain(module)
+
+
+def _drop(captured: Editable, target: str) -> None:
+    """Put a norm without weight and bias, otherwise the same, in place of one that has them."""
+    old = captured.module(target)
+    held = [key for key in ("weight", "bias") if key in old._parameters]
+    captured.editor.replace(target, captured.editor.copied(old, dict.fromkeys(held)))
+
+
+def _untie_config(model: nn.Module) -> None:
+    """Tell the model's configuration that its head has a weight of its own."""
+    config = getattr(model, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        if part is not None and getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+
+
+def _ref(name: str) -> TensorRef:
+    owner, _, attr = name.rpartition(".")
+    return TensorRef(owner, attr)

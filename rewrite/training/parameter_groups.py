@@ -17,7 +17,7 @@ from torch import nn
 
 from rewrite.errors import OptionError
 from rewrite.runtime.tree import Tree, join
-from rewrite.training.parameter_roles import Role, roles
+from rewrite.weights.parameter_roles import Role, roles
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.05) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import models
 from rewrite import parameter_groups
 from rewrite.errors import OptionError
 from rewrite.training import normalized_decay
-from rewrite.training.parameter_roles import Role, roles
+from rewrite.weights.parameter_roles import Role, roles
 
 
 def _decayed(model: nn.Module) -> set[str]:
