@@ -86,7 +86,7 @@ class Balance:
         self._counted = counted
         self._edges = list(edges)
         self._given = torch.cat([*groups, torch.zeros(0, dtype=torch.int64)])
-        alive = self._alive()
+        alive = _alive(self._edges)
         kept = [group[[unit in alive for unit in group.tolist()]] for group in groups]
         self._units = torch.cat([*kept, torch.zeros(0, dtype=torch.int64)])
         self._size = len(self._units)
@@ -95,7 +95,8 @@ class Balance:
         self._slices = [slice(a, b) for a, b in itertools.pairwise(starts) if a < b]
         self._writes = [self._numbers(edge.writes) for edge in edges]
         self._reads = [self._numbers(edge.reads) for edge in edges]
-        self._around = [self._neighbours(part) for part in self._slices]
+        held = (self._writes, self._reads)
+        self._around = [tuple(_touching(n, part) for n in held) for part in self._slices]
         self.log_r = torch.zeros(self._size + 1, dtype=torch.float64)  # the last one stays 0
         self.count = sum(float(e.counts.sum() * e.matrix.shape[1]) for e in edges)
         self.k = self._k() if counted else torch.zeros(self._size, dtype=torch.float64)
@@ -250,25 +251,9 @@ class Balance:
 
     # -- structure ----------------------------------------------------------------------------
 
-    def _alive(self) -> set[int]:
-        """Return the units that something other than zero writes, and something reads."""
-        written = {u for e in self._edges for u in e.writes[e.matrix.amax(2) > 0].tolist()}
-        read = {u for e in self._edges for u in e.reads[e.matrix.amax(1) > 0].tolist()}
-        return written & read
-
     def _numbers(self, units: Tensor) -> Tensor:
         numbers = [self._place.get(unit, self._size) for unit in units.flatten().tolist()]
         return torch.tensor(numbers, dtype=torch.int64).view(units.shape)
-
-    def _neighbours(self, part: slice) -> tuple[list[int], list[int]]:
-        def touching(numbers: list[Tensor]) -> list[int]:
-            return [
-                i
-                for i, own in enumerate(numbers)
-                if bool(((own >= part.start) & (own < part.stop)).any())
-            ]
-
-        return touching(self._writes), touching(self._reads)
 
     def _k(self) -> Tensor:
         balance = torch.zeros(self._size + 1, dtype=torch.float64)
@@ -279,6 +264,20 @@ class Balance:
             balance.index_add_(0, self._writes[i].flatten(), into.flatten())
             balance.index_add_(0, self._reads[i].flatten(), -out.flatten())
         return balance[:-1]
+
+
+def _alive(edges: Sequence[Coupling]) -> set[int]:
+    """Return the units that something other than zero writes, and something reads."""
+    written = {u for e in edges for u in e.writes[e.matrix.amax(2) > 0].tolist()}
+    read = {u for e in edges for u in e.reads[e.matrix.amax(1) > 0].tolist()}
+    return written & read
+
+
+def _touching(numbers: Sequence[Tensor], part: slice) -> list[int]:
+    """Return the layers of whose units some lie in `part`."""
+    return [
+        i for i, own in enumerate(numbers) if bool(((own >= part.start) & (own < part.stop)).any())
+    ]
 
 
 def solve(a: Tensor, b: Tensor, k: Tensor) -> Tensor:
