@@ -29,7 +29,7 @@ from rewrite.fold.merged_kernel import Merge
 from rewrite.fold.observed import carry_out
 from rewrite.fold.recipes import AffineRecipe, FoldRecipe, recipe_of
 from rewrite.fold.store import ModelStore
-from rewrite.fold.unfolded import UnfoldedNorm
+from rewrite.fold.unfolded import UnfoldedNorm, drop_affine_part
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
 from rewrite.graph.editor import Editor
@@ -49,7 +49,8 @@ class FoldNorm(Pass):
          linear layers before it, or into all those behind it; the norm goes.
       2. Norm behind norm: the second is absorbed by the first.
       3. Multiplications and additions by a constant per channel (LayerScale, FrozenBatchNorm2d).
-      4. The weight and bias of LayerNorm, GroupNorm and RMSNorm: into all layers that read it; the
+      4. The weight and bias of LayerNorm, GroupNorm and RMSNorm: into all layers that read it
+         (convolutions, linear layers, the projections of multi-head attention); the
          norm stays, without them.
       5. Parallel linear branches, as `merge-branches` does; norms of the identity go with them.
       6. Layers whose weight is computed (weight norm, spectral norm, another parametrization)
@@ -114,7 +115,7 @@ class FoldNorm(Pass):
         """Yield every norm and constant in data-flow order; a site's plan says what it does."""
         decided = self._decide(captured, None)
         options = Options(self.untie, self.strict_outputs)
-        for outcome in observed_outcomes(captured, decided.outcomes, options):
+        for outcome in observed_outcomes(captured, decided.outcomes, options, decided.unsure):
             if isinstance(outcome, Site) and not isinstance(outcome.plan, ObservedSite):
                 yield replace(outcome, plan=_Planned(outcome.plan, decided))
             else:
@@ -141,6 +142,8 @@ class FoldNorm(Pass):
                 plan = UnfoldedNorm(source, outcome.reason)
             else:
                 decided.outcomes.append(Skip(source.target, source.before, outcome.reason))
+                if folder.is_unsure(source, outcome):
+                    decided.unsure.add(source.target)
                 continue
             decided.outcomes.append(Site(source.target, source.before, first, plan))
         for merge in merges:
@@ -213,6 +216,7 @@ class _Decided:
     folder: Folder
     branches: Branches
     outcomes: list[Site | Skip] = field(default_factory=list)
+    unsure: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,7 +285,8 @@ def _with_baked(change: Change, fold: Fold, baked: Mapping[str, Baked]) -> Chang
         keys |= one.keys
     normed = sorted({name for one in made for name in one.normed})
     return replace(
-        change, note="; ".join(one.words for one in made), keys=keys,
+        change, note="; ".join(filter(None, [change.note, *(one.words for one in made)])),
+        keys=keys,
         recipe={**change.recipe, "weight_normed": normed},
     )  # fmt: skip
 
@@ -332,17 +337,27 @@ def _remove(
 ) -> Change:
     """Take the folded norm, or its affine part, out of the model."""
     source = fold.source
-    keys = _keys(captured, source)
+    keys = {} if recipe.neutral else _keys(captured, source)
     if source.kind == "gain":
-        _drop_gain(captured, captured.editor, source)
+        if not recipe.neutral:
+            drop_affine_part(captured, source.target)
     elif source.kind != "input" and not merged >= set(source.nodes):
         _bypass(captured, captured.editor, source)
     into = ", ".join(fold.layers)
     what = "its affine part folded" if source.kind == "gain" else "folded"
     return Change(
         source.target, source.before, f"{what} into {into}" if into else "removed: it did nothing",
+        note="; ".join(_notes(fold, recipe)),
         touched=(*fold.layers, *clones), keys=keys, recipe=recipe.to_data(),
     )  # fmt: skip
+
+
+def _notes(fold: Fold, recipe: FoldRecipe) -> Iterable[str]:
+    if recipe.neutral:
+        yield "the module around it needs a weight: it stays, and does nothing"
+    relied = dict.fromkeys(step for move in fold.moves for step in move.absorption.needs_size)
+    for step in relied:
+        yield f"holds for inputs of this size, for which {step} adds nothing"
 
 
 def _bypass(captured: Captured, editor: Editor, source: Source) -> None:
@@ -354,13 +369,6 @@ def _bypass(captured: Captured, editor: Editor, source: Source) -> None:
         nodes = nodes if all(in_graphs) else nodes[:1]
     for node in nodes:
         editor.bypass(node)
-
-
-def _drop_gain(captured: Captured, editor: Editor, source: Source) -> None:
-    """Put a norm without weight and bias, otherwise the same, in place of one that has them."""
-    old = captured.module(source.target)
-    held = [key for key in ("weight", "bias") if key in old._parameters]
-    editor.replace(source.target, editor.copied(old, dict.fromkeys(held)))
 
 
 def _keys(captured: Captured, source: Source) -> dict[str, str | None]:

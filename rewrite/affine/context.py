@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from rewrite.affine.channel_map import Direction
-from rewrite.affine.layers import Layer, Side, layer_of
+from rewrite.affine.layers import Layer, Side, attention_layer, layer_of
 from rewrite.affine.rules import PropagationRules
 from rewrite.affine.tensor_readers import TensorReaders
 from rewrite.graph.captured import Captured
@@ -71,7 +71,7 @@ class AnalysisContext:
             rank = self.ranks.rank(inputs[0]) if inputs else None
             layer = None
             if node.op in ("call_module", "call_function"):
-                layer = layer_of(self.captured, node, rank)
+                layer = layer_of(self.captured, node, rank) or attention_layer(self.captured, node)
             if layer is not None and self.clone_shared and self._separable(layer):
                 layer = replace(layer, call=node)
             self._layers[node] = layer

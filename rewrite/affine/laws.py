@@ -10,8 +10,8 @@ point, a dropout that drops nothing, a window that does not reach over the chann
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 from torch.fx import Node
@@ -42,11 +42,13 @@ class Constraints:
         positive: every scale is known to be positive.
         choose: called with the number of alternatives, returns the one to take.
         relied_on_sign: set when a step held only because the scales are positive.
+        relied_on_size: the steps that hold for inputs of the size of the examples, in words.
     """
 
     positive: bool
     choose: Callable[[int], int]
     relied_on_sign: bool = False
+    relied_on_size: dict[str, None] = field(default_factory=dict)
 
 
 class UnaryLaws:
@@ -101,13 +103,13 @@ class UnaryLaws:
         elif call.name.startswith("avg_pool"):
             self._averages(call, channel_map)
         elif call.name in ("pad", "constant_pad_nd"):
-            self._pads(call, channel_map)
+            self._pads(call, channel_map, constraints)
         if channel_map.scale and Trait.SCALES not in traits:
             if not constraints.positive:
                 self._decline(call, "passes only positive scales, and some are not")
             constraints.relied_on_sign = True
 
-    def _decline(self, call: Call, why: str) -> None:
+    def _decline(self, call: Call, why: str) -> NoReturn:
         raise DeclinedError(f"{called(self._captured, call.node)} {why}", call.node)
 
     def _only_scale(self, call: Call, channel_map: ChannelMap, does: str) -> None:
@@ -146,26 +148,33 @@ class UnaryLaws:
         if pads and call.get("count_include_pad", True):
             self._only_scale(call, channel_map, "averages over zeros of its padding")
 
-    def _pads(self, call: Call, channel_map: ChannelMap) -> None:
-        sizes = call.get("pad")
+    def _pads(self, call: Call, channel_map: ChannelMap, constraints: Constraints) -> None:
+        """Decline a shift that would have to reach what a padding adds, and any pad of channels.
+
+        Amounts that are computed of the size of the input are those of the example inputs.
+        """
+        given = call.get("pad")
         kind = type(call.module).__name__ if call.module is not None else ""
         zeros = call.name == "constant_pad_nd" or (
             kind.startswith(("ZeroPad", "ConstantPad"))
             if kind
             else call.get("mode", "constant") == "constant"
         )
-        if not isinstance(sizes, list | tuple) or not all(isinstance(s, int) for s in sizes):
-            raise DeclinedError(
-                f"{called(self._captured, call.node)} pads by computed sizes", call.node
-            )
+        sizes = _known_sizes(given)
+        if sizes is None:
+            self._decline(call, "pads by computed sizes")
         place = -channel_map.axis
-        own = sizes[2 * (place - 1) : 2 * place] if place <= len(sizes) // 2 else ()
-        if channel_map.axis >= 0 or any(own):
+        own = slice(2 * (place - 1), 2 * place) if place <= len(sizes) // 2 else slice(0)
+        if channel_map.axis >= 0 or any(size != 0 for size in given[own]):
             self._decline(call, "pads the channels themselves")
         if zeros and any(size > 0 for size in sizes):
             if call.get("value", 0) not in (0, None):
                 self._decline(call, "pads with a constant")
             self._only_scale(call, channel_map, "pads with zeros")
+        elif zeros and channel_map.shift and sizes != list(given):
+            source = self._captured.source(call.node) or ""
+            words = f"{called(self._captured, call.node)} ({source.rpartition('/')[2]})"
+            constraints.relied_on_size[words] = None
 
     def _reduce(
         self, call: Call, source: Node, channel_map: ChannelMap, direction: Direction
@@ -261,6 +270,15 @@ def _is_layer(captured: Captured, node: Node) -> bool:
     if conv_of(captured, node) is not None or linear_of(captured, node) is not None:
         return True
     return norm_of(captured, node) is not None
+
+
+def _known_sizes(given: Any) -> list[int] | None:
+    """Return the amounts of a padding, those of the example inputs where they are computed."""
+    if not isinstance(given, list | tuple):
+        return None
+    known = [size.meta.get("val") if isinstance(size, Node) else size for size in given]
+    sizes = [size for size in known if isinstance(size, int)]
+    return sizes if len(sizes) == len(known) else None
 
 
 def called(captured: Captured, node: Node) -> str:

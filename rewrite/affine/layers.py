@@ -3,6 +3,8 @@
     kernel   y = W*x + b        output side: any map; input side: any, unless padding adds zeros
     norm     y = s.x + t        a batch norm in eval mode: any map on either side
     gain     y = g.n(x) + h     layer, group, RMS or instance norm: any map on its output side
+    heads    [q; k; v] = W.[x_q; x_k; x_v] + b     multi-head attention keeps three projections
+                                in one tensor: a kernel of three groups, on its input side alone
 
 Maps are collected as two short vectors a layer and side. A weight is computed once, from all of
 them, when the ledger is written: it is rounded once, whatever was folded into it.
@@ -12,13 +14,18 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
+import torch.nn.functional as F
+from torch import nn
 from torch.fx import Node
 
 from rewrite.affine.algebra import KernelLayout
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.operators import Conv, Norm, conv_of, linear_of, norm_of
+from rewrite.graph.spellings import is_plain
+
+_OPERANDS = ("query", "key", "value")
 
 
 class Side(enum.StrEnum):
@@ -42,6 +49,9 @@ class Layer:
         why_not: why it does not, if so.
         absorbs: whether its own tensors can absorb a map at all.
         call: the one call that is meant, if each call may become a layer of its own.
+        operands: the values that its groups read, where they may be different ones; such a layer
+            absorbs a map on its input side alone.
+        sizes: how many channels each of them has.
     """
 
     name: str
@@ -61,6 +71,15 @@ class Layer:
     why_not: str = ""
     absorbs: bool = True
     call: Node | None = None
+    operands: tuple[Node, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+    def reads(self, node: Node, value: Node) -> bool:
+        """Return whether `node`, a call of the layer, reads `value` as its data and as no more."""
+        if not self.operands:
+            return node.all_input_nodes[:1] == [value]
+        given = [*node.args, *node.kwargs.values()]
+        return value in self.operands and given.count(value) == self.operands.count(value)
 
     @property
     def key(self) -> str:
@@ -83,6 +102,43 @@ def layer_of(captured: Captured, node: Node, rank: int | None) -> Layer | None:
         )  # fmt: skip
     norm = norm_of(captured, node)
     return None if norm is None else norm_layer(captured, norm, rank)
+
+
+def attention_layer(captured: Captured, node: Node) -> Layer | None:
+    """Return the projections of a multi-head attention that `node` calls, as one layer, or None.
+
+    What is added behind them (`add_bias_kv`, `add_zero_attn`, masks) reads no input of theirs.
+    """
+    given = dict(zip(_OPERANDS, node.args, strict=False)) | dict(node.kwargs)
+    weight: TensorRef | None
+    bias: TensorRef | None
+    if node.op == "call_module":
+        module, name = captured.module(str(node.target)), str(node.target)
+        if not isinstance(module, nn.MultiheadAttention) or not is_plain(module):
+            return None
+        sizes = (module.embed_dim, module.kdim, module.vdim)
+        weight = None if module.in_proj_weight is None else TensorRef(name, "in_proj_weight")
+        bias = TensorRef(name, "in_proj_bias") if module.in_proj_bias is not None else None
+    elif node.target is F.multi_head_attention_forward:
+        given |= dict(zip(("in_proj_weight", "in_proj_bias"), node.args[5:7], strict=False))
+        weight, bias = captured.ref(given["in_proj_weight"]), captured.ref(given["in_proj_bias"])
+        if weight is None or given.get("use_separate_proj_weight"):
+            return None
+        name, module = weight.owner, None
+        sizes = (captured.tensor(weight).shape[1],) * 3
+    else:
+        return None
+    operands = tuple(given.get(key) for key in _OPERANDS)
+    if not all(isinstance(operand, Node) for operand in operands):
+        return None
+    why_not = f"{name} has no bias to absorb a shift (bias=False)" if bias is None else ""
+    if weight is None:
+        why_not = f"{name} keeps the projections of query, key and value apart (kdim, vdim)"
+    return Layer(
+        name, "kernel", node, None if module is None else name, -1, sum(sizes), 3 * sizes[0],
+        KernelLayout(groups=3), weight, bias, keeps_shift=bias is not None, why_not=why_not,
+        absorbs=weight is not None, operands=cast("tuple[Node, ...]", operands), sizes=sizes,
+    )  # fmt: skip
 
 
 def _conv_layer(captured: Captured, conv: Conv) -> Layer:

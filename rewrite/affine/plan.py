@@ -55,10 +55,12 @@ class Absorption:
     Attributes:
         edits: what each layer absorbs.
         needs_positive: it holds only for positive scales.
+        needs_size: what in it holds for inputs of the size of the examples, in words.
     """
 
     edits: tuple[Edit, ...]
     needs_positive: bool = False
+    needs_size: tuple[str, ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -84,8 +86,10 @@ class EditSet:
         self._direction = direction
         self._edits: dict[tuple[str, Side], dict[Node, Edit]] = {}
 
-    def add(self, layer: Layer, node: Node, side: Side, channel_map: ChannelMap) -> None:
-        """Let `layer`, called at `node`, absorb a map on one side.
+    def add(
+        self, layer: Layer, node: Node, side: Side, value: Node, channel_map: ChannelMap
+    ) -> None:
+        """Let `layer`, called at `node`, absorb a map of `value` on one side.
 
         Raises:
             DeclinedError: it cannot.
@@ -107,6 +111,8 @@ class EditSet:
                 f"map is along axis {axis}",
                 node,
             )
+        if layer.operands:
+            index = self._of_operands(layer, node, value, channel_map)
         if len(index) != channels:
             raise DeclinedError(
                 f"{layer.name} has {channels} channels where {len(index)} are mapped", node
@@ -115,6 +121,23 @@ class EditSet:
         inverse = (self._direction is Direction.FORWARD) == output
         edit = Edit(layer, side, index, channel_map.scale, channel_map.shift, inverse)
         self._edits.setdefault((layer.key, side), {})[node] = edit
+
+    def _of_operands(
+        self, layer: Layer, node: Node, value: Node, channel_map: ChannelMap
+    ) -> Tensor:
+        """Return the index of all groups of a layer, of which some read `value`."""
+        index = torch.cat(
+            [
+                channel_map.index if operand is value else torch.full((size,), -1)
+                for operand, size in zip(layer.operands, layer.sizes, strict=True)
+            ]
+        )
+        before = self._edits.get((layer.key, Side.INPUT), {}).get(node)
+        if before is None:
+            return index
+        if (before.scale, before.shift) != (channel_map.scale, channel_map.shift):
+            raise DeclinedError(f"{layer.name} would have to change in two different ways", node)
+        return torch.where(index < 0, before.index, index)
 
     def _check_shift(self, layer: Layer, node: Node, side: Side, shift: bool) -> None:
         if side is Side.INPUT:
@@ -156,7 +179,8 @@ class EditSet:
                 f"the affine part of {layer.name} has been folded itself", layer.node
             )
         if not layer.absorbs:
-            raise DeclinedError(f"{layer.name} has no weight and bias to absorb a map", layer.node)
+            lacks = f"{layer.name} has no weight and bias to absorb a map"
+            raise DeclinedError(layer.why_not or lacks, layer.node)
         if (reason := readers.refusal(layer)) is not None:
             raise DeclinedError(reason, layer.node)
         for call in readers.calls(layer):

@@ -27,9 +27,14 @@ from rewrite.affine.slices import Parts
 from rewrite.graph.captured import Captured
 from rewrite.graph.ranks import Ranks
 from rewrite.graph.spellings import is_getitem
-from rewrite.graph.traits import Trait, call_of, has, operation
+from rewrite.graph.traits import Trait, call_of, has, named, operation
 
-_ABOUT_SHAPE = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
+_ABOUT_SHAPE = ("shape", "dtype", "device", "ndim", "is_cuda", "is_nested", "requires_grad")
+
+
+def asks_for_its_form(node: Node) -> bool:
+    """Return whether `node` reads an attribute of a value that says nothing of its numbers."""
+    return named(node, "getattr") and node.args[1] in _ABOUT_SHAPE
 
 
 class PropagationRules:
@@ -62,7 +67,7 @@ class PropagationRules:
             return False
         first = places == [0] or node.kwargs.get("input") is value
         if row.name == "getattr":
-            return first and node.args[1] in _ABOUT_SHAPE
+            return first and asks_for_its_form(node)
         if Trait.ASKS in row.traits:
             return first
         return bool(row.traits & (Trait.LIKE_SECOND | Trait.CASTS)) and not first

@@ -90,7 +90,10 @@ class PropagationSearch:
             along = bool(self._along)
             node, value, side = (self._along if along else self._against).popleft()
             self._visit(node, value, side, along)
-        return Absorption(self._edits.collect(), self._constraints.relied_on_sign)
+        relied = self._constraints
+        return Absorption(
+            self._edits.collect(), relied.relied_on_sign, tuple(relied.relied_on_size)
+        )
 
     def _change(self, value: Node, channel_map: ChannelMap) -> None:
         if channel_map.trivial:
@@ -146,7 +149,7 @@ class PropagationSearch:
             if self._combines_later(node):
                 raise DeclinedError(self._against_reason(node, value), node)
             layer = self.context.layer(node)
-            if layer is None or (side is Side.INPUT and node.all_input_nodes[:1] != [value]):
+            if layer is None or (side is Side.INPUT and not layer.reads(node, value)):
                 continue
             if not self.absorb_inverse:
                 raise DeclinedError(self._against_reason(node, value), node)
@@ -172,7 +175,7 @@ class PropagationSearch:
         key = (node, side) if layer is not None or (node, side) in self._done else (node, None)
         if node in self._seeds and key not in self._done:
             raise DeclinedError("its own input depends on its output", node)
-        if key in self._done:
+        if key in self._done and not (layer is not None and self._reads_more(layer, key, value)):
             expected = self._done[key].get(value)
             if expected is None or not expected.same(channel_map):
                 raise DeclinedError(_two_ways(value), value)
@@ -183,8 +186,8 @@ class PropagationSearch:
             self._agree(node, value, channel_map, layer is not None)
             return
         if layer is not None:
-            self._done[key] = {value: channel_map}
-            self._edits.add(layer, node, side, channel_map)
+            self._done[key] = {**self._done.get(key, {}), value: channel_map}
+            self._edits.add(layer, node, side, value, channel_map)
             return
         if side is Side.OUTPUT and node.op in ("placeholder", "get_attr"):
             what = "an input" if node.op == "placeholder" else "a constant"
@@ -200,12 +203,18 @@ class PropagationSearch:
             elif not needed.same(channel_map):
                 raise DeclinedError(_two_ways(value), value)
 
+    def _reads_more(self, layer: Layer, key: tuple[Node, Side | None], value: Node) -> bool:
+        """Return whether `value` is another of the values that the groups of a layer read."""
+        return (
+            value in layer.operands and value not in self._done[key] and key[0] not in self._seeds
+        )
+
     def _layer_at(self, node: Node, value: Node, side: Side) -> Layer | None:
         """Return the layer that `node` calls, if it reads or writes `value` as its data."""
         layer = None if node in self.context.folded else self.context.layer(node)
-        if side is Side.INPUT and node.all_input_nodes[:1] != [value]:
+        if layer is None or (side is Side.INPUT and not layer.reads(node, value)):
             return None
-        return layer
+        return None if side is Side.OUTPUT and layer.operands else layer
 
     def _agree(self, node: Node, value: Node, channel_map: ChannelMap, absorbs: bool) -> None:
         """Accept another neighbour of a changed value if nothing else has to change for it.

@@ -78,6 +78,9 @@ def run_recipes(recipes: Sequence[Recipe], store: TensorStore, exact: Exact | No
                 _set(store, name, tensor)
                 if exact is not None or name in merged_names:
                     unrounded[name] = _promise(own, layer, attr)
+    for recipe in recipes:
+        for name, value in recipe.neutral.items() if isinstance(recipe, FoldRecipe) else ():
+            store.set(name, torch.full_like(store.get(name), value))
     for recipe in merges:
         unrounded |= run_merge(recipe, store, unrounded)
     if exact is not None:
@@ -95,8 +98,8 @@ def names_of(layer: Layer, attr: str, aliases: Sequence[str] = ()) -> tuple[str,
     ref = {"weight": layer.weight, "bias": layer.bias}[attr]
     if layer.call is not None or (ref is None and layer.module is None):
         return (f"{layer.key}:{attr}",)
-    name = ref.name if ref is not None else TensorRef(str(layer.module), attr).name
-    return (name, *(TensorRef(alias, attr).name for alias in aliases))
+    ref = ref or TensorRef(str(layer.module), attr)
+    return (ref.name, *(TensorRef(alias, ref.attr).name for alias in aliases))
 
 
 def _enter(recipe: FoldRecipe, ledger: Ledger, store: TensorStore) -> None:

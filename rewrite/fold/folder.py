@@ -135,6 +135,11 @@ class Folder:
             self.planner.context.gone.add(source.layer.key)
         return fold
 
+    def is_unsure(self, source: Source, declined: Declined) -> bool:
+        """Return whether more stands in the way than layers that cannot absorb the map."""
+        nodes = [node for node in declined.nodes if node not in source.nodes]
+        return not nodes or not all(map(self.planner.layer, nodes)) or nodes != [*declined.nodes]
+
     def _blame(self, source: Source, reason: str) -> str:
         """Return a reason with the tensor at fault, where it is one of a norm."""
         why = "" if source.layer is None else culprit(source.layer, self.captured.tensor)

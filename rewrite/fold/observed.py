@@ -81,7 +81,7 @@ def _finish(captured: Editable, fold: ObservedFold, before: str, recipe: ReaderR
         _drop(captured, fold.target)
     notes = [*fold.notes]
     if not recipe.gone:
-        notes.append("its class needs a weight: it stays, and does nothing")
+        notes.append("a weight is needed there: it stays, and does nothing")
     if untied := {edit.untied for edit in fold.edits if edit.untied}:
         notes.append(f"{', '.join(sorted(untied))} is a tensor of its own now")
         _untie_config(captured.model)
@@ -139,7 +139,8 @@ def _write(captured: Editable, name: str, tensor: Tensor, alone: bool) -> None:
 def _may_go(captured: Captured, fold: ObservedFold) -> bool:
     """Return whether the norm's class can do without a weight."""
     module = captured.module(fold.target)
-    return isinstance(module, nn.LayerNorm | nn.RMSNorm) and is_plain(module)
+    plain = isinstance(module, nn.LayerNorm | nn.RMSNorm) and is_plain(module)
+    return plain and not captured.needs_weight(fold.target)
 
 
 def _drop(captured: Editable, target: str) -> None:

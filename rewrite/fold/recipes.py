@@ -41,6 +41,7 @@ class FoldRecipe:
         requirements: what the plan relies on of its numbers.
         moves: which layers absorb which part.
         aliases: other names of those layers' modules, by the name of the layer.
+        neutral: what becomes of the tensors of a norm that has to keep them: all ones, all zeros.
     """
 
     target: str
@@ -48,6 +49,7 @@ class FoldRecipe:
     requirements: Requirements
     moves: tuple[Move, ...]
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    neutral: Mapping[str, float] = field(default_factory=dict)
 
     def layers(self) -> tuple[Layer, ...]:
         """Return the layers that absorb something."""
@@ -55,8 +57,10 @@ class FoldRecipe:
 
     def to_data(self) -> dict[str, Any]:
         """Return it as JSON's own types."""
+        neutral = {"neutral": dict(self.neutral)} if self.neutral else {}
         return {
             "do": "fold",
+            **neutral,
             "origin": self._origin_data(),
             "scales": self.requirements.scales,
             "adds": self.requirements.adds,
@@ -164,7 +168,17 @@ def recipe_of(captured: Captured, fold: Fold) -> FoldRecipe:
     aliases = {
         layer.name: captured.aliases(layer.module) for layer in layers if layer.module is not None
     }
-    return FoldRecipe(source.target, origin, fold.requirements, fold.moves, aliases)
+    neutral = _neutral(captured, fold.source.layer) if source.kind == "gain" else {}
+    return FoldRecipe(source.target, origin, fold.requirements, fold.moves, aliases, neutral)
+
+
+def _neutral(captured: Captured, norm: Layer | None) -> dict[str, float]:
+    """Return weight and bias with which a norm scales nothing, if it has to have any."""
+    if norm is None or norm.module is None or not captured.needs_weight(norm.module):
+        return {}
+    refs = [(norm.weight, 1.0), (norm.bias, 0.0)]
+    places = (norm.module, *captured.aliases(norm.module))
+    return {TensorRef(p, ref.attr).name: value for ref, value in refs if ref for p in places}
 
 
 # --- JSON ----------------------------------------------------------------------------------------
@@ -214,7 +228,7 @@ def _fold_from(data: Data) -> FoldRecipe:
         for move in data["moves"]
     )
     aliases = {edit["layer"]["name"]: tuple(edit["layer"]["aliases"]) for edit in edits}
-    return FoldRecipe(target, origin, requirements, moves, aliases)
+    return FoldRecipe(target, origin, requirements, moves, aliases, data.get("neutral", {}))
 
 
 def _merge_from(data: Data) -> MergeRecipe:

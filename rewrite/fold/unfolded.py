@@ -1,5 +1,6 @@
-"""What folding does beside removing norms: what is left, and what stands before the model.
+"""What folding leaves of a norm, and what stands before the model.
 
+gain       n(x) * weight + bias                          ->  n(x)
 leftover   (x - mean) / sqrt(var + eps) * weight + bias  ->  s.x + t, one multiply-add
 input      model((x - mean) / std)                       ->  model'(x)
 """
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from rewrite.fold.candidates import Source
 from rewrite.fold.recipes import AffineRecipe
 from rewrite.fold.store import ModelStore
+from rewrite.graph.editable import Editable
 from rewrite.nn.modules import ChannelAffine
 from rewrite.outcomes import Change
 
@@ -49,3 +51,10 @@ class UnfoldedNorm:
             source.target, source.before, f"one multiply-add, {name}", note=self.reason,
             touched=(name,), keys=keys, recipe=replace(recipe, name=name).to_data(),
         )  # fmt: skip
+
+
+def drop_affine_part(captured: Editable, name: str) -> None:
+    """Put a norm without weight and bias, otherwise the same, in place of one that has them."""
+    old = captured.module(name)
+    held = [key for key in ("weight", "bias") if key in old._parameters]
+    captured.editor.replace(name, captured.editor.copied(old, dict.fromkeys(held)))

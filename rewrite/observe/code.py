@@ -27,7 +27,7 @@ from rewrite.graph.captured import Captured
 from rewrite.observe.code_expressions import Untaken
 from rewrite.observe.code_fields import Fields
 from rewrite.observe.code_reader import FunctionReader
-from rewrite.observe.code_syntax import Function, function_at
+from rewrite.observe.code_syntax import Fixed, Function, function_at
 from rewrite.observe.evidence import Evidence
 from rewrite.observe.export import CodeLine, ObservedCall, in_torch
 from rewrite.observe.plan import ObservedFold
@@ -79,11 +79,11 @@ class CodeCheck:
     _mapped: set[tuple[str, int]] = field(default_factory=set)
     _absorbed: dict[tuple[str, int], set[str]] = field(default_factory=dict)
     _done: dict[
-        tuple[tuple[str, int], frozenset[str], tuple[CodeLine, ...]], tuple[bool, Fields]
+        tuple[tuple[str, int], frozenset[str], tuple[CodeLine, ...], Fixed], tuple[bool, Fields]
     ] = field(default_factory=dict)
 
-    def check(self) -> None:
-        """Refuse the fold if code that no call took reads its values.
+    def check(self, strict: bool = False) -> None:
+        """Refuse the fold if code that no call took reads its values; if `strict`, returns them.
 
         Raises:
             Untaken: it does; the line is named.
@@ -104,8 +104,8 @@ class CodeCheck:
         self._owners = list(owners)
         self._check_siblings()
         for chain in {self.index.outside(o.stack(s.node)) for o, s in self.fold.sites}:
-            if chain:
-                self.inner(chain)
+            if chain and self.inner(chain)[0] and strict:
+                raise Untaken("the model may return it for other arguments")
 
     def _values(self) -> Iterator[tuple[ObservedCall, Node]]:
         for observed, flow in self.fold.flows:
@@ -132,15 +132,22 @@ class CodeCheck:
         return self.read(Function(chain[0].file, *found), frozenset(), chain)
 
     def read(
-        self, function: Function, tainted: frozenset[str], chain: tuple[CodeLine, ...] = ()
+        self,
+        function: Function,
+        tainted: frozenset[str],
+        chain: tuple[CodeLine, ...] = (),
+        fixed: Fixed = frozenset(),
     ) -> tuple[bool, Fields]:
-        """Read a function whose parameters `tainted` hold the value; does it return it, where?"""
-        key = (function.key, tainted, chain)
+        """Read a function whose parameters `tainted` hold the value; does it return it, where?
+
+        Its parameters `fixed` are at their defaults.
+        """
+        key = (function.key, tainted, chain, fixed)
         if key not in self._done:
             if len(self._done) > _READ_AT_MOST:
                 raise Untaken("its code is too long to be followed")
             self._done[key] = (True, None)  # while it is being read: a recursion hands it on
-            reader = FunctionReader(self, function, set(tainted), chain)
+            reader = FunctionReader(self, function, set(tainted), chain, fixed)
             reader.block(function.node.body)
             self._done[key] = (reader.returns, reader.fields if reader.returns else None)
         return self._done[key]
@@ -166,6 +173,18 @@ class CodeCheck:
                 if target.startswith(prefix):
                     names.add(target.removeprefix(prefix).split(".")[0])
         return names
+
+    def reaches(self, function: Function, path: Sequence[str], chain: tuple[CodeLine, ...]) -> bool:
+        """Return whether a call by that name is how the norm is reached, along a chain of lines."""
+        if not path:
+            return False
+        if path[0] == function.first and len(path) > 1:
+            places = (".".join(filter(None, (o, *path[1:]))) for o in self._instances(function))
+            target = self.fold.target
+            if any(place == target or target.startswith(f"{place}.") for place in places):
+                return True
+        below = function_at(chain[1].file, chain[1].number) if len(chain) > 1 else None
+        return below is not None and below[0].name == path[-1]
 
     def taken(self, file: str, node: ast.stmt) -> bool:
         """Return whether a call made a value, or called a module, on a line of a statement."""

@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from rewrite.observe.code_fields import ANYWHERE, Fields, excludes, joined
 from rewrite.observe.code_syntax import (
+    Fixed,
     Function,
     bound,
     children,
+    constants,
     decided,
     fits,
+    given_expressions,
+    known_values,
     lacks,
+    left_at_default,
     methods_reach,
     path_of,
     selects_rows,
@@ -57,6 +62,9 @@ class Surroundings(Protocol):
     def reader_names(self, function: Function) -> set[str]:
         """Return the children of those modules on the way to a reader, or to the norm."""
 
+    def reaches(self, function: Function, path: Sequence[str], chain: tuple[CodeLine, ...]) -> bool:
+        """Return whether a call by that name reaches the norm, along a chain of lines."""
+
     def taken(self, file: str, node: ast.stmt) -> bool:
         """Return whether a call made a value, or called a module, on a line of a statement."""
 
@@ -73,9 +81,16 @@ class Surroundings(Protocol):
         """Return the functions that ran in what a statement called."""
 
     def read(
-        self, function: Function, tainted: frozenset[str], chain: tuple[CodeLine, ...] = ()
+        self,
+        function: Function,
+        tainted: frozenset[str],
+        chain: tuple[CodeLine, ...] = (),
+        fixed: Fixed = frozenset(),
     ) -> tuple[bool, Fields]:
-        """Read a function whose parameters `tainted` hold the value; does it return it, where?"""
+        """Read a function whose parameters `tainted` hold the value; does it return it, where?
+
+        Its parameters `fixed` are at their defaults.
+        """
 
     def inner(self, chain: tuple[CodeLine, ...]) -> tuple[bool, Fields]:
         """Read the function in which the norm is called, further in; does it return its value?"""
@@ -91,6 +106,8 @@ class ExpressionReader:
         self.function = function
         self.names = names
         self.chain = chain
+        self.known: dict[str, Any] = {}
+        self.reaching: ast.Call | None = None
         self.of_name: dict[str, Fields] = {}
         self.of_calls: list[Fields] = []
         self.modules = check.modules(function)
@@ -100,14 +117,12 @@ class ExpressionReader:
         """Return whether an expression may hold the value; refuse what no call took."""
         self._check_calls(node, statement)
         self.of_calls = []
-        held = self._evaluate(node, statement)
         span = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-        if self.chain and self.chain[0].number in span:
-            inner = len(self.chain) > 1
-            returned, fields = self.check.inner(self.chain[1:]) if inner else (True, None)
-            if returned and not self._given_to_layers(node):
-                self.of_calls.append(fields)
-                held = True
+        reaches = bool(self.chain) and self.chain[0].number in span
+        self.reaching = self._reaching_call(node) if reaches else None
+        held = self._evaluate(node, statement)
+        if reaches and self.reaching is None and not self._given_to_layers(node):
+            held |= self._reached()
         return held
 
     def _given_to_layers(self, node: ast.expr) -> bool:
@@ -116,6 +131,21 @@ class ExpressionReader:
             return self.check.is_layer(self.function, path_of(node.func))
         calls = [self._given_to_layers(part) for part in children(node) if _has_call(part)]
         return bool(calls) and all(calls)
+
+    def _reaching_call(self, node: ast.expr) -> ast.Call | None:
+        """Return the call in an expression by which the norm is reached, if it is known."""
+        calls = [part for part in ast.walk(node) if isinstance(part, ast.Call)]
+        found = [c for c in calls if self.check.reaches(self.function, path_of(c.func), self.chain)]
+        return found[0] if len(found) == 1 else None
+
+    def _reached(self) -> bool:
+        """Return whether what the norm is called by returns its value."""
+        if len(self.chain) == 1:
+            self.of_calls.append(None)
+            return True
+        returned, fields = self.check.inner(self.chain[1:])
+        self.of_calls += [fields] * returned
+        return returned
 
     def fields_of(self, node: ast.expr) -> Fields:
         """Return in which fields an object holds the value; None if it may be anywhere."""
@@ -208,7 +238,7 @@ class ExpressionReader:
         return any(parts)
 
     def _if_expression(self, node: ast.IfExp, statement: ast.stmt) -> bool:
-        known = decided(node.test, self.modules, self.function.first) if self.modules else None
+        known = self.decided(node.test)
         arms = [node.body] if known is True else [node.orelse] if known is False else []
         if not arms:
             arms = [node.body, node.orelse]
@@ -218,6 +248,21 @@ class ExpressionReader:
         self._evaluate(node.test, statement)
         held = [self._evaluate(arm, statement) for arm in arms]
         return any(held)
+
+    def decided(self, test: ast.expr) -> bool | None:
+        """Return what a test is in every call of the function that is read here, or None."""
+        return decided(test, self.modules, self.function.first, self.known)
+
+    def known_value(self, node: ast.expr) -> list[Any]:
+        """Return the one constant that an expression is, in a list; [] if that is not known."""
+        return constants(known_values(node, self.modules, self.function.first, self.known))
+
+    def _known_arguments(self, function: Function, call: ast.Call) -> Fixed:
+        """Return the parameters of a function whose values are known in a call of it."""
+        given = given_expressions(function, call)
+        values = {name: self.known_value(node) for name, node in given.items()}
+        known = {(name, value[0]) for name, value in values.items() if value}
+        return left_at_default(function, call) | known
 
     def _computes(self, node: ast.expr) -> bool:
         """Return whether an expression computes with the value."""
@@ -262,6 +307,8 @@ class ExpressionReader:
     def _call(self, node: ast.Call, statement: ast.stmt) -> bool:
         given = [self._evaluate(n, statement) for n in node.args]
         named = {k.arg: self._evaluate(k.value, statement) for k in node.keywords}
+        if node is self.reaching:
+            return self._reached()
         path = path_of(node.func)
         receiver = (
             self._evaluate(node.func.value, statement)
@@ -290,7 +337,10 @@ class ExpressionReader:
         if not inner:
             moves = self.check.moves(self.function.file, statement) or not self.taken(statement)
             return moves and self._whole()
-        read = [self.check.read(f, bound(f, node, given, named)) for f in inner]
+        read = [
+            self.check.read(f, bound(f, node, given, named), (), self._known_arguments(f, node))
+            for f in inner
+        ]
         self.of_calls += [fields for returned, fields in read if returned]
         return any(returned for returned, _ in read)
 
@@ -328,6 +378,7 @@ class ExpressionReader:
         if isinstance(target, ast.Name):
             fields = self.fields_of(value) if value is not None and held else None
             self.of_name[target.id] = fields
+            self.known.pop(target.id, None)
             (self.names.add if held else self.names.discard)(target.id)
         elif isinstance(target, ast.Tuple | ast.List):
             values: Sequence[ast.expr | None] = [None] * len(target.elts)

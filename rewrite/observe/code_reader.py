@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
+from typing import Any
 
 from rewrite.observe.code_expressions import ExpressionReader, Surroundings, Untaken
 from rewrite.observe.code_fields import ANYWHERE, Fields, joined, merged
-from rewrite.observe.code_syntax import Function, decided
+from rewrite.observe.code_syntax import Fixed, Function
 from rewrite.observe.export import CodeLine
 
 
@@ -27,9 +28,15 @@ class FunctionReader(ExpressionReader):
     """
 
     def __init__(
-        self, check: Surroundings, function: Function, names: set[str], chain: tuple[CodeLine, ...]
+        self,
+        check: Surroundings,
+        function: Function,
+        names: set[str],
+        chain: tuple[CodeLine, ...],
+        fixed: Fixed = frozenset(),
     ) -> None:
         super().__init__(check, function, names, chain)
+        self.known = dict(fixed)
         self.returns = False
         self.fields: Fields = frozenset()
 
@@ -54,8 +61,11 @@ class FunctionReader(ExpressionReader):
                 self.fields = joined([self.fields, self.fields_of(node.value)])
         elif isinstance(node, ast.Assign):
             held = self.value(node.value, node)
+            known = self.known_value(node.value)
             for target in node.targets:
                 self.bind(target, node.value, held, node)
+                if isinstance(target, ast.Name):
+                    self.known.update((target.id, value) for value in known)
         elif isinstance(node, ast.AnnAssign | ast.AugAssign) and node.value is not None:
             held = self.value(node.value, node)
             if isinstance(node, ast.AugAssign):
@@ -77,20 +87,30 @@ class FunctionReader(ExpressionReader):
     def _if(self, node: ast.If) -> bool:
         """Read both branches, or the one that the model has decided on; is neither ever left?"""
         self.value(node.test, node)
-        known = decided(node.test, self.modules, self.function.first) if self.modules else None
-        before, fields = set(self.names), dict(self.of_name)
+        known = self.decided(node.test)
+        before, fields, constants = set(self.names), dict(self.of_name), dict(self.known)
         after: list[tuple[set[str], dict[str, Fields]]] = []
+        left: list[dict[str, Any]] = []
         for wanted, body in ((True, node.body), (False, node.orelse)):
             if known is not None and known is not wanted:
                 continue
-            self.names, self.of_name = set(before), dict(fields)
+            self.names, self.of_name, self.known = set(before), dict(fields), dict(constants)
             if not self.block(body):
                 after.append((self.names, self.of_name))
+                left.append(self.known)
         self.of_name = merged(after)
         self.names = set().union(*(names for names, _ in after))
+        self.known = {
+            name: value
+            for name, value in (left[0] if left else constants).items()
+            if all(name in other and other[name] == value for other in left)
+        }
         return not after
 
     def _compound(self, node: ast.For | ast.While | ast.With | ast.Try) -> None:
+        for part in ast.walk(node):
+            if isinstance(part, ast.Name) and not isinstance(part.ctx, ast.Load):
+                self.known.pop(part.id, None)
         if isinstance(node, ast.For):
             held = self.value(node.iter, node)
             self.bind(node.target, None, held, node)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -89,21 +89,41 @@ def function_at(file: str, line: int) -> tuple[ast.FunctionDef, str] | None:
     return max(around, key=lambda item: item[0].lineno, default=None)
 
 
-def decided(test: ast.expr, modules: Sequence[nn.Module], first: str) -> bool | None:
+Fixed = frozenset[tuple[str, Any]]
+"""Names of a function whose values are known in a call of it: arguments, defaults."""
+
+
+def decided(
+    test: ast.expr, modules: Sequence[nn.Module], first: str, names: Mapping[str, Any]
+) -> bool | None:
     """Return what a test is for all of `modules` (each as the function's first argument), or None.
 
     Args:
         test: the test of an `if`.
         modules: those whose forward it may stand in.
         first: the name of the function's first argument.
+        names: other names whose values are known.
     """
-    values = set()
-    for module in modules:
-        try:
-            values.add(bool(_value(test, module, first)))
-        except Undecided:
-            return None
-    return values.pop() if len(values) == 1 else None
+    values = known_values(test, modules, first, names)
+    truths = {bool(value) for value in values}
+    return truths.pop() if len(truths) == 1 else None
+
+
+def known_values(
+    node: ast.expr, modules: Sequence[nn.Module], first: str, names: Mapping[str, Any]
+) -> list[Any]:
+    """Return what an expression is worth for each of `modules`; [] if that is not known."""
+    held: Sequence[nn.Module | None] = modules or [None]
+    try:
+        return [_value(node, module, first, names) for module in held]
+    except Undecided:
+        return []
+
+
+def constants(values: Sequence[Any]) -> list[Any]:
+    """Return the number, text or None that all of `values` are, in a list; else []."""
+    plain = all(value is None or isinstance(value, bool | int | float | str) for value in values)
+    return list(values[:1]) if plain and all(value == values[0] for value in values) else []
 
 
 def lacks(modules: Sequence[nn.Module], attribute: str) -> bool:
@@ -141,33 +161,38 @@ def _definition(code: CodeType) -> ast.FunctionDef | None:
     return min(later, key=lambda function: function.lineno, default=None)
 
 
-def _value(node: ast.expr, module: nn.Module, first: str) -> Any:
+def _value(node: ast.expr, module: nn.Module | None, first: str, names: Mapping[str, Any]) -> Any:
     if isinstance(node, ast.Constant):
         return node.value
+    if isinstance(node, ast.Name) and node.id in names:
+        return names[node.id]
+    if isinstance(node, ast.IfExp):
+        chosen = node.body if _value(node.test, module, first, names) else node.orelse
+        return _value(chosen, module, first, names)
     if isinstance(node, ast.Attribute):
         return _attribute(node, module, first)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        return not _value(node.operand, module, first)
+        return not _value(node.operand, module, first, names)
     if isinstance(node, ast.BoolOp):
-        return _any_or_all(node, module, first)
+        return _any_or_all(node, module, first, names)
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        return _compared(node, module, first)
+        return _compared(node, module, first, names)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
         held, key = node.args
         if isinstance(held, ast.Name) and held.id == first and isinstance(key, ast.Constant):
             return hasattr(module, str(key.value))
     if isinstance(node, ast.List | ast.Tuple | ast.Set):
-        return [_value(item, module, first) for item in node.elts]
+        return [_value(item, module, first, names) for item in node.elts]
     raise Undecided
 
 
-def _attribute(node: ast.Attribute, module: nn.Module, first: str) -> Any:
+def _attribute(node: ast.Attribute, module: nn.Module | None, first: str) -> Any:
     path = [node.attr]
     held: ast.expr = node.value
     while isinstance(held, ast.Attribute):
         path.append(held.attr)
         held = held.value
-    if not isinstance(held, ast.Name) or held.id != first:
+    if not isinstance(held, ast.Name) or held.id != first or module is None:
         raise Undecided
     if path == ["training"]:
         return False
@@ -181,12 +206,14 @@ def _attribute(node: ast.Attribute, module: nn.Module, first: str) -> Any:
     raise Undecided
 
 
-def _any_or_all(node: ast.BoolOp, module: nn.Module, first: str) -> bool:
+def _any_or_all(
+    node: ast.BoolOp, module: nn.Module | None, first: str, names: Mapping[str, Any]
+) -> bool:
     deciding = isinstance(node.op, ast.Or)
     unknown = False
     for part in node.values:
         try:
-            if bool(_value(part, module, first)) is deciding:
+            if bool(_value(part, module, first, names)) is deciding:
                 return deciding
         except Undecided:
             unknown = True
@@ -195,8 +222,13 @@ def _any_or_all(node: ast.BoolOp, module: nn.Module, first: str) -> bool:
     return not deciding
 
 
-def _compared(node: ast.Compare, module: nn.Module, first: str) -> bool:
-    left, right = _value(node.left, module, first), _value(node.comparators[0], module, first)
+def _compared(
+    node: ast.Compare, module: nn.Module | None, first: str, names: Mapping[str, Any]
+) -> bool:
+    left, right = (
+        _value(node.left, module, first, names),
+        _value(node.comparators[0], module, first, names),
+    )
     operator = node.ops[0]
     if isinstance(operator, ast.Is | ast.Eq):
         return bool(left is right if isinstance(operator, ast.Is) else left == right)
@@ -268,6 +300,38 @@ def bound(
                 key if key in function.parameters else (args.kwarg.arg if args.kwarg else key)
             )
     return frozenset(found)
+
+
+def left_at_default(function: Function, call: ast.Call) -> Fixed:
+    """Return the parameters that a call leaves at a constant default."""
+    args = function.node.args
+    if any(isinstance(a, ast.Starred) for a in call.args) or any(
+        k.arg is None for k in call.keywords
+    ):
+        return frozenset()
+    positional = _positional(function)
+    given = {*positional[: len(call.args)], *(k.arg for k in call.keywords)}
+    defaults = dict(zip(positional[::-1], args.defaults[::-1], strict=False))
+    defaults |= {a.arg: d for a, d in zip(args.kwonlyargs, args.kw_defaults, strict=True) if d}
+    return frozenset(
+        (name, default.value)
+        for name, default in defaults.items()
+        if isinstance(default, ast.Constant) and name not in given
+    )
+
+
+def given_expressions(function: Function, call: ast.Call) -> dict[str, ast.expr]:
+    """Return the expression that a call gives for each parameter that it names or places."""
+    if any(isinstance(a, ast.Starred) for a in call.args):
+        return {}
+    placed = dict(zip(_positional(function), call.args, strict=False))
+    return placed | {k.arg: k.value for k in call.keywords if k.arg in function.parameters}
+
+
+def _positional(function: Function) -> list[str]:
+    args = function.node.args
+    names = [a.arg for a in (*args.posonlyargs, *args.args)]
+    return names[1:] if names[:1] == ["self"] else names
 
 
 def selects_rows(node: ast.expr, rank: int) -> bool:

@@ -36,6 +36,7 @@ from rewrite.observe.spellings import (
     contraction_of,
     number,
     op_name,
+    pads_nothing,
     shape_of,
 )
 from rewrite.observe.weight_axes import Operand, operands_of
@@ -80,12 +81,14 @@ class Flow:
         reads: the layers that read them.
         returned: the paths under which the call returns them.
         no_shift: why a shift cannot follow, or "".
+        of_size: the steps that hold for inputs of the size of the call, in words.
     """
 
     labels: dict[Node, Any] = field(default_factory=dict)
     reads: list[Read] = field(default_factory=list)
     returned: list[str] = field(default_factory=list)
     no_shift: str = ""
+    of_size: dict[str, None] = field(default_factory=dict)
 
 
 class Follower:
@@ -146,6 +149,9 @@ class Follower:
         if name in FORM:
             return
         if name in SAME:
+            self._same(flow, node, name)
+        elif pads_nothing(node):
+            flow.of_size[self.called(node)] = None
             self._same(flow, node, name)
         elif name == "getitem":
             held: Any = flow.labels[node.args[0]]  # type: ignore[index]

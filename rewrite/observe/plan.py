@@ -28,10 +28,17 @@ from rewrite.outcomes import Declined
 
 @dataclass(frozen=True)
 class Options:
-    """What a user allows: cloning a tied head, and whether outputs of other calls may change."""
+    """What is allowed: cloning a tied head, and other outputs of calls with other arguments.
+
+    Attributes:
+        untie: a head that shares its weight with the embedding may get its own.
+        strict_outputs: the call for all hidden states has to return what it did.
+        strict_code: no code may return the value, also none that no call took.
+    """
 
     untie: bool = False
     strict_outputs: bool = False
+    strict_code: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,9 +134,12 @@ class ObservedPlanner:
         edits = tuple(self._edits(flows, adds))
         if not edits:
             raise Unfollowed("no layer reads it in the observed calls")
+        steps = dict.fromkeys(step for _, flow in flows for step in flow.of_size if adds)
         return ObservedFold(
-            target, expression, bias, norm.kind, _channels(norm), edits, tuple(sites), tuple(flows)
-        )
+            target, expression, bias, norm.kind, _channels(norm), edits, tuple(sites),
+            tuple(flows),
+            [f"holds for inputs of this size, for which {step} adds nothing" for step in steps],
+        )  # fmt: skip
 
     # -- the norm's own parameters ------------------------------------------------------------
 

@@ -1,13 +1,14 @@
 """The observed road of a pass: sites and skips of the norms that no trace could reach.
 
 The symbolic road stays first: a norm that it folds is left to it. What it declines is decided again
-from the evidence of the example calls, with the reason that these show.
+from the evidence of the example calls: with the reason that these show where nothing could be
+traced, and to fold more where an operation is not known to the one road and known to the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -30,15 +31,16 @@ class ObservedSite:
     before: str
 
 
-def evidence_of(captured: Captured) -> Evidence | None:
+def evidence_of(captured: Captured, wanted: bool = False) -> Evidence | None:
     """Return what the calls of a captured model show; None where there is nothing to observe.
 
-    What cannot be exported is noted in `captured.notes`.
+    Calls are observed where some forward could not be traced, or where that is `wanted`. What
+    cannot be exported is noted in `captured.notes`.
 
     Raises:
         CaptureError: the model refuses a call.
     """
-    if captured.observed is None and captured.example_calls and _untraced(captured):
+    if captured.observed is None and captured.example_calls and (wanted or _untraced(captured)):
         try:
             captured.observed = observe(captured.model, captured.example_calls)
         except CaptureError as error:
@@ -54,7 +56,10 @@ def evidence_of(captured: Captured) -> Evidence | None:
 
 
 def observed_outcomes(
-    captured: Captured, traced: Iterable[Site | Skip], options: Options
+    captured: Captured,
+    traced: Iterable[Site | Skip],
+    options: Options,
+    unsure: Container[str] = (),
 ) -> Iterator[Site | Skip]:
     """Yield the outcomes of both roads: the traced ones, and what calls show of what they decline.
 
@@ -62,13 +67,18 @@ def observed_outcomes(
         captured: the model, with its calls.
         traced: the outcomes of the symbolic road.
         options: what a user allows.
+        unsure: what that road declined for an operation or a reader that it does not know.
     """
     traced = list(traced)
-    evidence = evidence_of(captured)
+    skipped = {o.target for o in traced if isinstance(o, Skip) and o.target in unsure}
+    more = any(_normalizes(captured, target) for target in skipped)
+    evidence = evidence_of(captured, more)
     if evidence is None:
         yield from traced
         return
     sites = {outcome.target for outcome in traced if isinstance(outcome, Site)}
+    traced_whole = not _untraced(captured)
+    options = replace(options, strict_code=traced_whole)
     decided = [item for item in decide(captured, evidence, options) if item[0] not in sites]
     folds = {target for target, _, decision in decided if isinstance(decision, ObservedFold)}
     decided = [
@@ -76,7 +86,8 @@ def observed_outcomes(
         for item in decided
         if item[0] in folds or not sites & {f"{item[0]}.weight", f"{item[0]}.bias"}
     ]
-    known = {target for target, _, _ in decided}
+    told = {outcome.target for outcome in traced} if traced_whole else set()
+    known = {target for target, _, _ in decided} - told
     for outcome in traced:
         # A product with the weight of a norm is that norm: its class stays, on this road.
         norm = outcome.target.removesuffix(".weight").removesuffix(".bias")
@@ -85,7 +96,7 @@ def observed_outcomes(
     for target, before, decision in decided:
         if isinstance(decision, ObservedFold):
             yield Site(target, before, None, ObservedSite(decision, before))
-        else:
+        elif target not in told:
             yield Skip(target, before, decision.reason)
 
 
@@ -102,7 +113,7 @@ def decide(
         final: ObservedFold | Declined = decision
         if isinstance(decision, ObservedFold):
             try:
-                CodeCheck(captured, index, decision).check()
+                CodeCheck(captured, index, decision).check(options.strict_code)
                 _check_wider(evidence, decision, options)
             except (Untaken, Unfollowed) as reason:
                 final = Declined(str(reason))
@@ -131,5 +142,11 @@ def _untraced(captured: Captured) -> bool:
     """Return whether a forward could not be traced, in a model that normalizes by its input."""
     if "" in captured.opaque:
         return True
-    kinds = nn.LayerNorm | nn.RMSNorm
-    return bool(captured.opaque) and any(isinstance(m, kinds) for m in captured.model.modules())
+    names = captured.tree.names
+    return bool(captured.opaque) and any(_normalizes(captured, name) for name in names)
+
+
+def _normalizes(captured: Captured, name: str) -> bool:
+    """Return whether a module normalizes by its input, over its last axes."""
+    held = captured.tree.names.get(name)
+    return isinstance(held, nn.LayerNorm | nn.RMSNorm)

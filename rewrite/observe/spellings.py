@@ -66,6 +66,14 @@ def shape_of(node: Node) -> tuple[int, ...] | None:
     return tuple(value.shape)
 
 
+def pads_nothing(node: Node) -> bool:
+    """Return whether `node` is a padding by constants, of which it adds none at this size."""
+    if op_name(node) not in ("pad", "constant_pad_nd"):
+        return False
+    sizes = argument(node, 1, "pad")
+    return isinstance(sizes, list | tuple) and all(size == 0 for size in sizes)
+
+
 def number(value: Any) -> float | None:
     """Return a plain number as it is, None for anything else."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -34,7 +34,9 @@ _KEEP_SHAPE: frozenset[Any] = frozenset(
     }
 )  # fmt: skip
 
-_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "T", "mT", "H", "data", "real", "imag"})
+_ATTRIBUTES = frozenset(
+    {"shape", "ndim", "dtype", "T", "mT", "H", "data", "real", "imag", "is_nested"}
+)
 
 _DEVICES = frozenset({"is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta"})
 

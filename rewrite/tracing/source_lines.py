@@ -23,6 +23,10 @@ _AUGMENTED = frozenset(
     if instruction.opname == "BINARY_OP"
 )
 
+_TRACERS = (f"{_HERE}/", f"{Path(torch.__file__).parent / 'fx'}/")
+
+_LAYERS = f"{Path(torch.__file__).parent / 'nn'}/"
+
 
 def reason_of(error: BaseException) -> tuple[str, str | None]:
     """Return the first sentence of `error`, and the line of the model's code that raised it."""
@@ -44,6 +48,17 @@ def user_frame() -> FrameType | None:
     while frame is not None and frame.f_code.co_filename.startswith(_MACHINERY):
         frame = frame.f_back
     return frame
+
+
+def runs_in_torch() -> bool:
+    """Return whether the code that runs is that of torch.nn, or of one of its functions.
+
+    It chooses between ways to compute one function: its fast path, a nested tensor for padding.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_TRACERS):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename.startswith(_LAYERS)
 
 
 def short(source: str | None) -> str:

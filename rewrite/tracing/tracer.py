@@ -42,6 +42,16 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _NUMBERS_AND_NAMES = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
 
 
+_COMPOSED = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+"""Layers of torch.nn that are made of layers: their forward is read like any other."""
+
+
 _TORCH_PREFIXES = ("torch.nn.", "torch.ao.nn.")
 
 
@@ -51,7 +61,7 @@ _LAYER_METHODS = ("forward", "_conv_forward", "_check_input_dim")
 def is_leaf(module: nn.Module) -> bool:
     """Return whether `module` is a standard layer: torch.nn's own, or one that only inherits."""
     kind = type(module)
-    if isinstance(module, _CONTAINERS):
+    if isinstance(module, _CONTAINERS + _COMPOSED):
         return False
     if has_parametrizations(module):
         kind = kind.__mro__[1]

@@ -17,7 +17,7 @@ from torch.fx.proxy import TraceError
 
 from rewrite.tracing.proxies import ValueProxy, nodes_of
 from rewrite.tracing.records import Decision, Frame, Trace
-from rewrite.tracing.source_lines import user_frame
+from rewrite.tracing.source_lines import runs_in_torch, user_frame
 
 if TYPE_CHECKING:
     from rewrite.tracing.shapes import Shapes
@@ -106,7 +106,7 @@ class ValueTracer(Tracer):
     def _decide(self, obj: Proxy) -> None:
         """Note that the running line has seen a size that another input may not have."""
         frame = user_frame()
-        if frame is None or obj.node.meta.get("fixed"):
+        if frame is None or obj.node.meta.get("fixed") or runs_in_torch():
             return
         held = {
             name: nodes

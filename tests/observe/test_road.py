@@ -421,3 +421,32 @@ class Output:
 def test_the_fields_of_an_object_are_told_apart(field: str, folds: bool) -> None:
     result = folded(randomized(Fields(field)), (torch.randn(3, WIDTH, dtype=torch.float64),))
     assert targets(result) == ({"inner"} if folds else set())
+
+
+class Nested(nn.Module):
+    """What reads the norm is called on the line of the norm itself, and may do something else."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.norm, self.head = norm(), nn.Linear(WIDTH, 3)
+
+    @untraceable
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.finish(self.norm(x), mask)
+
+    def finish(self, h: Tensor, mask: Tensor | None) -> Tensor:
+        return self.head(h)
+
+
+class NestedMasked(Nested):
+    def finish(self, h: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            h = h * mask + 1
+        return self.head(h)
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(WIDTH), blocks.GemmaNorm])
+def test_a_function_called_on_the_line_of_the_norm_is_read(norm: Any) -> None:
+    inputs = (torch.randn(2, 4, WIDTH, dtype=torch.float64),)
+    assert targets(folded(randomized(Nested(norm)), inputs)) == {"norm"}
+    assert not targets(folded(randomized(NestedMasked(norm)), inputs))
