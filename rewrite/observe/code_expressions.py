@@ -259,10 +259,11 @@ class ExpressionReader:
 
     def _known_arguments(self, function: Function, call: ast.Call) -> Fixed:
         """Return the parameters of a function whose values are known in a call of it."""
-        given = given_expressions(function, call)
-        values = {name: self.known_value(node) for name, node in given.items()}
-        known = {(name, value[0]) for name, value in values.items() if value}
-        return left_at_default(function, call) | known
+        given = given_expressions(function, call).items()
+        values = {name: self.known_value(node) for name, node in given}
+        return left_at_default(function, call) | {
+            (n, value[0]) for n, value in values.items() if value
+        }
 
     def _computes(self, node: ast.expr) -> bool:
         """Return whether an expression computes with the value."""
@@ -310,10 +311,8 @@ class ExpressionReader:
         if node is self.reaching:
             return self._reached()
         path = path_of(node.func)
-        receiver = (
-            self._evaluate(node.func.value, statement)
-            if isinstance(node.func, ast.Attribute)
-            else False
+        receiver = isinstance(node.func, ast.Attribute) and self._evaluate(
+            node.func.value, statement
         )
         if not (receiver or any(given) or any(named.values())):
             return False

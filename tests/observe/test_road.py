@@ -445,7 +445,7 @@ class NestedMasked(Nested):
         return self.head(h)
 
 
-@pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(WIDTH), blocks.GemmaNorm])
+@pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(WIDTH), lambda: nn.RMSNorm(WIDTH)])
 def test_a_function_called_on_the_line_of_the_norm_is_read(norm: Any) -> None:
     inputs = (torch.randn(2, 4, WIDTH, dtype=torch.float64),)
     assert targets(folded(randomized(Nested(norm)), inputs)) == {"norm"}
