@@ -81,7 +81,8 @@ def _finish(captured: Editable, fold: ObservedFold, before: str, recipe: ReaderR
         _drop(captured, fold.target)
     notes = [*fold.notes]
     if not recipe.gone:
-        notes.append("a weight is needed there: it stays, and does nothing")
+        what = "the module around it" if captured.needs_weight(fold.target) else "its class"
+        notes.append(f"{what} needs a weight: it stays, and does nothing")
     if untied := {edit.untied for edit in fold.edits if edit.untied}:
         notes.append(f"{', '.join(sorted(untied))} is a tensor of its own now")
         _untie_config(captured.model)

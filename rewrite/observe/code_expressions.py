@@ -141,8 +141,7 @@ class ExpressionReader:
     def _reached(self) -> bool:
         """Return whether what the norm is called by returns its value."""
         if len(self.chain) == 1:
-            self.of_calls.append(None)
-            return True
+            return self._whole()
         returned, fields = self.check.inner(self.chain[1:])
         self.of_calls += [fields] * returned
         return returned
@@ -259,8 +258,7 @@ class ExpressionReader:
 
     def _known_arguments(self, function: Function, call: ast.Call) -> Fixed:
         """Return the parameters of a function whose values are known in a call of it."""
-        given = given_expressions(function, call).items()
-        values = {name: self.known_value(node) for name, node in given}
+        values = {n: self.known_value(e) for n, e in given_expressions(function, call).items()}
         return left_at_default(function, call) | {
             (n, value[0]) for n, value in values.items() if value
         }
@@ -311,9 +309,8 @@ class ExpressionReader:
         if node is self.reaching:
             return self._reached()
         path = path_of(node.func)
-        receiver = isinstance(node.func, ast.Attribute) and self._evaluate(
-            node.func.value, statement
-        )
+        func = node.func
+        receiver = isinstance(func, ast.Attribute) and self._evaluate(func.value, statement)
         if not (receiver or any(given) or any(named.values())):
             return False
         name = path[-1] if path else getattr(node.func, "attr", "")
