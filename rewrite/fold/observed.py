@@ -10,6 +10,7 @@ from rewrite.errors import CheckpointError, PassError
 from rewrite.fold.executor import run_recipes
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.editable import Editable
+from rewrite.graph.operators import needs_weight
 from rewrite.graph.spellings import is_plain
 from rewrite.observe.plan import ObservedFold, ReaderEdit, _ranges
 from rewrite.observe.recipe import ReaderRecipe
@@ -81,7 +82,7 @@ def _finish(captured: Editable, fold: ObservedFold, before: str, recipe: ReaderR
         _drop(captured, fold.target)
     notes = [*fold.notes]
     if not recipe.gone:
-        what = "the module around it" if captured.needs_weight(fold.target) else "its class"
+        what = "the module around it" if needs_weight(captured, fold.target) else "its class"
         notes.append(f"{what} needs a weight: it stays, and does nothing")
     if untied := {edit.untied for edit in fold.edits if edit.untied}:
         notes.append(f"{', '.join(sorted(untied))} is a tensor of its own now")
@@ -141,7 +142,7 @@ def _may_go(captured: Captured, fold: ObservedFold) -> bool:
     """Return whether the norm's class can do without a weight."""
     module = captured.module(fold.target)
     plain = isinstance(module, nn.LayerNorm | nn.RMSNorm) and is_plain(module)
-    return plain and not captured.needs_weight(fold.target)
+    return plain and not needs_weight(captured, fold.target)
 
 
 def _drop(captured: Editable, target: str) -> None:

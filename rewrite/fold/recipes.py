@@ -26,6 +26,7 @@ from rewrite.fold.folder import Fold, Move
 from rewrite.fold.links import Link, constant_link
 from rewrite.fold.requirements import Requirements
 from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.operators import needs_weight
 from rewrite.observe.recipe import KIND, ReaderRecipe
 
 Data = Mapping[str, Any]
@@ -174,7 +175,7 @@ def recipe_of(captured: Captured, fold: Fold) -> FoldRecipe:
 
 def _neutral(captured: Captured, norm: Layer | None) -> dict[str, float]:
     """Return weight and bias with which a norm scales nothing, if it has to have any."""
-    if norm is None or norm.module is None or not captured.needs_weight(norm.module):
+    if norm is None or norm.module is None or not needs_weight(captured, norm.module):
         return {}
     refs = [(norm.weight, 1.0), (norm.bias, 0.0)]
     places = (norm.module, *captured.aliases(norm.module))

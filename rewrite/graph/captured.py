@@ -120,12 +120,6 @@ class Captured:
             reasons = (*reasons, f"computes its {computed[0]} by a property")
         return reasons
 
-    def needs_weight(self, norm: str) -> bool:
-        """Return whether the module around a norm hands its weight to a fast path of its own."""
-        around = {place.rpartition(".")[0] for place in (norm, *self.aliases(norm))}
-        kinds = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
-        return any(isinstance(self.module(name), kinds) for name in around)
-
     # -- nodes --------------------------------------------------------------------------------
 
     def call_sites(self, node: Node) -> tuple[Node, ...]:

@@ -204,6 +204,13 @@ def norm_module(captured: Captured, name: str, module: nn.Module) -> dict[str, A
     return None
 
 
+def needs_weight(captured: Captured, norm: str) -> bool:
+    """Return whether the module around a norm hands its weight to a fast path of its own."""
+    around = {place.rpartition(".")[0] for place in (norm, *captured.aliases(norm))}
+    kinds = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
+    return any(isinstance(captured.module(name), kinds) for name in around)
+
+
 def conv_of(captured: Captured, node: Node) -> Conv | None:
     """Return the convolution (transposed too) that `node` calls, or None."""
     if node.op == "call_module":
