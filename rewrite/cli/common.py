@@ -197,8 +197,12 @@ def check_places(options: argparse.Namespace) -> None:
 
     Raises:
         OptionError: a report, page or picture is a file that is read, or that exists, without
-            --force.
+            --force; or a picture cannot be drawn.
     """
+    if getattr(options, "plot", None):
+        from rewrite.signals.plot import check_plot
+
+        check_plot(Path(options.plot))
     read = [getattr(options, name, None) for name in _READ]
     if options.command == "apply-map":
         read.append(options.report)

@@ -38,9 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with _rare_collection():
-            parser = _parser(argv)
             if "_ARGCOMPLETE" in os.environ:
-                complete(parser)
+                complete(_parser(os.environ.get("COMP_LINE", "").split()[1:]))
+            parser = _parser(argv)
             options = parser.parse_args(argv)
             _finish_interrupted(options)
             check_places(options)

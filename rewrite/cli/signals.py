@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewrite.cli.common import OK, load_model, or_inferred, write_report
 from rewrite.errors import OptionError
 from rewrite.signals.measure import signal
-from rewrite.signals.plot import check_plot
 
 if TYPE_CHECKING:
     import argparse
@@ -24,8 +22,6 @@ def run_signal(
     Raises:
         OptionError: no input is known.
     """
-    if options.plot is not None:
-        check_plot(Path(options.plot))
     inputs = or_inferred(options, model, inputs)
     if inputs is None:
         raise OptionError("--signal runs the model; pass --input, such as 8x3x224x224")

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _STYLES = {"before": ("tab:gray", "--"), "after": ("tab:blue", "-"), "": ("tab:blue", "-")}
 
+_NAMED = 12
+"""How many layers have their names below an axis, at most."""
+
 
 def plot_signals(signals: Mapping[str, Signal], path: Path) -> Path:
     """Draw one or more signals, each under its name, into one .png or .svg file.
@@ -57,15 +60,26 @@ def draw_signals(signals: Mapping[str, Signal]) -> Figure:
         for name, signal in signals.items():
             _draw(place, signal.layers, value, name)
         place.set_title(title, fontsize=10)
-        place.set_xlabel("layer, in data-flow order")
+        _name_layers(place, max((each.layers for each in signals.values()), key=len))
         if logarithmic and place.lines:
             # Logarithmic from the smallest positive value on, linear below: zeros stay visible.
             drawn = [v for drawn in place.lines for v in drawn.get_ydata() if v > 0]
-            place.set_yscale("symlog", linthresh=min(drawn, default=1.0))
+            least = min(drawn, default=1.0)
+            place.set_yscale("symlog", linthresh=least)
+            place.set_ylim(bottom=-0.2 * least)
         place.grid(alpha=0.3)
         if len(signals) > 1:
             place.legend()
     return figure
+
+
+def _name_layers(place: Any, rows: tuple[SignalRow, ...]) -> None:
+    """Write the names of some layers below, evenly, the first and the last among them."""
+    last = len(rows) - 1
+    shown = range(len(rows)) if last < _NAMED else range(0, last + 1, -(-last // (_NAMED - 1)))
+    ticks = sorted({*list(shown)[: _NAMED - 1], max(last, 0)}) if rows else []
+    names = [rows[tick].name or "(root)" for tick in ticks]
+    place.set_xticks(ticks, names, rotation=45, ha="right", fontsize=7)
 
 
 def check_plot(path: Path) -> None:

@@ -2,7 +2,9 @@
 defaults, JSON, HTML and what --quiet still says.
 """
 
+import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -183,3 +185,47 @@ def test_compare_names_what_differs(capsys, checkpoint: Path) -> None:
 def test_signal_makes_up_an_input(capsys, checkpoint: Path) -> None:
     code, out, _ = run(capsys, "inspect", "--signal", "model.pt")
     assert code == 0 and "grad std" in out
+
+
+@pytest.mark.parametrize("flag", ["--signal", "--balance"])
+def test_a_plot_that_cannot_be_drawn_stops_before_the_work(
+    capsys, monkeypatch, tmp_path: Path, flag: str
+) -> None:
+    """The model does not even exist: it was not opened."""
+    place = ["inspect", flag, str(tmp_path / "none.pt"), "--plot"]
+    code, _, err = run(capsys, *place, str(tmp_path / "a.jpg"))
+    assert code == 2 and "a plot is a .png or .svg file" in err
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "rewrite.signals.plot.find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    code, _, err = run(capsys, *place, str(tmp_path / "a.svg"))
+    assert (code, err) == (2, "rewrite: plots need matplotlib; pip install 'rewrite[plot]'\n")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_and_flags(tmp_path: Path) -> None:
+    script = tmp_path / "complete.sh"
+    script.write_text(
+        f"rewrite() {{ '{sys.executable}' -m rewrite \"$@\"; }}; export -f rewrite\n"
+        "source <(rewrite completion bash)\n"
+        "try() { COMP_WORDS=($1); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMP_LINE=$1\n"
+        'COMP_POINT=${#1}; COMPREPLY=(); _python_argcomplete rewrite; echo "${COMPREPLY[@]}"; }\n'
+        "try 'rewrite com'\ntry 'rewrite convert --bn-to-g'\n"
+    )
+    ran = subprocess.run(["bash", script], capture_output=True, text=True, check=False, timeout=120)
+    assert [line.split() for line in ran.stdout.splitlines()] == [
+        ["compare", "completion"], ["--bn-to-gn"],
+    ], ran.stderr  # fmt: skip
+
+
+def test_a_notebook_shows_little_of_everything() -> None:
+    x = torch.randn(2, 3, 9, 9)
+    torch.manual_seed(0)
+    layers = [layer for _ in range(30) for layer in (nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))]
+    model = randomize_norms_(nn.Sequential(*layers)).eval()
+    result = rewrite.convert(model, "fold", example_inputs=x)
+    check = rewrite.verify(model, result.model, x, level="quick")
+    for shown in (result, result.report, check, rewrite.signal(model, x)):
+        assert len(repr(shown)) < 300 and "\n" not in repr(shown)
+        assert shown._repr_html_().startswith("<")
