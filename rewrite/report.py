@@ -100,7 +100,6 @@ class Report:
                     "pass": item.spec,
                     "contract": item.contract,
                     "ok": item.ok,
-                    "seconds": round(item.seconds, 4),
                     "changes": [asdict(change) for change in item.changes],
                     "skips": [asdict(skip) for skip in item.skips],
                     "violations": list(item.violations),

@@ -55,6 +55,6 @@ def run_convert_folder(options: argparse.Namespace, chosen: Sequence[Pass]) -> i
         if options.allow_noop:
             return OK
         return complain("nothing to rewrite; nothing was written", NOTHING)
-    if not options.quiet:
-        print("nothing written (--dry-run)" if options.dry_run else f"wrote {target}")
+    if options.dry_run and not options.quiet:
+        print("nothing written (--dry-run)")
     return OK

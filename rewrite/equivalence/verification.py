@@ -117,7 +117,6 @@ class Verification:
             ],
             "reasons": list(self.reasons),
             "divergence": None if self.divergence is None else self.divergence.to_dict(),
-            "seconds": round(self.seconds, 3),
         }
 
     def to_json(self) -> str:

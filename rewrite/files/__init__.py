@@ -5,7 +5,9 @@ from rewrite.files.staging import (
     atomic_path,
     check_writable,
     publication,
+    publish_folder,
     removed_if_killed,
+    together,
     write_bytes,
 )
 
@@ -14,6 +16,8 @@ __all__ = [
     "atomic_path",
     "check_writable",
     "publication",
+    "publish_folder",
     "removed_if_killed",
+    "together",
     "write_bytes",
 ]

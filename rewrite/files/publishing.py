@@ -20,6 +20,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -38,7 +39,7 @@ _LARGEST = 1 << 20
 
 @dataclass(frozen=True)
 class Entry:
-    """A staged file: where its content is, and the file that it becomes."""
+    """A staged file or folder: where its content is, and what it becomes."""
 
     content: str
     target: str
@@ -159,13 +160,17 @@ def _recover(folder: Path) -> None:
             do(folder, step)
             for left in (step.new, step.old):
                 if left is not None:
-                    (folder / left).unlink(missing_ok=True)
+                    _remove(folder / left)
         journal.unlink(missing_ok=True)
 
 
 def _rename(folder: Path, step: _Step) -> None:
     """Give the new content its name."""
-    if step.overwrite:
+    if (folder / step.new).is_dir():
+        if os.path.lexists(folder / step.target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        (folder / step.new).rename(folder / step.target)
+    elif step.overwrite:
         (folder / step.new).replace(folder / step.target)
     else:
         # A hard link fails when the name is taken, which a rename does not.
@@ -184,7 +189,7 @@ def _restore(folder: Path, step: _Step) -> None:
     target = folder / step.target
     if step.old is None:
         if os.path.lexists(target) and target.lstat().st_ino == step.inode:
-            target.unlink()
+            _remove(target)
     elif os.path.lexists(folder / step.old):
         (folder / step.old).replace(target)
 
@@ -223,14 +228,13 @@ def _read(journal: Path) -> list[_Step]:
 
 
 def _sound(step: _Step) -> bool:
-    """Say whether a line names files of its folder alone, and hidden ones where they have to be."""
+    """Say whether a line names a file of its folder, and hidden ones as `_step` calls them."""
     names = [step.target, step.new, *([] if step.old is None else [step.old])]
     if not all(isinstance(name, str) and "\0" not in name for name in names):
         return False
-    plain = all(name not in ("", ".", "..") and name == Path(name).name for name in names)
-    return plain and all(
-        name.startswith(".") and name.endswith((".tmp", ".old")) for name in names[1:]
-    )
+    hidden = re.compile(rf"\.{re.escape(step.target[:200])}\.[0-9a-f]{{12}}\.(tmp|old)")
+    plain = step.target not in ("", ".", "..") and step.target == Path(step.target).name
+    return plain and all(hidden.fullmatch(name) for name in names[1:])
 
 
 def _move(folder: Path, old: str, new: str) -> None:
@@ -239,13 +243,23 @@ def _move(folder: Path, old: str, new: str) -> None:
 
 
 def _link(content: str, name: Path) -> None:
-    """Give a content one more name; raise FileExistsError when it is taken."""
+    """Give a file one more name, a folder another; raise FileExistsError when it is taken."""
+    if Path(content).is_dir():
+        Path(content).rename(name)
+        return
     folder = os.open(name.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         # A folder's handle makes this linkat(2), which follows the link in /proc.
         os.link(content, name.name, dst_dir_fd=folder, follow_symlinks=True)
     finally:
         os.close(folder)
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
 
 
 def _flush(folder: Path) -> None:

@@ -94,10 +94,36 @@ class _Staged:
 
 
 @dataclass
+class _StagedFolder:
+    """A folder with all that is in it, and the name that it will get."""
+
+    target: Path
+    place: Path
+    path: Path
+    kept: contextlib.ExitStack
+    inode: int
+    handle: int = -1
+
+    @property
+    def entry(self) -> publishing.Entry:
+        """Return what is to be published."""
+        return publishing.Entry(str(self.path), str(self.place), overwrite=False)
+
+    @property
+    def published(self) -> bool:
+        """Say whether the folder has its name."""
+        return self.place.exists() and self.place.stat().st_ino == self.inode
+
+    def close(self) -> None:
+        """Let go of the folder, and of what is left where it was made."""
+        self.kept.close()
+
+
+@dataclass
 class Publication:
     """The files of one command, staged and not yet published."""
 
-    staged: list[_Staged] = field(default_factory=list)
+    staged: list[_Staged | _StagedFolder] = field(default_factory=list)
     written: list[Path] = field(default_factory=list)
 
     def publish(self) -> tuple[Path, ...]:
@@ -114,7 +140,9 @@ class Publication:
         """Do so in this process: what a kill cuts off is finished by the next writer."""
         return self._named(lambda staged: publishing.publish([one.entry for one in staged]))
 
-    def _named(self, publish: Callable[[Sequence[_Staged]], None]) -> tuple[Path, ...]:
+    def _named(
+        self, publish: Callable[[Sequence[_Staged | _StagedFolder]], None]
+    ) -> tuple[Path, ...]:
         made = [staged.target for staged in self.staged]
         if not made:
             return ()
@@ -136,11 +164,11 @@ class Publication:
             self.staged.pop().close()
 
 
-def _apart(staged: Sequence[_Staged]) -> None:
+def _apart(staged: Sequence[_Staged | _StagedFolder]) -> None:
     """Publish in a process that has a session of its own, and wait for it."""
     entries = [one.entry for one in staged]
     line = json.dumps([asdict(entry) for entry in entries]).encode() + b"\n"
-    process = _helper(["publish"], [one.handle for one in staged])
+    process = _helper(["publish"], [one.handle for one in staged if one.handle >= 0])
     if process is None:
         publishing.publish(entries)
         return
@@ -174,12 +202,12 @@ def _helper(
 
 
 @contextlib.contextmanager
-def removed_if_killed(folder: Path, lock: str) -> Iterator[None]:
+def removed_if_killed(folder: Path, lock: str = ".lock") -> Iterator[None]:
     """See to it that `folder` goes when this process is killed inside of the block.
 
     Args:
         folder: a folder that this process writes.
-        lock: the file in it that this process has locked; who locks it next has the folder.
+        lock: the file in it that this process may have locked; who locks it next has the folder.
     """
     process = _helper(["discard", str(folder.resolve()), lock])
     try:
@@ -202,6 +230,37 @@ def publication() -> Iterator[Publication]:
     finally:
         _CURRENT.reset(token)
         found.close()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Give the files that are written inside their names together, or with those of the command."""
+    if _CURRENT.get() is not None:
+        yield
+        return
+    with publication() as found:
+        yield
+        found.publish_here()
+
+
+def publish_folder(path: Path, target: Path, kept: contextlib.ExitStack) -> None:
+    """Give a folder that is complete its name, at once or with the other files of the command.
+
+    Args:
+        path: the folder, on the file system of its target.
+        target: what it becomes; nothing may be there.
+        kept: what to close once the folder has its name, or will never have it.
+
+    Raises:
+        CheckpointError: the name is taken, or the system refuses.
+    """
+    place = target.parent.resolve() / target.name
+    staged = _StagedFolder(target, place, path.resolve(), kept, path.stat().st_ino)
+    collected = _CURRENT.get()
+    if collected is None:
+        Publication([staged]).publish_here()
+    else:
+        collected.staged.append(staged)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,6 @@ def conversion_page(
         Number(str(changes), "rewritten"),
         Number(str(skips), "left alone, each with its reason"),
         *_sizes(modules),
-        Number(f"{sum(item.seconds for item in report.passes):.1f} s", "in the passes"),
     ]
     violations = [
         f"{name} changed although no rewritten site names it"
@@ -80,7 +79,7 @@ def verification_page(
         title=title,
         verdict=f"{found.contract} {verdict} on {_count(ran, 'input')}: {found.distance()}.",
         ok=found.ok,
-        numbers=[*_sizes(modules), Number(f"{found.seconds:.1f} s", "to verify")],
+        numbers=_sizes(modules),
         reasons=found.reasons,
         divergence=found.divergence,
         cases=found.cases,
@@ -122,7 +121,6 @@ def onnx_page(found: OnnxVerification, provenance: Mapping[str, str] | None = No
         numbers=[
             Number(str(nodes), "nodes"),
             *(Number(str(count), kind) for kind, count in most),
-            Number(f"{found.seconds:.1f} s", "to verify"),
         ],
         reasons=found.reasons,
         divergence=found.divergence,

@@ -25,7 +25,7 @@ from torch import nn
 from rewrite import __version__
 from rewrite.equivalence.verification import Level
 from rewrite.errors import ExportError, VerificationError, system_reason
-from rewrite.files import atomic_path, check_writable
+from rewrite.files import atomic_path, check_writable, removed_if_killed, together
 from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.onnx.exporters import Exporter, ExportRequest, export_program
 from rewrite.onnx.file import LARGE
@@ -201,7 +201,7 @@ def _share(model: Any, learned: set[str]) -> int:
 def _scratch(program: Any, target: Path) -> Path:
     """Return a folder for what is verified before it is written: not the target's, if others fit.
 
-    A process that is killed leaves its scratch files; beside the target nobody wants them.
+    Where a kill leaves its scratch files after all, nobody wants them beside the target.
     """
     size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values()
                if v.const_value is not None)  # fmt: skip
@@ -216,13 +216,18 @@ def _written(program: Any, target: Path, beside: bool, overwrite: bool) -> Itera
     When the block raises, nothing is left and what was at `target` stays.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=_scratch(program, target)) as folder:
+        with (
+            tempfile.TemporaryDirectory(dir=_scratch(program, target)) as folder,
+            removed_if_killed(Path(folder)),
+        ):
             place = Path(folder) / target.name
             program.save(str(place), external_data=beside)
             yield place
+            # The data first: what names it comes after it.
             written = sorted(Path(folder).iterdir(), key=lambda file: file == place)
-            for file in written:
-                with atomic_path(target.parent / file.name, overwrite=overwrite) as staged:
-                    shutil.copyfile(file, staged)
+            with together():
+                for file in written:
+                    with atomic_path(target.parent / file.name, overwrite=overwrite) as staged:
+                        shutil.copyfile(file, staged)
     except OSError as error:
         raise ExportError(f"{target}: {system_reason(error)}") from error

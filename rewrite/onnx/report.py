@@ -79,7 +79,8 @@ class OnnxVerification:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON's own types."""
-        values = {key: value for key, value in vars(self).items() if key != "divergence"}
+        left_out = ("divergence", "seconds")
+        values = {key: value for key, value in vars(self).items() if key not in left_out}
         for key in ("max_abs", "max_rel", "noise"):
             value = values[key]
             values[key] = value if value is not None and math.isfinite(value) else None
@@ -92,7 +93,6 @@ class OnnxVerification:
             "notes": list(self.notes),
             "reasons": list(self.reasons),
             "divergence": None if self.divergence is None else self.divergence.to_dict(),
-            "seconds": round(self.seconds, 3),
         }
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from onnx import numpy_helper
 
 from rewrite.equivalence.divergence import Divergence
 from rewrite.errors import VerificationError, system_reason
+from rewrite.files import atomic_path, publish_folder, removed_if_killed, together
 from rewrite.onnx.file import OnnxFile, initializer
 from rewrite.onnx.runtime import Feed
 from rewrite.onnx.values import values_of
@@ -87,14 +89,23 @@ def _complete(place: Path) -> Iterator[Path]:
     """Yield a temporary folder whose files end up in `place`, all of them or none."""
     check_folder(place)
     try:
-        with tempfile.TemporaryDirectory(dir=place.absolute().parent, prefix=".repro.") as folder:
-            yield Path(folder)
-            place.mkdir(exist_ok=True)
-            blocked = [file.name for file in Path(folder).iterdir() if (place / file.name).is_dir()]
+        with contextlib.ExitStack() as kept:
+            scratch = tempfile.TemporaryDirectory(dir=place.absolute().parent, prefix=".repro.")
+            folder = Path(kept.enter_context(scratch))
+            kept.enter_context(removed_if_killed(folder))
+            made = folder / place.name
+            made.mkdir()
+            yield made
+            if not place.exists():
+                publish_folder(made, place, kept.pop_all())
+                return
+            blocked = [file.name for file in made.iterdir() if (place / file.name).is_dir()]
             if blocked:
                 raise VerificationError(f"{place / blocked[0]}: is a folder; give another place")
-            for file in Path(folder).iterdir():
-                file.replace(place / file.name)
+            with together():
+                for file in made.iterdir():
+                    with atomic_path(place / file.name) as staged:
+                        shutil.copyfile(file, staged)
     except OSError as error:
         raise VerificationError(f"{place}: cannot be written: {system_reason(error)}") from error
 

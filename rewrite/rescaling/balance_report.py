@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from rewrite.errors import OptionError
-from rewrite.files import atomic_path
+from rewrite.files.figure import save_figure
 from rewrite.graph.capture import capture
 from rewrite.rescaling.balance import Balance
 from rewrite.rescaling.couplings import couplings
@@ -109,9 +109,7 @@ class BalanceReport:
         axes.set_xlabel("group of channels, in data-flow order")
         axes.set_ylabel("log10 of squares written / read")
         axes.grid(alpha=0.3)
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format=path.suffix.lower().lstrip("."), dpi=120)
-        return path
+        return save_figure(figure, path)
 
 
 def balance_report(model: nn.Module, example_inputs: Any = None) -> BalanceReport:

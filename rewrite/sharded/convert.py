@@ -9,7 +9,6 @@ toolkit.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -69,9 +68,8 @@ def convert_checkpoint(
     folder = open_folder(source)
     structure = structure_of(folder)
     say("planning")
-    begin = time.perf_counter()
     plan = plan_folder(folder, structure, passes, only, skip)
-    notes = [*plan.report.notes, f"planned in {time.perf_counter() - begin:.1f} s without a tensor"]
+    notes = [*plan.report.notes, "planned without a tensor"]
     if not plan.report.changes:
         return replace(plan.report, notes=tuple(notes))
     with staged_folder(place, notes) as stage:

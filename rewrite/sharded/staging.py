@@ -1,6 +1,6 @@
 """A folder that appears whole or not at all.
 
-    .NAME.partial/ (locked) -> written, flushed -> renamed to NAME
+    .NAME.partial/whole (locked) -> written, flushed -> renamed to NAME
 
 A process of its own takes the partial folder away when the run is killed. Where that one dies too,
 the folder stays, without a lock: the next run takes it away and begins anew.
@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rewrite.errors import CheckpointError, system_reason
-from rewrite.files import removed_if_killed
+from rewrite.files import publish_folder, removed_if_killed
 
-_LOCK = ".lock"
+_LOCK, _WHOLE = ".lock", "whole"
 
 
 def check_target(target: Path) -> None:
@@ -36,31 +36,28 @@ def check_target(target: Path) -> None:
 def staged_folder(target: Path, notes: list[str]) -> Iterator[Path]:
     """Yield a folder beside `target` that becomes `target` when the block succeeds.
 
+    Inside of a command it gets its name with the other files of the command.
+
     Raises:
         CheckpointError: the target exists or cannot be written, or another process writes it.
     """
     check_target(target)
     stage = target.parent / f".{target.name}.partial"
     try:
-        handle = _claim(stage, notes)
-    except OSError as error:
-        raise CheckpointError(f"{target}: {system_reason(error)}") from error
-    try:
-        with removed_if_killed(stage, _LOCK):
-            yield stage
-            (stage / _LOCK).unlink()
-            for path in stage.rglob("*"):
+        with contextlib.ExitStack() as kept:
+            kept.callback(os.close, _claim(stage, notes))
+            kept.callback(shutil.rmtree, stage, ignore_errors=True)
+            kept.enter_context(removed_if_killed(stage, _LOCK))
+            whole = stage / _WHOLE
+            whole.mkdir()
+            yield whole
+            for path in whole.rglob("*"):
                 if path.is_file():
                     _flush(path)
             check_target(target)
-            stage.rename(target)
-            _flush(target.parent)
+            publish_folder(whole, target, kept.pop_all())
     except OSError as error:
         raise CheckpointError(f"{target}: {system_reason(error)}") from error
-    finally:
-        os.close(handle)
-        if stage.exists():
-            shutil.rmtree(stage, ignore_errors=True)
 
 
 def _claim(stage: Path, notes: list[str]) -> int:
@@ -69,7 +66,12 @@ def _claim(stage: Path, notes: list[str]) -> int:
 
     left = stage.exists()
     stage.mkdir(exist_ok=True)
-    handle = os.open(stage / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        handle = os.open(stage / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError:
+        with contextlib.suppress(OSError):
+            stage.rmdir()
+        raise
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewrite.errors import OptionError
-from rewrite.files import atomic_path
+from rewrite.files.figure import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,9 +31,7 @@ def plot_signals(signals: Mapping[str, Signal], path: Path) -> Path:
     """
     check_plot(path)
     figure = draw_signals(signals)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lower().lstrip("."), dpi=120)
-    return path
+    return save_figure(figure, path)
 
 
 def draw_signals(signals: Mapping[str, Signal]) -> Figure:

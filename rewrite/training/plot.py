@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewrite.errors import OptionError
-from rewrite.files import atomic_path
+from rewrite.files.figure import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,9 +40,7 @@ def write_figure(figure: Figure, path: Path) -> Path:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise OptionError(f"{path}: a plot is written as {' or '.join(SUFFIXES)}")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lower().lstrip("."), dpi=120)
-    return path
+    return save_figure(figure, path)
 
 
 def plot_recovery(recovered: Recovered[Any], path: Path) -> Path:

@@ -93,7 +93,6 @@ class Recovered(Generic[Model]):
             "agreements": [{"step": step} | asdict(found) for step, found in self.agreements],
             "stopped": self.stopped,
             "notes": list(self.notes),
-            "seconds": self.seconds,
         }
         if self.calibration is not None:
             more["calibration"] = {name: asdict(one) for name, one in self.calibration.items()}

@@ -117,10 +117,22 @@ def test_what_was_interrupted_is_finished_once(tmp_path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        {"target": "../victim", "new": ".x.tmp", "old": None, "inode": 1, "overwrite": True},
+        {
+            "target": "../victim",
+            "new": ".victim.0123456789ab.tmp",
+            "old": None,
+            "inode": 1,
+            "overwrite": True,
+        },
         {"target": "victim", "new": "../x.tmp", "old": None, "inode": 1, "overwrite": True},
         {"target": "victim", "new": "precious", "old": None, "inode": 1, "overwrite": True},
-        {"target": "victim", "new": ".x.tmp", "old": "precious", "inode": 1, "overwrite": True},
+        {
+            "target": "victim",
+            "new": ".victim.0123456789ab.tmp",
+            "old": "precious",
+            "inode": 1,
+            "overwrite": True,
+        },
         {"target": 3},
         7,
     ],
