@@ -17,13 +17,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import importlib
 import os
 import random
-import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -37,6 +34,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks._faults import WATCHED, killed, refused
 from benchmarks._table import environment, parser, publish, table
 from models.randomize import randomize_norms_
 from rewrite.checkpoint.load import save
@@ -94,11 +92,6 @@ COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 """What each command is called with, and what it writes."""
 
-_WATCHED = frozenset({"open", "os.rename", "os.link", "os.remove", "subprocess.Popen", "os.mkdir"})
-_CODES = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT, errno.EROFS)
-
-Fault = Callable[[random.Random, int, Path], None]
-
 
 def main() -> None:
     """Kill and refuse, and publish the table."""
@@ -133,9 +126,9 @@ def measured(names: list[str], kills: int, refusals: int) -> Iterator[list[Any]]
             trial = Trial(name, prepared, Path(scratch))
             counts = [Counter[str](), Counter[str]()]
             for number in range(kills):
-                counts[0].update(trial.run(number, _killed))
+                counts[0].update(trial.run(number, killed))
             for number in range(refusals):
-                counts[1].update(trial.run(number, _refused))
+                counts[1].update(trial.run(number, refused))
             kinds = ("old", "new", "mixed", "left over")
             yield [
                 f"`{name}`", kills, *(counts[0][kind] for kind in kinds),
@@ -154,7 +147,8 @@ def _prepare(folder: Path) -> None:
     save(model, folder / "same.pt")
     torch.save(model.state_dict(), folder / "state.pt")
     with torch.no_grad():
-        model[3].weight.mul_(1.1)
+        for parameter in model[3].parameters():
+            parameter.mul_(1.1)
     save(model, folder / "student.pt")
     np.save(folder / "data.npy", np.random.default_rng(0).normal(size=(64, 3, 9, 9)).astype("f4"))
     _llama(folder / "llama")
@@ -274,7 +268,7 @@ class Trial:
 
             def hook(event: str, _: Any) -> None:
                 nonlocal seen
-                if event in _WATCHED:
+                if event in WATCHED:
                     seen += 1
                     os.pwrite(handle, b"%9d" % seen, 0)
 
@@ -304,101 +298,6 @@ class Trial:
     def _arm(self, fault: Callable[[int, float], Any]) -> None:
         os.environ["TMPDIR"] = tempfile.tempdir = str(self.temporary)
         fault(getattr(self, "events", 0), getattr(self, "seconds", 0.0))
-
-
-class _Later:
-    """A signal after some of the time that the command takes."""
-
-    def __init__(self, share: float, number: int) -> None:
-        self._share, self.signal = share, number
-
-    def after(self, seconds: float) -> float:
-        """Return how many seconds to wait."""
-        return self._share * seconds
-
-    def __call__(self, *_: Any) -> None:
-        """Arm nothing in the command."""
-
-
-def _killed(draw: random.Random, number: int, trial: Trial) -> Callable[..., None]:
-    """Return a kill at a random moment, or at a random event."""
-    how = (signal.SIGKILL, signal.SIGTERM)[number // 2 % 2]
-    if draw.random() < 0.5:
-        return _Later(draw.random() * 1.05, how)
-    # The last ones are where files get their names.
-    at = draw.randint(trial.events - 12 if draw.random() < 0.7 else 1, trial.events)
-
-    def arm(*_: Any) -> None:
-        _at_event(at, lambda _: os.kill(os.getpid(), how), _WATCHED)
-
-    return arm
-
-
-def _refused(draw: random.Random, number: int, trial: Trial) -> Callable[..., None]:
-    """Return an error of the system at a random event that writes, or a limit of a file's size."""
-    largest = max(len(c) for c in trial.new.values() if isinstance(c, bytes))
-    if number % 4 == 0:
-        limit = draw.randint(0, largest)
-
-        def limited(*_: Any) -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-        return limited
-    code, at, here = draw.choice(_CODES), draw.randint(1, 24), number % 4 == 1
-
-    def refuse(_: str) -> None:
-        raise OSError(code, os.strerror(code))
-
-    def arm(*_: Any) -> None:
-        if here:  # in this process, where the hook sees what gives files their names
-            from rewrite.files import staging
-
-            staging._helper = lambda *_: None
-        _at_event(at, refuse, _WATCHED - {"os.remove"}, str(trial.folder))
-        _at_flush(at, refuse)
-
-    return arm
-
-
-def _at_event(
-    at: int, do: Callable[[str], None], events: frozenset[str], folder: str | None = None
-) -> None:
-    """Do something at an event's n-th time; with a folder, only those that write into it count."""
-    seen = 0
-
-    def hook(event: str, details: Any) -> None:
-        nonlocal seen
-        if event not in events or (folder is not None and not _writes(event, details, folder)):
-            return
-        seen += 1
-        if seen == at:
-            do(event)
-
-    sys.addaudithook(hook)
-
-
-def _writes(event: str, details: Any, folder: str) -> bool:
-    if event == "open":
-        path, _, flags = details
-        written = (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        place = os.fsdecode(path) if isinstance(path, str | bytes) else ""
-        inside = place.startswith((folder, "/proc/self/fd")) or not place.startswith("/")
-        return bool(written) and inside
-    return True
-
-
-def _at_flush(at: int, do: Callable[[str], None]) -> None:
-    """Do something at the n-th flush of a file, which is no event."""
-    real, seen = os.fsync, 0
-
-    def flush(handle: int) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == at % 5:
-            do("fsync")
-        real(handle)
-
-    os.fsync = flush
 
 
 def _content(place: Path) -> Any:
