@@ -111,11 +111,11 @@ def _at_flush(at: int, do: Callable[[str], None]) -> None:
     """Do something at the n-th flush of a file, which is no event."""
     real, seen = os.fsync, 0
 
-    def flush(handle: Any) -> None:
+    def flush(fd: Any) -> None:
         nonlocal seen
         seen += 1
         if seen == at % 5:
             do("fsync")
-        real(handle)
+        real(fd)
 
     os.fsync = flush
