@@ -12,7 +12,7 @@ rank r of w reads the batches r, r + w, r + 2 w …: together they read what one
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from rewrite.distributed import rank_and_world
-from rewrite.errors import OptionError
+from rewrite.errors import OptionError, RewriteError
+from rewrite.runtime.array_files import read_arrays
 
 BATCH_SIZE = 16
 
@@ -190,6 +191,10 @@ class Share:
         return islice(iter(self.source), self.rank, None, self.world)
 
 
+def _read_with_torch(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def open_calibration(
     reference: str,
     model: nn.Module,
@@ -198,13 +203,16 @@ def open_calibration(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     batch_size: int = BATCH_SIZE,
+    read: Callable[[Path], Any] = _read_with_torch,
 ) -> Iterable[Any]:
     """Return the batches that `reference` stands for; images become what `model` takes.
+
+    A `.pt` file is opened by `read`: the commands pass the reader of checkpoints.
 
     Raises:
         OptionError: nothing usable is there.
     """
-    source = _open(reference, model, size, mean, std, batch_size)
+    source = _open(reference, model, size, mean, std, batch_size, read)
     rank, world = rank_and_world()
     if world == 1:
         return source
@@ -220,6 +228,7 @@ def _open(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     batch_size: int,
+    read: Callable[[Path], Any],
 ) -> Iterable[Any]:
     path = Path(reference)
     if path.is_dir():
@@ -229,7 +238,7 @@ def _open(
             raise OptionError(f"calibration folder {path}: no image in it ({kinds})")
         return ImageFolder(files, ImageFormat.of(model, size, mean, std), batch_size)
     if path.suffix.lower() in _ARRAYS:
-        return _split(_read_array(path), batch_size)
+        return _split(_read_array(path, read), batch_size)
     if path.exists():
         kinds = " ".join(sorted(_ARRAYS))
         raise OptionError(f"calibration file {path}: not one of {kinds}, nor a folder of images")
@@ -241,26 +250,20 @@ def _open(
     )
 
 
-def _read_array(path: Path) -> Any:
+def _read_array(path: Path, read: Callable[[Path], Any]) -> Any:
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() in (".npy", ".npz"):
+            return next(iter(read_arrays(path).values()), None)
+        if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
 
             return next(iter(load_file(path).values()), None)
-        if path.suffix in (".npy", ".npz"):
-            return _read_numpy(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read(path)
+    except RewriteError:
+        raise
     except Exception as error:  # a damaged file may raise anything
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise OptionError(f"calibration file {path}: cannot be read: {message}") from error
-
-
-def _read_numpy(path: Path) -> Any:
-    import numpy as np
-
-    loaded = np.load(path, allow_pickle=False)
-    array = loaded if path.suffix == ".npy" else loaded[loaded.files[0]]
-    return torch.from_numpy(array)
 
 
 def _split(value: Any, batch_size: int) -> Iterable[Any]:

@@ -149,8 +149,8 @@ def load_into(
     return copied
 
 
-def holds_state(reference: str | os.PathLike[str]) -> bool:
-    """Say whether a reference is a file of tensors by name, and no whole model.
+def holds_state(reference: str | os.PathLike[str], key: str | None = None) -> bool:
+    """Say whether a reference is a file of tensors by name (at `key`), and no whole model.
 
     Raises:
         CheckpointError: it is a file that cannot be read.
@@ -164,7 +164,9 @@ def holds_state(reference: str | os.PathLike[str]) -> bool:
     if zipfile.is_zipfile(path) and is_exported(path):
         return False
     with opened_pickle(path) as file:
-        found = find_state(file.program.root)
+        if is_module(file.program.root):
+            return False
+        found = find_state(file.program.root, key)
     return found is not None and not is_module(found[1])
 
 
@@ -195,6 +197,28 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Tr
         else:
             write_model(model, temporary)
             _check_written(temporary)
+    return target
+
+
+def save_state(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = True) -> Path:
+    """Write the state dict of a model, as safetensors or with `torch.save`, as the suffix says.
+
+    Args:
+        model: The model; it is not changed.
+        path: The file to write; its folder must exist.
+        overwrite: Whether a file at `path` may be replaced.
+
+    Raises:
+        CheckpointError: The place cannot be written, or a `.safetensors` file cannot hold it.
+    """
+    target = Path(path)
+    state = model.state_dict()
+    with atomic_path(path, overwrite=overwrite) as temporary:
+        if target.suffix == ".safetensors":
+            write_state(state, temporary)
+        else:
+            with temporary.open("wb") as stream:
+                torch.save(state, stream)
     return target
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
-
-from rewrite.errors import OptionError
 
 
 def add_parsers(subparsers: Any) -> None:
@@ -29,13 +26,9 @@ def run_apply_map(options: argparse.Namespace) -> int:
     """Read the report and the checkpoint, write the folded one, and return the exit code."""
     from rewrite.checkpoint.state_dict import read_state, write_state
     from rewrite.files import atomic_path
-    from rewrite.fold.replay import apply_report
+    from rewrite.fold.replay import apply_report, read_report
 
-    try:
-        report = json.loads(Path(options.report).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{options.report}: no report can be read: {error}") from error
-    state = apply_report(report, read_state(options.checkpoint))
+    state = apply_report(read_report(Path(options.report)), read_state(Path(options.checkpoint)))
     with atomic_path(options.output, overwrite=options.force) as temporary:
         if options.output.endswith(".safetensors"):
             write_state(state, temporary)

@@ -104,6 +104,19 @@ def load_model(options: argparse.Namespace, reference: str, *, factory: bool = T
     )
 
 
+def save_model(options: argparse.Namespace, reference: str, model: nn.Module, output: Path) -> None:
+    """Write what became of the MODEL that `reference` names: of a state dict, a state dict.
+
+    The suffix of `output` decides the form.
+    """
+    from rewrite.checkpoint.load import holds_state, save, save_state
+
+    is_state = options.factory is not None and holds_state(reference, options.key)
+    (save_state if is_state else save)(model, output, overwrite=options.force)
+    if is_state and not options.quiet:
+        print(f"rewrite: {output}: a state dict, as {reference} is", file=sys.stderr)
+
+
 def example_inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, ...] | None:
     """Return what --input describes, or None."""
     if options.input is None:
@@ -115,6 +128,19 @@ def example_inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, 
 
         return load_inputs(options.input, load_pickle)
     return parse_shapes(options.input, model, options.seed)
+
+
+def calibration_data(reference: str, model: nn.Module, **form: Any) -> Iterable[Any]:
+    """Return the batches that a reference stands for; every file is opened as a checkpoint is.
+
+    Raises:
+        OptionError: nothing usable is there.
+        CheckpointError: the file may not be opened.
+    """
+    from rewrite.calibration.data import open_calibration
+    from rewrite.checkpoint.pickles.unpickle import load_pickle
+
+    return open_calibration(reference, model, read=load_pickle, **form)
 
 
 def or_inferred(options: argparse.Namespace, model: nn.Module, inputs: Any) -> Any:

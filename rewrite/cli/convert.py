@@ -15,10 +15,12 @@ from rewrite.cli.common import (
     NOTHING,
     OK,
     add_model_arguments,
+    calibration_data,
     complain,
     console,
     example_inputs,
     load_model,
+    save_model,
     write_report,
 )
 from rewrite.cli.pass_flags import PassFlags, add_pass_flags
@@ -136,13 +138,11 @@ def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool
         del model
         exported = None
         if code == OK and writes and result.report.changes:
-            from rewrite.checkpoint.load import save
-
             if options.onnx:
                 progress("exporting")
                 exported = _export(options, result, inputs)
             progress("saving")
-            save(result.model, output, overwrite=options.force)
+            save_model(options, options.model, result.model, output)
     write_report(options, result.report, page)
     if code == OK and not options.quiet and options.dry_run:
         print("nothing written (--dry-run)")
@@ -195,7 +195,9 @@ def _output(options: argparse.Namespace) -> Path:
         return Path(options.output)
     reference = Path(options.model)
     if reference.exists():
-        return reference.with_name(f"{reference.stem}.rewritten.pt")
+        # Of a state dict a state dict is written, in its own form.
+        own = reference.suffix == ".safetensors"
+        return reference.with_name(f"{reference.stem}.rewritten{'.safetensors' if own else '.pt'}")
     return Path(options.model.rpartition(":")[2].split("(")[0] + ".rewritten.pt")
 
 
@@ -233,9 +235,7 @@ def _judge(report: Any, passes: int, options: argparse.Namespace) -> int:
 def _calibration(options: argparse.Namespace, model: nn.Module) -> Any:
     if options.calibration is None:
         return None
-    from rewrite.calibration.data import open_calibration
-
-    return open_calibration(
+    return calibration_data(
         options.calibration, model, size=options.size,
         mean=_numbers("--mean", options.mean), std=_numbers("--std", options.std),
     )  # fmt: skip

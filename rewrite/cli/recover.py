@@ -11,8 +11,10 @@ from rewrite.cli.common import (
     MODEL_HELP,
     OK,
     add_model_arguments,
+    calibration_data,
     complain,
     load_model,
+    save_model,
     write_report,
 )
 from rewrite.errors import OptionError
@@ -111,11 +113,9 @@ def train(
 
 def finish(options: argparse.Namespace, recovered: Recovered[nn.Module], output: Path) -> int:
     """Save the model, draw and report; in several processes the first one does."""
-    from rewrite.checkpoint.load import save
-
     if not _is_first():
         return OK if recovered.ok else FAILED
-    save(recovered.model, output, overwrite=True)
+    save_model(options, options.student, recovered.model, output)
     if getattr(options, "plot", None) is not None:
         recovered.plot(options.plot)
     write_report(options, recovered)
@@ -130,19 +130,15 @@ def open_data(reference: str, model: nn.Module, *, labels: bool) -> Iterable[Any
     Raises:
         OptionError: nothing usable is there.
     """
-    from rewrite.calibration.data import open_calibration
-
     path = Path(reference)
     if not labels or not path.exists():
-        return open_calibration(reference, model)
+        return calibration_data(reference, model)
     if path.suffix != ".npz":
         raise OptionError(f"{reference}: labels come in an .npz of two arrays, or from a factory")
-    import numpy as np
-    import torch
+    from rewrite.runtime.array_files import read_arrays
 
     try:
-        with np.load(path, allow_pickle=False) as held:
-            arrays = [torch.from_numpy(held[name]) for name in held.files]
+        arrays = list(read_arrays(path).values())
     except (OSError, ValueError) as error:
         raise OptionError(f"{reference}: cannot be read: {error}") from error
     if len(arrays) != 2:

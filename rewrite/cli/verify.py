@@ -13,6 +13,7 @@ from rewrite.cli.common import (
     FAILED,
     OK,
     add_model_arguments,
+    calibration_data,
     check_report,
     complain,
     example_inputs,
@@ -141,9 +142,11 @@ def _two_models(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     """Open A and B; a state dict without --factory is taken as weights of the other model."""
     from rewrite.checkpoint.load import holds_state, load_into
 
-    states = [holds_state(name) for name in (options.model, options.other)]
+    states = [holds_state(name, options.key) for name in (options.model, options.other)]
     if options.factory is None and any(states) and not all(states):
-        whole, tensors = sorted((options.model, options.other), key=holds_state)
+        whole, tensors = (
+            (options.model, options.other) if states[1] else (options.other, options.model)
+        )
         model = load_model(options, whole)
         other = load_into(model, tensors, key=options.key, strip_prefix=options.strip_prefix)
         return (other, model) if states[0] else (model, other)
@@ -205,24 +208,16 @@ def _named_inputs(options: argparse.Namespace) -> dict[str, Any] | None:
     """Return the inputs of an .npz file that was saved with names, None for anything else."""
     if options.input is None or not options.input.endswith(".npz"):
         return None
-    import numpy as np
+    from rewrite.runtime.input_files import load_named_inputs
 
-    from rewrite.runtime.input_files import load_inputs
-
-    values = load_inputs(options.input)
-    with np.load(options.input, allow_pickle=False) as archive:
-        names = list(archive.files)
-    if all(name.startswith("arr_") for name in names):
-        return None
-    return dict(zip(names, values, strict=True))
+    values = load_named_inputs(options.input)
+    return None if all(name.startswith("arr_") for name in values) else values
 
 
 def _calibration(options: argparse.Namespace, model: Any) -> Any:
     if options.calibration is None:
         return None
-    from rewrite.calibration.data import open_calibration
-
-    return open_calibration(options.calibration, model)
+    return calibration_data(options.calibration, model)
 
 
 def _expected(texts: list[str]) -> dict[str, int]:

@@ -44,6 +44,8 @@ def _checker(opened: OnnxFile) -> Iterator[str]:
         onnx.checker.check_model(_weights_given(opened), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         yield f"onnx.checker: {one_line(error)}"
+    except UnicodeDecodeError:
+        yield "onnx.checker: a name or a message about it is no UTF-8 text"
 
 
 def _weights_given(opened: OnnxFile) -> onnx.ModelProto:

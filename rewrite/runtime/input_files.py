@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rewrite.errors import RewriteError, VerificationError, one_line, system_reason
+from rewrite.runtime.array_files import read_arrays
 from rewrite.runtime.inputs import device_of, dtype_of
 from rewrite.runtime.leaves import tensors
 
@@ -59,15 +60,9 @@ def load_inputs(path: str, read: Callable[[Path], Any] = _read_tensors) -> tuple
     Raises:
         VerificationError: the file cannot be read, or holds no tensors.
     """
-    import numpy as np
-
+    if path.endswith((".npy", ".npz")):
+        return tuple(load_named_inputs(path).values())
     try:
-        if path.endswith(".npy"):
-            return (torch.from_numpy(np.load(path, allow_pickle=False)),)
-        if path.endswith(".npz"):
-            # numpy leaves a file open that it opened and cannot read.
-            with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-                return tuple(torch.from_numpy(archive[name]) for name in archive.files)
         loaded = read(Path(path))
     except RewriteError:
         raise
@@ -80,3 +75,17 @@ def load_inputs(path: str, read: Callable[[Path], Any] = _read_tensors) -> tuple
     if isinstance(loaded, list | tuple) and tensors(loaded):
         return tuple(loaded)
     raise VerificationError(f"{path}: holds no tensors; save a tensor or a tuple of tensors")
+
+
+def load_named_inputs(path: str) -> dict[str, torch.Tensor]:
+    """Read the arrays of a numpy file by their names; that of a .npy file is called "".
+
+    Raises:
+        VerificationError: the file cannot be read, or holds something else.
+    """
+    try:
+        return dict(read_arrays(Path(path)))
+    except OSError as error:
+        raise VerificationError(f"{path}: {system_reason(error)}") from error
+    except (ValueError, TypeError, MemoryError, SyntaxError) as error:
+        raise VerificationError(f"{path}: cannot be read as inputs: {one_line(error)}") from error

@@ -138,3 +138,15 @@ def test_ranks_read_the_batches_of_a_folder_that_one_process_would(tmp_path: Pat
         assert torch.equal(one, shared)
     list(whole)
     assert len(whole.left_out) == 1  # named once, however often it is read
+
+
+def test_a_tensor_file_is_opened_by_the_reader_that_is_given(tmp_path: Path) -> None:
+    read: list[Path] = []
+
+    def reader(path: Path) -> torch.Tensor:
+        read.append(path)
+        return torch.ones(5, 3)
+
+    (tmp_path / "x.pt").write_bytes(b"no tensors")
+    batches = list(open_calibration(str(tmp_path / "x.pt"), model(), read=reader))
+    assert read == [tmp_path / "x.pt"] and [len(batch) for batch in batches] == [5]

@@ -154,7 +154,103 @@ def test_a_state_dict_with_a_factory(capsys, tmp_path) -> None:
         "--factory", 'torchvision.models:resnet18({"num_classes": 5})',
     )  # fmt: skip
     assert code == 0, err
-    assert "20 rewritten" in out
+    assert "20 rewritten" in out and "left out epoch (int)" in err
+    # A state dict comes out, and it belongs to the rewritten model.
+    written = torch.load(tmp_path / "train.rewritten.pt", weights_only=True)
+    assert "a state dict, as" in err and "layer4.1.bn2.weight" in written
+    assert not any("running_mean" in key for key in written)
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out.safetensors", None])
+def test_a_state_dict_in_is_a_state_dict_out_in_the_form_of_the_suffix(
+    capsys, tmp_path, name
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    factory = 'torch.nn:Linear({"in_features": 3, "out_features": 2})'
+    save_file(nn.Linear(3, 2).state_dict(), tmp_path / "m.safetensors")
+    code, _, err = run(
+        capsys, "convert", "--weight-norm", tmp_path / "m.safetensors", "--factory", factory,
+        *(() if name is None else ("-o", tmp_path / name)), "--input", "1x3",
+    )  # fmt: skip
+    assert code == 0, err
+    out = tmp_path / (name or "m.rewritten.safetensors")
+    state = load_file(out) if out.suffix == ".safetensors" else torch.load(out, weights_only=True)
+    assert set(state) >= {"bias"} and "weight" not in state
+
+
+class Attack:
+    """What runs a command when a pickle of it is opened."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def __reduce__(self) -> object:
+        return open, (self.place, "w")
+
+
+@pytest.mark.parametrize("flag", ["--calibration", "--input"])
+def test_data_are_opened_as_checkpoints_are(checkpoint, capsys, tmp_path, flag) -> None:
+    torch.save([Attack(str(tmp_path / "pwned"))], tmp_path / "data.pt")
+    code, _, err = run(capsys, "convert", "--bn-to-gn", checkpoint, flag, tmp_path / "data.pt")
+    assert code == 2 and "no --trust allows" in err and err.count("\n") == 1
+    assert not (tmp_path / "pwned").exists()
+
+
+FACTORY = 'torch.nn:Linear({"in_features": 3, "out_features": 2})'
+
+
+def test_key_and_prefix_choose_the_state_dict(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, two = (nn.Linear(3, 2).state_dict() for _ in range(2))
+    held = {f"net.{key}": value for key, value in two.items()}
+    torch.save({"one": one, "two": held, "best": 0.9}, "gan.pt")
+    base = ["convert", "--weight-norm", "gan.pt", "--factory", FACTORY, "--input", "1x3", "-o"]
+    code, _, err = run(capsys, *base, "a.pt")
+    assert code == 2 and "choose one with --key" in err
+    for flags in (["--key", "two"], ["--key", "two", "--strip-prefix", "net."]):
+        code, _, err = run(capsys, *base, "a.pt", "--force", *flags)
+        assert code == 0, err
+        assert "left out one" in err and torch.equal(torch.load("a.pt")["bias"], two["bias"])
+    code, _, err = run(capsys, *base, "b.pt", "--key", "two", "--strip-prefix", "model.")
+    assert code == 2 and not Path("b.pt").exists()
+    code, _, err = run(capsys, *base, "b.pt", "--key", "three")
+    assert code == 2 and "those in it: one, two" in err
+
+
+def test_a_seed_decides_what_a_factory_draws(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = []
+    for name, seed in (("a.pt", 1), ("b.pt", 1), ("c.pt", 2)):
+        code, _, err = run(
+            capsys, "convert", "--weight-norm", FACTORY, "--input", "1x3", "--seed", seed,
+            "-o", name, "--quiet",
+        )  # fmt: skip
+        assert code == 0, err
+        written.append(Path(name).read_bytes())
+    assert written[0] == written[1] != written[2]
+
+
+OWN_LAYER = "import torch\nclass Twice(torch.nn.Linear):\n    pass\n"
+
+
+def test_trust_opens_a_class_of_the_current_folder(tmp_path) -> None:
+    (tmp_path / "own_layers.py").write_text(OWN_LAYER)
+    make = "import own_layers, torch; torch.save(own_layers.Twice(2, 2), 'own.pt')"
+    subprocess.run([sys.executable, "-c", make], cwd=tmp_path, check=True)
+    (tmp_path / "transformers.py").write_text("open('ran', 'w')")
+
+    def inspect(*flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "rewrite", "inspect", "own.pt", *flags],
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    refused = inspect()
+    assert refused.returncode == 2 and "--trust own_layers" in refused.stderr
+    assert inspect("--trust", "own_layers").returncode == 0
+    # `python -m` puts the current folder first; nothing of it may run for that.
+    assert not (tmp_path / "ran").exists()
 
 
 # -- exit codes -------------------------------------------------------------------------------

@@ -125,3 +125,27 @@ def test_the_command_complains(tmp_path: Path, capsys: pytest.CaptureFixture[str
     code = main(["apply-map", str(tmp_path / "report.json"), "x.pt", str(tmp_path / "out.pt")])
     assert code == 2
     assert "no report can be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"passes": 3}',
+        '{"passes": [3]}',
+        '{"passes": [{"changes": [{"recipe": {"do": "norm"}, "keys": {}, "target": "x"}]}]}',
+        '{"passes": [{"changes": [{"recipe": 7, "keys": {}, "target": "x"}]}]}',
+        "[" * 100_000,
+        "\xff\xfe",
+    ],
+    ids=range(7),
+)
+def test_a_report_that_is_damaged_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (tmp_path / "report.json").write_bytes(text.encode("latin-1"))
+    torch.save({"x": torch.ones(1)}, tmp_path / "x.pt")
+    names = [str(tmp_path / name) for name in ("report.json", "x.pt", "out.pt")]
+    assert main(["apply-map", *names]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out.pt").exists()

@@ -80,7 +80,8 @@ _NEVER = frozenset(
         *("ctypes", "socket", "runpy", "code", "codeop", "marshal", "shelve", "urllib", "http"),
         *("tempfile", "signal", "inspect", "operator", "_operator", "multiprocessing", "threading"),
         *("pty", "platform", "webbrowser", "pydoc", "timeit", "cProfile", "profile", "pdb", "bdb"),
-        "asyncio",
+        *("asyncio", "io", "_io", "_pyio", "zipfile", "tarfile", "mmap", "logging", "linecache"),
+        *("ftplib", "smtplib", "fileinput", "glob", "gc", "venv", "ensurepip", "pip", "setuptools"),
     }
 )
 """Packages of Python of which no model needs a class or a function."""
