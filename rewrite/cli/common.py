@@ -43,8 +43,16 @@ class Reported(Protocol):
 
 def complain(message: object, code: int) -> int:
     """Say what went wrong on standard error, and return `code`."""
-    print(f"rewrite: {message}", file=sys.stderr)
+    print(f"rewrite: {printable(message)}", file=sys.stderr)
     return code
+
+
+def printable(text: object) -> str:
+    """Return a text that came out of a file with what commands a terminal made visible."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
+        for char in str(text)
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +99,7 @@ def load_model(options: argparse.Namespace, reference: str, *, factory: bool = T
 
     def note(text: str) -> None:
         if not options.quiet:
-            print(f"rewrite: {reference}: {text}", file=sys.stderr)
+            print(f"rewrite: {reference}: {printable(text)}", file=sys.stderr)
 
     return load(
         reference,

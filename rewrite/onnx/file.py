@@ -100,6 +100,11 @@ def open_onnx(path: str | Path) -> OnnxFile:
         ) from error
     if not model.ir_version or not (model.graph.node or model.graph.output):
         raise VerificationError(f"{place}: not an ONNX file: it holds no graph")
+    for name in _names(model.graph):
+        if not isinstance(name, str):
+            raise VerificationError(f"{place}: holds the name {name!r}, which is no text")
+        if not name.isprintable():
+            raise VerificationError(f"{place}: holds the name {name!r}, which commands a terminal")
     for tensor in _tensors(model):
         _check_form(place, tensor)
     # An unknown key of external data is a warning to onnx, and nothing to a user.
@@ -117,6 +122,18 @@ def open_onnx(path: str | Path) -> OnnxFile:
             )
     _check_values(opened)
     return opened
+
+
+def _names(graph: Any) -> Iterator[str | bytes]:
+    """Yield the names in a graph and in the graphs inside of it; bytes where one is no UTF-8."""
+    for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        yield value.name
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        for attribute in node.attribute:
+            yield attribute.name
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())):
+                yield from _names(inner)
 
 
 def _parted(place: Path, model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Array]]:

@@ -1,0 +1,66 @@
+"""What stands in a file commands no terminal and no page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+
+import rewrite
+from rewrite.cli.common import printable
+from rewrite.cli.main import main
+
+RED = "\x1b[31mred\x1b]0;title\x07<script>alert(1)</script>"
+
+
+def test_what_commands_a_terminal_is_made_visible() -> None:
+    assert printable("γ 1\n\x1b[31m\x07\u202e") == "γ 1\n\\x1b[31m\\x07\\u202e"
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = main(list(arguments))
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+@pytest.mark.parametrize("name", [RED, "\u202eabc"])
+def test_keys_of_a_state_dict_are_shown_as_text(tmp_path: Path, capsys, name: str) -> None:
+    torch.save({name: torch.ones(2)}, tmp_path / "state.pt")
+    factory = 'torch.nn:Linear({"in_features": 2, "out_features": 2})'
+    code, said = shown(capsys, "inspect", str(tmp_path / "state.pt"), "--factory", factory)
+    assert code == 2 and "unexpected" in said and said.count("\n") == 1
+    assert said.rstrip("\n").isprintable()
+
+
+def test_a_graph_whose_names_command_a_terminal_is_refused(tmp_path: Path, capsys) -> None:
+    def graph(name: str) -> str:
+        value = helper.make_tensor_value_info
+        node = helper.make_node("Relu", ["x"], ["y"], name=name)
+        made = helper.make_graph(
+            [node], "g", [value("x", TensorProto.FLOAT, [2])], [value("y", TensorProto.FLOAT, [2])]
+        )
+        opset = [helper.make_opsetid("", 17)]
+        onnx.save(helper.make_model(made, opset_imports=opset, ir_version=8), tmp_path / "m.onnx")
+        return str(tmp_path / "m.onnx")
+
+    code, said = shown(capsys, "verify", graph(RED))
+    assert code == 2 and said.rstrip("\n").isprintable() and "commands a terminal" in said
+    assert shown(capsys, "verify", graph("relu"))[0] == 0
+    path = Path(graph("relu"))
+    path.write_bytes(path.read_bytes().replace(b"relu", b"re\xff\xfe"))
+    code, said = shown(capsys, "verify", str(path))
+    assert code == 2 and "is no text" in said and said.count("\n") == 1
+
+
+def test_a_page_holds_names_as_text(tmp_path: Path, capsys, monkeypatch) -> None:
+    """The name of a file is the one text of a page that no check of a model has seen."""
+    monkeypatch.chdir(tmp_path)
+    name = "<img src=x onerror=alert(1)>.pt"
+    rewrite.save(nn.Sequential(nn.Linear(2, 2)).eval(), name)
+    assert main(["compare", name, name, "--input", "1x2", "--html", "page.html"]) == 0
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "<img" not in page and "&lt;img src=x" in page
