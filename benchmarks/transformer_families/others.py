@@ -22,7 +22,11 @@ _SPEECH = "feature_projection.layer_norm layers.1.final_layer_norm"
 OTHERS: dict[str, tuple[str, str]] = {
     # Encoders of text
     "bert": ("BertForMaskedLM", _BERT),
-    "electra": ("ElectraForMaskedLM", "layer.1.output.LayerNorm generator_predictions.LayerNorm"),
+    # Its embeddings are narrower than its stream: a linear map reads their norm.
+    "electra": (
+        "ElectraForMaskedLM",
+        "embeddings.LayerNorm layer.1.output.LayerNorm generator_predictions.LayerNorm",
+    ),
     "roberta": ("RobertaForMaskedLM", "layer.1.output.LayerNorm lm_head.layer_norm"),
     "xlm-roberta": ("XLMRobertaForMaskedLM", "layer.1.output.LayerNorm lm_head.layer_norm"),
     "camembert": ("CamembertForMaskedLM", "layer.1.output.LayerNorm lm_head.layer_norm"),
@@ -56,9 +60,10 @@ OTHERS: dict[str, tuple[str, str]] = {
     "mt5": ("MT5ForConditionalGeneration", _T5),
     "umt5": ("UMT5ForConditionalGeneration", _T5),
     "switch_transformers": ("SwitchTransformersForConditionalGeneration", _T5),
+    # It returns what its last norm makes, as decoder_hidden_states.
     "t5gemma": (
         "T5GemmaForConditionalGeneration",
-        "pre_self_attn_layernorm pre_cross_attn_layernorm pre_feedforward_layernorm decoder.norm",
+        "pre_self_attn_layernorm pre_cross_attn_layernorm pre_feedforward_layernorm",
     ),
     "bart": ("BartForConditionalGeneration", "decoder.layers.1.final_layer_norm"),
     "plbart": ("PLBartForConditionalGeneration", "decoder.layers.1.final_layer_norm"),
@@ -94,14 +99,15 @@ OTHERS: dict[str, tuple[str, str]] = {
     # The convolutions between stages pad with zeros: what LayerNorm adds cannot pass them.
     "segformer": (
         "SegformerForImageClassification",
-        "layer_norm_1 layer_norm_2 self.layer_norm encoder.layer_norm.3",
+        f"{_VIT} sequence_reduction.layer_norm stages.3.layer_norm",
     ),
     "pvt": (
         "PvtForImageClassification",
         "layer_norm_1 layer_norm_2 self.layer_norm encoder.layer_norm",
     ),
     "siglip": ("SiglipModel", f"{_CLIP} head.layernorm"),
-    "siglip_vision": ("SiglipForImageClassification", f"{_CLIP} post_layernorm"),
+    # Its pooling head runs too: it reads post_layernorm by key and value projections.
+    "siglip_vision": ("SiglipForImageClassification", f"{_CLIP} post_layernorm head.layernorm"),
     "siglip_text": ("SiglipTextModel", _CLIP),  # the last is returned
     "clip": ("CLIPModel", _CLIP),
     "clip_vision": ("CLIPForImageClassification", f"{_CLIP} post_layernorm"),

@@ -156,7 +156,7 @@ def holds_state(reference: str | os.PathLike[str], key: str | None = None) -> bo
         CheckpointError: it is a file that cannot be read.
     """
     path = Path(reference)
-    if not _exists(path):
+    if not _exists(path) or path.is_dir():
         return False
     check_file(path)
     if path.suffix == ".safetensors":

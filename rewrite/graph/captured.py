@@ -58,6 +58,7 @@ class Captured:
             qualified name; verification asks for them.
         example_calls: calls that may be observed, where a forward cannot be traced.
         observed: what these showed (`rewrite.observe`), once somebody asked.
+        unobserved: why they could not be observed, or "".
     """
 
     model: nn.Module
@@ -69,6 +70,7 @@ class Captured:
     exact: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
     example_calls: tuple[ExampleCall, ...] = ()
     observed: Any = field(default=None, repr=False)
+    unobserved: str = ""
 
     # -- modules ------------------------------------------------------------------------------
 

@@ -125,7 +125,11 @@ def _tried(model: nn.Module, keywords: dict[str, Any]) -> Any:
 
 
 def _parameters(model: nn.Module) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
+    """Return the names of a forward's arguments; of a wrapper's that passes all on, the inner's."""
+    held = inspect.signature(model.forward).parameters
+    passes_on = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in held.values())
+    inner = next(iter(model.children()), None)
+    return _parameters(inner) if passes_on and inner is not None else set(held)
 
 
 class _InputMaker:

@@ -156,6 +156,8 @@ class ExpressionReader:
             return frozenset({ANYWHERE} if starred else held)
         if isinstance(node, ast.BinOp) and self._adds_collections(node):
             return frozenset({ANYWHERE})
+        if isinstance(node, ast.IfExp):
+            return joined([self.fields_of(arm) for arm in (node.body, node.orelse)])
         if not isinstance(node, ast.Call):
             return None
         path = path_of(node.func)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
@@ -32,6 +33,7 @@ from rewrite.runtime.quiet import quiet
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 _INNER = "model"
+_PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -97,6 +99,7 @@ def export_call(model: nn.Module, call: ExampleCall) -> ObservedCall:
     Raises:
         CaptureError: the call cannot be exported; the line of the model's code is named.
     """
+    _check_packed(model)
     standin = standin_of(model)
     flat = _Flat(standin, call)
     ran, stacks = set[str](), set[tuple[CodeLine, ...]]()
@@ -131,6 +134,9 @@ def export_call(model: nn.Module, call: ExampleCall) -> ObservedCall:
 def standin_of(model: nn.Module) -> nn.Module:
     """Return a copy of a model to run in its stead: in eval mode, in code that can be exported."""
     standin = copy_model(model).eval()
+    for module in standin.modules():
+        if isinstance(module, OptimizedModule):  # of torch.compile: what it compiles is exported
+            vars(module)["forward"] = module._orig_mod.__call__
     for parameter in standin.parameters():
         # Where no gradient is wanted, torch.nn's blocks take fused paths that say nothing.
         if parameter.is_floating_point():
@@ -140,6 +146,21 @@ def standin_of(model: nn.Module) -> nn.Module:
         # The loop over experts depends on data; the grouped kernel is one more spelling.
         choose("batched_mm")
     return standin
+
+
+def _check_packed(model: nn.Module) -> None:
+    """Refuse layers whose weights are packed into an object that no export reads.
+
+    Raises:
+        CaptureError: there is one; it is named.
+    """
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(_PACKED):
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            raise CaptureError(
+                f"{name} is quantized ({kind}): its weight is packed, and nothing can be "
+                "multiplied into it; fold first, and quantize then"
+            )
 
 
 def _has_experts(model: nn.Module) -> bool:

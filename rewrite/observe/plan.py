@@ -157,10 +157,13 @@ class ObservedPlanner:
     def _check_holders(self, name: str) -> None:
         """Refuse a tensor that a module holds, too, which ran in no observed call."""
         ran = set().union(*(observed.ran for observed in self.evidence.calls))
-        for other in self.captured.tied(_ref(name)):
-            if other.owner not in ran:
+        ref = _ref(name)
+        tied = self.captured.tied(ref)
+        for holder in (ref, *tied) if tied else ():
+            if holder.owner not in ran:
+                others = ", ".join(other.name for other in (ref, *tied) if other != holder)
                 raise Unfollowed(
-                    f"{name} is also {other.name}, and {other.owner} ran in no observed call"
+                    f"{others} is also {holder.name}, and {holder.owner} ran in no observed call"
                 )
 
     def _nonzero(self, name: str) -> bool:

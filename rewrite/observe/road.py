@@ -47,6 +47,7 @@ def evidence_of(captured: Captured, wanted: bool = False) -> Evidence | None:
             if "refuses it" in str(error):
                 raise
             captured.notes.append(str(error))
+            captured.unobserved = str(error)
             captured.example_calls = ()
             return None
         captured.notes += [f"evidence: the calls {captured.observed.words}"]
@@ -74,7 +75,8 @@ def observed_outcomes(
     more = any(_normalizes(captured, target) for target in skipped)
     evidence = evidence_of(captured, more)
     if evidence is None:
-        yield from traced
+        for outcome in traced:
+            yield _because_unobserved(outcome, captured)
         return
     sites = {outcome.target for outcome in traced if isinstance(outcome, Site)}
     traced_whole = not _untraced(captured)
@@ -98,6 +100,16 @@ def observed_outcomes(
             yield Site(target, before, None, ObservedSite(decision, before))
         elif target not in told:
             yield Skip(target, before, decision.reason)
+
+
+def _because_unobserved(outcome: Site | Skip, captured: Captured) -> Site | Skip:
+    """Add to the reason of a norm by its input why no call could be observed."""
+    owner = outcome.target.removesuffix(".weight").removesuffix(".bias")
+    module = captured.tree.names.get(owner)
+    by_batch = isinstance(module, nn.modules.batchnorm._NormBase)
+    if isinstance(outcome, Site) or not captured.unobserved or by_batch:
+        return outcome
+    return Skip(outcome.target, outcome.before, f"{captured.unobserved}; traced: {outcome.reason}")
 
 
 def decide(
@@ -140,7 +152,11 @@ def _check_wider(evidence: Evidence, fold: ObservedFold, options: Options) -> No
 
 def _untraced(captured: Captured) -> bool:
     """Return whether a forward could not be traced, in a model that normalizes by its input."""
-    if "" in captured.opaque:
+    root, name = captured.model, ""
+    while name not in captured.opaque and len(children := list(root.named_children())) == 1:
+        key, root = children[0]  # a wrapper
+        name = f"{name}.{key}" if name else key
+    if name in captured.opaque:
         return True
     names = captured.tree.names
     return bool(captured.opaque) and any(_normalizes(captured, name) for name in names)

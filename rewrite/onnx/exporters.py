@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from rewrite.onnx.torchscript import NEWEST_OPSET, trace_to_onnx
 from rewrite.runtime.attention import AttentionWrittenOut
 from rewrite.runtime.batch_axes import BATCH, find_batch_axes, widened
 from rewrite.runtime.inputs import Inputs, call
-from rewrite.runtime.leaves import leaves
+from rewrite.runtime.leaves import carries_objects, leaves, tensors
 from rewrite.runtime.modes import isolated
 from rewrite.runtime.quiet import quiet
 
@@ -42,7 +44,9 @@ def export_program(
     Raises:
         ExportError: the model does not run on the inputs, or the exporter fails.
     """
-    output_names = _output_names(model, inputs, asked.seed)
+    output = _output(model, inputs, asked.seed)
+    output_names = _output_names(output)
+    model = _with_plain_outputs(model, output)
     shapes = _dynamic_shapes(model, inputs, asked, notes)
     if exporter == "torchscript":
         notes.append("traced by the exporter torchscript: branches are those of the given input")
@@ -217,16 +221,19 @@ def _input_names(model: nn.Module, inputs: Inputs) -> list[str]:
     return [name for name, _ in _flat(_arguments(model, inputs))]
 
 
-def _output_names(model: nn.Module, inputs: Inputs, seed: int) -> list[str]:
-    """Return a name for each output: keys and fields, else output, output_1 …"""
+def _output(model: nn.Module, inputs: Inputs, seed: int) -> Any:
     try:
         with isolated(model):
-            output = call(model, inputs, seed)
+            return call(model, inputs, seed)
     except Exception as error:
         raise ExportError(
             f"{type(model).__name__}: does not run on ({inputs}): {one_line(error)}; "
             "pass another --input"
         ) from error
+
+
+def _output_names(output: Any) -> list[str]:
+    """Return a name for each output: keys and fields, else output, output_1 …"""
     names = []
     for path, leaf in leaves(output, ""):
         if isinstance(leaf, torch.Tensor):
@@ -235,3 +242,21 @@ def _output_names(model: nn.Module, inputs: Inputs, seed: int) -> list[str]:
             ).replace("'", "")
             names.append(f"output_{cleaned}" if cleaned.isdigit() else cleaned or "output")
     return names
+
+
+def _with_plain_outputs(model: nn.Module, output: Any) -> nn.Module:
+    """Return a model that returns tensors alone where it returns objects that carry them, a cache.
+
+    It shares everything with `model` but its forward; `model` itself where there is no such object.
+    """
+    if not carries_objects(output):
+        return model
+    plain = copy.copy(model)
+    forward = type(model).forward.__get__(plain)
+
+    @functools.wraps(forward)
+    def tensors_alone(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(tensors(forward(*args, **kwargs)))
+
+    plain.forward = tensors_alone
+    return plain

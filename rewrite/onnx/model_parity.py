@@ -35,7 +35,7 @@ from rewrite.onnx.runtime import Feed, as_array, as_tensor, run, session
 from rewrite.onnx.values import record_graph
 from rewrite.runtime.float64 import in_float64, short_of_memory
 from rewrite.runtime.inputs import Inputs, call, device_of
-from rewrite.runtime.leaves import leaves, tensors
+from rewrite.runtime.leaves import carries_objects, leaves, tensors
 from rewrite.runtime.modes import isolated, widen
 
 _MOST_ELEMENTS = 300_000_000
@@ -199,7 +199,12 @@ def _near(own: list[Any], got: list[Any], allowed: float) -> bool:
 
 
 def _outputs(output: Any) -> list[Any]:
-    """Return the leaves of an output that an exporter keeps: tensors and numbers."""
+    """Return the leaves of an output that an exporter keeps: tensors and numbers.
+
+    Of an output that holds objects (a cache) tensors alone.
+    """
+    if carries_objects(output):
+        return list(tensors(output))
     return [v for _, v in leaves(output) if isinstance(v, torch.Tensor | int | float)]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 ROOT = "output"
 
@@ -66,6 +66,12 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
         return copy.deepcopy(leaf, {id(tensor): function(tensor) for tensor in tensors(leaf)})
 
     return tree_map(one, value)
+
+
+def carries_objects(value: Any) -> bool:
+    """Return whether objects that no container of Python's own are in `value`: a cache."""
+    known = torch.Tensor | int | float | bool | str | None
+    return not all(isinstance(leaf, known) for leaf in tree_leaves(value))
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
