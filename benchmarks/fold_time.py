@@ -2,11 +2,16 @@
 
     python -m benchmarks.fold_time            ratios of the least of interleaved runs in one process
     python -m benchmarks.fold_time --write    and put them into docs/benchmarks.md
+    python -m benchmarks.fold_time --verified a whole `convert` with its verification, in forwards
 
 `ours in place` is `apply_pass`, `ours, a copy` is `rewrite.convert` without verification: like
 torch.fx's `fuse` it leaves the argument alone. pt2e's time includes the export that it needs. The
-memory is the highest resident size above that of the loaded model, in a process of its own, over
-the size of the model's tensors. The model of a billion parameters is in bfloat16.
+times are CPU time of one thread, which other work on the machine disturbs least. The memory is the
+highest resident size above that of the loaded model, in a process of its own, over the size of the
+model's tensors. The model of a billion parameters is in bfloat16.
+
+`--verified` is `convert` with an example input of 224x224 and its verification, over one forward of
+that model in float64; and `capture` with shapes over `torch.fx.symbolic_trace`.
 """
 
 from __future__ import annotations
@@ -18,13 +23,15 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks._table import environment, parser, publish, table
+from benchmarks.capture_time import fastest
 from benchmarks.folders import pt2e, torch_fx
 
 _MODELS = (
@@ -102,6 +109,34 @@ TOOLS: dict[str, Callable[[nn.Module, tuple[Any, ...]], Any]] = {
 }
 
 
+def verified(names: Sequence[str], runs: int) -> Iterator[list[object]]:
+    """Yield a row a model: `convert` and its verification in forwards, shapes in traces."""
+    import torchvision
+
+    import rewrite
+    from models import randomize_norms_
+    from passes import FoldNorm
+    from rewrite.graph.capture import capture
+
+    x = torch.randn(1, 3, 224, 224)
+    for name in names:
+        torch.manual_seed(0)
+        model = randomize_norms_(torchvision.models.get_model(name)).eval()
+        wide, traced = copy.deepcopy(model).double(), copy.deepcopy(model)
+        functions: list[Callable[[], object]] = [
+            partial(wide, x.double()),
+            partial(rewrite.convert, model, [FoldNorm()], example_inputs=x),
+            partial(torch.fx.symbolic_trace, traced),
+            partial(capture, model, x),
+        ]
+        with torch.no_grad():
+            forward, whole, trace, shapes = fastest(functions, runs, time.process_time)
+        yield [
+            name, f"{forward:.3f}", f"{whole:.3f}", f"{whole / forward:.2f}",
+            f"{shapes / trace:.2f}",
+        ]  # fmt: skip
+
+
 def seconds(name: str, runs: int) -> dict[str, float]:
     """Return the least time of each tool over interleaved runs; the first round does not count."""
     model = build(name)
@@ -113,9 +148,9 @@ def seconds(name: str, runs: int) -> dict[str, float]:
                 continue
             given = copy.deepcopy(model) if tool == "ours in place" else model
             gc.collect()
-            start = time.perf_counter()
+            start = time.process_time()
             folded = function(given, inputs)
-            elapsed = time.perf_counter() - start
+            elapsed = time.process_time() - start
             del folded, given
             if round_number or tool == "torchao pt2e":
                 times[tool].append(elapsed)
@@ -153,11 +188,20 @@ def main() -> None:
     """Print the table, and write it when asked to."""
     arguments = parser(__doc__)
     arguments.add_argument("--runs", type=int, default=5, help="rounds that count")
+    arguments.add_argument("--verified", action="store_true", help="time `convert` as a whole")
     arguments.add_argument("--models", nargs="+", default=list(_MODELS))
     arguments.add_argument("--peak", help="measure one model's peak memory and print the ratio")
     arguments.add_argument("--tool", default="ours in place", choices=TOOLS)
     options = arguments.parse_args()
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if options.verified:
+        names = [name for name in options.models if not name.startswith("1 B")]
+        header = ["model", "forward, s", "convert, s", "in forwards", "shapes / symbolic_trace"]
+        body = table(header, verified(names, options.runs))
+        text = f"{environment('torchvision')}, 1 thread, CPU time\n\n{body}"
+        publish("fold-verified", "A fold with its verification", text, write=options.write)
+        return
     if options.peak:
         print(_measure_peak(options.peak, options.tool))
         return
@@ -169,11 +213,11 @@ def main() -> None:
             memory = "" if tool == "torchao pt2e" else f"{peak(name, tool):.2f}"
             rows.append([name, tool, f"{value:.3f}", f"{value / base:.2f}", memory])
             print(*rows[-1], file=sys.stderr, flush=True)
-    header = ["model", "tool", "seconds", "x torch.fx fuse", "peak / model size"]
-    text = f"{environment('torchao')}, {torch.get_num_threads()} threads\n\n{table(header, rows)}"
+    header = ["model", "tool", "CPU seconds", "x torch.fx fuse", "peak / model size"]
+    text = f"{environment('torchao')}, 1 thread\n\n{table(header, rows)}"
     publish("fold-time", "Time and memory of a fold", text, write=options.write)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

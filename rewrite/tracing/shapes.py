@@ -8,8 +8,9 @@ shape.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,12 @@ _KEEP_SHAPE: frozenset[Any] = frozenset(
         F.gelu, F.silu, F.mish, F.elu, F.leaky_relu, F.hardswish, F.hardsigmoid, F.dropout,
     }
 )  # fmt: skip
+
+_COMBINE: frozenset[Any] = frozenset(
+    {operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.imul}
+    | {torch.add, torch.sub, torch.mul, torch.div}
+)
+"""Of two tensors: their common shape, where both are of one floating-point type."""
 
 _ATTRIBUTES = frozenset(
     {"shape", "ndim", "dtype", "T", "mT", "H", "data", "real", "imag", "is_nested"}
@@ -151,6 +158,8 @@ class Shapes:
             return self._run(str(node.target), call, opaque)
         if node.target in _KEEP_SHAPE:
             return args[0] if args else kwargs["input"]
+        if node.target in _COMBINE and (wider := _wider(args, kwargs)) is not None:
+            return wider
         if node.op == "call_method":
             function: Callable[..., Any] = _method(str(node.target))
         else:
@@ -169,7 +178,40 @@ class Shapes:
         module = self._copied.get(name)
         if type(module) in _KEEP_SHAPE and call[0] and not module._forward_hooks:
             return call[0][0]
+        if not opaque and len(call[0]) == 1 and not call[1] and not module._forward_hooks:
+            pooled = _pooled(module, call[0][0])
+            if pooled is not None:
+                return pooled
         return self._dry.run_module(name, call, opaque)
+
+
+def _wider(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return which of two tensors has the shape and type of their sum; None where neither has."""
+    if kwargs or len(args) != 2 or not all(type(value) is Tensor for value in args):
+        return None
+    one, other = args
+    if one.dtype != other.dtype or not one.is_floating_point() or one.device != other.device:
+        return None
+    if one.shape == other.shape:
+        return cast(Tensor, one)
+    if one.dim() != other.dim():
+        return None
+    pairs = list(zip(one.shape, other.shape, strict=True))
+    if any(a != b and 1 not in (a, b) for a, b in pairs):
+        return None
+    sizes = tuple(b if a == 1 else a for a, b in pairs)
+    return next((value for value in args if value.shape == sizes), None)
+
+
+def _pooled(module: nn.Module, x: Any) -> Tensor | None:
+    """Return what an adaptive average pool of a batch of images makes; None: it has to be run."""
+    if type(module) is not nn.AdaptiveAvgPool2d or type(x) is not Tensor or x.dim() != 4:
+        return None
+    size = module.output_size
+    sizes = (size, size) if isinstance(size, int) else tuple(size)
+    if not all(isinstance(side, int) for side in sizes):
+        return None
+    return x.new_empty((*x.shape[:2], *sizes))
 
 
 def _method(name: str) -> Callable[..., Any]:
