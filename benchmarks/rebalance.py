@@ -1,9 +1,9 @@
 """Rebalancing: equality over architectures, time, and what 8 bits a tensor leave of real weights.
 
-    python -m benchmarks.rebalance equality [NAME ...] [--write]     the quick tier, or those named
-    python -m benchmarks.rebalance equality --results FILE           goes on where FILE ends
-    python -m benchmarks.rebalance quantize [--write]                real weights of MobileNetV2
-    python -m benchmarks.rebalance time [--write]                    a ResNet-50 of torchvision
+    python -m benchmarks.rebalance equality [NAME ...] [--write]   the quick tier, or those named
+    python -m benchmarks.rebalance equality --results FILE         goes on where FILE ends
+    python -m benchmarks.rebalance quantize [--write]              MobileNetV2, EfficientNet-Lite0
+    python -m benchmarks.rebalance time [--write]                  a ResNet-50 of torchvision
 
 equality: in float64, the largest output difference relative to the largest output, for each
 objective; how many groups are scaled, how many on a second run, and the same difference after
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._table import RESCALING, environment, parser, publish, table
-from benchmarks.corpus import QUICK, UnbuildableError, build
+from benchmarks.corpus import QUICK, UnbuildableError, build, installed
 from passes import Rebalance
 from rewrite.fold.replay import apply_recipes
 from rewrite.protocol import apply_pass
@@ -115,11 +115,17 @@ def quantized(model: nn.Module, bits: int = 8) -> nn.Module:
 
 
 def quantization(crops: int) -> Iterator[tuple[object, ...]]:
-    """Yield a row a way to prepare MobileNetV2: agreement without and with 8 bits a tensor."""
-    from benchmarks.keep_function import mobilenet
+    """Yield a row a model and a way to prepare it: agreement without and with 8 bits a tensor."""
+    from benchmarks.keep_function import efficientnet_lite, mobilenet
+
+    for make in (mobilenet, efficientnet_lite):
+        yield from quantizations(make(crops=crops))
+
+
+def quantizations(subject: Any) -> Iterator[tuple[object, ...]]:
+    """Yield a row a way to prepare one model."""
     from passes import FoldNorm
 
-    subject = mobilenet(crops=crops)
     ways: dict[str, list[Any]] = {
         "fold": [FoldNorm()],
         "fold, rebalance equalize": [FoldNorm(), Rebalance("equalize")],
@@ -131,9 +137,9 @@ def quantization(crops: int) -> Iterator[tuple[object, ...]]:
         for item in passes_:
             model = apply_pass(item, model, (subject.example,)).model
         plain, rounded = subject.score(model), subject.score(quantized(model))
-        print(name, plain, rounded, flush=True)
+        print(subject.name, name, plain, rounded, flush=True)
         yield (
-            name, f"{plain['agreement']:.0f} %", f"{rounded['agreement']:.0f} %",
+            subject.name, name, f"{plain['agreement']:.0f} %", f"{rounded['agreement']:.0f} %",
             f"{rounded['right of 20']:.0f}",
         )  # fmt: skip
 
@@ -142,6 +148,7 @@ def times() -> Iterator[tuple[object, ...]]:
     """Yield seconds and CPU seconds of one application to a ResNet-50, per objective."""
     import torchvision
 
+    torch.set_num_threads(1)  # CPU time of several threads counts their waiting, too
     model, x = torchvision.models.resnet50().eval(), torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         begin = time.process_time()
@@ -174,7 +181,7 @@ def main() -> None:
         names = options.names or QUICK
         rows = [row for row in noted(options.results) if row[0] in names]
         done = {row[0] for row in rows}
-        for row in equality([name for name in names if name not in done]):
+        for row in equality([n for n in names if n not in done and installed(n)]):
             print(row, flush=True)
             rows.append(row)
             if options.results is not None:
@@ -183,7 +190,8 @@ def main() -> None:
         title = "Rebalancing leaves the function alone"
     elif options.what == "quantize":
         heads = (
-            "MobileNetV2, ImageNet weights",
+            "ImageNet weights",
+            "prepared by",
             "agreement",
             "with 8 bits a tensor",
             "right of 20",

@@ -207,7 +207,7 @@ def _pooled(module: nn.Module, x: Any) -> Tensor | None:
     """Return what an adaptive average pool of a batch of images makes; None: it has to be run."""
     if type(module) is not nn.AdaptiveAvgPool2d or type(x) is not Tensor or x.dim() != 4:
         return None
-    size = module.output_size
+    size: Any = module.output_size
     sizes = (size, size) if isinstance(size, int) else tuple(size)
     if not all(isinstance(side, int) for side in sizes):
         return None

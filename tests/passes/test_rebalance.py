@@ -14,7 +14,7 @@ import rewrite
 from models import randomize_norms_
 from passes import Rebalance
 from rewrite.errors import OptionError
-from rewrite.fold.replay import apply_report
+from rewrite.fold.replay import apply_recipes, apply_report
 from rewrite.outcomes import Contract
 from rewrite.protocol import apply_pass
 from rewrite.runtime.copying import copy_model
@@ -398,3 +398,25 @@ def test_a_shared_layer_is_scaled_at_all_its_calls() -> None:
     result = rebalanced(model, x)
     assert [change.target for change in result.report.changes] == ["a"]
     assert error(model, result.model, x) < RIGHT
+
+
+@pytest.mark.parametrize("objective", ["l2", "equalize"])
+def test_an_architecture_of_torchvision_keeps_its_function_and_takes_a_replay(
+    objective: str,
+) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model = randomize_norms_(torchvision.models.shufflenet_v2_x0_5().double()).eval()
+    other = randomize_norms_(torchvision.models.shufflenet_v2_x0_5().double()).eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    applied = apply_pass(Rebalance(objective=objective), copy_model(model), x)
+    assert len(applied.changes) > 20
+    assert error(model, applied.model, x) < 1e-12
+    assert list(applied.model.state_dict()) == list(model.state_dict())
+    assert not apply_pass(Rebalance(objective=objective), copy_model(applied.model), x).changes
+    recipes = [change.recipe for change in applied.changes]
+    before = copy_model(other)
+    other.load_state_dict(apply_recipes(recipes, (), other.state_dict()))
+    assert error(before, other, x) < 1e-12
+    moved = [k for k, v in other.state_dict().items() if not torch.equal(v, before.state_dict()[k])]
+    assert len(moved) > 40
