@@ -19,7 +19,7 @@ _PATIENCE = 1.0
 
 @dataclass(frozen=True)
 class Announced:
-    """Batches; the number of each is said before it is worked on."""
+    """Batches, whose number is shown before each is worked on."""
 
     source: Iterable[Any]
     say: Callable[[str], None]

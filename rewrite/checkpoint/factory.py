@@ -36,8 +36,8 @@ def build_named(reference: str, seed: int | None = None) -> nn.Module:
     except CheckpointError as error:
         raise CheckpointError(f"{reference}: {error}") from error
     except (Exception, SystemExit) as error:
-        said = " ".join(str(error).split())
-        raise CheckpointError(f"{reference}: raised {type(error).__name__}: {said}") from error
+        message = " ".join(str(error).split())
+        raise CheckpointError(f"{reference}: raised {type(error).__name__}: {message}") from error
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"{reference}: returned a {type(model).__name__}, not an nn.Module")
     return model.eval()

@@ -79,8 +79,8 @@ def write_model(model: nn.Module, path: Path) -> None:
             raise error.__context__ from None
         if isinstance(error.__context__, _NotImportableError):
             raise CheckpointError(_complaint(model, error.__context__.value)) from None
-        said = str(error).splitlines()[0]
-        raise CheckpointError(f"the model cannot be written: {said}") from error
+        message = str(error).splitlines()[0]
+        raise CheckpointError(f"the model cannot be written: {message}") from error
 
 
 def _importable(value: type | FunctionType) -> bool:

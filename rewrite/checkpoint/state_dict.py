@@ -119,7 +119,7 @@ def fill(
 
     The tensors are assigned, not copied: they keep the dtype of the file. Assigning separates tied
     parameters, which are tied again afterwards. A prefix before all keys of the model is taken
-    off, and said to `note`.
+    off, and `note` is told.
     """
     own = model.state_dict()
     try:
@@ -140,8 +140,8 @@ def fill(
         # Hooks of the model may rename keys of older versions, so it judges what is missing.
         keys = model.load_state_dict(fitting, strict=False, assign=True)
     except RuntimeError as error:
-        said = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: does not fit {factory}: {said}") from error
+        message = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: does not fit {factory}: {message}") from error
     given = {key for names in ties for key in names if any(name in fitting for name in names)}
     missing = [key for key in keys.missing_keys if key not in shaped and key not in given]
     groups = (

@@ -172,9 +172,9 @@ def _apart(staged: Sequence[_Staged | _StagedFolder]) -> None:
     if process is None:
         publishing.publish(entries)
         return
-    said = process.communicate(line)[0]
-    if process.returncode == 0 and said:
-        failed = json.loads(said)
+    answer = process.communicate(line)[0]
+    if process.returncode == 0 and answer:
+        failed = json.loads(answer)
         if failed:
             raise publishing.PublishError(failed["code"], failed["target"])
         return

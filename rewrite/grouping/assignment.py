@@ -1,15 +1,17 @@
-"""Which channels share a group, so that the mean which a group loses says least.
+"""Assign channels to the groups of a norm such that subtracting the group means costs least.
 
-A group of n channels with factors a loses (Σ w/a²)(aᵀ S a)/n² (`rewrite.grouping.mean_removal`).
-With the sizes that would be best for uncorrelated means, |a|⁴ = w/S_cc, that is
+A group norm subtracts from each channel the mean of its group. With w = γ², S the covariance of the
+channel means over samples, and a factor a on each channel, a group of n channels errs by
+(Σ w/a²)(aᵀ S a)/n² (`rewrite.grouping.mean_removal`). With the factors that would be best for
+uncorrelated means, |a|⁴ = w/S_cc, that is, but for a constant,
 
     loss = Σ_g U_g Q_g,   U_g = Σ w/a²,   Q_g = |Σ b f|²,   b = ±1,   f_i·f_j = |a_i||a_j| S_ij
 
-with sums over the channels of group g. Each should hold vectors that, with signs, sum to almost
-nothing. Norms that share an order of channels share the groups, each with its own signs and its
-loss in units of Σ w. The search exchanges two channels of different groups, the best partner for
-each channel in turn, and turns signs, as long as the loss falls. All partners of a channel cost
-O(C), since K = f·f and its sums over groups are kept.
+with sums over the channels of group g: each group should hold vectors f whose signed sum is short.
+Norms that share one order of channels share the groups; each has its own signs, and its loss counts
+in units of Σ w. This is a local search: each channel in turn changes places with the best channel
+of another group, and signs flip, as long as the loss falls. Trying all partners of a channel costs
+O(C), since the Gram matrix K = f·f and its sums over groups are kept.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ the first is taken."""
 
 @dataclass(frozen=True)
 class Means:
-    """What one norm says of its channels.
+    """The channel means of one norm: how they vary together, and how much each counts.
 
     Attributes:
         covariance: of the channel means, over all channels, shrunk as it will be for the factors.

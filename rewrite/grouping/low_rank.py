@@ -1,8 +1,9 @@
-"""A group norm between a low-rank map and its inverse: its groups lose what matters least.
+"""A group norm between a low-rank map and its inverse, so that it subtracts what matters least.
 
 An anchored norm of z takes the mean of each group from all of its channels
-(`rewrite.grouping.mean_removal`). Between M and M⁻¹ it takes whatever one likes. For k groups in a
-block of channels, with L the channels of each group as columns and E = L⁺ their means,
+(`rewrite.grouping.mean_removal`). Between a map M and M⁻¹ the direction that is subtracted can be
+chosen. For k groups in a block of channels, with L the channels of each group as columns and
+E = L⁺ their means,
 
     M = I + (L − D)(I − E D)⁻¹ (Qᵀ − E)      M⁻¹ = I − (L − D)(Qᵀ L − I)⁻¹ (Qᵀ − E)      Qᵀ D = I
 

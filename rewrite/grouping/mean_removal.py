@@ -1,4 +1,4 @@
-"""What an anchored norm still takes away, and the channel factors that make it least.
+"""The group mean that an anchored norm subtracts, and the channel factors that keep it small.
 
 An anchored norm of n channels returns γ (z − m) + β: the mean m of the group over channels and
 space, which differs from sample to sample, is taken from every channel. Multiply channel c by a_c

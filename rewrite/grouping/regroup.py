@@ -1,4 +1,4 @@
-"""Channels change groups, where the graph allows it: the function stays, the groups' means change.
+"""Move channels between the groups of a norm where the graph allows it, without any other change.
 
     an order that norms share (`rewrite.grouping.permutation`)
         ×  a basis for it, where it is linear (`rewrite.grouping.basis`)

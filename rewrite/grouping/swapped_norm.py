@@ -1,4 +1,4 @@
-"""A new norm, and the old function in terms of its input."""
+"""A norm that was swapped in, and the function of the old norm in terms of the same input."""
 
 from __future__ import annotations
 

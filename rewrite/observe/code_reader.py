@@ -4,7 +4,7 @@
     if self.pre_norm:     decided by the model: only one branch is read
     if mask is None:      not decided: both are read, and both lead on
 
-What expressions do is said in `rewrite.observe.code_expressions`.
+Expressions are read by `rewrite.observe.code_expressions`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     observe(captured, calls)  ->  Evidence: one graph a call, and one more with all hidden states
 
-Evidence holds for its calls. A call that cannot be exported leaves no graph; that is said.
+Evidence holds for its calls. A call that cannot be exported leaves no graph, and a note.
 """
 
 from __future__ import annotations

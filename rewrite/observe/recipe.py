@@ -120,7 +120,7 @@ _EDIT = (
     "weight", "axis", "channels", "parts", "bias", "has_bias", "bias_part", "shifts", "into",
     "aliases",
 )  # fmt: skip
-"""What is said of one tensor that absorbs the map."""
+"""The keys that describe one tensor that absorbs the map."""
 
 
 def _channels(channels: int | list[int], size: int, device: torch.device) -> Tensor:

@@ -99,10 +99,10 @@ class FolderWriter:
             done = os.pwrite(self._files[shard], content[: 1 << 26], at)
             content, at = content[done:], at + done
 
-    def copy_rest(self, said: Callable[[str], None]) -> None:
+    def copy_rest(self, progress: Callable[[str], None]) -> None:
         """Copy every tensor that nobody rewrites, in runs of neighbours."""
         for shard, old in self._folder.shards.items():
-            said(f"copying {shard}")
+            progress(f"copying {shard}")
             source = os.open(old.path, os.O_RDONLY)
             try:
                 for begin, length, at in self._runs(shard):

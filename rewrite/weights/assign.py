@@ -7,7 +7,7 @@
 
 `init.normal_(layer.weight)` on a parametrized layer fills a temporary and changes nothing. What a
 parametrization remembers of the old weight (the vectors of a spectral norm) is refreshed, the
-weight is read back, and what the parametrization made of it is said.
+weight is read back, and what the parametrization made of it is returned.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def assign(
 
 
 def _made_of(module: nn.Module, name: str, value: torch.Tensor, made: torch.Tensor) -> str:
-    """Say how the weight that is read back is related to the value that was given."""
+    """Describe how the weight that is read back is related to the value that was given."""
     given, read = value.detach().to(made.device, torch.float64), made.to(torch.float64)
     if given.shape != read.shape:
         return f"{name}: {_kind(module, name)} makes {tuple(read.shape)} of {tuple(given.shape)}"

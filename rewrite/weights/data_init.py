@@ -80,9 +80,9 @@ def _standardize(
     writer: TensorWriter, name: str, layer: nn.Module, output: torch.Tensor, draft: Draft
 ) -> torch.Tensor:
     units = unit_statistics(layer, output)
-    if units.complaint is not None:
-        warnings.warn(f"{name}: {units.complaint}", stacklevel=2)
-        draft.notes.append(units.complaint)
+    if units.warning is not None:
+        warnings.warn(f"{name}: {units.warning}", stacklevel=2)
+        draft.notes.append(units.warning)
     if units.samples < 2 or not bool(units.usable.any()):
         return output
     scale = torch.where(units.usable, 1 / units.std, 1.0)

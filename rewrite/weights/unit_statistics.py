@@ -26,7 +26,7 @@ class Units:
     samples: int
 
     @property
-    def complaint(self) -> str | None:
+    def warning(self) -> str | None:
         """What is wrong with these statistics, in words, or None."""
         if self.samples < 2:
             return "the batch holds one value a unit; g is left as it was, pass a larger batch"
