@@ -24,6 +24,7 @@ from rewrite.observe.code_syntax import (
     decided,
     fits,
     given_expressions,
+    has_call,
     known_values,
     lacks,
     left_at_default,
@@ -129,7 +130,7 @@ class ExpressionReader:
         """Return whether every call in an expression is a layer that reads, or is given to one."""
         if isinstance(node, ast.Call):
             return self.check.is_layer(self.function, path_of(node.func))
-        calls = [self._given_to_layers(part) for part in children(node) if _has_call(part)]
+        calls = [self._given_to_layers(part) for part in children(node) if has_call(part)]
         return bool(calls) and all(calls)
 
     def _reaching_call(self, node: ast.expr) -> ast.Call | None:
@@ -395,7 +396,3 @@ class ExpressionReader:
             self.of_name[target.value.id] = None
         elif held:
             raise Untaken(f"{self.at(node)} keeps it as {ast.unparse(target)}")
-
-
-def _has_call(node: ast.expr) -> bool:
-    return any(isinstance(part, ast.Call) for part in ast.walk(node))

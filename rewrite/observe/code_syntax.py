@@ -362,3 +362,8 @@ def selects_rows(node: ast.expr, rank: int) -> bool:
 
 def _is_ellipsis(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is Ellipsis
+
+
+def has_call(node: ast.expr) -> bool:
+    """Return whether an expression calls anything."""
+    return any(isinstance(part, ast.Call) for part in ast.walk(node))
