@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx._symbolic_trace import _new_patcher
 from torch.utils._device import _device_constructors
 
+from rewrite.tracing.draws import refuse_draws
 from rewrite.tracing.proxies import proxies_in
 
 _CONTEXTS: tuple[Any, ...] = (
@@ -33,6 +34,7 @@ def tracing() -> Iterator[None]:
         with _new_patcher() as patcher:
             _skip_dimension_checks(patcher)
             _record_factories(patcher)
+            refuse_draws(patcher)
             yield
     finally:
         torch.random.set_rng_state(states[0])

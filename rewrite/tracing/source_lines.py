@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import random
 import sys
 import traceback
 from pathlib import Path
@@ -22,6 +23,8 @@ _AUGMENTED = frozenset(
     for instruction in dis.get_instructions(compile(f"x {operator}= y", "", "exec"))
     if instruction.opname == "BINARY_OP"
 )
+
+_STANDARD = f"{Path(random.__file__).parent}/"
 
 _TRACERS = (f"{_HERE}/", f"{Path(torch.__file__).parent / 'fx'}/")
 
@@ -59,6 +62,14 @@ def runs_in_torch() -> bool:
     while frame is not None and frame.f_code.co_filename.startswith(_TRACERS):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_filename.startswith(_LAYERS)
+
+
+def asked_by_model(frame: FrameType) -> bool:
+    """Return whether a frame runs the model's own code: none of torch, the tracer or Python."""
+    file = frame.f_code.co_filename
+    installed = "site-packages" in file or "dist-packages" in file
+    standard = file.startswith((_STANDARD, "<frozen")) and not installed
+    return not standard and not file.startswith(_MACHINERY)
 
 
 def short(source: str | None) -> str:
