@@ -222,7 +222,7 @@ def forward_defaults(module: nn.Module) -> dict[str, Any]:
 
 def forward_branches(module: nn.Module, assumed: dict[str, Any]) -> tuple[str, ...]:
     """Return the assumed parameters that the forward's code tests: it may do something else."""
-    if not assumed or type(module).forward.__module__.startswith("torch.nn."):
+    if not assumed or str(type(module).forward.__module__).startswith("torch.nn."):
         return ()  # torch's own layers choose between ways to compute one function
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward)))
