@@ -1,4 +1,4 @@
-"""The command `rewrite apply-map`: fold another checkpoint of a model that was folded before."""
+"""The command `rewrite apply-map`: fold or swap another checkpoint as the first one was."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ def add_parsers(subparsers: Any) -> None:
     """Add the command."""
     parser = subparsers.add_parser(
         "apply-map",
-        help="fold another checkpoint of the same architecture by the report of the first",
-        description="Fold a state dict by the report of an earlier fold of the same architecture, "
-        "without the model's code: nothing is traced or run.",
+        help="fold or swap another checkpoint of an architecture by the report of the first",
+        description="Rewrite a state dict by the report of an earlier fold, or swap of norms, of the "
+        "same architecture, without the model's code: nothing is traced or run.",
     )
     parser.add_argument("report", metavar="REPORT.json", help="what `convert --report` wrote")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a state dict of the old model")

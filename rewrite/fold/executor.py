@@ -75,7 +75,7 @@ def run_recipes(recipes: Sequence[Recipe], store: TensorStore, exact: Exact | No
         own = ledger.alone(layer)
         for attr, tensor in own.new_tensors(layer).items():
             for name in names_of(layer, attr, aliases.get(layer.name, ())):
-                _set(store, name, tensor)
+                set_finite(store, name, tensor)
                 if exact is not None or name in merged_names:
                     unrounded[name] = _promise(own, layer, attr)
     for recipe in recipes:
@@ -167,7 +167,7 @@ def _write_affine(recipe: AffineRecipe, ledger: Ledger, store: TensorStore) -> E
     dtype = narrowest([layer], lambda ref: store.get(ref.name))
     exact = {"weight": affine.scale, "bias": affine.shift}
     for attr, tensor in exact.items():
-        _set(store, f"{recipe.name}.{attr}", tensor.to(dtype))
+        set_finite(store, f"{recipe.name}.{attr}", tensor.to(dtype))
     return {f"{recipe.name}.{attr}": (lambda t=t: t) for attr, t in exact.items()}  # type: ignore[misc]
 
 
@@ -192,8 +192,8 @@ def run_merge(recipe: MergeRecipe, store: TensorStore, unrounded: Exact) -> Exac
         return held[name]
 
     kernel, bias = merged(recipe, like, read)
-    _set(store, f"{recipe.name}.weight", torch.empty_like(like).copy_(kernel))
-    _set(store, f"{recipe.name}.bias", bias.to(like.dtype))
+    set_finite(store, f"{recipe.name}.weight", torch.empty_like(like).copy_(kernel))
+    set_finite(store, f"{recipe.name}.bias", bias.to(like.dtype))
     return {
         f"{recipe.name}.weight": lambda: merged(recipe, like, read)[0],
         f"{recipe.name}.bias": lambda: merged(recipe, like, read)[1],
@@ -237,7 +237,12 @@ def _bias(term: TermRecipe, read: Callable[[str], Tensor]) -> Tensor | None:
         raise
 
 
-def _set(store: TensorStore, name: str, tensor: Tensor) -> None:
+def set_finite(store: TensorStore, name: str, tensor: Tensor) -> None:
+    """Set a tensor.
+
+    Raises:
+        CheckpointError: it holds NaN or infinity in its dtype.
+    """
     if not tensor.is_meta and not _is_finite(tensor):
         raise CheckpointError(f"{name} would hold values that are not finite in {tensor.dtype}")
     store.set(name, tensor)

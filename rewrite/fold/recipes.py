@@ -68,7 +68,10 @@ class FoldRecipe:
             "needs_positive": self.requirements.positive,
             "invertible": self.requirements.invertible,
             "moves": [
-                {"part": move.part, "edits": [self._edit_data(e) for e in move.absorption.edits]}
+                {
+                    "part": move.part,
+                    "edits": [edit_data(e, self.aliases) for e in move.absorption.edits],
+                }
                 for move in self.moves
             ],
         }
@@ -79,17 +82,6 @@ class FoldRecipe:
         if isinstance(self.origin, Affine):
             return {"scale": self.origin.scale.tolist(), "shift": self.origin.shift.tolist()}
         return {"constants": [dict(link.data) for link in self.origin]}
-
-    def _edit_data(self, edit: Edit) -> dict[str, Any]:
-        plain = torch.equal(edit.index, torch.arange(len(edit.index)))
-        return {
-            "layer": _layer_data(edit.layer, self.aliases),
-            "side": edit.side.value,
-            "index": len(edit.index) if plain else edit.index.tolist(),
-            "scale": edit.scale,
-            "shift": edit.shift,
-            "inverse": edit.inverse,
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +174,19 @@ def _neutral(captured: Captured, norm: Layer | None) -> dict[str, float]:
     return {TensorRef(p, ref.attr).name: value for ref, value in refs if ref for p in places}
 
 
+def edit_data(edit: Edit, aliases: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Return what one layer absorbs, as JSON's own types."""
+    plain = torch.equal(edit.index, torch.arange(len(edit.index)))
+    return {
+        "layer": _layer_data(edit.layer, aliases),
+        "side": edit.side.value,
+        "index": len(edit.index) if plain else edit.index.tolist(),
+        "scale": edit.scale,
+        "shift": edit.shift,
+        "inverse": edit.inverse,
+    }
+
+
 # --- JSON ----------------------------------------------------------------------------------------
 
 
@@ -225,7 +230,7 @@ def _fold_from(data: Data) -> FoldRecipe:
     invertible = invertible or any(move["part"] == "shift over scale" for move in data["moves"])
     requirements = Requirements(data["scales"], data["adds"], data["needs_positive"], invertible)
     moves = tuple(
-        Move(Absorption(tuple(map(_edit_from, move["edits"]))), move["part"])
+        Move(Absorption(tuple(map(edit_from, move["edits"]))), move["part"])
         for move in data["moves"]
     )
     aliases = {edit["layer"]["name"]: tuple(edit["layer"]["aliases"]) for edit in edits}
@@ -243,7 +248,8 @@ def _merge_from(data: Data) -> MergeRecipe:
     return MergeRecipe(data["name"], data["name"], data["like"], data["groups"], terms)
 
 
-def _edit_from(data: Data) -> Edit:
+def edit_from(data: Data) -> Edit:
+    """Return what one layer absorbs, as a report says it."""
     index = data["index"]
     positions = torch.arange(index) if isinstance(index, int) else torch.tensor(index)
     layer = _layer_from(data["layer"])

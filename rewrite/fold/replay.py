@@ -1,4 +1,4 @@
-"""Recipes of a report run on a state dict: a fold repeated on another checkpoint."""
+"""Recipes of a report run on a state dict: a fold or a swap repeated on another checkpoint."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rewrite.errors import CheckpointError, one_line, system_reason
 from rewrite.fold.executor import run_recipes
 from rewrite.fold.recipes import Data, from_data
 from rewrite.fold.store import StateDictStore
+from rewrite.fold.swap_recipe import apply_swaps
 from rewrite.weights.weight_norm_keys import fit_weight_norm_keys
 
 
@@ -43,8 +44,8 @@ def apply_report(report: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict
     """Return `state` after every pass of a report (as JSON says it).
 
     Raises:
-        CheckpointError: a change of the report carries no recipe: it is no fold; or the report is
-            damaged.
+        CheckpointError: a change of the report carries no recipe: it is no fold, and no swap without
+            data; or the report is damaged.
     """
     try:
         return _applied(report, state)
@@ -83,6 +84,7 @@ def _applied(report: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str
     result = dict(state)
     for part in report["passes"]:
         recipes: list[Data] = []
+        swaps: list[Data] = []
         drop: list[str] = []
         for change in part["changes"]:
             recipe = change.get("recipe") or {}
@@ -90,6 +92,9 @@ def _applied(report: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str
                 raise CheckpointError(
                     f"{change['target']}: {part['pass']} leaves no recipe for other checkpoints"
                 )
+            if recipe["do"] == "swap":
+                swaps.append(recipe)
+                continue
             if recipe["do"] != "with":
                 recipes.append(recipe)
             renames = recipe["do"] == "affine"
@@ -97,5 +102,5 @@ def _applied(report: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str
                 old for old, new in change["keys"].items()
                 if new is None or (renames and new != old)
             ]  # fmt: skip
-        result = apply_recipes(recipes, drop, result)
+        result = apply_recipes(recipes, drop, apply_swaps(swaps, result))
     return result

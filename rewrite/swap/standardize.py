@@ -21,6 +21,7 @@ from rewrite.affine.algebra import Affine
 from rewrite.affine.ledger import Ledger
 from rewrite.affine.plan import Absorption, write_tensor
 from rewrite.affine.planner import Planner, plan_backward
+from rewrite.fold.swap_recipe import bounded
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
 from rewrite.graph.operators import Norm
@@ -33,12 +34,14 @@ class Standardized:
 
     Attributes:
         layers: the layers that took them up.
+        absorption: what each of them absorbed.
         prefix: the map that has to stand in front of the norm, where none did.
         reason: why none did.
         known: whether there were statistics at all.
     """
 
     layers: tuple[str, ...] = ()
+    absorption: Absorption | None = None
     prefix: Affine | None = None
     reason: str = ""
     known: bool = True
@@ -62,20 +65,14 @@ def _standardize(captured: Captured, norm: Norm, planner: Planner, ledger: Ledge
     if norm.running_mean is None or norm.running_var is None:
         return Standardized(known=False, reason="it has no running statistics to keep")
     mean, var = captured.tensor(norm.running_mean), captured.tensor(norm.running_var)
-    affine = _bounded(Affine.batch_norm(mean, var, None, None, norm.eps))
+    affine = bounded(Affine.batch_norm(mean, var, None, None, norm.eps))
     plan = plan_backward(captured, norm.node, positive=True, planner=planner)
     if isinstance(plan, Declined):
         return Standardized(prefix=affine, reason=plan.reason)
     if reason := _overflow(captured, plan, affine):
         return Standardized(prefix=affine, reason=reason)
     plan.enter(ledger, affine)
-    return Standardized(plan.layers)
-
-
-def _bounded(affine: Affine) -> Affine:
-    """Return `affine` with the identity where a channel's variance and eps are both zero."""
-    good = torch.isfinite(affine.scale) & torch.isfinite(affine.shift)
-    return Affine(torch.where(good, affine.scale, 1.0), torch.where(good, affine.shift, 0.0))
+    return Standardized(plan.layers, plan)
 
 
 def _overflow(captured: Captured, plan: Absorption, affine: Affine) -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from rewrite.errors import OptionError
+from rewrite.fold.swap_recipe import swap_data, with_norm
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
 from rewrite.graph.operators import Norm, norm_of
@@ -81,10 +82,11 @@ def swap_all(
     moved: dict[Any, Standardized] = {}
     if settings.keep in DEFAULT_ANCHOR:
         moved = standardize(captured, norms)
-        norms = [_norm(captured, site) for site in sites]
+    recipes = [_recipe(captured, norm, moved.get(norm.node), settings) for norm in norms]
+    norms = [_norm(captured, site) for site in sites]
     swapped = [
-        _swap(captured, site, norm, make(site.plan, norm), settings, moved.get(norm.node))
-        for site, norm in zip(sites, norms, strict=True)
+        _swap(captured, site, norm, make(site.plan, norm), settings, moved.get(norm.node), recipe)
+        for site, norm, recipe in zip(sites, norms, recipes, strict=True)
     ]
     changes = [item.change for item in swapped]
     if settings.keep != "function":
@@ -112,6 +114,17 @@ def _norm(captured: Captured, site: Site) -> Norm:
     return norm
 
 
+def _recipe(
+    captured: Editable, norm: Norm, moved: Standardized | None, settings: SwapOptions
+) -> dict[str, Any]:
+    """Return what repeats a swap on another checkpoint; nothing of what is fitted to data."""
+    if settings.keep == "function":
+        return {}
+    absorption = None if moved is None else moved.absorption
+    prefix = moved is not None and moved.known and moved.prefix is not None
+    return swap_data(captured, norm, absorption, prefix=prefix)
+
+
 def _swap(
     captured: Editable,
     site: Site,
@@ -119,6 +132,7 @@ def _swap(
     module: nn.Module,
     settings: SwapOptions,
     moved: Standardized | None,
+    recipe: dict[str, Any],
 ) -> Swapped:
     swap.copy_affine(captured, norm, module)
     if settings.keep == "nothing":
@@ -144,6 +158,7 @@ def _swap(
     change = Change(
         site.target, site.before, swap.describe_norm(module), "; ".join(filter(None, notes)),
         (site.target, name, *layers),
+        recipe=with_norm(recipe, name, anchored, reset=settings.keep == "nothing"),
     )  # fmt: skip
     prefix = placed[0] if isinstance(placed, nn.Sequential) else None
     fits = moved is not None and moved.known
