@@ -12,7 +12,7 @@ def add_parsers(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "apply-map",
         help="fold or swap another checkpoint of an architecture by the report of the first",
-        description="Rewrite a state dict by the report of an earlier fold, or swap of norms, of the "
+        description="Rewrite a state dict by the report of an earlier fold or norm swap of the "
         "same architecture, without the model's code: nothing is traced or run.",
     )
     parser.add_argument("report", metavar="REPORT.json", help="what `convert --report` wrote")
