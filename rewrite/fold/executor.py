@@ -134,7 +134,7 @@ def _run_reader(recipe: ReaderRecipe, store: TensorStore, unrounded: Exact) -> N
     if not affine.scale.is_meta:
         dtype = store.get(recipe.weight).dtype
         _check(recipe.target, Requirements(adds=recipe.adds), affine, dtype, why)
-    recipe.absorb(affine, store.get, partial(_set, store), unrounded)
+    recipe.absorb(affine, store.get, partial(set_finite, store), unrounded)
 
 
 def _check(
