@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +13,9 @@ from rewrite.errors import OptionError
 from rewrite.runtime.leaves import tensors
 from rewrite.runtime.modes import evaluating
 from rewrite.swap.agreement import Sums
-from rewrite.training.recovered import Held
+from rewrite.training.calibration_error import calibration_error, fit_temperature
+from rewrite.training.penultimate import NoTemplatesError, penultimate_plane
+from rewrite.training.recovered import Calibrated, Held
 from rewrite.training.samples import Samples
 
 _CHUNK = 64
@@ -49,6 +53,38 @@ class HeldOut:
                 accuracy = float(right.double().mean())
         error = whole.metrics["error"]
         return Held(len(self.samples), top1, whole.cosine, error, accuracy), found
+
+    def calibration(
+        self, outputs: Mapping[str, tuple[Tensor, ...]]
+    ) -> dict[str, Calibrated] | None:
+        """Return how sure and how right several models are, where labels are known."""
+        labels = self.samples.labels
+        if labels is None or self.outputs[0].dim() != 2:
+            return None
+        return {
+            name: Calibrated(calibration_error(one[0], labels), fit_temperature(one[0], labels))
+            for name, one in outputs.items()
+        }
+
+    def plane(self, model: nn.Module) -> dict[int, Tensor]:
+        """Return the penultimate layer in the plane of the three commonest classes.
+
+        It is empty without labels of three classes, for inputs that are more than one tensor, and
+        where no linear layer makes the logits.
+        """
+        labels, inputs = self.samples.labels, self.samples.inputs
+        if labels is None or inputs.kwargs or len(inputs.args) != 1:
+            return {}
+        counts = Counter(labels[labels >= 0].tolist())
+        if len(counts) < 3:
+            return {}
+        classes = sorted(label for label, _ in counts.most_common(3))
+        parameter = next(model.parameters())
+        moved = self.samples.to(parameter.device, parameter.dtype).inputs.args[0]
+        try:
+            return penultimate_plane(model, moved, labels, classes)
+        except NoTemplatesError:
+            return {}
 
 
 def outputs_of(model: nn.Module, samples: Samples) -> tuple[Tensor, ...]:

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 from rewrite.errors import OptionError
 from rewrite.runtime.modes import evaluating
-from rewrite.training.plot import new_figure, write_figure
+from rewrite.training.plot import draw_plane, new_figure, write_figure
+
+
+class NoTemplatesError(OptionError):
+    """No linear layer makes the logits of a model."""
 
 
 def penultimate_plane(
@@ -58,11 +62,7 @@ def plot_penultimate(planes: Mapping[str, Mapping[int, Tensor]], path: str | Pat
         raise OptionError("no plane to draw")
     figure, panels = new_figure(len(planes))
     for panel, (name, plane) in zip(panels, planes.items(), strict=True):
-        for label, points in plane.items():
-            panel.scatter(points[:, 0], points[:, 1], s=6, label=f"class {label}")
-        panel.set_title(name, fontsize=10)
-        panel.set_aspect("equal")
-        panel.legend(fontsize=8)
+        draw_plane(panel, name, plane)
     return write_figure(figure, Path(path))
 
 
@@ -83,6 +83,8 @@ def _last_linear(model: nn.Module, inputs: Tensor) -> tuple[nn.Linear, Tensor]:
         for handle in handles:
             handle.remove()
     if not calls or not isinstance(output, Tensor) or not torch.equal(calls[-1][2], output):
-        raise OptionError("no linear layer makes the logits: there are no templates to look at")
+        raise NoTemplatesError(
+            "no linear layer makes the logits: there are no templates to look at"
+        )
     layer, read, _ = calls[-1]
     return layer, read.double().cpu()

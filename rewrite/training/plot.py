@@ -1,9 +1,12 @@
-"""A recovery as a picture: loss and rate by step, agreement by step, reliability by confidence."""
+"""A recovery as a picture: loss, rate and agreement by step, reliability, penultimate layers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from rewrite.errors import OptionError
 from rewrite.files.figure import save_figure
@@ -43,10 +46,19 @@ def write_figure(figure: Figure, path: Path) -> Path:
     return save_figure(figure, path)
 
 
+def draw_plane(panel: Any, name: str, plane: Mapping[int, Tensor]) -> None:
+    """Draw the points (n, 2) of each class of a penultimate layer."""
+    for label, points in plane.items():
+        panel.scatter(points[:, 0], points[:, 1], s=6, label=f"class {label}")
+    panel.set_title(name, fontsize=10)
+    panel.set_aspect("equal")
+    panel.legend(fontsize=8)
+
+
 def plot_recovery(recovered: Recovered[Any], path: Path) -> Path:
     """Draw a recovery; return `path`."""
     reliability = recovered.calibration or {}
-    figure, panels = new_figure(3 if reliability else 2)
+    figure, panels = new_figure((3 if reliability else 2) + len(recovered.planes))
     steps = [step for step, _, _ in recovered.steps]
     panels[0].plot(steps, [loss for _, loss, _ in recovered.steps], color="tab:blue")
     panels[0].set(xlabel="step", ylabel="loss", yscale="log")
@@ -69,4 +81,7 @@ def plot_recovery(recovered: Recovered[Any], path: Path) -> Path:
         panels[2].plot([0, 1], [0, 1], color="tab:gray", linestyle=":")
         panels[2].set(xlabel="confidence", ylabel="accuracy")
         panels[2].legend(fontsize=8)
+    drawn = panels[len(panels) - len(recovered.planes) :]
+    for panel, (name, plane) in zip(drawn, recovered.planes.items(), strict=True):
+        draw_plane(panel, name, plane)
     return write_figure(figure, path)

@@ -22,14 +22,13 @@ from torch import nn
 from rewrite.errors import OptionError
 from rewrite.runtime.copying import copy_model
 from rewrite.swap.anchor import Recentering
-from rewrite.training.calibration_error import calibration_error, fit_temperature
 from rewrite.training.held_out import HeldOut
 from rewrite.training.label_smoothing import OnlineLabelSmoothing, check_labels
 from rewrite.training.loop_state import LoopState, interrupts, save_state
 from rewrite.training.objective import Objective, swapped_norms
 from rewrite.training.options import RATES, REFERENCE_BATCH, RecoverOptions
 from rewrite.training.parameter_groups import normalized_decay, parameter_groups
-from rewrite.training.recovered import Calibrated, Recovered
+from rewrite.training.recovered import Recovered
 from rewrite.training.samples import Samples, read_samples, split, step_count, steps_of
 from rewrite.training.schedule import linear_scaling, warmup
 
@@ -138,17 +137,20 @@ class _Recovery:
         state = self.state
         if folder is not None and folder.exists():
             self.accelerator.load_state(str(folder))
-        before_outputs = None
+        outputs, planes = {"teacher": self.held.outputs}, {"teacher": self.held.plane(self.teacher)}
         if not state.agreements:
-            held, before_outputs = self.held.measure(self.student)
+            held, outputs["student before"] = self.held.measure(self.student)
+            planes["student before"] = self.held.plane(self.student)
             state.note(held)
         stopped = self._train(folder, say)
         state.restore_best()
-        after, outputs = self.held.measure(self.student)
+        after, outputs["student after"] = self.held.measure(self.student)
+        planes["student after"] = self.held.plane(self.student)
         return Recovered(
             self.student, state.agreements[0][1], after, tuple(state.steps),
-            tuple(state.agreements), stopped, tuple(self.notes),
-            self._calibration(before_outputs, outputs), time.perf_counter() - start,
+            tuple(state.agreements), stopped, tuple(self.notes), self.held.calibration(outputs),
+            {name: plane for name, plane in planes.items() if plane},
+            time.perf_counter() - start,
         )  # fmt: skip
 
     def _train(self, folder: Path | None, say: Callable[[str], None]) -> str:
@@ -285,20 +287,6 @@ class _Recovery:
         if empty := torch.nonzero(counts == 0).flatten().tolist():
             names = ", ".join(map(str, empty[:10]))
             self.notes.append(f"{len(empty)} classes have no sample to train on: {names}")
-
-    def _calibration(
-        self, before: tuple[torch.Tensor, ...] | None, after: tuple[torch.Tensor, ...]
-    ) -> dict[str, Calibrated] | None:
-        """Return how sure and how right teacher and student are, where labels are known."""
-        labels = self.held.samples.labels
-        if labels is None or self.held.outputs[0].dim() != 2:
-            return None
-        outputs = {"teacher": self.held.outputs, "student before": before, "student after": after}
-        return {
-            name: Calibrated(calibration_error(one[0], labels), fit_temperature(one[0], labels))
-            for name, one in outputs.items()
-            if one is not None
-        }
 
 
 def _optimizer(

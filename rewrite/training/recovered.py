@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from rewrite.training.calibration_error import Reliability
 
@@ -67,6 +67,8 @@ class Recovered(Generic[Model]):
         stopped: why it ended before its time; "" if it did not.
         notes: what the user should know beside it.
         calibration: with labels, of "teacher", "student before" and "student after".
+        planes: with labels, of the same models: the penultimate layer's held-out samples in the
+            plane through the templates of three classes, (n, 2) a class.
         seconds: how long it took.
     """
 
@@ -78,6 +80,7 @@ class Recovered(Generic[Model]):
     stopped: str = ""
     notes: tuple[str, ...] = ()
     calibration: dict[str, Calibrated] | None = None
+    planes: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -96,10 +99,15 @@ class Recovered(Generic[Model]):
         }
         if self.calibration is not None:
             more["calibration"] = {name: asdict(one) for name, one in self.calibration.items()}
+        if self.planes:
+            more["planes"] = {
+                name: {str(label): points.tolist() for label, points in plane.items()}
+                for name, plane in self.planes.items()
+            }
         return json.dumps(held | more, indent=2)
 
     def plot(self, path: str | Path) -> Path:
-        """Draw loss, rate and agreement, and with labels the reliability, into a .png or .svg.
+        """Draw the course into a .png or .svg, with labels also reliability and penultimate layers.
 
         Raises:
             OptionError: another suffix, or matplotlib is not installed.

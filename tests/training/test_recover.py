@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -70,6 +71,24 @@ def test_labels(options: dict[str, object]) -> None:
         "teacher", "student before", "student after",
     }  # fmt: skip
     assert recovered.calibration["teacher"].reliability.accuracy == 1.0
+    assert not recovered.planes  # The teacher answers with two classes: no plane through three.
+
+
+def test_the_plane_of_a_penultimate_layer_moves_with_the_student(tmp_path: Path) -> None:
+    data = [(x, torch.arange(len(x)) % 4) for x in _data()]
+    recovered = recover(_student(), _teacher(), data, labels=True, epochs=2, rate=0.01)
+    assert list(recovered.planes) == ["teacher", "student before", "student after"]
+    teacher, before, after = recovered.planes.values()
+    held = {label: len(points) for label, points in teacher.items()}
+    assert len(held) == 3 and all(points.shape[1] == 2 for points in teacher.values())
+    assert {label: len(points) for label, points in after.items()} == held
+    assert any(not torch.equal(before[label], after[label]) for label in held)
+    assert len(json.loads(recovered.to_json())["planes"]) == 3
+    text = recovered.plot(tmp_path / "p.svg").read_text(encoding="utf-8")
+    without = recover(_student(), _teacher(), _data(), rate=0.01)
+    assert not without.planes
+    plain = without.plot(tmp_path / "q.svg").read_text(encoding="utf-8")
+    assert text.count('id="axes_') == plain.count('id="axes_') + 4  # reliability, three planes
 
 
 def test_a_global_batch_is_one_step_however_it_is_divided() -> None:
