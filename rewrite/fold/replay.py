@@ -44,8 +44,8 @@ def apply_report(report: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict
     """Return `state` after every pass of a report (as JSON says it).
 
     Raises:
-        CheckpointError: a change of the report carries no recipe: it is no fold, and no swap without
-            data; or the report is damaged.
+        CheckpointError: a change carries no recipe (it is no fold, and no swap without data), or
+            the report is damaged.
     """
     try:
         return _applied(report, state)
