@@ -324,3 +324,25 @@ def test_by_region_gives_the_parts_that_have_one() -> None:
     assert rows[""].norms == {} and "layer norm" in rows[""].reason
     assert rows["0"].norms[2] == rewrite.path_norm(stem, 2, torch.zeros(1, 1, 4, 4))
     assert rows.keys() == {"", "0"}
+
+
+class Halves(nn.Module):
+    """A view of what relu makes of a part of a value."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.conv, self.last = nn.Conv2d(2, 3, 1), nn.Linear(24, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = torch.relu(self.conv(x).chunk(2, 2)[0])
+        return self.last(getattr(half, self.name)(-1, 24))
+
+
+def test_a_view_of_a_part_is_that_of_a_copy_of_it() -> None:
+    torch.manual_seed(0)
+    viewed, copied = Halves("view").double(), Halves("reshape").double()
+    copied.load_state_dict(viewed.state_dict())
+    x = torch.zeros(1, 2, 4, 4, dtype=torch.float64)
+    assert viewed(x).shape == (1, 2)
+    assert rewrite.path_norm(viewed, 2, x) == rewrite.path_norm(copied, 2, x) > 0
