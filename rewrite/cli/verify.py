@@ -6,6 +6,7 @@ Exit codes: 0 verified; 1 something is wrong with the model; 2 wrong usage or un
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,21 @@ def run_verify(options: argparse.Namespace) -> int:
     return OK if found.ok else FAILED
 
 
+def _suggest_contract(before: nn.Module, after: nn.Module) -> None:
+    """Say what a swap of norms is held to, where one looks like the reason for a difference."""
+    from torch.nn import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LayerNorm
+
+    others = (GroupNorm, LayerNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d)
+    new = sum(isinstance(m, others) for m in after.modules())
+    new -= sum(isinstance(m, others) for m in before.modules())
+    if new > 0:
+        print(
+            f"the second model has {new} group, layer or instance norms more: a swap keeps a model "
+            "approximately; --contract approximate measures how far",
+            file=sys.stderr,
+        )
+
+
 def _is_onnx(name: str) -> bool:
     return Path(name).suffix.lower() in (".onnx", ".ort")
 
@@ -121,6 +137,8 @@ def _verify_models(options: argparse.Namespace) -> tuple[Verification, str | Non
         level=Level.QUICK if options.quick else Level.THOROUGH,
         seed=options.seed,
     )
+    if not found.ok and found.contract in (Contract.EXACT, Contract.EXACT_IN_EVAL):
+        _suggest_contract(before, after)
     if not options.html:
         return found, None
     from rewrite.equivalence.side_by_side import of_runs, side_by_side

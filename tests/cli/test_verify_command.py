@@ -8,6 +8,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+import rewrite
 from rewrite.cli.main import main
 
 MODEL = "torchvision:squeezenet1_1"
@@ -127,3 +128,23 @@ def test_a_size_that_one_graph_alone_refuses(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     wrong = [check for check in report["checks"] if not check["ok"]]
     assert any("free.onnx" in c["name"] and "(1, 3, 3, 3)" in c["found"] for c in wrong)
+
+
+def test_a_swap_that_is_held_to_equality_is_told_which_contract_it_has(tmp_path, capsys):
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU()]
+    norm = torch.nn.Sequential(*layers)
+    swapped = torch.nn.Sequential(layers[0], torch.nn.GroupNorm(2, 4), layers[2])
+    other = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), layers[1], layers[2])
+    for name, model in (("a", norm), ("b", swapped), ("c", other)):
+        rewrite.save(model, tmp_path / f"{name}.pt")
+
+    def judged(second: str, *flags: str) -> str:
+        files = [str(tmp_path / "a.pt"), str(tmp_path / f"{second}.pt")]
+        code = main(["verify", *files, "--input", "1x3x4x4", *flags])
+        assert code == ("--contract" not in flags)
+        return capsys.readouterr().err
+
+    assert "--contract approximate" in judged("b")
+    assert "--contract" not in judged("c")
+    assert "--contract" not in judged("b", "--contract", "approximate")
