@@ -144,6 +144,49 @@ class Transformer(nn.Module):
         return (images(2, 5, 8),)
 
 
+class ResidualStream(nn.Module):
+    """Blocks that add to a stream which begins at a linear layer: only LayerNorms read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.positions = nn.Parameter(torch.randn(1, 5, 8))
+        self.norm1 = nn.LayerNorm(8)
+        self.up1, self.down1 = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.norm2 = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.positions
+        x = x + self.down1(F.gelu(self.up1(self.norm1(x))))
+        return self.head(self.norm2(x))
+
+    @staticmethod
+    def example_inputs() -> tuple[Tensor, ...]:
+        return (images(2, 5, 6),)
+
+
+class BareStream(nn.Module):
+    """A stream between linear layers, whose RMSNorms have no weight; a LayerNorm stands outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.embed = nn.LayerNorm(6), nn.Linear(6, 8)
+        self.norm1 = nn.RMSNorm(8, elementwise_affine=False)
+        self.up1, self.down1 = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.norm2 = nn.RMSNorm(8, elementwise_affine=False)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(self.first(x))
+        x = x + self.down1(F.gelu(self.up1(self.norm1(x))))
+        return self.head(self.norm2(x))
+
+    @staticmethod
+    def example_inputs() -> tuple[Tensor, ...]:
+        return (images(2, 5, 6),)
+
+
 class BatchNormTransformer(nn.Module):
     """Linear layers with norms over the tokens, by transposing around them, as LeViT has."""
 
@@ -213,6 +256,8 @@ MODELS = (
     DenseConnections,
     SqueezeExcite,
     Transformer,
+    ResidualStream,
+    BareStream,
     BatchNormTransformer,
     OtherNorms,
     WithoutNorm,

@@ -7,6 +7,7 @@ from passes.bn_to_sync_bn import BatchNormToSyncBatchNorm
 from passes.bn_to_weight_norm import BatchNormToWeightNorm
 from passes.fold import FoldNorm
 from passes.freeze_bn import FreezeBatchNorm
+from passes.ln_to_rms import LayerNormToRMSNorm
 from passes.merge_branches import MergeBranches
 from passes.out_of_place import OutOfPlace
 from passes.rebalance import Rebalance
@@ -14,6 +15,7 @@ from passes.recalibrate_bn import RecalibrateBatchNorm
 from passes.reinit import Reinitialize
 from passes.remove_standardize import RemoveStandardize
 from passes.remove_weight_norm import RemoveWeightNorm
+from passes.rotate_stream import RotateStream
 from passes.sync_bn_to_bn import SyncBatchNormToBatchNorm
 from passes.weight_norm import WeightNorm
 from passes.weight_standardize import WeightStandardize
@@ -26,6 +28,7 @@ __all__ = [
     "BatchNormToWeightNorm",
     "FoldNorm",
     "FreezeBatchNorm",
+    "LayerNormToRMSNorm",
     "MergeBranches",
     "OutOfPlace",
     "Rebalance",
@@ -33,6 +36,7 @@ __all__ = [
     "Reinitialize",
     "RemoveStandardize",
     "RemoveWeightNorm",
+    "RotateStream",
     "SyncBatchNormToBatchNorm",
     "WeightNorm",
     "WeightStandardize",

@@ -52,12 +52,12 @@ class ObservedStore:
 
     def get(self, name: str) -> Tensor:
         """Return a tensor of the model."""
-        return self._captured.tensor(_ref(name))
+        return self._captured.tensor(ref_of(name))
 
     def set(self, name: str, tensor: Tensor) -> None:
         """Put a tensor in; one that several modules hold is written with the first name of them."""
         if name not in self._aliases:
-            _write(self._captured, name, tensor, alone=name in self._untied)
+            write_tensor(self._captured, name, tensor, alone=name in self._untied)
 
     def delete(self, name: str) -> None:
         """Do nothing: a tensor goes with the norm that it belongs to."""
@@ -86,12 +86,12 @@ def _finish(captured: Editable, fold: ObservedFold, before: str, recipe: ReaderR
         notes.append(f"{what} needs a weight: it stays, and does nothing")
     if untied := {edit.untied for edit in fold.edits if edit.untied}:
         notes.append(f"{', '.join(sorted(untied))} is a tensor of its own now")
-        _untie_config(captured.model)
+        untie_config(captured.model)
     keys: dict[str, str | None] = dict.fromkeys(recipe.gone)
     for name in list(keys):
         owner, _, attr = name.rpartition(".")
         keys.update({f"{alias}.{attr}": None for alias in captured.aliases(owner)})
-    owners = [_ref(edit.read.tensor).owner for edit in fold.edits]
+    owners = [ref_of(edit.read.tensor).owner for edit in fold.edits]
     return Change(
         fold.target, before, f"its affine part folded into {', '.join(fold.layers)}",
         note="; ".join(notes), touched=(*fold.layers, *owners), keys=keys,
@@ -101,7 +101,7 @@ def _finish(captured: Editable, fold: ObservedFold, before: str, recipe: ReaderR
 
 def _edit(captured: Captured, edit: ReaderEdit) -> dict[str, Any]:
     read = edit.read
-    shape = captured.tensor(_ref(read.tensor)).shape
+    shape = captured.tensor(ref_of(read.tensor)).shape
     parts = _ranges(read.operand.part(read.axis), shape)
     channels: int | list[int] = list(read.channels)
     if read.channels == tuple(range(len(read.channels))):
@@ -110,7 +110,7 @@ def _edit(captured: Captured, edit: ReaderEdit) -> dict[str, Any]:
     if edit.has_bias and read.bias is not None:
         held = read.bias[1].part(-1)
         bias_part = [held[0].start, held[0].length] if held else None
-    tied = captured.tied(_ref(read.tensor))
+    tied = captured.tied(ref_of(read.tensor))
     return {
         "weight": read.tensor,
         "axis": read.axis,
@@ -125,9 +125,9 @@ def _edit(captured: Captured, edit: ReaderEdit) -> dict[str, Any]:
     }
 
 
-def _write(captured: Editable, name: str, tensor: Tensor, alone: bool) -> None:
+def write_tensor(captured: Editable, name: str, tensor: Tensor, alone: bool) -> None:
     """Set a tensor in every place that holds it, as one; or in one place alone."""
-    ref = _ref(name)
+    ref = ref_of(name)
     old = getattr(captured.module(ref.owner), ref.attr, None)
     others = () if alone or old is None else captured.tied(ref)
     captured.editor.set_tensor(ref, tensor)
@@ -152,7 +152,7 @@ def _drop(captured: Editable, target: str) -> None:
     captured.editor.replace(target, captured.editor.copied(old, dict.fromkeys(held)))
 
 
-def _untie_config(model: nn.Module) -> None:
+def untie_config(model: nn.Module) -> None:
     """Tell the model's configuration that its head has a weight of its own."""
     config = getattr(model, "config", None)
     for part in (config, getattr(config, "text_config", None)):
@@ -160,6 +160,7 @@ def _untie_config(model: nn.Module) -> None:
             part.tie_word_embeddings = False
 
 
-def _ref(name: str) -> TensorRef:
+def ref_of(name: str) -> TensorRef:
+    """Return the reference of a tensor by its qualified name."""
     owner, _, attr = name.rpartition(".")
     return TensorRef(owner, attr)

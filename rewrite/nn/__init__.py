@@ -6,23 +6,28 @@ stays readable when a definition moves.
 
 from rewrite.nn.mean_only import MeanOnlyBatchNorm
 from rewrite.nn.modules import ChannelAffine, ChannelLayerNorm, ChannelMix
+from rewrite.nn.streams import Centre, ShiftedRMSNorm
 from rewrite.nn.weight_norm import WeightNorm
 from rewrite.nn.weight_standardization import WeightStandardization
 
 __all__ = [
+    "Centre",
     "ChannelAffine",
     "ChannelLayerNorm",
     "ChannelMix",
     "MeanOnlyBatchNorm",
+    "ShiftedRMSNorm",
     "WeightNorm",
     "WeightStandardization",
 ]
 
 for _kind in (
+    Centre,
     ChannelAffine,
     ChannelLayerNorm,
     ChannelMix,
     MeanOnlyBatchNorm,
+    ShiftedRMSNorm,
     WeightNorm,
     WeightStandardization,
 ):

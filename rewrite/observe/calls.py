@@ -8,7 +8,7 @@ and one more step with the cache of the first.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -89,10 +89,33 @@ def default_calls(model: nn.Module, seed: int = 0) -> tuple[ExampleCall, ...]:
         if _tried(model, two) is not None:
             name = "padded mask, batch 2" if "attention_mask" in two else "batch 2"
             calls.append(ExampleCall(name, Inputs((), two)))
+        calls += _image_calls(model, config, first)
         step = _cache_step(model, first, output, generator)
         if step is not None:
             calls.append(ExampleCall("cache step", Inputs((), step)))
     return tuple(calls)
+
+
+def _image_calls(model: nn.Module, config: Any, first: dict[str, Any]) -> Iterator[ExampleCall]:
+    """Yield the calls that vision transformers have beside the plain one: each takes other code.
+
+    A larger image has its positions interpolated, and patches may be masked by a learned token.
+    """
+    image, patch = first.get("pixel_values"), getattr(config, "patch_size", None)
+    if image is None or not isinstance(patch, int) or "input_ids" in first:
+        return
+    if any(hasattr(module, "interpolate_pos_encoding") for module in model.modules()):
+        wider = {**first, "pixel_values": nn.functional.pad(image, (0, patch, 0, patch))}
+        if "interpolate_pos_encoding" in _parameters(model):
+            wider["interpolate_pos_encoding"] = True
+        if _tried(model, wider) is not None:
+            yield ExampleCall("larger image", Inputs((), wider))
+    if any(isinstance(getattr(m, "mask_token", None), nn.Parameter) for m in model.modules()):
+        count = (image.shape[-2] // patch) * (image.shape[-1] // patch)
+        mask = (torch.arange(count, device=image.device) % 2 == 0)[None]
+        masked = {**first, "bool_masked_pos": mask.expand(len(image), -1).clone()}
+        if _tried(model, masked) is not None:
+            yield ExampleCall("masked patches", Inputs((), masked))
 
 
 def hidden_states_call(call: ExampleCall) -> ExampleCall:

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import nn
 from torch.fx import Node
@@ -30,7 +31,6 @@ from rewrite.observe.code_reader import FunctionReader
 from rewrite.observe.code_syntax import Fixed, Function, function_at
 from rewrite.observe.evidence import Evidence
 from rewrite.observe.export import CodeLine, ObservedCall, in_torch
-from rewrite.observe.plan import ObservedFold
 from rewrite.observe.spellings import op_name, shape_of
 
 _READ_AT_MOST = 4000
@@ -67,13 +67,57 @@ class CodeIndex:
         return self._plain[line]
 
 
+class Called(Protocol):
+    """A call in a graph."""
+
+    @property
+    def node(self) -> Node:
+        """The call."""
+
+
+class Followed(Protocol):
+    """The values that carry a map in one call, and the calls that take it up."""
+
+    @property
+    def labels(self) -> Iterable[Node]:
+        """The values."""
+
+    @property
+    def reads(self) -> Iterable[Called]:
+        """Who takes the map up."""
+
+
+class MapPlan(Protocol):
+    """What is about to be changed, as far as code has to be held against it."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The modules at which the map begins."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The modules that take the map up."""
+
+    @property
+    def guarded(self) -> tuple[str, ...]:
+        """The modules that no line may call which no observed call took."""
+
+    @property
+    def sites(self) -> Sequence[tuple[ObservedCall, Called]]:
+        """The calls at which the map begins."""
+
+    @property
+    def flows(self) -> Sequence[tuple[ObservedCall, Followed]]:
+        """Where it goes."""
+
+
 @dataclass(eq=False)
 class CodeCheck:
-    """Reads the code around one fold."""
+    """Reads the code around one fold, or around another map that values carry."""
 
     captured: Captured
     index: CodeIndex
-    fold: ObservedFold
+    fold: MapPlan
     rank: int = 1
     _owners: list[str] = field(default_factory=list)
     _mapped: set[tuple[str, int]] = field(default_factory=set)
@@ -169,7 +213,7 @@ class CodeCheck:
         names: set[str] = set()
         for owner in self._instances(function):
             prefix = f"{owner}." if owner else ""
-            for target in (*self.fold.layers, self.fold.target):
+            for target in self.fold.guarded:
                 if target.startswith(prefix):
                     names.add(target.removeprefix(prefix).split(".")[0])
         return names
@@ -180,8 +224,8 @@ class CodeCheck:
             return False
         if path[0] == function.first and len(path) > 1:
             places = (".".join(filter(None, (o, *path[1:]))) for o in self._instances(function))
-            target = self.fold.target
-            if any(place == target or target.startswith(f"{place}.") for place in places):
+            targets = self.fold.targets
+            if any(t == place or t.startswith(f"{place}.") for place in places for t in targets):
                 return True
         below = function_at(chain[1].file, chain[1].number) if len(chain) > 1 else None
         return below is not None and below[0].name == path[-1]

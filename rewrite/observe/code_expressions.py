@@ -3,7 +3,7 @@
     (h, y)    holds it        h.shape           is not the value        h[:, -1]    still is
     f(h)      what f says     self.q_proj(h)    no longer is            h * 2       reads it
 
-An expression on a line that no call took may hand the value on; if it computes, it is refused.
+On a line that no call took an expression may hand the value on; if it computes, it is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from rewrite.observe.code_fields import ANYWHERE, Fields, excludes, joined
+from rewrite.observe import code_fields as words
+from rewrite.observe.code_fields import ANYWHERE, FORM, Fields, excludes, joined
 from rewrite.observe.code_syntax import (
     Fixed,
     Function,
@@ -23,6 +24,7 @@ from rewrite.observe.code_syntax import (
     constants,
     decided,
     fits,
+    functions_named,
     given_expressions,
     has_call,
     known_values,
@@ -33,18 +35,6 @@ from rewrite.observe.code_syntax import (
     selects_rows,
 )
 from rewrite.observe.export import CodeLine
-
-_FORM = frozenset(
-    {"size", "dim", "numel", "stride", "is_contiguous", "element_size", "get_device", "type",
-     "shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "ndimension",
-     "is_floating_point"}
-)  # fmt: skip
-_HARMLESS = frozenset(
-    {"isinstance", "len", "type", "id", "print", "hasattr", "getattr", "callable", "repr", "str"}
-)
-_COLLECTS = frozenset({"tuple", "list", "dict", "zip", "enumerate", "reversed", "iter", "next"})
-_KEEPS = frozenset({"append", "extend", "add", "insert", "update", "setdefault"})
-_TALKS = frozenset({"logger", "warnings", "logging"})
 
 
 class Untaken(Exception):  # noqa: N818 - a reason, caught where it is decided
@@ -178,8 +168,8 @@ class ExpressionReader:
     def may(self, node: ast.expr) -> bool:
         """Return whether the value, or the norm's call, is anywhere in an expression."""
         span = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-        calls = any(isinstance(part, ast.Call) for part in ast.walk(node))
-        return self.holds(node) or (bool(self.chain) and calls and self.chain[0].number in span)
+        calls = has_call(node)
+        return self._mentions(node) or (bool(self.chain) and calls and self.chain[0].number in span)
 
     def _check_calls(self, node: ast.expr, statement: ast.stmt) -> None:
         """Refuse a call of a reader on a line that no call took."""
@@ -206,7 +196,7 @@ class ExpressionReader:
             fields = self.of_name.get(name)
             if name in self.names and excludes(fields, node.attr):
                 return False
-            return node.attr not in _FORM and self._evaluate(node.value, statement)
+            return node.attr not in FORM and self._evaluate(node.value, statement)
         if isinstance(node, ast.Call):
             return self._call(node, statement)
         if isinstance(node, ast.IfExp):
@@ -277,7 +267,7 @@ class ExpressionReader:
 
     def _mentions(self, node: ast.AST) -> bool:
         """Return whether a name that may hold the value is read, for more than its form."""
-        if isinstance(node, ast.Attribute) and node.attr in _FORM and path_of(node.value):
+        if isinstance(node, ast.Attribute) and node.attr in FORM and path_of(node.value):
             return False
         if isinstance(node, ast.Name):
             return node.id in self.names
@@ -317,22 +307,26 @@ class ExpressionReader:
         if not (receiver or any(given) or any(named.values())):
             return False
         name = path[-1] if path else getattr(node.func, "attr", "")
-        if (len(path) == 1 and name in _HARMLESS) or (path[:1] and path[0] in _TALKS):
+        if (len(path) == 1 and name in words.HARMLESS) or (path[:1] and path[0] in words.TALKS):
             return False
-        if receiver and name in _FORM:
+        if receiver and name in FORM:
             return False
-        if name in _KEEPS and isinstance(node.func, ast.Attribute):
+        if name in words.KEEPS and isinstance(node.func, ast.Attribute):
             self.bind(node.func.value, node.func.value, True, statement)
             return False
-        if len(path) == 1 and (name[:1].isupper() or name in _COLLECTS):
+        if len(path) == 1 and (name[:1].isupper() or name in words.COLLECTS):
             return self._whole()  # an object that carries outputs
-        if not self.taken(statement) and selects_rows(node, self.check.rank):
+        untaken = not self.taken(statement)
+        if untaken and selects_rows(node, self.check.rank):
             return self._whole()
-        if not self._need_taken(node, statement):
+        inner = functions_named(self.function, name) if untaken and len(path) == 1 else []
+        if not inner and not self._need_taken(node, statement):
             return False
         if self.check.absorbs(self.function, statement, path or [name]):
             return False
-        inner = [f for f in self.check.callees(self.function.file, statement) if fits(f, name)]
+        inner = inner or [
+            f for f in self.check.callees(self.function.file, statement) if fits(f, name)
+        ]
         if not inner:
             moves = self.check.moves(self.function.file, statement) or not self.taken(statement)
             return moves and self._whole()

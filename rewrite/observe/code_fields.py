@@ -10,6 +10,18 @@ from collections.abc import Mapping, Sequence, Set
 
 ANYWHERE = "*"
 
+FORM = frozenset(
+    {"size", "dim", "numel", "stride", "is_contiguous", "element_size", "get_device", "type",
+     "shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "ndimension",
+     "is_floating_point"}
+)  # fmt: skip
+HARMLESS = frozenset(
+    {"isinstance", "len", "type", "id", "print", "hasattr", "getattr", "callable", "repr", "str"}
+)
+COLLECTS = frozenset({"tuple", "list", "dict", "zip", "enumerate", "reversed", "iter", "next"})
+KEEPS = frozenset({"append", "extend", "add", "insert", "update", "setdefault"})
+TALKS = frozenset({"logger", "warnings", "logging"})
+
 Fields = frozenset[str] | None
 """The names of fields, the numbers of places; with `ANYWHERE`: anywhere in a collection.
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import linecache
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -63,7 +65,9 @@ class Undecided(Exception):  # noqa: N818 - a value, not an error
 def functions_in(file: str) -> tuple[tuple[ast.FunctionDef, str], ...]:
     """Return each function of a file with the name of the class that it stands in, or ""."""
     try:
-        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+        made = file.startswith("<")  # a forward that was generated: it is in no file
+        text = "".join(linecache.getlines(file)) if made else Path(file).read_text(encoding="utf-8")
+        tree = ast.parse(text)
     except (OSError, SyntaxError, ValueError):
         return ()
     found: list[tuple[ast.FunctionDef, str]] = []
@@ -91,6 +95,25 @@ def function_at(file: str, line: int) -> tuple[ast.FunctionDef, str] | None:
 
 Fixed = frozenset[tuple[str, Any]]
 """Names of a function whose values are known in a call of it: arguments, defaults."""
+
+
+def function_named(file: str, name: str) -> Function | None:
+    """Return the function that a global name of a file stands for, there or where it comes from."""
+    outer = [f for f, inside in functions_in(file) if not inside and f.name == name]
+    if outer:
+        whole = len(outer) == 1 and not outer[0].col_offset
+        return Function(file, outer[0], "") if whole else None
+    modules = list(sys.modules.values())
+    module = next((m for m in modules if getattr(m, "__file__", None) == file), None)
+    code = getattr(inspect.unwrap(getattr(module, name, None)), "__code__", None)  # type: ignore[arg-type]
+    elsewhere = None if code is None or code.co_filename == file else code.co_filename
+    return function_named(elsewhere, code.co_name) if code is not None and elsewhere else None
+
+
+def functions_named(function: Function, name: str) -> list[Function]:
+    """Return what a global name in a function stands for, if that is another function."""
+    called = function_named(function.file, name)
+    return [called] if called is not None and called.key != function.key else []
 
 
 def decided(

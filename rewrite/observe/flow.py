@@ -160,7 +160,7 @@ class Follower:
         elif is_split_by_values(node) or name in REDUCES:
             self._reduced(flow, node, name)
         elif name in MOVES:
-            _set(flow, node, self._moved(flow, node))
+            _set(flow, node, self.moved(flow.labels, node))
         elif contraction is not None:
             self._read(flow, node, contraction)
         elif name in SCALES or name in ("neg", "add", "sub", "where", "masked_fill"):
@@ -199,19 +199,24 @@ class Follower:
 
     # -- moving -------------------------------------------------------------------------------
 
-    def _moved(self, flow: Flow, node: Node) -> Any:
+    def moved(self, labels: Mapping[Node, Any], node: Node) -> Any:
+        """Return the labels of what an operator of `MOVES` makes of labelled values.
+
+        Raises:
+            Unfollowed: it chooses among channels, or by values of the input.
+        """
         name = op_name(node)
-        if name in ("expand_as", "view_as", "reshape_as") and node.args[0] not in flow.labels:
+        if name in ("expand_as", "view_as", "reshape_as") and node.args[0] not in labels:
             return None
-        indices = self._indices(flow, node, name)
+        indices = self._indices(labels, node, name)
 
         def given(argument_: Any) -> Any:
             if isinstance(argument_, list | tuple):
                 return [given(item) for item in argument_]
             if not isinstance(argument_, Node):
                 return argument_
-            if argument_ in flow.labels and argument_ not in indices:
-                return flow.labels[argument_]
+            if argument_ in labels and argument_ not in indices:
+                return labels[argument_]
             shape = shape_of(argument_)
             if shape is None:
                 raise Unfollowed(f"{self.called(node)} depends on values of the input")
@@ -231,7 +236,7 @@ class Follower:
                 f"{self.called(node)} cannot be followed: {one_line(error)}"
             ) from error
 
-    def _indices(self, flow: Flow, node: Node, name: str) -> frozenset[Node]:
+    def _indices(self, labels: Mapping[Node, Any], node: Node, name: str) -> frozenset[Node]:
         """Return the values that choose elements; what they choose among has to carry one label."""
         if name == "index":
             places = list(enumerate(node.args[1]))  # type: ignore[arg-type]
@@ -239,11 +244,11 @@ class Follower:
             places = [(argument(node, 1, "dim"), argument(node, 2, "index"))]
         else:
             return frozenset()
-        held = flow.labels.get(node.args[0])  # type: ignore[arg-type]
+        held = labels.get(node.args[0])  # type: ignore[arg-type]
         chosen = [(axis, item) for axis, item in places if isinstance(item, Node)]
         for axis, item in chosen:
             value = item.meta.get("val")
-            if item in flow.labels or held is None or getattr(value, "dtype", None) == torch.bool:
+            if item in labels or held is None or getattr(value, "dtype", None) == torch.bool:
                 raise Unfollowed(f"{self.called(node)} chooses by values of the input")
             if not torch.equal(held.amin(axis), held.amax(axis)):
                 raise Unfollowed(f"{self.called(node)} chooses channels by values of the input")

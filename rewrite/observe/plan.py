@@ -79,6 +79,16 @@ class ObservedFold:
         """The layers that take up the map."""
         return tuple(dict.fromkeys(edit.layer for edit in self.edits))
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The norm itself."""
+        return (self.target,)
+
+    @property
+    def guarded(self) -> tuple[str, ...]:
+        """The modules that no line may call which no observed call took."""
+        return (*self.layers, self.target)
+
 
 Sites = Sequence[tuple[ObservedCall, ObservedNorm]]
 

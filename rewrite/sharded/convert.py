@@ -18,7 +18,6 @@ from typing import Any
 from torch import Tensor
 
 from rewrite.errors import ContractError
-from rewrite.fold.executor import run_recipes
 from rewrite.hub.folder import CheckpointFolder, open_folder
 from rewrite.hub.structure import structure_of
 from rewrite.pipeline import Result
@@ -26,6 +25,7 @@ from rewrite.protocol import Pass
 from rewrite.report import Report
 from rewrite.sharded.plan import FolderPlan, plan_folder
 from rewrite.sharded.proof import Proof, prove
+from rewrite.sharded.recipes import run
 from rewrite.sharded.staging import check_target, staged_folder
 from rewrite.sharded.writer import FolderWriter
 
@@ -105,7 +105,7 @@ def _write(
     with FolderWriter(folder, stage, plan.made, plan.config) as writer:
         for number, recipe in enumerate(plan.recipes, start=1):
             say(f"rewriting {number} of {len(plan.recipes)}")
-            run_recipes([recipe], _FolderStore(folder, plan, writer), exact)
+            run(recipe, _FolderStore(folder, plan, writer), exact)
         writer.copy_rest(say)
         writer.write_rest()
     return exact

@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 
 from rewrite.errors import CheckpointError, OptionError
-from rewrite.fold.executor import run_recipes
 from rewrite.fold.recipes import from_data
 from rewrite.hub.folder import CheckpointFolder
 from rewrite.hub.safetensors_file import DTYPES, type_name
 from rewrite.hub.structure import Structure, build, persistent
 from rewrite.observe.recipe import KIND, ReaderRecipe
+from rewrite.outcomes import Change
 from rewrite.pipeline import convert
 from rewrite.protocol import Pass
 from rewrite.report import Report
+from rewrite.sharded.recipes import FolderRecipe, run, unmet
 
 _BIAS_FLAGS = ("attention_bias", "mlp_bias", "use_bias", "bias", "qkv_bias", "add_bias_linear")
 """What configurations call the wish for biases."""
@@ -54,7 +55,7 @@ class FolderPlan:
     """
 
     structure: Structure
-    recipes: Sequence[ReaderRecipe]
+    recipes: Sequence[FolderRecipe]
     made: Mapping[str, Made]
     config: Mapping[str, Any]
     report: Report
@@ -80,6 +81,10 @@ def plan_folder(
     left: dict[str, str] = {}
     while True:
         plan = _planned(folder, structure, passes, only, (*skip, *left))
+        wrong = _weighted(folder, plan)
+        if wrong:
+            left |= dict.fromkeys(wrong, "a norm of it has a weight that is not one: fold it first")
+            continue
         if plan.config:
             break
         # The class cannot hold the result: the sites that add a bias are left alone.
@@ -95,8 +100,12 @@ def _planned(
     folder: CheckpointFolder, structure: Structure, passes: Any, only: Any, skip: Any
 ) -> FolderPlan:
     report = convert(structure.model, passes, only=only, skip=skip, verify=False).report
-    recipes = []
+    recipes: list[FolderRecipe] = []
     for change in report.changes:
+        if change.recipe.get("do") == "map-stream":
+            _check_map(change, structure)
+            recipes.append(change.recipe)
+            continue
         recipe = from_data(change.recipe) if change.recipe.get("do") == KIND else None
         if not isinstance(recipe, ReaderRecipe):
             raise OptionError(
@@ -120,12 +129,14 @@ def _kept(recipe: ReaderRecipe) -> ReaderRecipe:
 
 
 def _dry_run(
-    folder: CheckpointFolder, structure: Structure, recipes: Sequence[ReaderRecipe]
+    folder: CheckpointFolder, structure: Structure, recipes: Sequence[FolderRecipe]
 ) -> dict[str, Made]:
     """Run the recipes on tensors without numbers; return what they write."""
-    new = {e["into"] for r in recipes for e in r.edits if _is_untied(folder, structure, e)}
+    edits = [edit for r in recipes if isinstance(r, ReaderRecipe) for edit in r.edits]
+    new = {edit["into"] for edit in edits if _is_untied(folder, structure, edit)}
     store = _ShapeStore(folder, structure, new)
-    run_recipes(recipes, store)
+    for recipe in recipes:
+        run(recipe, store)
     return {name: Made(type_name(t.dtype), tuple(t.shape)) for name, t in store.held.items()}
 
 
@@ -220,7 +231,28 @@ def _config(
 
 
 def _adds_bias(recipe: Mapping[str, Any]) -> bool:
-    return any(edit["shifts"] and not edit["has_bias"] for edit in recipe.get("edits", ()))
+    edits = recipe.get("edits", ())
+    return any(edit.get("shifts") and not edit["has_bias"] for edit in edits)
+
+
+def _check_map(change: Change, structure: Structure) -> None:
+    """Refuse a stream that was centred: its norms are of another class."""
+    if change.recipe["map"]["kind"] == "centre":
+        kind = type(structure.model).__name__
+        raise OptionError(
+            f"{change.target}: no configuration of {kind} asks for RMSNorms, so no folder can "
+            "hold the result; load the model and convert it in memory"
+        )
+
+
+def _weighted(folder: CheckpointFolder, plan: FolderPlan) -> set[str]:
+    """Return the sites that rely on a norm without weight where the folder has one."""
+
+    def read(name: str) -> Tensor:
+        return folder.read(plan.structure.stored.get(name, name))
+
+    changes = list(plan.report.changes)
+    return {changes[place].target for place in unmet(plan.recipes, read)}
 
 
 def _with_reasons(report: Report, left: Mapping[str, str]) -> Report:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +28,8 @@ from rewrite.hub.structure import build, stored_names
 from rewrite.outcomes import Contract
 from rewrite.runtime.float64 import KeepFloat64
 from rewrite.sharded.plan import FolderPlan
+from rewrite.sharded.recipes import maps_of
+from rewrite.streams.matrices import StreamMap
 
 _LENGTH = 8
 _ALLOWED = 1e-9
@@ -74,7 +76,7 @@ def prove(
     with torch.no_grad(), KeepFloat64():
         try:
             with _streamed(old, reads[0]), _streamed(new, reads[1]):
-                with _beside(old, new, cases, say):
+                with _beside(old, new, maps_of(plan.recipes), cases, say):
                     expected = old(**inputs)
                 say("comparing the outputs")
                 got = new(**inputs)
@@ -173,14 +175,22 @@ def _streamed(model: nn.Module, reads: Reads) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _beside(
-    old: nn.Module, new: nn.Module, cases: list[Case], say: Callable[[str], None]
+    old: nn.Module,
+    new: nn.Module,
+    maps: Sequence[StreamMap],
+    cases: list[Case],
+    say: Callable[[str], None],
 ) -> Iterator[None]:
-    """Run each block of `new` on what its twin in `old` was given, and compare."""
+    """Run each block of `new` on what its twin in `old` was given, and compare.
+
+    Where the stream is in another basis, so are what a block is given and what it returns.
+    """
 
     def ran(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         say(f"comparing {name}")
-        got = new.get_submodule(name)(*args, **kwargs)
-        compared = compare(out, got)
+        given, named = _turned(maps, (args, kwargs))
+        got = new.get_submodule(name)(*given, **named)
+        compared = compare(_turned(maps, out), got)
         cases.append(_case(name, compared.max_abs, compared.max_rel))
 
     handles = [
@@ -195,6 +205,29 @@ def _beside(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _turned(maps: Sequence[StreamMap], held: Any) -> Any:
+    """Return what holds a value of the stream first, with that value in the new basis."""
+    if not maps:
+        return held
+    done = False
+
+    def turn(item: Any) -> Any:
+        nonlocal done
+        if isinstance(item, Tensor) and not done and item.is_floating_point():
+            done = True
+            for each in maps:
+                if item.shape[-1] == each.size:
+                    item = each(item.reshape(-1, each.size)).reshape(item.shape)
+            return item
+        if type(item) in (tuple, list):
+            return type(item)(turn(part) for part in item)
+        if type(item) is dict:
+            return {key: turn(part) for key, part in item.items()}
+        return item
+
+    return turn(held)
 
 
 def blocks_of(model: nn.Module) -> list[str]:

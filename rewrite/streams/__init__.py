@@ -1,0 +1,1 @@
+"""Residual streams: what writes to them, what reads them, and a change of their basis."""

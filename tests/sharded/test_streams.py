@@ -1,0 +1,93 @@
+"""Streams of folders: turned tensor by tensor, proved in the new basis, or declined in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import rewrite
+from passes import FoldNorm, RotateStream
+from rewrite.cli.main import main
+from rewrite.errors import OptionError
+from tests.sharded.conftest import Make, logits
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / a.abs().max())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_fold_and_turn_are_proved_and_open_in_transformers(name: str, make: Make) -> None:
+    source = make(name)
+    target = source.with_name("out")
+    passes = [FoldNorm(untie=True), RotateStream(seed=1)]
+    report = rewrite.convert_checkpoint(source, target, passes)
+    assert [len(part.changes) for part in report.passes] == [5, 1]
+    assert report.verification is not None and report.verification.max_rel < 1e-11
+    assert relative(logits(source), logits(target)) < 1e-5
+
+
+def test_a_tensor_that_was_not_turned_is_found(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative twin: one edit of the recipe is lost, and the proof says so."""
+    from rewrite.sharded import recipes
+
+    honest = recipes.run_stream_recipe
+
+    def forgetful(recipe, read, write, exact=None):  # type: ignore[no-untyped-def]
+        edits = [e for e in recipe["edits"] if "0.mlp.down_proj" not in e["tensor"]]
+        dropped = [e for e in recipe["edits"] if "0.mlp.down_proj" in e["tensor"]]
+        honest({**recipe, "edits": edits}, read, write, exact)
+        for edit in dropped:
+            write(edit["tensor"], read(edit["tensor"]))
+
+    monkeypatch.setattr(recipes, "run_stream_recipe", forgetful)
+    source = make()
+    with pytest.raises(rewrite.ContractError, match=r"layers\.0 is off"):
+        rewrite.convert_checkpoint(source, source.with_name("out"), ["fold", "rotate-stream"])
+    assert not source.with_name("out").exists()
+
+
+def test_norms_with_a_weight_are_asked_of_the_shards(make: Make) -> None:
+    source = make()
+    report = rewrite.convert_checkpoint(source, source.with_name("out"), "rotate-stream")
+    assert not report.changes and "fold it first" in report.skips[0].reason
+    for file in source.glob("*.safetensors"):
+        held = load_file(file)
+        ones = {k: torch.ones_like(v) if "norm" in k else v for k, v in held.items()}
+        save_file(ones, file, {"format": "pt"})
+    assert rewrite.convert_checkpoint(source, source.with_name("out"), "rotate-stream").changes
+
+
+def test_it_is_bit_identical_to_the_road_in_memory(make: Make) -> None:
+    source = make("llama", torch.bfloat16)
+    folded, turned = source.with_name("folded"), source.with_name("turned")
+    rewrite.convert_checkpoint(source, folded, "fold", verify=False)
+    rewrite.convert_checkpoint(folded, turned, "rotate-stream", verify=False)
+    model = rewrite.convert(rewrite.load(folded), "rotate-stream", verify=False).model.state_dict()
+    written = {k: v for file in turned.glob("*.safetensors") for k, v in load_file(file).items()}
+    assert all(torch.equal(written[k], v) for k, v in model.items())
+
+
+def test_a_class_that_cannot_say_rms_norm_is_declined(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make("phi")
+    with pytest.raises(OptionError, match="no configuration of PhiFor"):
+        rewrite.convert_checkpoint(source, source.with_name("out"), "ln-to-rms")
+    out = str(source.with_name("out"))
+    capsys.readouterr()
+    assert main(["convert", "--ln-to-rms", str(source), "-o", out]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not Path(out).exists()
+
+
+def test_from_the_command_line(make: Make) -> None:
+    source = make()
+    out = source.with_name("out")
+    assert main(["convert", "--fold", "--rotate-stream", str(source), "-o", str(out)]) == 0
+    assert relative(logits(source), logits(out)) < 1e-5
