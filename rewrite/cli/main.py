@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import os
 import signal
 import sys
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = parser.parse_args(argv)
             _finish_interrupted(options)
             check_places(options)
+            # It logs a traceback of each input that does not fit, which becomes one line here.
+            logging.getLogger("torch._subclasses.fake_tensor").disabled = True
             with _stopped_by_sigterm():
                 code = _published(options)
     except PassError as error:

@@ -20,6 +20,7 @@ from torch import nn
 
 from rewrite.equivalence.divergence import recorded
 from rewrite.equivalence.record import Event, Known, Record, Sketcher
+from rewrite.errors import RewriteError, VerificationError, one_line
 from rewrite.runtime.float64 import in_float64, short_of_memory
 from rewrite.runtime.inputs import Inputs
 from rewrite.runtime.modes import evaluating, widen
@@ -111,7 +112,11 @@ class SideBySide:
 def side_by_side(
     before: nn.Module, after: nn.Module, inputs: Inputs | None, seed: int = 0
 ) -> SideBySide:
-    """Return both models' modules; without `inputs` neither is run, and no error is known."""
+    """Return both models' modules; without `inputs` neither is run, and no error is known.
+
+    Raises:
+        VerificationError: one of them does not run on the inputs.
+    """
     if inputs is None:
         return SideBySide(_rows(before, None, ()), _rows(after, None, ()))
     sketch = Sketcher(seed)
@@ -120,8 +125,16 @@ def side_by_side(
         evaluating(before, after),
         in_float64(before, after, streamed=short_of_memory(before, after)),
     ):
-        record_a, _ = recorded(before, wide, sketch, seed)
-        record_b, _ = recorded(after, wide, sketch, seed)
+        try:
+            record_a, _ = recorded(before, wide, sketch, seed)
+            record_b, _ = recorded(after, wide, sketch, seed)
+        except RewriteError:
+            raise
+        except Exception as error:  # whatever the forward of a model raises
+            raise VerificationError(
+                f"the models do not run beside each other on this input: {one_line(error)}; "
+                "pass another --input"
+            ) from error
     return of_runs(before, after, (record_a, record_b))
 
 

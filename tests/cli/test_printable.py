@@ -64,3 +64,23 @@ def test_a_page_holds_names_as_text(tmp_path: Path, capsys, monkeypatch) -> None
     assert main(["compare", name, name, "--input", "1x2", "--html", "page.html"]) == 0
     page = Path("page.html").read_text(encoding="utf-8")
     assert "<img" not in page and "&lt;img src=x" in page
+
+
+@pytest.mark.parametrize(
+    ("command", "codes"),
+    [
+        (["inspect", "m.pt"], {0}),
+        (["convert", "--weight-norm", "m.pt", "-o", "out.pt", "--html", "page.html"], {2}),
+        (["convert", "--fold", "m.pt", "-o", "out.pt", "--html", "page.html"], {2}),
+        (["compare", "m.pt", "m.pt", "--html", "page.html"], {2}),
+    ],
+)
+def test_an_input_that_does_not_fit_is_no_traceback(
+    tmp_path: Path, monkeypatch, capfd, command, codes
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rewrite.save(nn.Sequential(nn.Linear(2, 2)).eval(), "m.pt")
+    assert main([*command, "--input", "1x3x8x8"]) in codes
+    said = "".join(capfd.readouterr())
+    assert "Traceback" not in said
+    assert {path.name for path in tmp_path.iterdir()} == {"m.pt"}
