@@ -309,10 +309,20 @@ def discard(folder: Path, lock: str) -> None:
         handle = -1
         if (folder / lock).exists():
             handle = os.open(folder / lock, os.O_RDWR)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _wait_for_lock(handle)
         shutil.rmtree(folder, ignore_errors=True)
         if handle >= 0:
             os.close(handle)
+
+
+def _wait_for_lock(handle: int) -> None:
+    """Take a lock whose holder is just ending: its pipes may close before its locks do."""
+    for _ in range(100):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.01)
+    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 def main(arguments: Sequence[str]) -> None:
