@@ -45,9 +45,10 @@ def staged_folder(target: Path, notes: list[str]) -> Iterator[Path]:
     stage = target.parent / f".{target.name}.partial"
     try:
         with contextlib.ExitStack() as kept:
+            # Before the folder is there: a kill may come as soon as it is.
+            kept.enter_context(removed_if_killed(stage, _LOCK))
             kept.callback(os.close, _claim(stage, notes))
             kept.callback(shutil.rmtree, stage, ignore_errors=True)
-            kept.enter_context(removed_if_killed(stage, _LOCK))
             whole = stage / _WHOLE
             whole.mkdir()
             yield whole
