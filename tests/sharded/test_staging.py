@@ -81,8 +81,24 @@ def kill_once(target: Path, chance: random.Random) -> None:
         time.sleep(chance.uniform(0, 0.15))
         running.send_signal(signal.SIGKILL)
     assert not target.exists() or len(list(target.iterdir())) == 40
+    # The process that watches over the partial folder takes it away.
+    partial, deadline = target.parent / f".{target.name}.partial", time.monotonic() + 20
+    while partial.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not partial.exists()
     if target.exists():
         return
     again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "begun anew" in again.stdout and len(list(target.iterdir())) == 40
-    assert not (target.parent / f".{target.name}.partial").exists()
+    assert "begun anew" not in again.stdout and len(list(target.iterdir())) == 40
+    assert not partial.exists()
+
+
+def test_a_folder_that_was_left_all_the_same_is_begun_anew(tmp_path: Path) -> None:
+    left = tmp_path / ".out.partial"
+    (left / "whole").mkdir(parents=True)
+    (left / "whole" / "half").write_text("x")
+    notes: list[str] = []
+    with staged_folder(tmp_path / "out", notes) as stage:
+        (stage / "a").write_text("a")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    assert "begun anew" in notes[0] and not left.exists()
