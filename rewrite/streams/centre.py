@@ -62,6 +62,11 @@ class CentrePlanner(StreamPlanner):
         held = [(values, norm.node) for values, norm in stream.norms()]
         for name in dict.fromkeys(self.name_of(values, norm) for values, norm in stream.norms()):
             module = self.captured.module(name)
+            parent = self.captured.tree.names.get(name.rpartition(".")[0])
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                raise Unfollowed(
+                    f"{type(parent).__name__} reads the tensors of {name} itself, as a LayerNorm's"
+                )
             if not isinstance(module, nn.LayerNorm) or not is_plain(module):
                 raise Unfollowed(
                     f"{name} is a {type(module).__name__}, whose code cannot be made an RMSNorm"

@@ -93,6 +93,13 @@ def test_declines_a_norm_of_its_own_code() -> None:
     assert "Own" in skip.reason or "no LayerNorm" in skip.reason
 
 
+def test_declines_a_norm_whose_tensors_its_block_reads() -> None:
+    block = nn.TransformerEncoderLayer(16, 2, 24, norm_first=True, batch_first=True)
+    model = nn.Sequential(nn.Linear(16, 16), block, nn.LayerNorm(16), nn.Linear(16, 4))
+    (skip,) = converted(draw(model)).report.skips
+    assert "reads the tensors of 1.norm1 itself" in skip.reason
+
+
 def test_declines_code_that_no_call_took() -> None:
     (skip,) = converted(draw(PreNorm(block=Careful))).report.skips
     assert "no call took it" in skip.reason
