@@ -76,7 +76,7 @@ def foldable(family: Family, model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if getattr(module, "weight", None) is not None and _named(family, name)
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 1 and _named(family, name)
     ]
 
 

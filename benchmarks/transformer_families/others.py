@@ -110,7 +110,7 @@ OTHERS: dict[str, tuple[str, str]] = {
     "siglip_vision": ("SiglipForImageClassification", f"{_CLIP} post_layernorm head.layernorm"),
     "siglip_text": ("SiglipTextModel", _CLIP),  # the last is returned
     "clip": ("CLIPModel", _CLIP),
-    "clip_vision": ("CLIPForImageClassification", f"{_CLIP} post_layernorm"),
+    "clip_vision": ("CLIPForImageClassification", _CLIP),  # nothing reads its post_layernorm
     "clip_text": ("CLIPTextModelWithProjection", _CLIP),  # last_hidden_state is returned
     "blip": (
         "BlipForConditionalGeneration",
