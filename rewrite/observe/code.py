@@ -25,8 +25,7 @@ from torch import nn
 from torch.fx import Node
 
 from rewrite.graph.captured import Captured
-from rewrite.observe.code_expressions import Untaken
-from rewrite.observe.code_fields import Fields
+from rewrite.observe.code_fields import Fields, Untaken
 from rewrite.observe.code_reader import FunctionReader
 from rewrite.observe.code_syntax import Fixed, Function, function_at
 from rewrite.observe.evidence import Evidence
@@ -118,7 +117,7 @@ class CodeCheck:
     captured: Captured
     index: CodeIndex
     fold: MapPlan
-    rank: int = 1
+    _made: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     _owners: list[str] = field(default_factory=list)
     _mapped: set[tuple[str, int]] = field(default_factory=set)
     _absorbed: dict[tuple[str, int], set[str]] = field(default_factory=dict)
@@ -133,12 +132,11 @@ class CodeCheck:
             Untaken: it does; the line is named.
         """
         owners: dict[str, None] = {}
-        shapes = [shape_of(node) for _, node in self._values()]
-        self.rank = min((len(shape) for shape in shapes if shape is not None), default=1)
         for observed, node in self._values():
             owners.update(dict.fromkeys(observed.owners(node)))
             if stack := self.index.outside(observed.stack(node)):
                 self._mapped.add((stack[-1].file, stack[-1].number))
+                self._note(stack[-1], node)
         for observed, flow in self.fold.flows:
             for read in flow.reads:
                 owners.update(dict.fromkeys(observed.owners(read.node)))
@@ -150,6 +148,22 @@ class CodeCheck:
         for chain in {self.index.outside(o.stack(s.node)) for o, s in self.fold.sites}:
             if chain and self.inner(chain)[0] and strict:
                 raise Untaken("the model may return it for other arguments")
+
+    def _note(self, line: CodeLine, node: Node) -> None:
+        """Note how many axes the values have at least that a line makes and reads."""
+        shapes = [shape_of(n) for n in (node, *node.all_input_nodes)]
+        ranks = [len(shape) for shape in shapes if shape is not None and len(shape) > 1]
+        self._made.setdefault(line.file, []).append((line.number, min(ranks, default=1)))
+
+    def _made_in(self, function: Function) -> list[tuple[int, int]]:
+        first, last = function.node.lineno, function.node.end_lineno or function.node.lineno
+        return [made for made in self._made.get(function.file, ()) if first <= made[0] <= last]
+
+    def rank_of(self, function: Function) -> int:
+        """Return how many axes the values have at least that a function makes, or any code."""
+        here = [rank for _, rank in self._made_in(function)]
+        anywhere = [rank for held in self._made.values() for _, rank in held]
+        return min(here or anywhere, default=1)
 
     def _values(self) -> Iterator[tuple[ObservedCall, Node]]:
         for observed, flow in self.fold.flows:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from rewrite.observe import code_fields as words
-from rewrite.observe.code_fields import ANYWHERE, FORM, Fields, excludes, joined
+from rewrite.observe.code_fields import ANYWHERE, FORM, Fields, Untaken, excludes, joined
 from rewrite.observe.code_syntax import (
     Fixed,
     Function,
@@ -37,15 +37,11 @@ from rewrite.observe.code_syntax import (
 from rewrite.observe.export import CodeLine
 
 
-class Untaken(Exception):  # noqa: N818 - a reason, caught where it is decided
-    """A line that no observed call took reads the value, or calls a reader of it."""
-
-
 class Surroundings(Protocol):
     """What the reader of a function needs to know of the calls around it."""
 
-    rank: int
-    """How many axes the values have at least."""
+    def rank_of(self, function: Function) -> int:
+        """Return how many axes the values of a function have at least."""
 
     def modules(self, function: Function) -> list[nn.Module]:
         """Return the modules whose forward a function may be a part of."""
@@ -149,6 +145,8 @@ class ExpressionReader:
             return frozenset({ANYWHERE})
         if isinstance(node, ast.IfExp):
             return joined([self.fields_of(arm) for arm in (node.body, node.orelse)])
+        if isinstance(node, ast.Dict):
+            return words.fields_of_dict(node, self.may)
         if not isinstance(node, ast.Call):
             return None
         path = path_of(node.func)
@@ -211,7 +209,7 @@ class ExpressionReader:
                 place = node.slice.value if isinstance(node.slice, ast.Constant) else ANYWHERE
                 return not excludes(fields, str(place))
             moves = isinstance(node.slice, ast.Tuple | ast.Slice)
-            if held and moves and not selects_rows(node, self.check.rank):
+            if held and moves and not selects_rows(node, self.check.rank_of(self.function)):
                 self._need_taken(node, statement)
             return held
         if isinstance(node, ast.NamedExpr):
@@ -298,7 +296,11 @@ class ExpressionReader:
 
     def _call(self, node: ast.Call, statement: ast.stmt) -> bool:
         given = [self._evaluate(n, statement) for n in node.args]
-        named = {k.arg: self._evaluate(k.value, statement) for k in node.keywords}
+        named: dict[str | None, bool] = {}
+        for keyword in node.keywords:
+            held = self._evaluate(keyword.value, statement)
+            fields = self.fields_of(keyword.value) if held and keyword.arg is None else None
+            named |= words.spread(fields) or {keyword.arg: held}
         if node is self.reaching:
             return self._reached()
         path = path_of(node.func)
@@ -317,7 +319,7 @@ class ExpressionReader:
         if len(path) == 1 and (name[:1].isupper() or name in words.COLLECTS):
             return self._whole()  # an object that carries outputs
         untaken = not self.taken(statement)
-        if untaken and selects_rows(node, self.check.rank):
+        if untaken and selects_rows(node, self.check.rank_of(self.function)):
             return self._whole()
         inner = functions_named(self.function, name) if untaken and len(path) == 1 else []
         if not inner and not self._need_taken(node, statement):
@@ -370,7 +372,8 @@ class ExpressionReader:
         """Note what a target holds after an assignment of `value`, or of a part of something."""
         if isinstance(target, ast.Name):
             fields = self.fields_of(value) if value is not None and held else None
-            self.of_name[target.id] = fields
+            grows = value is target and fields is not None  # by a method that keeps the value
+            self.of_name[target.id] = frozenset({ANYWHERE}) if grows else fields
             self.known.pop(target.id, None)
             (self.names.add if held else self.names.discard)(target.id)
         elif isinstance(target, ast.Tuple | ast.List):

@@ -6,7 +6,8 @@ tuple(h), (h,) + rest        anywhere           f(h)      what f says; else it m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+import ast
+from collections.abc import Callable, Mapping, Sequence, Set
 
 ANYWHERE = "*"
 
@@ -27,6 +28,10 @@ Fields = frozenset[str] | None
 
 None: it may be the value itself.
 """
+
+
+class Untaken(Exception):  # noqa: N818 - a reason, caught where it is decided
+    """A line that no observed call took reads the value, or calls a reader of it."""
 
 
 def excludes(fields: Fields, key: str) -> bool:
@@ -55,3 +60,16 @@ def merged(
         name: joined([fields.get(name) for names, fields in branches if name in names])
         for name in held
     }
+
+
+def fields_of_dict(node: ast.Dict, may: Callable[[ast.expr], bool]) -> Fields:
+    """Return under which keys a display of a dictionary holds the value, if all keys are texts."""
+    if not all(isinstance(k, ast.Constant) and isinstance(k.value, str) for k in node.keys):
+        return frozenset({ANYWHERE})
+    held = [key for key, value in zip(node.keys, node.values, strict=True) if may(value)]
+    return frozenset(str(key.value) for key in held if isinstance(key, ast.Constant))
+
+
+def spread(fields: Fields) -> dict[str | None, bool]:
+    """Return the arguments that hold the value where an object of known fields is spread."""
+    return {} if fields is None or ANYWHERE in fields else dict.fromkeys(fields, True)

@@ -13,9 +13,9 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
-from rewrite.observe.code_expressions import ExpressionReader, Surroundings, Untaken
-from rewrite.observe.code_fields import ANYWHERE, Fields, joined, merged
-from rewrite.observe.code_syntax import Fixed, Function
+from rewrite.observe.code_expressions import ExpressionReader, Surroundings
+from rewrite.observe.code_fields import ANYWHERE, Fields, Untaken, joined, merged
+from rewrite.observe.code_syntax import Fixed, Function, path_of
 from rewrite.observe.export import CodeLine
 
 
@@ -47,9 +47,23 @@ class FunctionReader(ExpressionReader):
                 if self._if(statement):
                     return True
                 continue
+            if self._cannot_run(statement):
+                return True
             self._statement(statement)
             if isinstance(statement, ast.Return | ast.Raise | ast.Continue | ast.Break):
                 return True
+        return False
+
+    def _cannot_run(self, node: ast.stmt) -> bool:
+        """Return whether a statement asks for a part of what is None in every module here."""
+        if not self.modules or self.taken(node):
+            return False
+        for part in ast.walk(node):
+            path = path_of(part) if isinstance(part, ast.Attribute) else []
+            if len(path) > 2 and path[0] == self.function.first:
+                held = [getattr(module, path[1], self) for module in self.modules]
+                if all(item is None for item in held):
+                    return True
         return False
 
     def _statement(self, node: ast.stmt) -> None:

@@ -19,7 +19,7 @@ from torch.fx import Node
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.spellings import is_plain
 from rewrite.observe.code import CodeCheck, CodeIndex
-from rewrite.observe.code_expressions import Untaken
+from rewrite.observe.code_fields import Untaken
 from rewrite.observe.evidence import Evidence
 from rewrite.observe.export import ObservedCall
 from rewrite.observe.flow import Unfollowed

@@ -143,3 +143,37 @@ def test_llama_turns_on_every_call(tied: bool) -> None:
     assert "hidden_states" in change.note
     if tied:
         assert result.model.lm_head.weight is result.model.model.embed_tokens.weight
+
+
+_VISION = {
+    "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+_OPT = {
+    "vocab_size": 48, "hidden_size": 24, "ffn_dim": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "word_embed_proj_dim": 24, "max_position_embeddings": 32,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("Qwen3ForCausalLM", {**_SMALL, "head_dim": 12, "tie_word_embeddings": False}),
+        ("GraniteForCausalLM", {**_SMALL, "tie_word_embeddings": False}),
+        ("OPTForCausalLM", {**_OPT, "tie_word_embeddings": False}),
+        ("ViTForImageClassification", _VISION),
+        ("Dinov2ForImageClassification", _VISION),
+    ],
+)
+def test_families_turn_on_every_call(name: str, config: dict[str, Any]) -> None:
+    transformers.logging.set_verbosity_error()
+    kind = getattr(transformers, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = draw(kind(kind.config_class(**config)))
+    result = rewrite.convert(model, ["fold", "ln-to-rms", "rotate-stream"])
+    assert len(result.report.passes[-1].changes) == 1
+    assert result.report.verification is not None
+    assert result.report.verification.max_rel < 1e-10
