@@ -1,6 +1,8 @@
 """Multiplications and additions by a constant per channel.
 
     y = c * x,  y = x / c,  y = a x + b c      c: one value per channel, made of parameters
+    y = d + v c x,  y = d + v x / c            addcmul, addcdiv: d and c such values
+    y = x + w (c - x)                          lerp
 
 A constant is a parameter or buffer, or what a forward computes from those alone (torchvision's
 FrozenBatchNorm2d reshapes four buffers and combines them). It is evaluated in float64. A
@@ -9,6 +11,7 @@ tensor that a forward writes into is none.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +26,12 @@ from rewrite.graph.captured import Captured
 from rewrite.graph.effects import changes_in_place
 from rewrite.graph.ranks import Ranks
 from rewrite.graph.spellings import function_name
-from rewrite.graph.traits import Call, Trait, call_of, has
+from rewrite.graph.traits import Call, Trait, call_of, has, named
 from rewrite.outcomes import Declined
+
+
+_FUSED = ("addcmul", "addcdiv", "lerp")
+"""A product and a sum in one call, of three operands."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,8 @@ class Constants:
             return None
         constants = [n for n in node.all_input_nodes if n in self._constant]
         others = [n for n in node.all_input_nodes if n not in self._constant]
+        if constants and others and named(node, *_FUSED):
+            return self._fused(node, constants, others)
         if len(constants) != 1 or len(others) != 1:
             return None
         value, operand = self.value(constants[0]), others[0]
@@ -146,6 +155,32 @@ class Constants:
         roots = self.roots(constants[0])
         root = next(iter(roots)) if len(roots) == 1 else None
         return ChannelConstant(node, operand, axis, affine, root)
+
+    def _fused(
+        self, node: Node, constants: list[Node], others: list[Node]
+    ) -> ChannelConstant | Declined | None:
+        """Return what a product and a sum in one call do to each channel."""
+        call = call_of(self._captured, node)
+        values = {constant: self.value(constant) for constant in constants}
+        if call is None or any(value is None for value in values.values()):
+            return None
+        if len(others) > 1:
+            return Declined("combines two values with the constant in one call", (node,))
+        affine = _fused_affine(call, others[0], values)
+        if isinstance(affine, Declined):
+            return affine
+        scale, shift = torch.broadcast_tensors(affine.scale, affine.shift)
+        axes = [axis for axis in range(scale.dim()) if scale.shape[axis] > 1]
+        if len(axes) != 1:
+            return _of_shape(scale)
+        axis = axes[0] - scale.dim()
+        if (reason := self._unfit(call, others[0], scale, axis)) is not None:
+            return Declined(reason, (node,))
+        roots = {root for constant in constants for root in self.roots(constant)}
+        root = next(iter(roots)) if len(roots) == 1 else None
+        return ChannelConstant(
+            node, others[0], axis, Affine(scale.flatten(), shift.flatten()), root
+        )
 
     def _affine(self, call: Call, constant: Node, value: Tensor) -> Affine | Declined | None:
         """Return the map of a call, None if it is no such operation."""
@@ -192,7 +227,43 @@ def _of_other_shape(call: Call | None, value: Tensor) -> Declined | None:
     """Return why a product or a sum with a constant is no map per channel, None for other calls."""
     if call is None or not (call.terms() is not None or call.name in ("mul", "div")):
         return None
+    return _of_shape(value)
+
+
+def _of_shape(value: Tensor) -> Declined:
+    """Return why a constant of this shape is no value per channel."""
     if value.numel() < 2:
         return Declined("the constant is one number for all channels, not one a channel", ())
     shape = "x".join(map(str, value.shape))
     return Declined(f"the constant ({shape}) differs along several axes, not by channel alone", ())
+
+
+def _fused_affine(
+    call: Call, operand: Node, values: Mapping[Node, Tensor | None]
+) -> Affine | Declined:
+    """Return the map that a call of three operands is in one of them."""
+    places = ("end", "weight") if call.name == "lerp" else ("tensor1", "tensor2", "value")
+    terms: list[Affine] = []
+    for given in (call.operand, *(call.get(name, 1) for name in places)):
+        scale = torch.tensor(float(given is operand), dtype=torch.float64)
+        if given is operand:
+            terms.append(Affine(scale, torch.zeros_like(scale)))
+            continue
+        held = values.get(given) if isinstance(given, Node) else given
+        if not isinstance(held, int | float | Tensor):
+            return Declined("one of its operands is no constant", (call.node,))
+        terms.append(Affine(scale, torch.as_tensor(held, dtype=torch.float64)))
+    first, second, third = terms[:3]
+    if call.name == "lerp":  # x + w (e - x)
+        second = Affine(second.scale - first.scale, second.shift - first.shift)
+    elif call.name == "addcdiv":
+        if bool(third.scale.any()):
+            return Declined("divides a constant by the value", (call.node,))
+        third = Affine(third.scale, third.shift.reciprocal())
+    if bool(second.scale.any()) and bool(third.scale.any()):
+        return Declined("multiplies the value by itself", (call.node,))
+    times = terms[3].shift if len(terms) > 3 else 1.0
+    return Affine(
+        first.scale + times * (second.scale * third.shift + second.shift * third.scale),
+        first.shift + times * second.shift * third.shift,
+    )

@@ -223,7 +223,8 @@ def _elementwise() -> Iterator[Operation]:
     yield from _rows("hardsigmoid(inplace) logsigmoid/log_sigmoid softmax/_softmax(dim) "
                      "log_softmax/_log_softmax(dim) softmin(dim) "
                      "threshold/_threshold(threshold, value, inplace) where maximum(other) "
-                     "minimum(other) lerp(end, weight) addcmul addcdiv masked_fill normalize "
+                     "minimum(other) lerp(end, weight) addcmul(tensor1, tensor2, value) "
+                     "addcdiv(tensor1, tensor2, value) masked_fill normalize "
                      "batch_norm/native_batch_norm group_norm layer_norm rms_norm instance_norm "
                      "cumsum(dim)", _NONE, same)  # fmt: skip
 

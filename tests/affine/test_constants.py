@@ -159,3 +159,135 @@ class MatrixOfItsOwn(Scaled):
 def test_a_matrix_and_a_number_of_the_code_are_no_candidates() -> None:
     applied = fold(MatrixOfItsOwn)
     assert not applied.changes and not applied.skips
+
+
+class Fused(Scaled):
+    """A product and a sum in one call, like the Affine of ResMLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.randn(4, 1, 1))
+
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.addcmul(self.beta, self.gamma, y)
+
+
+class FusedWithAFactor(Fused):
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.addcmul(self.beta, y, self.gamma, value=-0.5)
+
+
+class FusedOnTheSum(Fused):
+    """x + v c d: a shift."""
+
+    def lines(self, y: Tensor) -> Tensor:
+        return y.addcmul(self.beta, self.gamma, value=2)
+
+
+class FusedTwice(Fused):
+    """x + x c = (1 + c) x."""
+
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.addcmul(y, y, self.gamma)
+
+
+class FusedInPlace(Fused):
+    def lines(self, y: Tensor) -> Tensor:
+        return y.addcmul_(self.gamma, self.beta)
+
+
+class FusedQuotient(Fused):
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.addcdiv(self.beta, y, self.gamma, value=3.0)
+
+
+class FusedOfOneNumber(Fused):
+    """The shift is one number, the scale one a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.randn(1))
+
+
+class Between(Fused):
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.lerp(y, self.beta, 0.3)
+
+
+class BetweenByChannel(Fused):
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.lerp(self.beta, y, self.gamma)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Fused, FusedWithAFactor, FusedOnTheSum, FusedTwice, FusedInPlace, FusedQuotient,
+        FusedOfOneNumber, Between, BetweenByChannel,
+    ],
+)  # fmt: skip
+def test_a_product_and_a_sum_in_one_call_fold(kind: type[Fused]) -> None:
+    applied = fold(kind)
+    assert len(applied.changes) == 1 and not applied.skips
+
+
+class Squared(Fused):
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.addcmul(self.beta * 1.0, y, y)
+
+
+class Under(Fused):
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.addcdiv(self.beta, self.gamma, y.abs() + 1)
+
+
+class ByItself(Fused):
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.lerp(self.beta, y, y)
+
+
+class OfTwo(Fused):
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.addcmul(y, y.sigmoid(), self.gamma)
+
+
+class FusedNumbers(Fused):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.rand(1)), nn.Parameter(torch.rand(1))
+
+
+class IntoTheShift(Fused):
+    def lines(self, y: Tensor) -> Tensor:
+        return self.beta.detach().addcmul_(self.gamma.mean(), self.gamma) + y
+
+
+class FusedWider(Fused):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Squared, "multiplies the value by itself"),
+        (Under, "divides a constant by the value"),
+        (ByItself, "multiplies the value by itself"),
+        (OfTwo, "combines two values with the constant in one call"),
+        (FusedNumbers, "one number for all channels"),
+        (FusedWider, "4 numbers for 1 channels"),
+    ],
+)
+def test_a_product_and_a_sum_that_are_no_map_leave_their_reason(
+    kind: type[Fused], reason: str
+) -> None:
+    applied = fold(kind)
+    assert not applied.changes
+    assert any(reason in skip.reason for skip in applied.skips), applied.skips
+
+
+def test_a_constant_that_is_written_into_by_one_call_stays() -> None:
+    model = IntoTheShift().double().eval()
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    assert not apply_pass(FoldNorm(), copy.deepcopy(model), (x,)).changes
