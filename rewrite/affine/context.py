@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from rewrite.affine.channel_map import Direction
-from rewrite.affine.layers import Layer, Side, attention_layer, layer_of
+from rewrite.affine.layers import Layer, Side, attention_layer, layer_of, product_layer
 from rewrite.affine.rules import PropagationRules
 from rewrite.affine.tensor_readers import TensorReaders
 from rewrite.graph.captured import Captured
@@ -49,12 +49,14 @@ class AnalysisContext:
     """A captured model as propagations read it. `folded` are nodes whose map has moved elsewhere.
 
     `gone` are the keys of norms whose affine part has moved elsewhere: they absorb nothing more.
+    With `products`, so is a layer what multiplies by a weight and adds a bias that is computed.
     """
 
     captured: Captured
     folded: dict[Node, Node]
     clone_shared: bool = False
     bake: bool = False
+    products: bool = False
 
     def __post_init__(self) -> None:
         self.ranks = Ranks(self.captured)
@@ -72,6 +74,8 @@ class AnalysisContext:
             layer = None
             if node.op in ("call_module", "call_function"):
                 layer = layer_of(self.captured, node, rank) or attention_layer(self.captured, node)
+                if layer is None and self.products:
+                    layer = product_layer(self.captured, node)
             if layer is not None and self.clone_shared and self._separable(layer):
                 layer = replace(layer, call=node)
             self._layers[node] = layer

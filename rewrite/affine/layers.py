@@ -5,6 +5,9 @@
     gain     y = g.n(x) + h     layer, group, RMS or instance norm: any map on its output side
     heads    [q; k; v] = W.[x_q; x_k; x_v] + b     multi-head attention keeps three projections
                                 in one tensor: a kernel of three groups, on its input side alone
+    product  y = W*x + c        c: a bias that other lines compute (BEiT joins those of q and v).
+                                The product is a kernel without bias on its input side alone, and
+                                the shift that it absorbs is added to c
 
 Maps are collected as two short vectors a layer and side. A weight is computed once, from all of
 them, when the ledger is written: it is rounded once, whatever was folded into it.
@@ -22,7 +25,7 @@ from torch.fx import Node
 
 from rewrite.affine.algebra import KernelLayout
 from rewrite.graph.captured import Captured, TensorRef
-from rewrite.graph.operators import Conv, Norm, conv_of, linear_of, norm_of
+from rewrite.graph.operators import Conv, Norm, conv_of, linear_of, norm_of, product_of
 from rewrite.graph.spellings import is_plain
 
 _OPERANDS = ("query", "key", "value")
@@ -138,6 +141,17 @@ def attention_layer(captured: Captured, node: Node) -> Layer | None:
         name, "kernel", node, None if module is None else name, -1, sum(sizes), 3 * sizes[0],
         KernelLayout(groups=3), weight, bias, keeps_shift=bias is not None, why_not=why_not,
         absorbs=weight is not None, operands=cast("tuple[Node, ...]", operands), sizes=sizes,
+    )  # fmt: skip
+
+
+def product_layer(captured: Captured, node: Node) -> Layer | None:
+    """Return the product of a linear call whose bias is computed, or None if it is no such call."""
+    if (product := product_of(captured, node)) is None:
+        return None
+    out, into = captured.tensor(product.weight).shape
+    return Layer(
+        product.target, "kernel", node, None, -1, into, out, KernelLayout(), product.weight, None,
+        operands=(product.input,), sizes=(into,),
     )  # fmt: skip
 
 

@@ -192,11 +192,27 @@ class EditSet:
                     "(unshare clones the layer for each call)",
                     call,
                 )
+            if (reason := _apart(layer, call, other.layer, edit.shift)) is not None:
+                raise DeclinedError(reason, call)
             if not edit.alike(other):
                 raise DeclinedError(
                     f"{layer.name} would have to change differently at {call.name}", call
                 )
         return edit
+
+
+def _apart(layer: Layer, call: Node, other: Layer, shift: bool) -> str | None:
+    """Return why two calls of one weight are not calls of one layer, or None."""
+    if layer.weight is None or call is layer.node:
+        return None
+    if other.bias != layer.bias:
+        return f"{layer.weight.name} is read with another bias at {call.name}"
+    if shift and layer.module is None and layer.bias is None:
+        return (
+            f"{layer.weight.name} is read at {call.name}, too, and there is no one bias to absorb "
+            "a shift"
+        )
+    return None
 
 
 def write_tensor(editor: Editor, layer: Layer, attr: str, tensor: Tensor) -> TensorRef:

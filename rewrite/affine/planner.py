@@ -44,15 +44,19 @@ class Planner:
         folded: nodes whose map has moved elsewhere, and the input that they pass on.
         clone_shared: a layer with several calls may absorb a map at some of them.
         bake: a layer whose weight is computed may absorb a map; it becomes a plain one.
+        products: a linear call whose bias is computed may absorb a map of its input.
     """
 
     captured: Captured
     folded: dict[Node, Node] = field(default_factory=dict)
     clone_shared: bool = False
     bake: bool = False
+    products: bool = False
 
     def __post_init__(self) -> None:
-        self.context = AnalysisContext(self.captured, self.folded, self.clone_shared, self.bake)
+        self.context = AnalysisContext(
+            self.captured, self.folded, self.clone_shared, self.bake, self.products
+        )
 
     def layer(self, node: Node) -> Layer | None:
         """Return the layer that `node` calls, or None."""

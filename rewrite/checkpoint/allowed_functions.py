@@ -151,7 +151,7 @@ def _public(name: str) -> str:
 
 def _homes() -> dict[str, tuple[Any, frozenset[str]]]:
     return {
-        "torch": (torch, _listed("torch")),
+        "torch": (torch, _listed("torch") | {"_assert"}),
         "torch.fft": (torch.fft, _listed("torch.fft")),
         "torch.linalg": (torch.linalg, _listed("torch.linalg")),
         "torch.special": (torch.special, _listed("torch.special")),

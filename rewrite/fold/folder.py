@@ -84,6 +84,7 @@ class Folder:
             meets another in a sum.
         unshare: let a layer with several calls absorb a map at some of them, as a clone.
         bake: let a layer whose weight is computed absorb a map, as a plain layer.
+        products: let a linear call whose bias is computed absorb a map of its input.
     """
 
     def __init__(
@@ -92,10 +93,11 @@ class Folder:
         compensate: bool = False,
         unshare: bool = False,
         bake: bool = False,
+        products: bool = True,
     ) -> None:
         self.captured = captured
         self.compensate = compensate
-        self.planner = Planner(captured, clone_shared=unshare, bake=bake)
+        self.planner = Planner(captured, clone_shared=unshare, bake=bake, products=products)
         self.ledger = Ledger(captured.tensor)
 
     def fold_at(self, source: Source, affine: Affine) -> Fold | Declined:

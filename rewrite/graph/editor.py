@@ -11,6 +11,7 @@ No tensor is written in place: its storage may be shared with the model that the
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -165,7 +166,10 @@ class Editor(TensorWriter):
         self._removed.append(self.captured.module(name))
 
     def set_argument(self, node: Node, index: int, name: str, tensor: torch.Tensor) -> TensorRef:
-        """Give a function call a new tensor argument (a bias, say), stored beside its others."""
+        """Give a function call a new tensor argument (a bias, say), stored beside its others.
+
+        It is added to what other lines compute for that argument, if they do.
+        """
         forward, line = self._lines.open_line(node)
         owner = self.captured.module(forward.owner)
         reads = [n for n in line.all_input_nodes if n.op == "get_attr"]
@@ -174,9 +178,13 @@ class Editor(TensorWriter):
         prefix = f"{place}." if place else ""
         taken = {key.removeprefix(prefix) for key in forward.tensors}
         key = prefix + _free_name(beside, taken, name)
-        forward.tensors[key] = nn.Parameter(tensor.detach())
+        trained = [t.requires_grad for t in beside._parameters.values() if t is not None]
+        forward.tensors[key] = nn.Parameter(tensor.detach(), any(trained) or not trained)
         with forward.graph.inserting_before(line):
             read = forward.graph.create_node("get_attr", key)
+            given = line.kwargs.get(name, line.args[index] if len(line.args) > index else None)
+            if isinstance(given, Node):
+                read = forward.graph.call_function(operator.add, (given, read))
         arguments = list(line.args)
         if name in line.kwargs or len(arguments) < index:
             line.update_kwarg(name, read)

@@ -7,7 +7,9 @@ module otherwise.
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -44,6 +47,7 @@ class Forward:
         children: submodules that `commit` adds to the owner.
         tensors: parameters that `commit` adds to the owner.
         constants: tensors that the forward makes from nothing, kept as buffers.
+        fixed: arguments that its code tests, taken at their defaults.
     """
 
     owner: str
@@ -52,7 +56,12 @@ class Forward:
     children: dict[str, nn.Module] = field(default_factory=dict)
     tensors: dict[str, nn.Parameter] = field(default_factory=dict)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()
     edited: bool = False
+
+
+_FUNCTIONAL = "torch._C._nn"
+"""Where functions of torch.nn.functional say that they are at home: linear, pad, gelu."""
 
 
 def open_forward(captured: Captured, owner: str, module: nn.Module) -> Forward | str:
@@ -74,7 +83,7 @@ def open_forward(captured: Captured, owner: str, module: nn.Module) -> Forward |
         _drop_norm_bookkeeping(trace.graph)
     elif (apart := _follow_mode(trace, module, fixed)) is not None:
         return f"is a line of the forward of {where}, which {apart}"
-    forward = Forward(owner, trace.graph, _lines(trace.graph, owner))
+    forward = Forward(owner, trace.graph, _lines(trace.graph, owner), fixed=tuple(fixed))
     forward.constants.update(trace.constants)
     return forward
 
@@ -96,11 +105,28 @@ def _trace(module: nn.Module, fixed: dict[str, Any], training: bool) -> Trace | 
         return f"enters {contexts[0]}"
     for node in trace.graph.nodes:
         home = str(getattr(node.target, "__module__", ""))
-        if node.op == "call_function" and home.startswith("torch._C._"):
+        if node.op == "call_function" and home.startswith("torch._C._") and home != _FUNCTIONAL:
             return f"calls {home}.{node.target.__name__}, which a file cannot name"
     if trace.made:
         return "makes a tensor of its own at each call"
+    _name_arguments(trace.graph, fixed)
     return trace
+
+
+def _name_arguments(graph: Graph, fixed: Iterable[str]) -> None:
+    """Call the arguments that a trace has fixed as the forward does, and check each when it runs.
+
+    torch.fx numbers them, and checks for None by a function that no file names.
+    """
+    named = {f"{key}_1": key for key in fixed}
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.target in named:
+            node.target = named[node.target]
+        elif node.target is _assert_is_none:
+            with graph.inserting_before(node):
+                is_none = graph.call_function(operator.is_, (node.args[0], None))
+                graph.call_function(torch._assert, (is_none, node.args[1]))
+            graph.erase_node(node)
 
 
 def _follow_mode(trace: Trace, module: nn.Module, fixed: dict[str, Any]) -> str | None:

@@ -73,11 +73,11 @@ class Lines:
         region = self.captured.region_of(node)
         frame = region.frames[node]
         key = line_key(node, frame.owner)
-        equals = [
-            other
-            for other in region.graph.nodes
-            if region.frames[other] == frame and line_key(other, frame.owner) == key
-        ]
+        made = [other for other in region.graph.nodes if region.frames[other] == frame]
+        keys = [line_key(other, frame.owner) for other in made if other.op.startswith("call_")]
+        if forward.fixed and not forward.lines.keys() >= set(keys):
+            return None  # this call was given another value for an argument that is tested
+        equals = [other for other in made if line_key(other, frame.owner) == key]
         lines = forward.lines.get(key, [])
         return lines[equals.index(node)] if len(lines) == len(equals) else None
 

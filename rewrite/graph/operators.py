@@ -283,6 +283,17 @@ def linear_of(captured: Captured, node: Node) -> Linear | None:
     return Linear(node, target, call["input"], None, weight, bias_ref)
 
 
+def product_of(captured: Captured, node: Node) -> Linear | None:
+    """Return the product of a linear call whose bias is computed by other lines, or None."""
+    if node.op != "call_function" or node.target not in LINEARS:
+        return None
+    call = _bind(node, LINEAR)
+    weight, bias = captured.ref(call.get("weight")), call.get("bias")
+    if weight is None or not isinstance(bias, Node) or captured.ref(bias) is not None:
+        return None
+    return Linear(node, _holder(captured, node, weight), call["input"], None, weight, None)
+
+
 def activation_of(captured: Captured, node: Node) -> Activation | None:
     """Return the elementwise nonlinearity that `node` calls, or None."""
     inputs = node.all_input_nodes

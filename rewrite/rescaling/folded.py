@@ -48,7 +48,7 @@ def fold_on_paper(captured: Captured) -> FoldedTensors:
     """
     if not any(_stands_apart(captured, node) for node in captured.nodes()):
         return FoldedTensors()
-    folder = Folder(captured)
+    folder = Folder(captured, products=False)
     for source in sources(folder.planner):
         if source.kind in ("norm", "constant"):
             folder.decide(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -224,6 +225,8 @@ def forward_branches(module: nn.Module, assumed: dict[str, Any]) -> tuple[str, .
     """Return the assumed parameters that the forward's code tests: it may do something else."""
     if not assumed or str(type(module).forward.__module__).startswith("torch.nn."):
         return ()  # torch's own layers choose between ways to compute one function
+    if isinstance(graph := getattr(type(module), "graph", None), Graph):
+        return _checked(graph, assumed)
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward)))
         tree = ast.parse(source)
@@ -236,3 +239,13 @@ def forward_branches(module: nn.Module, assumed: dict[str, Any]) -> tuple[str, .
         elif isinstance(node, ast.BoolOp):
             tested |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
     return tuple(name for name in assumed if name in tested)
+
+
+def _checked(graph: Graph, assumed: Iterable[str]) -> tuple[str, ...]:
+    """Return the parameters that a generated forward holds to one value."""
+    read = {n.target: n.users for n in graph.nodes if n.op == "placeholder"}
+    return tuple(
+        key
+        for key in assumed
+        if any(test.target is torch._assert for user in read.get(key, ()) for test in user.users)
+    )
