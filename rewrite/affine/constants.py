@@ -29,7 +29,6 @@ from rewrite.graph.spellings import function_name
 from rewrite.graph.traits import Call, Trait, call_of, has, named
 from rewrite.outcomes import Declined
 
-
 _FUSED = ("addcmul", "addcdiv", "lerp")
 """A product and a sum in one call, of three operands."""
 
