@@ -168,8 +168,8 @@ class Constants:
         affine = _fused_affine(call, others[0], values)
         if isinstance(affine, Declined):
             return affine
-        shape = torch.broadcast_shapes(affine.scale.shape, affine.shift.shape)
-        scale, shift = affine.scale.expand(shape), affine.shift.expand(shape)
+        scale = affine.scale + torch.zeros_like(affine.shift)
+        shift = affine.shift + torch.zeros_like(affine.scale)
         axes = [axis for axis in range(scale.dim()) if scale.shape[axis] > 1]
         if len(axes) != 1:
             return _of_shape(scale)
