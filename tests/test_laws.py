@@ -19,6 +19,8 @@ from rewrite.runtime.copying import copy_model
 
 # Options without which a pass does nothing.
 _SPECS = {"reinit": "reinit{scheme=he}"}
+# Passes that are another change each time: a stream that was turned can be turned again.
+_AGAIN = {"rotate-stream"}
 _NAMES = tuple(models.all_models())
 
 
@@ -85,7 +87,7 @@ def test_laws(pass_name: str, model_name: str) -> None:
     assert {t.dtype for t in applied.model.parameters()} <= kinds
 
     # A second application changes nothing.
-    if rewrite.contract is not Contract.REDEFINING:
+    if rewrite.contract is not Contract.REDEFINING and pass_name not in _AGAIN:
         again = apply_pass(rewrite, applied.model, inputs)
         assert [change.target for change in again.changes] == []
 

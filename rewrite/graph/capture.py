@@ -33,4 +33,5 @@ def capture(
     inputs = None if example_inputs is None else Inputs.of(example_inputs)
     regions, opaque, error = trace_regions(tree, inputs)
     found = Captured(model, tree, tuple(regions), opaque, error, example_calls=tuple(calls))
+    found.example_inputs = inputs
     return Editable.of(found)

@@ -35,7 +35,7 @@ from rewrite.tracing.tracer import has_parametrizations, hook_reasons
 from rewrite.tracing.untraced_branches import UntracedBranches
 
 if TYPE_CHECKING:
-    from rewrite.runtime.inputs import ExampleCall
+    from rewrite.runtime.inputs import ExampleCall, Inputs
 
 
 _NOT_TRACED = "is not called in any traced forward"
@@ -57,6 +57,7 @@ class Captured:
         exact: what tensors that a pass wrote are before they are rounded, in float64 and by
             qualified name; verification asks for them.
         example_calls: calls that may be observed, where a forward cannot be traced.
+        example_inputs: what the model was captured on, if anything.
         observed: what these showed (`rewrite.observe`), once somebody asked.
         unobserved: why they could not be observed, or "".
     """
@@ -69,6 +70,7 @@ class Captured:
     notes: list[str] = field(default_factory=list)
     exact: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
     example_calls: tuple[ExampleCall, ...] = ()
+    example_inputs: Inputs | None = None
     observed: Any = field(default=None, repr=False)
     unobserved: str = ""
 

@@ -45,6 +45,9 @@ def stream_outcomes(
 def _evidence(captured: Captured) -> Evidence | None:
     """Return what calls of a model show; None, with a note, where nothing can be observed."""
     calls = captured.example_calls
+    inputs = captured.example_inputs
+    if not calls and inputs is not None:
+        calls = (ExampleCall("example input", inputs),)
     if not calls:
         inferred = infer_example_inputs(captured.model, quick=True)
         if inferred is None:
