@@ -54,11 +54,9 @@ class Captured:
         opaque: the modules that are one call to the tracer, with the reason.
         shape_error: why some values have no shape although example inputs were given.
         notes: what a pass has to say of the whole model; it goes into the report.
-        exact: what tensors that a pass wrote are before they are rounded, in float64 and by
-            qualified name; verification asks for them.
-        example_calls: calls that may be observed, where a forward cannot be traced.
-        example_inputs: what the model was captured on, if anything.
-        observed: what these showed (`rewrite.observe`), once somebody asked.
+        exact: what written tensors are before they are rounded, in float64, by qualified name.
+        example_calls, example_inputs: calls that may be observed, and what it was captured on.
+        observed: what the calls showed (`rewrite.observe`), once somebody asked.
         unobserved: why they could not be observed, or "".
     """
 
