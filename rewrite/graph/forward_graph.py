@@ -96,7 +96,7 @@ def _trace(module: nn.Module, fixed: dict[str, Any], training: bool) -> Trace | 
     tracer = RegionTracer(tree, tensor_names(tree), {})
     tracer.shallow = True
     try:
-        with tracing(), contexts_entered() as contexts:
+        with tracing(tree.model), contexts_entered() as contexts:
             trace = tracer.run(tree.model, fixed)
     except Exception as error:  # noqa: BLE001 - a forward under proxies may raise anything
         reason, source = reason_of(error)

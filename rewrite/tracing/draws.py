@@ -2,6 +2,7 @@
 
     y = x * (self.scale * np.random.rand())     random, numpy.random, time, uuid, os.urandom
     y = x + torch.rand(()).item()               the number of a tensor that was drawn
+    y = x * self.rng.random()                   a generator that a module holds
 
 Where the model's own code asks for one while it is traced, the trace of that forward ends: what is
 in it is declined, with the line. A number that is the same at each call (`np.sqrt(64)`) is none.
@@ -15,10 +16,11 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx.proxy import TraceError
 
 from rewrite.tracing.source_lines import asked_by_model
@@ -38,24 +40,73 @@ _NAMES: dict[str, tuple[str, ...]] = {
 _NUMBERS = ("item", "tolist", "__bool__", "__float__", "__int__")
 
 
-def refuse_draws(patcher: Any) -> None:
+def refuse_draws(patcher: Any, model: nn.Module) -> None:
     """End a trace where the model's code draws a number, until `patcher` puts back what was there.
 
     Args:
         patcher: of `torch.fx`.
+        model: a stand-in; what its modules hold and what their code names are exchanged, too.
     """
     modules: dict[str, ModuleType] = {"random": random, "time": time, "uuid": uuid, "os": os}
     if (numpy := sys.modules.get("numpy.random")) is not None:
         modules["numpy.random"] = numpy
+    ended: dict[int, Callable[..., Any]] = {}
     for place, module in modules.items():
         for name in _NAMES[place]:
             if hasattr(module, name):
-                ended = _ended(getattr(module, name), f"{place}.{name}")
-                patcher.patch(vars(module), name, ended, deduplicate=False)
-    before = torch.random.get_rng_state()
+                function = getattr(module, name)
+                ended[id(function)] = _ended(function, f"{place}.{name}")
+    for names in (*map(vars, modules.values()), *_named_by(model)):
+        for name, value in list(names.items()):
+            if (end := ended.get(id(value))) is not None:
+                patcher.patch(names, name, end, deduplicate=False)
+    generators = _hold_generators(patcher, model, numpy)
+    before = [(generator, generator.get_state()) for generator in generators]
     for name in _NUMBERS:
         asked = _of_drawn(getattr(torch.Tensor, name), before)
         patcher.patch_method(torch.Tensor, name, asked, deduplicate=False)
+
+
+def _named_by(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the names of the files that hold the model's classes, and those of their functions."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    files = {kind.__module__ for kind in kinds if not kind.__module__.startswith("torch.")}
+    found = {
+        id(vars(sys.modules[name])): vars(sys.modules[name]) for name in files & {*sys.modules}
+    }
+    for names in list(found.values()):
+        for value in names.values():
+            if isinstance(value, FunctionType) and not value.__module__.startswith("torch"):
+                found.setdefault(id(value.__globals__), value.__globals__)
+    return list(found.values())
+
+
+def _hold_generators(
+    patcher: Any, model: nn.Module, numpy: ModuleType | None
+) -> list[torch.Generator]:
+    """Exchange the generators that modules hold, but those of torch, which are returned."""
+    kinds: tuple[type, ...] = (random.Random,)
+    if numpy is not None:
+        kinds += (numpy.Generator, numpy.RandomState)
+    found = [torch.default_generator]
+    for module in model.modules():
+        for held in (vars(module), *(v for v in vars(module).values() if isinstance(v, dict))):
+            for key, value in list(held.items()):
+                if isinstance(value, torch.Generator):
+                    found.append(value)
+                elif isinstance(value, kinds):
+                    patcher.patch(held, key, _Held(key), deduplicate=False)
+    return found
+
+
+class _Held:
+    """Stands for a generator of numbers while a forward is traced."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, method: str) -> Any:
+        raise TraceError(f"calls {self._name}.{method}, which gives another value at each call")
 
 
 def _ended(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -67,10 +118,12 @@ def _ended(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return draw
 
 
-def _of_drawn(method: Callable[..., Any], before: torch.Tensor) -> Callable[..., Any]:
+def _of_drawn(
+    method: Callable[..., Any], before: list[tuple[torch.Generator, torch.Tensor]]
+) -> Callable[..., Any]:
     def number(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if asked_by_model(sys._getframe(1)) and not torch.equal(
-            torch.random.get_rng_state(), before
+        if asked_by_model(sys._getframe(1)) and not all(
+            torch.equal(generator.get_state(), state) for generator, state in before
         ):
             raise TraceError("needs a random number of torch, which is another one at each call")
         return method(self, *args, **kwargs)

@@ -26,15 +26,15 @@ _FACTORIES = (
 
 
 @contextlib.contextmanager
-def tracing() -> Iterator[None]:
-    """Prepare for any number of traces, and leave the random generators as they were."""
+def tracing(model: nn.Module) -> Iterator[None]:
+    """Prepare for any number of traces of a stand-in, and leave random generators as they were."""
     numpy = sys.modules.get("numpy")
     states = torch.random.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
     try:
         with _new_patcher() as patcher:
             _skip_dimension_checks(patcher)
             _record_factories(patcher)
-            refuse_draws(patcher)
+            refuse_draws(patcher, model)
             yield
     finally:
         torch.random.set_rng_state(states[0])

@@ -100,7 +100,7 @@ def trace_regions(
                 module = tree.get(inner)
                 pending.extend([module] if _is_boundary(opaque[inner]) else _children(module))
 
-    with tracing():
+    with tracing(tree.model):
         visit(tree.model)
         # What no trace reached: another branch, a training head, the inside of a torch.nn block.
         for name, module in tree.modules():

@@ -323,7 +323,7 @@ def test_a_device_context_works_after_one_that_was_first_entered_while_tracing()
     from rewrite.tracing.patches import tracing
 
     _device_constructors.cache_clear()
-    with tracing(), torch.device("meta"):
+    with tracing(nn.Module()), torch.device("meta"):
         torch.zeros(1)
     with torch.device("meta"):
         assert torch.zeros(1).is_meta and torch.empty(2, 3).is_meta
