@@ -37,6 +37,7 @@ from rewrite.errors import PassError, RewriteError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
+    told = _Told()
     try:
         with _rare_collection():
             if "_ARGCOMPLETE" in os.environ:
@@ -47,15 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_places(options)
             # It logs a traceback of each input that does not fit, which becomes one line here.
             logging.getLogger("torch._subclasses.fake_tensor").disabled = True
-            with _stopped_by_sigterm():
+            with _stopped_by_signals(told):
                 code = _published(options)
-    except PassError as error:
-        return complain(error, FAILED)
     except RewriteError as error:
-        stopped = isinstance(error.__cause__, KeyboardInterrupt)
-        return complain(error, INTERRUPTED if stopped else USAGE)
+        if told.to_stop and not isinstance(error.__cause__, KeyboardInterrupt):
+            # What the interrupt broke off inside of a library was taken for an error there.
+            return complain(_INTERRUPTED, INTERRUPTED)
+        if told.to_stop or isinstance(error.__cause__, KeyboardInterrupt):
+            return complain(error, INTERRUPTED)
+        return complain(error, FAILED if isinstance(error, PassError) else USAGE)
     except KeyboardInterrupt:
-        return complain("interrupted; nothing was written", INTERRUPTED)
+        return complain(_INTERRUPTED, INTERRUPTED)
     return code
 
 
@@ -97,21 +100,35 @@ _NOTHING_WRONG = ("convert", "export", "apply-map")
 """Commands that write nothing when they fail; a verification that fails is what a report is for."""
 
 
+_INTERRUPTED = "interrupted; nothing was written"
+
+
+class _Told:
+    """Whether the process was told to stop."""
+
+    to_stop = False
+
+
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
+def _stopped_by_signals(told: _Told) -> Iterator[None]:
     """Leave by an exception when the process is told to end, so that nothing stays behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_: object) -> None:
+        told.to_stop = True
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    signals = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signals.append(signal.SIGINT)
+    before = {number: signal.signal(number, stop) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
