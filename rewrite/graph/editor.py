@@ -166,10 +166,7 @@ class Editor(TensorWriter):
         self._removed.append(self.captured.module(name))
 
     def set_argument(self, node: Node, index: int, name: str, tensor: torch.Tensor) -> TensorRef:
-        """Give a function call a new tensor argument (a bias, say), stored beside its others.
-
-        It is added to what other lines compute for that argument, if they do.
-        """
+        """Give a function call a new tensor argument, or add it to the one that lines compute."""
         forward, line = self._lines.open_line(node)
         owner = self.captured.module(forward.owner)
         reads = [n for n in line.all_input_nodes if n.op == "get_attr"]

@@ -26,6 +26,7 @@ from rewrite.nn.edited import EditedForward, with_forward
 from rewrite.runtime.copying import lazy_copy
 from rewrite.runtime.stand_in import stand_in, without_values
 from rewrite.runtime.tree import Tree, tensor_names
+from rewrite.tracing.decisions import place_of
 from rewrite.tracing.patches import contexts_entered, tracing
 from rewrite.tracing.records import Trace
 from rewrite.tracing.regions import forward_branches, forward_defaults
@@ -107,6 +108,8 @@ def _trace(module: nn.Module, fixed: dict[str, Any], training: bool) -> Trace | 
         home = str(getattr(node.target, "__module__", ""))
         if node.op == "call_function" and home.startswith("torch._C._") and home != _FUNCTIONAL:
             return f"calls {home}.{node.target.__name__}, which a file cannot name"
+    if trace.decisions:
+        return f"does something else {trace.decisions[0].when} ({place_of(trace.decisions[0])})"
     if trace.made:
         return "makes a tensor of its own at each call"
     _name_arguments(trace.graph, fixed)

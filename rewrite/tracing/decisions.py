@@ -18,6 +18,7 @@ import inspect
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from types import CodeType
 
 from torch.fx import Node
@@ -31,11 +32,11 @@ _NUMBERS = frozenset({"torch", "F", "math", "np", "max", "min", "abs", "nn"})
 
 
 def uncertain_values(decisions: Iterable[Decision]) -> dict[Node, str]:
-    """Return the values that code which did not run may read, and where it stands."""
+    """Return the values that code which did not run may read, where it stands and when it runs."""
     found: dict[Node, str] = {}
     for decision in decisions:
         for node in decision.nodes:
-            found.setdefault(node, place_of(decision))
+            found.setdefault(node, f"{place_of(decision)} may read it otherwise {decision.when}")
     return found
 
 
@@ -86,6 +87,29 @@ def statement_at(
     ]
     deciding = [node for node in found if _decides_on(node, wanted)]
     return max(deciding or found, key=lambda node: node.lineno, default=None)
+
+
+@lru_cache(maxsize=4096)
+def returns_an_answer(code: CodeType) -> bool:
+    """Return whether a function may return a condition or a number: its caller may decide by it."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    returned = [n.value for n in ast.walk(tree) if isinstance(n, ast.Return) and n.value]
+    returned += [n.body for n in ast.walk(tree) if isinstance(n, ast.Lambda)]
+    return any(_is_answer(value) for value in returned)
+
+
+def _is_answer(value: ast.expr) -> bool:
+    if isinstance(value, ast.Call):
+        return path_of(value.func) in (["bool"], ["int"], ["float"], ["len"])
+    if isinstance(value, ast.IfExp):
+        return _is_answer(value.body) or _is_answer(value.orelse)
+    if isinstance(value, ast.Constant):
+        return value.value is not None
+    negates = isinstance(value, ast.UnaryOp) and isinstance(value.op, ast.Not)
+    return negates or isinstance(value, ast.Compare | ast.BoolOp)
 
 
 def _decides_on(node: ast.stmt, line: int) -> bool:

@@ -15,6 +15,7 @@ from torch.utils._device import _device_constructors
 
 from rewrite.tracing.draws import refuse_draws
 from rewrite.tracing.proxies import proxies_in
+from rewrite.tracing.source_lines import asked_by_model
 
 _CONTEXTS: tuple[Any, ...] = (
     torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode, torch.autocast,
@@ -23,6 +24,16 @@ _CONTEXTS: tuple[Any, ...] = (
 _FACTORIES = (
     "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "eye", "linspace",
 )  # fmt: skip
+
+
+_ASKED = {
+    "is_grad_enabled": "where gradients are computed, or are not",
+    "is_inference_mode_enabled": "in inference mode, or out of it",
+    "is_autocast_enabled": "under autocast, or without it",
+    "is_autocast_cpu_enabled": "under autocast, or without it",
+    "get_autocast_dtype": "under autocast, or without it",
+}
+"""What a forward may ask torch for, and when the answer is another one."""
 
 
 @contextlib.contextmanager
@@ -92,3 +103,22 @@ def _record_factories(patcher: Any) -> None:
     _device_constructors()
     for name in _FACTORIES:
         patcher.patch(vars(torch), name, recorded(getattr(torch, name)), deduplicate=False)
+
+
+@contextlib.contextmanager
+def modes_noted(note: Callable[[str], None]) -> Iterator[None]:
+    """Call `note` with when the answer is another one, each time the model's code asks."""
+
+    def noted(function: Callable[..., Any], when: str) -> Callable[..., Any]:
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            if asked_by_model(sys._getframe(1)):
+                note(when)
+            return function(*args, **kwargs)
+
+        return ask
+
+    with _new_patcher() as patcher:
+        for name, when in _ASKED.items():
+            function = getattr(torch, name)
+            patcher.patch(vars(torch), name, noted(function, when), deduplicate=False)
+        yield

@@ -8,6 +8,9 @@ from types import CodeType
 import torch
 from torch.fx import Graph, Node
 
+BY_SIZE = "for an input of another size"
+"""What nearly every decision is about."""
+
 
 @dataclass(frozen=True)
 class Opaque:
@@ -34,13 +37,14 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """A place where code needed a size as a number: it may do something else for another one.
+    """A place where code needed a size as a number, or asked for a mode: it may do something else.
 
     Attributes:
         owner: the module whose forward was running.
         code, line: the function and its line.
         nodes: the values at hand there, and those made by that function since.
         held: what the local names stand for there: the nodes in a value, none in a number.
+        when: for what it may do something else, in words.
     """
 
     owner: str
@@ -48,6 +52,7 @@ class Decision:
     line: int
     nodes: list[Node]
     held: dict[str, tuple[Node, ...]] = field(default_factory=dict)
+    when: str = BY_SIZE
 
 
 @dataclass
@@ -61,7 +66,7 @@ class Trace:
         made: those of them that no attribute holds, or that were written: made at each call.
         entered: the modules whose forward the trace went through, the root first.
         kept: the values that a forward keeps on its module, and where.
-        decisions: where a size was needed as a number.
+        decisions: where a size was needed as a number, or a mode of torch asked for.
         augmented: the nodes that `x += y` and its like made.
     """
 

@@ -45,9 +45,9 @@ def reason_of(error: BaseException) -> tuple[str, str | None]:
     return reason, source
 
 
-def user_frame() -> FrameType | None:
-    """Return the innermost frame that runs the model's own code."""
-    frame: FrameType | None = sys._getframe(1)
+def user_frame(start: FrameType | None = None) -> FrameType | None:
+    """Return the innermost frame, from `start` on, that runs the model's own code."""
+    frame: FrameType | None = start or sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(_MACHINERY):
         frame = frame.f_back
     return frame

@@ -28,6 +28,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from rewrite.runtime.stand_in import Attributes
 from rewrite.runtime.tree import Tree
+from rewrite.tracing.patches import modes_noted
 from rewrite.tracing.proxies import nodes_of
 from rewrite.tracing.records import Frame, Opaque, Trace
 from rewrite.tracing.source_lines import is_augmented, reason_of, user_frame
@@ -151,7 +152,8 @@ class RegionTracer(ValueTracer):
         if self.shapes is not None:
             self.shapes.enter(name, root)
         try:
-            self.trace(root, concrete_args=arguments or None)
+            with modes_noted(self.decide):
+                self.trace(root, concrete_args=arguments or None)
         finally:
             # A value that a forward caches on its module belongs to this graph, not to the next.
             for entered in self._trace.entered:
@@ -275,8 +277,8 @@ class RegionTracer(ValueTracer):
                     self._trace.augmented.add(node)
         if self.shapes is not None:
             self.shapes.attach(node, self._trace.constants, node.target in self.opaque)
-            if self._deciding:
-                self._note_decided(node)
+        if self._deciding:
+            self._note_decided(node)
         return node
 
     # -- erasing ------------------------------------------------------------------------------

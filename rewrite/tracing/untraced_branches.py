@@ -49,7 +49,7 @@ class BranchEffects:
         used: attributes that it spells in any other way there.
         anything: whether it may call whatever it holds.
         incoming: whether it may read a value that the module was given.
-        sizes: the lines on which it decides by a size.
+        sizes: the lines on which it decides by a size or a mode, and when that is another.
     """
 
     arguments: dict[str, None]
@@ -57,13 +57,13 @@ class BranchEffects:
     used: set[str]
     anything: bool = False
     incoming: bool = False
-    sizes: dict[str, None] = field(default_factory=dict)
+    sizes: dict[str, str] = field(default_factory=dict)
 
     @property
     def words(self) -> str:
         """When it does that."""
         if self.sizes:
-            return f"for an input of another size ({', '.join(self.sizes)})"
+            return f"{next(iter(self.sizes.values()))} ({', '.join(self.sizes)})"
         return f"for another value of its argument {', '.join(self.arguments)}"
 
     def may_call(self, path: str) -> bool:
@@ -107,7 +107,7 @@ class UntracedBranches:
             effects = found.setdefault(region.name, {})
             for decision in region.decisions:
                 does = effects.setdefault(decision.owner, BranchEffects({}, set(), set()))
-                does.sizes[place_of(decision)] = None
+                does.sizes[place_of(decision)] = decision.when
                 statement = statement_at(decision.code, decision.line, trees)
                 if statement is None:
                     does.anything = True
@@ -145,7 +145,7 @@ class UntracedBranches:
     def reader(self, region: Region, node: Node) -> str | None:
         """Return what may read `node` otherwise in code that did not run, in words."""
         if (line := self._uncertain[region.name].get(node)) is not None:
-            return f"the code at {line} may read it otherwise for an input of another size"
+            return f"the code at {line}"
         if not (found := self._choices[region.name]):
             return None
         made = region.frames[node].owner

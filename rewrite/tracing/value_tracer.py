@@ -15,8 +15,9 @@ import torch
 from torch.fx import Node, Proxy, Tracer
 from torch.fx.proxy import TraceError
 
+from rewrite.tracing.decisions import returns_an_answer
 from rewrite.tracing.proxies import ValueProxy, nodes_of
-from rewrite.tracing.records import Decision, Frame, Trace
+from rewrite.tracing.records import BY_SIZE, Decision, Frame, Trace
 from rewrite.tracing.source_lines import runs_in_torch, user_frame
 
 if TYPE_CHECKING:
@@ -105,9 +106,24 @@ class ValueTracer(Tracer):
 
     def _decide(self, obj: Proxy) -> None:
         """Note that the running line has seen a size that another input may not have."""
+        if not obj.node.meta.get("fixed") and not runs_in_torch():
+            self.decide(BY_SIZE)
+
+    def decide(self, when: str) -> None:
+        """Note that the running line may do something else: `when`, in words.
+
+        So may the line that called its function, where that returns what it found.
+        """
         frame = user_frame()
-        if frame is None or obj.node.meta.get("fixed") or runs_in_torch():
-            return
+        while frame is not None:
+            self._note_decision(frame, when)
+            if frame.f_code.co_name == "forward":
+                return
+            if when == BY_SIZE and not returns_an_answer(frame.f_code):
+                return
+            frame = user_frame(frame.f_back)
+
+    def _note_decision(self, frame: FrameType, when: str) -> None:
         held = {
             name: nodes
             for name, value in frame.f_locals.items()
@@ -115,7 +131,7 @@ class ValueTracer(Tracer):
         }
         at_hand = [node for nodes in held.values() for node in nodes]
         owner = self._frames[-1].owner
-        decision = Decision(owner, frame.f_code, frame.f_lineno, at_hand, held)
+        decision = Decision(owner, frame.f_code, frame.f_lineno, at_hand, held, when)
         self._trace.decisions.append(decision)
         self._deciding.setdefault(frame, []).append(decision)
 
