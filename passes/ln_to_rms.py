@@ -92,15 +92,15 @@ def _exchange(captured: Editable, name: str) -> bool:
     new: nn.Module
     if shifted:
         new = ShiftedRMSNorm(old.normalized_shape[0], old.eps)
-        new.bias = old.bias
+        captured.editor.share(new, "bias", old.bias)
     else:
         new = nn.RMSNorm(
             old.normalized_shape, eps=old.eps, elementwise_affine=old.weight is not None
         )
     if old.weight is not None:
-        new.weight = old.weight
+        captured.editor.share(new, "weight", old.weight)
     elif shifted:
-        new.weight.data = new.weight.data.to(old.bias)
+        captured.editor.write(new, "weight", torch.ones_like(old.bias))
     captured.editor.replace(name, new)
     return old.bias is not None and not shifted
 
