@@ -4,7 +4,7 @@
     2. each value of each call is followed to layers; nothing else reads it, nothing returns it
     3. each reader's parameter is read, in all calls, with the same channels, or by other rows
 
-What no call showed is not decided here but in `rewrite.observe.code`.
+What no call showed is not decided here but in `rewrite.observe.code.check`.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from torch import nn
 
 from rewrite.errors import CaptureError
 from rewrite.graph.captured import Captured
-from rewrite.observe.code import CodeCheck, CodeIndex
-from rewrite.observe.code_fields import Untaken
+from rewrite.observe.code.check import CodeCheck, CodeIndex
+from rewrite.observe.code.fields import Untaken
 from rewrite.observe.evidence import Evidence, observe
 from rewrite.observe.flow import Unfollowed
 from rewrite.observe.norms import norms_of

@@ -4,7 +4,7 @@
     rotate    every writer is given Q                 RMSNorms hand it on, linear readers undo it
 
 A parameter takes the map if all that read it, in every call, read it so. What no call showed is
-held against the code, as for a fold (`rewrite.observe.code`).
+held against the code, as for a fold (`rewrite.observe.code.check`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.fx import Node
 
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.spellings import is_plain
-from rewrite.observe.code import CodeCheck, CodeIndex
-from rewrite.observe.code_fields import Untaken
+from rewrite.observe.code.check import CodeCheck, CodeIndex
+from rewrite.observe.code.fields import Untaken
 from rewrite.observe.evidence import Evidence
 from rewrite.observe.export import ObservedCall
 from rewrite.observe.flow import Unfollowed

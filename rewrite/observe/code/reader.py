@@ -4,7 +4,7 @@
     if self.pre_norm:     decided by the model: only one branch is read
     if mask is None:      not decided: both are read, and both lead on
 
-Expressions are read by `rewrite.observe.code_expressions`.
+Expressions are read by `rewrite.observe.code.expressions`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
-from rewrite.observe.code_expressions import ExpressionReader, Surroundings
-from rewrite.observe.code_fields import ANYWHERE, Fields, Untaken, joined, merged
-from rewrite.observe.code_syntax import Fixed, Function, path_of
+from rewrite.observe.code.expressions import ExpressionReader
+from rewrite.observe.code.fields import ANYWHERE, Fields, Untaken, joined, merged
+from rewrite.observe.code.names import Surroundings
+from rewrite.observe.code.syntax import Fixed, Function, path_of
 from rewrite.observe.export import CodeLine
 
 

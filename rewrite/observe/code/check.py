@@ -25,9 +25,9 @@ from torch import nn
 from torch.fx import Node
 
 from rewrite.graph.captured import Captured
-from rewrite.observe.code_fields import Fields, Untaken
-from rewrite.observe.code_reader import FunctionReader
-from rewrite.observe.code_syntax import Fixed, Function, function_at
+from rewrite.observe.code.fields import Fields, Untaken
+from rewrite.observe.code.reader import FunctionReader
+from rewrite.observe.code.syntax import Fixed, Function, function_at
 from rewrite.observe.evidence import Evidence
 from rewrite.observe.export import CodeLine, ObservedCall, in_torch
 from rewrite.observe.spellings import op_name, shape_of

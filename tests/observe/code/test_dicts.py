@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from rewrite.observe.code_fields import ANYWHERE, fields_of_dict, spread
+from rewrite.observe.code.fields import ANYWHERE, fields_of_dict, spread
 
 
 def display(text: str) -> ast.Dict:
