@@ -13,7 +13,10 @@ BEGIN, END = "<!-- files -->\n", "<!-- end of files -->\n"
 
 PACKAGES = (
     "",
-    *sorted(p.parent.name for p in (ROOT / "rewrite").glob("*/__init__.py")),
+    *sorted(
+        path.parent.relative_to(ROOT / "rewrite").as_posix()
+        for path in (ROOT / "rewrite").glob("*/**/__init__.py")
+    ),
 )
 
 

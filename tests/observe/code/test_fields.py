@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rewrite
-
-from .blocks import WIDTH, RMSNorm, randomized, untraceable
+from tests.observe.blocks import WIDTH, RMSNorm, randomized, untraceable
 
 
 def folded(model: nn.Module, *shape: int) -> Any:
