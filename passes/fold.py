@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from rewrite.errors import CheckpointError, OptionError, PassError
-from rewrite.fold.branches import Branches
+from rewrite.fold.branches.find import Branches
+from rewrite.fold.branches.kernel import Merge
+from rewrite.fold.branches.merge import merge_site
 from rewrite.fold.candidates import Source, sources
 from rewrite.fold.executor import Exact, run_recipes
 from rewrite.fold.folder import Fold, Folder
 from rewrite.fold.input_norm import InputNorm, fold_input, parse_input_norm
-from rewrite.fold.merge import merge_site
-from rewrite.fold.merged_kernel import Merge
 from rewrite.fold.observed import carry_out
 from rewrite.fold.recipes import AffineRecipe, FoldRecipe, recipe_of
 from rewrite.fold.store import ModelStore

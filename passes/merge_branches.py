@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rewrite.fold.branches import Branches
-from rewrite.fold.merge import merge_site
-from rewrite.fold.merged_kernel import Merge
+from rewrite.fold.branches.find import Branches
+from rewrite.fold.branches.kernel import Merge
+from rewrite.fold.branches.merge import merge_site
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
 from rewrite.outcomes import Change, Contract, Declined, Site, Skip

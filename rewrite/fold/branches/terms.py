@@ -17,8 +17,8 @@ from rewrite.affine.constants import Constants
 from rewrite.affine.laws import drops
 from rewrite.affine.layers import Layer, layer_of
 from rewrite.affine.planner import Planner
+from rewrite.fold.branches.kernel import Term
 from rewrite.fold.links import NEGATIVE, Link, constant_link, norm_link
-from rewrite.fold.merged_kernel import Term
 from rewrite.graph.captured import Captured
 from rewrite.graph.operators import conv_of, norm_of
 from rewrite.graph.traits import Trait, call_of, has

@@ -8,8 +8,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.fx import Node
 
+from rewrite.fold.branches.kernel import Merge, place_of
 from rewrite.fold.executor import Exact, run_merge
-from rewrite.fold.merged_kernel import Merge, place_of
 from rewrite.fold.recipes import MergeRecipe, TermRecipe
 from rewrite.fold.store import ModelStore
 from rewrite.graph.captured import Captured

@@ -23,8 +23,8 @@ from rewrite.affine.channel_map import DeclinedError
 from rewrite.affine.constants import Constants
 from rewrite.affine.layers import layer_of
 from rewrite.affine.planner import Planner
-from rewrite.fold.branch_terms import BranchTerms
-from rewrite.fold.merged_kernel import Merge, identity_window, window
+from rewrite.fold.branches.kernel import Merge, identity_window, window
+from rewrite.fold.branches.terms import BranchTerms
 from rewrite.graph.captured import Captured
 from rewrite.graph.operators import Conv, conv_of, norm_of
 from rewrite.graph.traits import Trait, has
