@@ -152,8 +152,6 @@ class PathForward:
             raise CaptureError(f"no output of {type(self._captured.model).__name__} is on a path")
         return total
 
-    # -- nodes --------------------------------------------------------------------------------
-
     def _evaluate(self, node: Node) -> Any:
         captured = self._captured
         if node.op == "get_attr":
