@@ -125,6 +125,28 @@ ACTIVATION_MODULES: Mapping[type[nn.Module], str] = {
 }  # fmt: skip
 
 
+MODULES: Mapping[type[nn.Module], str] = {
+    **ACTIVATION_MODULES,
+    nn.Identity: "identity", nn.Flatten: "flatten", nn.Unflatten: "unflatten",
+    nn.PixelShuffle: "pixel_shuffle", nn.PixelUnshuffle: "pixel_unshuffle",
+    nn.ChannelShuffle: "channel_shuffle", nn.Upsample: "interpolate", nn.Fold: "fold",
+    nn.Unfold: "unfold", nn.Softmax2d: "softmax", nn.Softmin: "softmin",
+    nn.Threshold: "threshold", nn.Tanhshrink: "tanhshrink", nn.Hardshrink: "hardshrink",
+    nn.Softshrink: "softshrink", nn.Dropout: "dropout", nn.Dropout1d: "dropout",
+    nn.Dropout2d: "dropout", nn.Dropout3d: "dropout", nn.AlphaDropout: "alpha_dropout",
+    nn.FeatureAlphaDropout: "alpha_dropout", nn.UpsamplingNearest2d: "interpolate",
+    nn.UpsamplingBilinear2d: "interpolate",
+    **{getattr(nn, f"{kind}{axes}d"): f"{name}{axes}d"
+       for kind, name in (("MaxPool", "max_pool"), ("AvgPool", "avg_pool"),
+                          ("LPPool", "lp_pool"), ("MaxUnpool", "max_unpool"),
+                          ("AdaptiveAvgPool", "adaptive_avg_pool"),
+                          ("AdaptiveMaxPool", "adaptive_max_pool")) for axes in (1, 2, 3)},
+    **{getattr(nn, f"{kind}Pad{axes}d"): "pad"
+       for kind in ("Zero", "Constant", "Reflection", "Replication", "Circular")
+       for axes in (1, 2, 3)},
+}  # fmt: skip
+
+
 ACTIVATION_NAMES: frozenset[str] = frozenset(ACTIVATION_MODULES.values())
 
 

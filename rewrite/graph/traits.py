@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from rewrite.graph.spellings import ACTIVATION_MODULES, is_plain, plain_name
+from rewrite.graph.spellings import MODULES, is_plain, plain_name
 
 if TYPE_CHECKING:
     from rewrite.graph.captured import Captured
@@ -55,6 +55,8 @@ class Trait(enum.Flag):
     JOINS = enum.auto()
     CONTRACTS = enum.auto()
     """A product of matrices."""
+    LAYER = enum.auto()
+    """A product with a weight, by its second operand, or rows of a table."""
     DROPS = enum.auto()
     """In training mode it sets values to zero at random; else it is the identity."""
     ASKS = enum.auto()
@@ -291,7 +293,8 @@ def _others() -> Iterator[Operation]:
     yield from _rows("matmul/__matmul__/imatmul bmm", Trait.CONTRACTS, Shape.SAME_RANK)
     yield from _rows("scaled_dot_product_attention", Trait.CONTRACTS, Shape.SAME_RANK)
     yield from _rows("einsum", Trait.CONTRACTS, Shape.OTHER)
-    yield from _rows("linear conv1d conv2d conv3d glu(dim)", _NONE, Shape.SAME_RANK)
+    yield from _rows("linear conv1d conv2d conv3d", Trait.LAYER, Shape.SAME_RANK)
+    yield from _rows("glu(dim)", _NONE, Shape.SAME_RANK)
     yield from _rows("size/sym_size dim/ndimension numel/sym_numel stride/sym_stride is_contiguous "
                      "get_device is_floating_point is_complex len is_tensor new_zeros new_ones "
                      "new_empty zeros_like ones_like empty_like rand_like randn_like "
@@ -299,30 +302,40 @@ def _others() -> Iterator[Operation]:
     yield from _rows("getattr(name)", Trait.VIEWS, Shape.OTHER)
 
 
+def _exported() -> Iterator[Operation]:
+    other, moves = Shape.OTHER, _IDENTITY | Trait.MOVES
+    yield from _rows("lift_fresh", _IDENTITY | Trait.VIEWS, Shape.SAME)
+    yield from _rows("numpy_T mT diagonal(offset, dim1, dim2) broadcast_to(size)",
+                     moves | Trait.VIEWS, other)  # fmt: skip
+    yield from _rows("repeat_interleave(repeats, dim) index(indices)", moves, other)
+    yield from _rows("unsafe_split(split_size, dim)", moves | Trait.SPLITS, other)
+    yield from _rows("hstack vstack", moves | Trait.JOINS, other)
+    yield from _rows("_assert_tensor_metadata _shape_as_tensor", Trait.ASKS, other)
+    yield from _rows("linalg_vector_norm(ord, dim, keepdim)", _NONE, Shape.REDUCED)
+    yield from _rows("mm addmm baddbmm tensordot grouped_mm/_grouped_mm", Trait.CONTRACTS, other)
+    yield from _rows("conv_transpose1d conv_transpose2d conv_transpose3d convolution bilinear "
+                     "embedding", Trait.LAYER, other)  # fmt: skip
+
+
 OPERATIONS: tuple[Operation, ...] = (*_elementwise(), *_pooling(), *_moves(), *_others())
+EXPORTED: tuple[Operation, ...] = tuple(_exported())
+"""What exported calls show beside; `operation` is None: no rule follows it in a traced graph."""
 _BY_SPELLING = {spelling: row for row in OPERATIONS for spelling in row.spellings}
+_BY_NAME = {row.name: row for row in (*OPERATIONS, *EXPORTED)}
 
 
-MODULES: Mapping[type[nn.Module], str] = {
-    **ACTIVATION_MODULES,
-    nn.Identity: "identity", nn.Flatten: "flatten", nn.Unflatten: "unflatten",
-    nn.PixelShuffle: "pixel_shuffle", nn.PixelUnshuffle: "pixel_unshuffle",
-    nn.ChannelShuffle: "channel_shuffle", nn.Upsample: "interpolate", nn.Fold: "fold",
-    nn.Unfold: "unfold", nn.Softmax2d: "softmax", nn.Softmin: "softmin",
-    nn.Threshold: "threshold", nn.Tanhshrink: "tanhshrink", nn.Hardshrink: "hardshrink",
-    nn.Softshrink: "softshrink", nn.Dropout: "dropout", nn.Dropout1d: "dropout",
-    nn.Dropout2d: "dropout", nn.Dropout3d: "dropout", nn.AlphaDropout: "alpha_dropout",
-    nn.FeatureAlphaDropout: "alpha_dropout", nn.UpsamplingNearest2d: "interpolate",
-    nn.UpsamplingBilinear2d: "interpolate",
-    **{getattr(nn, f"{kind}{axes}d"): f"{name}{axes}d"
-       for kind, name in (("MaxPool", "max_pool"), ("AvgPool", "avg_pool"),
-                          ("LPPool", "lp_pool"), ("MaxUnpool", "max_unpool"),
-                          ("AdaptiveAvgPool", "adaptive_avg_pool"),
-                          ("AdaptiveMaxPool", "adaptive_max_pool")) for axes in (1, 2, 3)},
-    **{getattr(nn, f"{kind}Pad{axes}d"): "pad"
-       for kind in ("Zero", "Constant", "Reflection", "Replication", "Circular")
-       for axes in (1, 2, 3)},
-}  # fmt: skip
+def spelled(*names: str) -> frozenset[str]:
+    """Return every spelling of operations that are given by their canonical names.
+
+    Raises:
+        KeyError: the table has no such row.
+    """
+    return frozenset(spelling for name in names for spelling in _BY_NAME[name].spellings)
+
+
+def spelled_where(holds: Callable[[Operation], bool]) -> frozenset[str]:
+    """Return every spelling of the operations of which `holds` says so."""
+    return spelled(*(name for name, row in _BY_NAME.items() if holds(row)))
 
 
 _HOMES = ("torch", "_operator", "operator", "builtins")

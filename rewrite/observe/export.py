@@ -26,6 +26,7 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from rewrite.errors import CaptureError, one_line
+from rewrite.observe.spellings import op_name
 from rewrite.runtime.copying import copy_model
 from rewrite.runtime.inputs import ExampleCall
 from rewrite.runtime.leaves import leaves, tensors
@@ -87,6 +88,12 @@ class ObservedCall:
         if node not in self._stacks:
             self._stacks[node] = _lines(node.meta.get("stack_trace"))
         return self._stacks[node]
+
+    def called(self, node: Node) -> str:
+        """Return a call in words: its operator, its module, and its line."""
+        stack = self.stack(node)
+        where = self.owner(node) or "the model"
+        return f"{op_name(node)} in {where}" + (f" ({stack[-1]})" if stack else "")
 
     def placeholders(self, name: str) -> list[Node]:
         """Return the placeholders of one tensor."""

@@ -2,9 +2,9 @@
 
     label[p] = the channel whose scale an element p of a value carries; -1: none
 
-An operator that only moves elements moves their labels: it is run on them. At a layer the labels
-have to be the same wherever it reads: then they say which input of the layer carries which channel.
-A product with another value lets scales pass and no shifts. Anything else refuses, by name.
+What an operator does to labels stands in `rewrite.observe.labels`. At a layer they have to be the
+same wherever it reads: then they say which input of the layer carries which channel. Anything that
+is not known refuses, by name.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from rewrite.errors import one_line
 from rewrite.observe.export import ObservedCall
+from rewrite.observe.labels import Unfollowed, moved, scaled
 from rewrite.observe.reductions import (
     REDUCES,
     Mixed,
@@ -33,19 +33,14 @@ from rewrite.observe.spellings import (
     SCALES,
     Contraction,
     argument,
+    casts_to_integers,
     contraction_of,
-    number,
+    is_active_dropout,
     op_name,
     pads_nothing,
     shape_of,
 )
 from rewrite.observe.weight_axes import Operand, operands_of
-
-_NO_LABEL = -1
-
-
-class Unfollowed(Exception):  # noqa: N818 - a reason, caught where it is decided
-    """Why a map cannot be followed any further."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,10 +144,10 @@ class Follower:
         if name in FORM:
             return
         if name in SAME:
-            self._same(flow, node, name)
+            self._same(flow, node)
         elif pads_nothing(node):
-            flow.of_size[self.called(node)] = None
-            self._same(flow, node, name)
+            flow.of_size[self.observed.called(node)] = None
+            self._same(flow, node)
         elif name == "getitem":
             held: Any = flow.labels[node.args[0]]  # type: ignore[index]
             index: Any = node.args[1]
@@ -160,151 +155,75 @@ class Follower:
         elif is_split_by_values(node) or name in REDUCES:
             self._reduced(flow, node, name)
         elif name in MOVES:
-            _set(flow, node, self.moved(flow.labels, node))
+            _set(flow, node, moved(self.observed, flow.labels, node))
         elif contraction is not None:
             self._read(flow, node, contraction)
         elif name in SCALES or name in ("neg", "add", "sub", "where", "masked_fill"):
-            self._scaled(flow, node, name)
+            _set(flow, node, scaled(self.observed, flow.labels, node))
+            flow.no_shift = flow.no_shift or f"{self.observed.called(node)} lets no shift pass"
         else:
-            raise Unfollowed(f"its output is read by {self.called(node)}, which is no linear layer")
+            raise Unfollowed(
+                f"its output is read by {self.observed.called(node)}, which is no linear layer"
+            )
 
-    def called(self, node: Node) -> str:
-        """Return a call in words: its operator, its module, and its line."""
-        stack = self.observed.stack(node)
-        where = self.observed.owner(node) or "the model"
-        return f"{op_name(node)} in {where}" + (f" ({stack[-1]})" if stack else "")
-
-    def _same(self, flow: Flow, node: Node, name: str) -> None:
+    def _same(self, flow: Flow, node: Node) -> None:
         if node.args[0] not in flow.labels:
             return  # only its type is read
-        if name.endswith("dropout") and argument(node, 2, "train") is not False:
-            raise Unfollowed(f"its output is read by a dropout that is active, {self.called(node)}")
+        if casts_to_integers(node):
+            raise Unfollowed(f"its output is cast to integers, {self.observed.called(node)}")
+        if is_active_dropout(node):
+            raise Unfollowed(
+                f"its output is read by a dropout that is active, {self.observed.called(node)}"
+            )
         _set(flow, node, flow.labels[node.args[0]])  # type: ignore[index]
 
     def _reduced(self, flow: Flow, node: Node, name: str) -> None:
         held = flow.labels.get(node.args[0])  # type: ignore[arg-type]
         if not isinstance(held, Tensor):
-            raise Unfollowed(f"its output is read by {self.called(node)}, which is no linear layer")
+            raise Unfollowed(
+                f"its output is read by {self.observed.called(node)}, which is no linear layer"
+            )
         try:
             if name in REDUCES:
                 labels, shifts = reduced(node, held)
                 if not shifts:
-                    flow.no_shift = flow.no_shift or f"{self.called(node)} lets no shift pass"
+                    flow.no_shift = (
+                        flow.no_shift or f"{self.observed.called(node)} lets no shift pass"
+                    )
                 _set(flow, node, labels)
             else:
                 axis, sizes = argument(node, 2, "dim", 0), argument(node, 1, "split_sizes")
                 _set(flow, node, split_labels(held, axis, len(sizes)))
         except Mixed:
-            raise Unfollowed(f"in {self.called(node)} its channels meet each other") from None
-
-    # -- moving -------------------------------------------------------------------------------
-
-    def moved(self, labels: Mapping[Node, Any], node: Node) -> Any:
-        """Return the labels of what an operator of `MOVES` makes of labelled values.
-
-        Raises:
-            Unfollowed: it chooses among channels, or by values of the input.
-        """
-        name = op_name(node)
-        if name in ("expand_as", "view_as", "reshape_as") and node.args[0] not in labels:
-            return None
-        indices = self._indices(labels, node, name)
-
-        def given(argument_: Any) -> Any:
-            if isinstance(argument_, list | tuple):
-                return [given(item) for item in argument_]
-            if not isinstance(argument_, Node):
-                return argument_
-            if argument_ in labels and argument_ not in indices:
-                return labels[argument_]
-            shape = shape_of(argument_)
-            if shape is None:
-                raise Unfollowed(f"{self.called(node)} depends on values of the input")
-            if argument_ in indices:
-                return torch.zeros(shape, dtype=torch.int64)
-            return torch.full((1,) * len(shape), _NO_LABEL, dtype=torch.int32).expand(shape)
-
-        args = [given(item) for item in node.args]
-        kwargs = {key: given(item) for key, item in node.kwargs.items()}
-        # Labels are expanded, so that a view of them may need a copy.
-        target = torch.reshape if name in ("view", "_unsafe_view") else node.target
-        assert callable(target)
-        try:
-            return target(*args, **kwargs)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise Unfollowed(
-                f"{self.called(node)} cannot be followed: {one_line(error)}"
-            ) from error
-
-    def _indices(self, labels: Mapping[Node, Any], node: Node, name: str) -> frozenset[Node]:
-        """Return the values that choose elements; what they choose among has to carry one label."""
-        if name == "index":
-            places = list(enumerate(node.args[1]))  # type: ignore[arg-type]
-        elif name == "index_select":
-            places = [(argument(node, 1, "dim"), argument(node, 2, "index"))]
-        else:
-            return frozenset()
-        held = labels.get(node.args[0])  # type: ignore[arg-type]
-        chosen = [(axis, item) for axis, item in places if isinstance(item, Node)]
-        for axis, item in chosen:
-            value = item.meta.get("val")
-            if item in labels or held is None or getattr(value, "dtype", None) == torch.bool:
-                raise Unfollowed(f"{self.called(node)} chooses by values of the input")
-            if not torch.equal(held.amin(axis), held.amax(axis)):
-                raise Unfollowed(f"{self.called(node)} chooses channels by values of the input")
-        return frozenset(item for _, item in chosen)
-
-    # -- scaling ------------------------------------------------------------------------------
-
-    def _scaled(self, flow: Flow, node: Node, name: str) -> None:
-        """Let a scale pass through a product, or through a sum of values that all carry it."""
-        shape = shape_of(node)
-        operands = [a for a in node.args[(name == "where") :] if isinstance(a, Node | int | float)]
-        held = [a for a in operands if isinstance(a, Node) and a in flow.labels]
-        others = [a for a in operands if a not in held]
-        refused = Unfollowed(f"its output is read by {self.called(node)}, which is no linear layer")
-        if shape is None or (node.args[0] in flow.labels and name == "where"):
-            raise refused
-        if name in SCALES and (len(held) != 1 or (name != "mul" and node.args[0] is not held[0])):
-            raise refused
-        if name in ("where", "masked_fill"):
-            others = [a for a in operands[(name == "masked_fill") :] if a not in held]
-            if name == "masked_fill" and node.args[1] in flow.labels:
-                raise refused
-            if not all(_is_zero(a) for a in others if name == "where" or a is not node.args[1]):
-                raise refused
-        elif name in ("add", "sub") and (others or node.kwargs):
-            raise refused
-        spread = [flow.labels[a].expand(shape) for a in held]
-        if any(not torch.equal(spread[0], other) for other in spread[1:]):
-            raise Unfollowed(f"in {self.called(node)} its channels meet other channels of it")
-        flow.no_shift = flow.no_shift or f"{self.called(node)} lets no shift pass"
-        _set(flow, node, spread[0])
-
-    # -- reading ------------------------------------------------------------------------------
+                f"in {self.observed.called(node)} its channels meet each other"
+            ) from None
 
     def _read(self, flow: Flow, node: Node, contraction: Contraction) -> None:
         if any(n in flow.labels for n in node.all_input_nodes if n is not contraction.value):
-            raise Unfollowed(f"{self.called(node)} multiplies it by itself")
+            raise Unfollowed(f"{self.observed.called(node)} multiplies it by itself")
         found = self.operands.get((node, contraction.weight))
         if found is None:
             raise Unfollowed(
-                f"{self.called(node)} multiplies it by a value that is computed, not by a weight"
+                f"{self.observed.called(node)} multiplies it by a value that is computed, "
+                "not by a weight"
             )
         name, operand = found
         axis = operand.axes[contraction.weight_axis]
         held = flow.labels[contraction.value].movedim(contraction.value_axis, -1)
         rows = held.reshape(-1, held.shape[-1])
         if not torch.equal(rows.amin(0), rows.amax(0)):
-            raise Unfollowed(f"{self.called(node)} reads different channels at different places")
+            raise Unfollowed(
+                f"{self.observed.called(node)} reads different channels at different places"
+            )
         size = shape_of(self.observed.placeholders(name)[0])
         if axis is None or size is None or (axis.start, axis.length) != (0, size[axis.axis]):
-            raise Unfollowed(f"{self.called(node)} reads it by a part of {name} only")
+            raise Unfollowed(f"{self.observed.called(node)} reads it by a part of {name} only")
         bias = None
         if contraction.bias is not None:
             bias = self.operands.get((node, contraction.bias))
             if bias is None:
-                flow.no_shift = f"{self.called(node)} adds a value that is computed"
+                flow.no_shift = f"{self.observed.called(node)} adds a value that is computed"
         flow.reads.append(
             Read(
                 node, name, operand, axis.axis, tuple(rows[0].tolist()), bias,
@@ -322,15 +241,3 @@ def _set(flow: Flow, node: Node, labels: Any) -> None:
             flow.labels[node] = labels
     elif any(bool((part >= 0).any()) for part in labels):
         flow.labels[node] = list(labels)
-
-
-def _is_zero(value: Any) -> bool:
-    """Return whether a value is a constant zero."""
-    if isinstance(value, int | float):
-        return bool(value == 0)
-    if not isinstance(value, Node):
-        return False
-    name = op_name(value)
-    if name in ("zeros", "zeros_like", "new_zeros"):
-        return not [user for user in value.users if op_name(user).endswith("_")]
-    return name in ("scalar_tensor", "full") and number(value.args[-1]) == 0

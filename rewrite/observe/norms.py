@@ -17,11 +17,12 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from rewrite.graph.traits import spelled
 from rewrite.observe.export import ObservedCall
 from rewrite.observe.spellings import SAME, argument, number, op_name, shape_of
 
-_VIEWS = frozenset({"view", "reshape", "unsqueeze", "expand", "unflatten", "flatten"})
-_ROOTS = frozenset({"rsqrt", "sqrt", "linalg_vector_norm", "norm", "reciprocal", "std"})
+_VIEWS = spelled("view", "unsqueeze", "expand", "unflatten", "flatten")
+_ROOTS = spelled("rsqrt", "sqrt", "linalg_vector_norm", "norm", "reciprocal", "std")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.spellings import is_plain
 from rewrite.observe.evidence import Evidence
 from rewrite.observe.export import ObservedCall
-from rewrite.observe.flow import Flow, Read, Unfollowed
+from rewrite.observe.flow import Flow, Read
+from rewrite.observe.labels import Unfollowed
 from rewrite.observe.norms import Expression, ObservedNorm, expression_of, norms_of
 from rewrite.observe.spellings import FORM, op_name, shape_of
 from rewrite.outcomes import Declined
@@ -160,7 +161,7 @@ class ObservedPlanner:
             for observed in self.evidence.calls:
                 for placeholder in observed.placeholders(name):
                     for reader in _other_readers(observed, placeholder, inside):
-                        called = self.evidence.follower(observed).called(reader)
+                        called = observed.called(reader)
                         raise Unfollowed(f"{name} is also read by {called}")
             self._check_holders(name)
 
@@ -241,7 +242,7 @@ class ObservedPlanner:
         reason: str = "",
     ) -> str:
         """Return the name that a shared weight gets in its reader, if that may have its own."""
-        called = self.evidence.follower(observed).called(reader)
+        called = observed.called(reader)
         reason = reason or f"{tensor} is also read by {called}"
         owners = {o.owner(r.node) for o, r in reads}
         weight = self.captured.tensor(_ref(tensor))
@@ -279,7 +280,7 @@ class ObservedPlanner:
             for reader, _ in self.evidence.follower(observed).readers.get(name, ()):
                 parts = [o.part(-1) for n, o in self.evidence.follower(observed).readers[name]]
                 if (observed, reader) not in mine and len(set(parts)) < 2:
-                    called = self.evidence.follower(observed).called(reader)
+                    called = observed.called(reader)
                     raise Unfollowed(f"{name} is also read by {called}")
         self._check_holders(name)
         return name, True

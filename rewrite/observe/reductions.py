@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from rewrite.graph.traits import spelled
 from rewrite.observe.spellings import argument, op_name, shape_of
 
 _POOLS = {"adaptive_avg_pool1d": 1, "adaptive_avg_pool2d": 2, "adaptive_avg_pool3d": 3}
 
-REDUCES: frozenset[str] = frozenset({"mean", "sum", "pad", "constant_pad_nd", *_POOLS})
+REDUCES: frozenset[str] = spelled("mean", "sum", "pad", "constant_pad_nd", *_POOLS)
 """Operators that `reduced` knows."""
 
-_NO_SHIFT = frozenset({"sum", "pad", "constant_pad_nd"})
+_NO_SHIFT = spelled("sum", "pad", "constant_pad_nd")
 
 
 class Mixed(Exception):  # noqa: N818 - a reason, caught where it is decided

@@ -17,7 +17,7 @@ from rewrite.graph.captured import Captured
 from rewrite.observe.code.check import CodeCheck, CodeIndex
 from rewrite.observe.code.fields import Untaken
 from rewrite.observe.evidence import Evidence, observe
-from rewrite.observe.flow import Unfollowed
+from rewrite.observe.labels import Unfollowed
 from rewrite.observe.norms import norms_of
 from rewrite.observe.plan import ObservedFold, ObservedPlanner, Options
 from rewrite.outcomes import Declined, Site, Skip

@@ -4,7 +4,8 @@
     matmul      x (.., i) @ W (.., i, o)        or W (.., o, i) @ x (.., i, n)
     grouped_mm  x (n, i) @ W (e, i, o)          convolution W (o, i, k..) * x (n, i, ..)
 
-Names are those of the overload packets: `aten.view.default` and `aten.view.dtype` are "view".
+Names are those of the overload packets: `aten.view.default` and `aten.view.dtype` are "view". What
+each operator does to a value is a row of `rewrite.graph.traits`.
 """
 
 from __future__ import annotations
@@ -17,43 +18,62 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-SAME: frozenset[str] = frozenset(
-    {"to", "_to_copy", "clone", "contiguous", "detach", "detach_", "alias", "lift_fresh",
-     "lift_fresh_copy", "type_as", "dropout", "feature_dropout", "alpha_dropout", "float",
-     "double", "half", "bfloat16"}
-)  # fmt: skip
+from rewrite.graph.traits import Shape, Trait, spelled, spelled_where
+
+_DROPS = spelled_where(lambda row: Trait.DROPS in row.traits)
+
+SAME: frozenset[str] = frozenset({"detach_"}) | spelled_where(
+    lambda row: (
+        Trait.IDENTITY in row.traits and Trait.MOVES not in row.traits and row.shape is Shape.SAME
+    )
+)
 """The value itself, perhaps in another type (dropout in eval mode too)."""
 
-MOVES: frozenset[str] = frozenset(
-    {"view", "reshape", "_unsafe_view", "permute", "transpose", "t", "numpy_T", "unsqueeze",
-     "squeeze", "expand", "expand_as", "slice", "select", "split", "split_with_sizes", "chunk",
-     "unbind", "narrow", "cat", "concat", "concatenate", "stack", "flatten", "unflatten", "roll",
-     "flip", "movedim", "moveaxis", "swapaxes", "swapdims", "repeat", "repeat_interleave", "index",
-     "index_select", "tile", "hstack", "vstack", "mT", "view_as", "reshape_as", "diagonal",
-     "broadcast_to", "unsafe_split", "tensor_split", "unfold", "pixel_unshuffle"}
-)  # fmt: skip
-"""Every element of the result is an element of an input."""
+MOVES: frozenset[str] = spelled_where(lambda row: Trait.MOVES in row.traits) - {
+    "fold", "im2col", "gather",
+}  # fmt: skip
+"""Every element of the result is an element of an input; `fold` adds, `im2col` pads, `gather`
+chooses each element by a value."""
 
-FORM: frozenset[str] = frozenset(
-    {"_assert_tensor_metadata", "sym_size", "sym_stride", "sym_numel", "zeros_like", "ones_like",
-     "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_empty",
-     "new_full", "size", "dim", "numel", "_shape_as_tensor"}
-)  # fmt: skip
+FORM: frozenset[str] = spelled_where(lambda row: Trait.ASKS in row.traits)
 """Reads the shape or type of its input, not its values."""
 
-SCALES: frozenset[str] = frozenset({"mul", "div", "true_divide", "multiply", "divide"})
+SCALES: frozenset[str] = spelled("mul", "div")
 """Multiplies by another value: what a scale per channel passes through, and a shift does not."""
 
 
 def op_name(node: Node) -> str:
-    """Return the plain name of the operator that `node` calls, "getitem" for an index."""
+    """Return the plain name of the operator that `node` calls, "getitem" for an index.
+
+    An operator of another namespace than aten has that before its name, "own::mul": what it
+    computes is not known by its name. A quotient that is rounded is no "div".
+    """
     if node.op != "call_function":
         return node.op
     if node.target is operator.getitem:
         return "getitem"
     if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target.overloadpacket.__name__)
+        if node.target.namespace != "aten":
+            return f"{node.target.namespace}::{node.target.overloadpacket.__name__}"
+        name = str(node.target.overloadpacket.__name__)
+        return name if node.kwargs.get("rounding_mode") is None else f"{name} and round"
     return str(getattr(node.target, "__name__", node.target))
+
+
+def is_active_dropout(node: Node) -> bool:
+    """Return whether `node` sets values to zero at random, or may."""
+    return op_name(node) in _DROPS and argument(node, 2, "train") is not False
+
+
+def casts_to_integers(node: Node) -> bool:
+    """Return whether `node` makes integers or truth values of floating point numbers."""
+    held, made = (
+        value.meta.get("val") if isinstance(value, Node) else None
+        for value in (node.args[0] if node.args else None, node)
+    )
+    if not isinstance(held, torch.Tensor) or not isinstance(made, torch.Tensor):
+        return False
+    return held.is_floating_point() and not made.is_floating_point()
 
 
 def shape_of(node: Node) -> tuple[int, ...] | None:

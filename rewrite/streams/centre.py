@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from rewrite.graph.spellings import is_plain
-from rewrite.observe.flow import Unfollowed
+from rewrite.observe.labels import Unfollowed
 from rewrite.streams.classes import Kind, Reader, Source, Use
 from rewrite.streams.groups import Stream
 from rewrite.streams.plan import StreamPlan, StreamPlanner, source_name
@@ -40,7 +40,7 @@ class CentrePlanner(StreamPlanner):
     def check_norm_source(self, stream: Stream, values: Values, source: Source) -> None:
         """Refuse a norm that writes to the stream: no parameter of it can be centred."""
         raise Unfollowed(
-            f"it is written by {values.follower.called(source.node)}: a norm's output cannot be "
+            f"it is written by {values.observed.called(source.node)}: a norm's output cannot be "
             "centred by its parameters" + self._hint(stream)
         )
 
@@ -50,7 +50,7 @@ class CentrePlanner(StreamPlanner):
 
     def read(self, stream: Stream, values: Values, reader: Reader) -> Use | None:
         """Refuse a reader that is no LayerNorm over the channels."""
-        said = f"it is also read by {values.follower.called(reader.node)}"
+        said = f"it is also read by {values.observed.called(reader.node)}"
         if reader.kind is not Kind.NORM or reader.norm is None:
             raise Unfollowed(f"{said}, which is no LayerNorm: it would see another mean")
         if reader.norm.kind != "layer":

@@ -22,7 +22,7 @@ from rewrite.observe.code.check import CodeCheck, CodeIndex
 from rewrite.observe.code.fields import Untaken
 from rewrite.observe.evidence import Evidence
 from rewrite.observe.export import ObservedCall
-from rewrite.observe.flow import Unfollowed
+from rewrite.observe.labels import Unfollowed
 from rewrite.outcomes import Declined
 from rewrite.streams.classes import Kind, Reader, Source, Use
 from rewrite.streams.groups import Stream, alike_in, streams_of, values_of
@@ -243,7 +243,7 @@ class _Uses:
 
     def write(self, values: Values, source: Source, scale: str | None = None) -> None:
         """Note the parameters of a writer, or refuse it by name."""
-        said = f"it is written by {values.follower.called(source.node)}"
+        said = f"it is written by {values.observed.called(source.node)}"
         if source.node.op == "placeholder" and not source.uses:
             raise Unfollowed("it begins at an input of the model, which nothing can change")
         if source.problem:
@@ -262,7 +262,7 @@ class _Uses:
         top = values.top(source.inner)
         others = [r for r in values.readers(top) if r.node is not source.node]
         if others or values.returned(top):
-            more = values.follower.called(others[0].node) if others else "the caller"
+            more = values.observed.called(others[0].node) if others else "the caller"
             raise Unfollowed(f"what {source.scale} scales is also read by {more}")
         for inner in values.sources(top):
             self.write(values, inner, source.scale)
@@ -279,7 +279,7 @@ class _Uses:
                 for reader, _ in values.follower.readers.get(scale, ()):
                     if (values, reader) not in nodes:
                         raise Unfollowed(
-                            f"{scale} is also read by {values.follower.called(reader)}"
+                            f"{scale} is also read by {values.observed.called(reader)}"
                         )
             self._check_holders(scale)
         scaled = {edit.tensor for edit in edits if edit.scale is not None}
@@ -305,7 +305,7 @@ class _Uses:
         """Return the name of a tied parameter in its writer, if its reader may have its own."""
         captured = self._planner.captured
         owner = values.observed.owner(reader)
-        reason = f"{tensor} is also read by {values.follower.called(reader)}"
+        reason = f"{tensor} is also read by {values.observed.called(reader)}"
         module = captured.module(owner)
         weight = captured.tensor(_ref(tensor))
         holds = isinstance(module, nn.Linear) and is_plain(module) and module.weight is weight

@@ -6,7 +6,7 @@ rms(x Q) = rms(x) Q,     y = W h  ->  (W Q) (Q' h),     x = x + W h  ->  x Q + (
 from __future__ import annotations
 
 from rewrite.graph.captured import TensorRef
-from rewrite.observe.flow import Unfollowed
+from rewrite.observe.labels import Unfollowed
 from rewrite.streams.classes import Kind, Reader, Source, Use
 from rewrite.streams.groups import Stream
 from rewrite.streams.plan import StreamPlanner
@@ -36,12 +36,12 @@ class RotatePlanner(StreamPlanner):
         """Refuse a norm of a value that is not turned."""
         if source.norm is None or not stream.holds(values, source.norm.value):
             raise Unfollowed(
-                f"it is written by {values.follower.called(source.node)}, a norm of another value"
+                f"it is written by {values.observed.called(source.node)}, a norm of another value"
             )
 
     def read(self, stream: Stream, values: Values, reader: Reader) -> Use | None:
         """Return the weight of a linear reader; refuse what is neither that nor an RMSNorm."""
-        said = f"it is read by {values.follower.called(reader.node)}"
+        said = f"it is read by {values.observed.called(reader.node)}"
         if reader.kind is Kind.LINEAR:
             return reader.use
         if reader.kind is not Kind.NORM or reader.norm is None:

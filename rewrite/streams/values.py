@@ -17,14 +17,18 @@ from torch import Tensor
 from torch.fx import Node
 
 from rewrite.observe.export import ObservedCall
-from rewrite.observe.flow import Follower, Unfollowed
+from rewrite.observe.flow import Follower
+from rewrite.observe.labels import Unfollowed, moved
 from rewrite.observe.norms import expression_of
 from rewrite.observe.spellings import (
     FORM,
     MOVES,
     SAME,
+    SCALES,
     argument,
+    casts_to_integers,
     contraction_of,
+    is_active_dropout,
     op_name,
     shape_of,
 )
@@ -93,7 +97,7 @@ class Values(LayerValues):
             self._begin(node, Kind.OTHER)
         elif name == "embedding":
             self._embedding(node)
-        elif name in SAME and not _is_active_dropout(node):
+        elif name in SAME and not is_active_dropout(node) and not casts_to_integers(node):
             if node.args[0] in self.labels:
                 self._alike(node, read[0], self.labels[node.args[0]])  # type: ignore[index]
             else:
@@ -111,7 +115,7 @@ class Values(LayerValues):
             self._sum(node, read)
         elif name == "neg":
             self._alike(node, read[0], self.labels[read[0]])
-        elif name in ("mul", "multiply", "div", "true_divide"):
+        elif name in SCALES:
             self._product(node, name, read)
         elif name in ("sum", "mean"):
             self._reduced(node, read)
@@ -122,7 +126,7 @@ class Values(LayerValues):
 
     def _moved(self, node: Node, read: list[Node]) -> None:
         try:
-            labels = self.follower.moved(self.labels, node)
+            labels = moved(self.observed, self.labels, node)
         except Unfollowed:
             labels = None
         if labels is None or len({self._width(value) for value in read}) > 1:
@@ -188,10 +192,6 @@ def _is_last(labels: Any, channels: int) -> bool:
     if not isinstance(labels, Tensor) or labels.shape[-1] != channels:
         return False
     return torch.equal(labels, torch.arange(channels, dtype=labels.dtype).expand(labels.shape))
-
-
-def _is_active_dropout(node: Node) -> bool:
-    return op_name(node).endswith("dropout") and argument(node, 2, "train") is not False
 
 
 def _one_a_token(labels: Tensor, other: object) -> bool:

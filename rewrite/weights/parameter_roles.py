@@ -28,24 +28,24 @@ from torch.nn.utils.parametrize import is_parametrized
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
 from rewrite.graph.spellings import CONVS, LINEARS, function_name, is_getitem
+from rewrite.graph.traits import spelled
 from rewrite.runtime.tree import Tree, join
 
 _LAYERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
-_PRODUCTS = frozenset(
-    {"matmul", "mm", "bmm", "einsum", "addmm", "baddbmm", "tensordot", "linear", "bilinear",
-     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-     "convolution"}
+_PRODUCTS = spelled(
+    "matmul", "mm", "bmm", "einsum", "addmm", "baddbmm", "tensordot", "linear", "bilinear",
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "convolution",
 )  # fmt: skip
 
-_RESHAPES = frozenset(
-    {"view", "reshape", "transpose", "permute", "t", "flatten", "unflatten", "squeeze", "unsqueeze",
-     "contiguous", "to", "type_as", "float", "half", "double", "bfloat16", "chunk", "split",
-     "unbind", "narrow", "select", "getitem", "clone", "expand", "expand_as", "repeat", "cat",
-     "stack", "movedim", "swapaxes", "rearrange", "neg", "batch_norm", "mul", "div", "sub",
-     "view_as"}
+_RESHAPES = {"rearrange"} | spelled(
+    "view", "reshape_as", "transpose", "permute", "t", "movedim", "flatten", "unflatten",
+    "squeeze", "unsqueeze", "chunk", "split", "unbind", "narrow", "select", "getitem", "expand",
+    "expand_as", "repeat", "cat", "stack", "contiguous", "clone", "to", "type_as", "float", "half",
+    "double", "bfloat16", "neg", "batch_norm", "mul", "div", "sub",
 )  # fmt: skip
 """What stands between a parameter and its product: other layouts of it, and, as in weight
 standardization and in dynamic convolution, the same matrix rescaled."""

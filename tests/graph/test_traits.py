@@ -15,7 +15,8 @@ from torch.fx import Graph, Node
 
 import rewrite
 from rewrite.graph.capture import capture
-from rewrite.graph.traits import MODULES, OPERATIONS, Shape, Trait, call_of, operation
+from rewrite.graph.spellings import MODULES
+from rewrite.graph.traits import OPERATIONS, Shape, Trait, call_of, operation
 
 SPACES = (torch, F, torch.special, torch._C._nn, operator, torch.Tensor, torch.ops.aten)
 
