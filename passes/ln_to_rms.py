@@ -71,17 +71,18 @@ class LayerNormToRMSNorm(Pass):
         """Centre one stream and exchange its norms."""
         plan = site.plan.plan
         change = carry_out(captured, plan, {"kind": "centre"}, site.before, centred(plan))
-        keys = dict(change.keys)
+        keys, needs = dict(change.keys), dict(plan.needs)
         for name in plan.norms:
             if _exchange(captured, name):
                 places = (name, *captured.aliases(name))
                 keys.update({f"{place}.bias": None for place in places})
+                needs[f"{name}.bias"] = 0.0
         for name in plan.inserted:
             old = captured.module(name)
             places = (name, *captured.aliases(name))
             keys |= {f"{p}.{key}": f"{p}.0.{key}" for p in places for key in old.state_dict()}
             captured.editor.replace(name, nn.Sequential(old, Centre()))
-        return replace(change, keys=keys)
+        return replace(change, keys=keys, recipe={**change.recipe, "needs": needs})
 
 
 def _exchange(captured: Editable, name: str) -> bool:

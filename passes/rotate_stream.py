@@ -16,10 +16,10 @@ from typing import ClassVar
 from rewrite.errors import OptionError
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
+from rewrite.observe.stream_matrices import KINDS
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
 from rewrite.streams.execute import carry_out
-from rewrite.streams.matrices import KINDS
 from rewrite.streams.plan import StreamOptions
 from rewrite.streams.road import stream_outcomes
 from rewrite.streams.rotate import RotatePlanner

@@ -4,7 +4,8 @@
        in the ledger of the layers that absorb it
     2. each layer's new tensors are computed in float64 from all of them, and rounded once
     3. branches are added up, with the norms that were folded into them
-    4. tensors that read a norm in observed calls absorb its map, as they are by then
+    4. tensors that read a norm in observed calls absorb its map, as they are by then, and those of
+       a stream are put through one
 
 Only short vectors are kept between the steps; a weight is read, computed and written by itself.
 """
@@ -26,6 +27,7 @@ from rewrite.fold.recipes import AffineRecipe, FoldRecipe, MergeRecipe, Recipe, 
 from rewrite.fold.requirements import Requirements, culprit, narrowest
 from rewrite.graph.captured import TensorRef
 from rewrite.observe.recipe import ReaderRecipe
+from rewrite.observe.stream_recipe import StreamRecipe
 
 Exact = dict[str, Callable[[], Tensor]]
 """What written tensors are before they are rounded, in float64, by name; computed when asked."""
@@ -85,9 +87,13 @@ def run_recipes(recipes: Sequence[Recipe], store: TensorStore, exact: Exact | No
         unrounded |= run_merge(recipe, store, unrounded)
     if exact is not None:
         exact |= unrounded
+    written = unrounded if exact is None else exact
     for recipe in recipes:
         if isinstance(recipe, ReaderRecipe):
-            _run_reader(recipe, store, unrounded if exact is None else exact)
+            _run_reader(recipe, store, written)
+        elif isinstance(recipe, StreamRecipe):
+            recipe.check(store.get)
+            recipe.put_through(store.get, partial(set_finite, store), written)
 
 
 def names_of(layer: Layer, attr: str, aliases: Sequence[str] = ()) -> tuple[str, ...]:

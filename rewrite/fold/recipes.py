@@ -4,6 +4,7 @@
     affine     a norm that becomes one multiply-add, with all that it has absorbed
     merge      parallel branches that become one convolution
     observed   a norm's affine part, and the tensors that read it in observed calls
+    stream     a residual stream in another basis, and the tensors that write to it and read it
 
 A recipe names tensors as a state dict does. `rewrite.fold.executor` runs it; what a report holds of
 it is JSON, which version 0.1 can read as well.
@@ -28,6 +29,8 @@ from rewrite.fold.requirements import Requirements
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.operators import needs_weight
 from rewrite.observe.recipe import KIND, ReaderRecipe
+from rewrite.observe.stream_recipe import KIND as STREAM
+from rewrite.observe.stream_recipe import StreamRecipe
 
 Data = Mapping[str, Any]
 
@@ -143,7 +146,7 @@ class MergeRecipe:
         }
 
 
-Recipe = FoldRecipe | AffineRecipe | MergeRecipe | ReaderRecipe
+Recipe = FoldRecipe | AffineRecipe | MergeRecipe | ReaderRecipe | StreamRecipe
 
 
 def recipe_of(captured: Captured, fold: Fold) -> FoldRecipe:
@@ -206,6 +209,8 @@ def from_data(data: Data) -> Recipe:
             return _merge_from(data)
         if data["do"] == KIND:
             return ReaderRecipe.from_data(data)
+        if data["do"] == STREAM:
+            return StreamRecipe.from_data(data)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the report holds a recipe that is incomplete: {error}") from error
     raise CheckpointError(f"the report holds a recipe of an unknown kind: {data['do']!r}")

@@ -14,6 +14,7 @@ from rewrite.fold.executor import run_recipes
 from rewrite.fold.recipes import Data, from_data
 from rewrite.fold.store import StateDictStore
 from rewrite.fold.swap_recipe import apply_swaps
+from rewrite.observe.stream_recipe import KIND as STREAM
 from rewrite.weights.weight_norm_keys import fit_weight_norm_keys
 
 
@@ -86,6 +87,7 @@ def _applied(report: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str
         recipes: list[Data] = []
         swaps: list[Data] = []
         drop: list[str] = []
+        moved: dict[str, str] = {}
         for change in part["changes"]:
             recipe = change.get("recipe") or {}
             if not recipe:
@@ -97,10 +99,13 @@ def _applied(report: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str
                 continue
             if recipe["do"] != "with":
                 recipes.append(recipe)
+            if recipe["do"] == STREAM:
+                moved |= {old: new for old, new in change["keys"].items() if new is not None}
             renames = recipe["do"] == "affine"
             drop += [
                 old for old, new in change["keys"].items()
                 if new is None or (renames and new != old)
             ]  # fmt: skip
         result = apply_recipes(recipes, drop, apply_swaps(swaps, result))
+        result = {moved.get(key, key): tensor for key, tensor in result.items()}
     return result

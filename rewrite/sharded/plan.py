@@ -24,6 +24,8 @@ from rewrite.hub.folder import CheckpointFolder
 from rewrite.hub.safetensors_file import DTYPES, type_name
 from rewrite.hub.structure import Structure, build, persistent
 from rewrite.observe.recipe import KIND, ReaderRecipe
+from rewrite.observe.stream_recipe import KIND as STREAM
+from rewrite.observe.stream_recipe import StreamRecipe
 from rewrite.outcomes import Change
 from rewrite.pipeline import convert
 from rewrite.protocol import Pass
@@ -102,17 +104,18 @@ def _planned(
     report = convert(structure.model, passes, only=only, skip=skip, verify=False).report
     recipes: list[FolderRecipe] = []
     for change in report.changes:
-        if change.recipe.get("do") == "map-stream":
+        known = change.recipe.get("do") in (KIND, STREAM)
+        recipe = from_data(change.recipe) if known else None
+        if isinstance(recipe, StreamRecipe):
             _check_map(change, structure)
-            recipes.append(change.recipe)
-            continue
-        recipe = from_data(change.recipe) if change.recipe.get("do") == KIND else None
-        if not isinstance(recipe, ReaderRecipe):
+            recipes.append(recipe)
+        elif isinstance(recipe, ReaderRecipe):
+            recipes.append(_kept(recipe))
+        else:
             raise OptionError(
                 f"{change.target}: its change cannot be run tensor by tensor; load the model and "
                 "convert it in memory"
             )
-        recipes.append(_kept(recipe))
     made = _dry_run(folder, structure, recipes)
     config = _config(folder, structure, made)
     return FolderPlan(structure, recipes, made, config or {}, report)

@@ -25,11 +25,11 @@ from rewrite.equivalence.verification import Case, Level, Verification
 from rewrite.errors import CheckpointError, one_line
 from rewrite.hub.folder import CheckpointFolder
 from rewrite.hub.structure import build, stored_names
+from rewrite.observe.stream_matrices import StreamMap
 from rewrite.outcomes import Contract
 from rewrite.runtime.float64 import KeepFloat64
 from rewrite.sharded.plan import FolderPlan
 from rewrite.sharded.recipes import maps_of
-from rewrite.streams.matrices import StreamMap
 
 _LENGTH = 8
 _ALLOWED = 1e-9

@@ -1,25 +1,25 @@
 """Which changes of passes can be run tensor by tensor, and running them.
 
     fold-observed    a norm into its readers         (`rewrite.observe.recipe`)
-    map-stream       a stream in another basis       (`rewrite.streams.recipe`)
+    map-stream       a stream in another basis       (`rewrite.observe.stream_recipe`)
 
 A change is one of these if its recipe says so: a pass that anyone wrote may give the same recipe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from rewrite.fold.executor import TensorStore, run_recipes
 from rewrite.observe.recipe import ReaderRecipe
-from rewrite.streams.matrices import StreamMap, stream_map
-from rewrite.streams.recipe import run_stream_recipe
+from rewrite.observe.stream_matrices import StreamMap, stream_map
+from rewrite.observe.stream_recipe import StreamRecipe
 
-FolderRecipe = ReaderRecipe | Mapping[str, Any]
-"""What a folder can be rewritten by: a recipe of a norm, or that of a stream as plain data."""
+FolderRecipe = ReaderRecipe | StreamRecipe
+"""What a folder can be rewritten by."""
 
 
 def run(
@@ -32,11 +32,10 @@ def run(
     Raises:
         CheckpointError: a tensor is not what the recipe relies on.
     """
-    if isinstance(recipe, ReaderRecipe):
-        run_recipes([recipe], store, exact)
-    else:
+    if isinstance(recipe, StreamRecipe):
         # What it relies on was asked of the folder before anything was written.
-        run_stream_recipe({**recipe, "needs": {}}, store.get, store.set, exact)
+        recipe = replace(recipe, needs={})
+    run_recipes([recipe], store, exact)
 
 
 def unmet(recipes: Sequence[FolderRecipe], read: Callable[[str], Tensor]) -> Iterator[int]:
@@ -51,7 +50,7 @@ def unmet(recipes: Sequence[FolderRecipe], read: Callable[[str], Tensor]) -> Ite
         if isinstance(recipe, ReaderRecipe):
             made |= recipe.neutral
             continue
-        for name, wanted in recipe["needs"].items():
+        for name, wanted in recipe.needs.items():
             if made.get(name) != wanted and not bool((read(name) == wanted).all()):
                 yield place
                 break
@@ -59,4 +58,4 @@ def unmet(recipes: Sequence[FolderRecipe], read: Callable[[str], Tensor]) -> Ite
 
 def maps_of(recipes: Sequence[FolderRecipe]) -> list[StreamMap]:
     """Return what streams are put through, in order."""
-    return [stream_map(r["map"]) for r in recipes if not isinstance(r, ReaderRecipe)]
+    return [stream_map(r.map) for r in recipes if isinstance(r, StreamRecipe)]

@@ -7,42 +7,68 @@ from typing import Any
 
 from torch import Tensor
 
+from rewrite.errors import CheckpointError, PassError
+from rewrite.fold.executor import run_recipes
 from rewrite.fold.observed import ref_of, untie_config, write_tensor
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
+from rewrite.observe.stream_recipe import StreamRecipe
 from rewrite.outcomes import Change
 from rewrite.streams.plan import Edit, StreamPlan
-from rewrite.streams.recipe import run_stream_recipe
 
 
-def recipe_of(captured: Captured, plan: StreamPlan, spec: Mapping[str, Any]) -> dict[str, Any]:
+def recipe_of(captured: Captured, plan: StreamPlan, spec: Mapping[str, Any]) -> StreamRecipe:
     """Return what a stream is put through, and where, as plain data."""
-    return {
-        "do": "map-stream",
-        "map": {**spec, "size": plan.channels},
-        "edits": [_edit(captured, edit) for edit in plan.edits],
-        "norms": list(plan.norms),
-        "ones": list(plan.ones),
-        "needs": dict(plan.needs),
-    }
+    return StreamRecipe(
+        {**spec, "size": plan.channels},
+        tuple(_edit(captured, edit) for edit in plan.edits),
+        tuple(plan.norms),
+        tuple(plan.ones),
+        dict(plan.needs),
+    )
+
+
+class StreamStore:
+    """The tensors of a model one of whose streams changes, written by its editor.
+
+    Args:
+        captured: the model.
+        recipe: what is going to be run.
+    """
+
+    def __init__(self, captured: Editable, recipe: StreamRecipe) -> None:
+        self._captured = captured
+        self._alone = {edit["tensor"] for edit in recipe.edits if edit["alone"]}
+        self._aliases = {name for edit in recipe.edits for name in edit["aliases"]}
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor of the model."""
+        return self._captured.tensor(ref_of(name))
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in; one that several modules hold is written with the first name of them."""
+        if name not in self._aliases:
+            write_tensor(self._captured, name, tensor, alone=name in self._alone)
+
+    def delete(self, name: str) -> None:
+        """Do nothing: a tensor goes with the norm that it belongs to."""
 
 
 def carry_out(
     captured: Editable, plan: StreamPlan, spec: Mapping[str, Any], before: str, after: str
 ) -> Change:
-    """Put the parameters around one stream through a map, in place, and return what changed."""
+    """Put the parameters around one stream through a map, in place, and return what changed.
+
+    Raises:
+        PassError: a tensor that would be written is not finite.
+    """
     recipe = recipe_of(captured, plan, spec)
     alone = {edit.tensor for edit in plan.edits if edit.alone}
-    aliases = {name for edit in recipe["edits"] for name in edit["aliases"]}
-
-    def read(name: str) -> Tensor:
-        return captured.tensor(ref_of(name))
-
-    def write(name: str, tensor: Tensor) -> None:
-        if name not in aliases:  # those are written together with the first name
-            write_tensor(captured, name, tensor, alone=name in alone)
-
-    run_stream_recipe(recipe, read, write, captured.exact)
+    aliases = {name for edit in recipe.edits for name in edit["aliases"]}
+    try:
+        run_recipes([recipe], StreamStore(captured, recipe), captured.exact)
+    except CheckpointError as error:
+        raise PassError(str(error), plan.target) from error
     notes = [*plan.notes]
     if alone:
         notes.append(f"{', '.join(sorted(alone))} is a tensor of its own now")
@@ -58,7 +84,7 @@ def carry_out(
     )
     return Change(
         plan.target, before, after, note="; ".join(notes),
-        touched=tuple(dict.fromkeys(touched)), recipe=recipe,
+        touched=tuple(dict.fromkeys(touched)), recipe=recipe.to_data(),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import rewrite
 from passes import FoldNorm, LayerNormToRMSNorm, RotateStream
 from rewrite.errors import OptionError
-from rewrite.streams.matrices import stream_map
+from rewrite.observe.stream_matrices import stream_map
 from tests.streams.blocks import Careful, PostNorm, PreNorm, draw, error
 
 X = torch.randn(2, 5, 16, dtype=torch.float64)

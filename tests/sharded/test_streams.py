@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import rewrite
 from passes import FoldNorm, RotateStream
 from rewrite.cli.main import main
 from rewrite.errors import OptionError
+from rewrite.observe.stream_recipe import StreamRecipe
 from tests.sharded.conftest import Make, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -36,16 +38,21 @@ def test_a_tensor_that_was_not_turned_is_found(make: Make, monkeypatch: pytest.M
     """The negative twin: one edit of the recipe is lost, and the proof says so."""
     from rewrite.sharded import recipes
 
-    honest = recipes.run_stream_recipe
+    honest = recipes.run_recipes
 
-    def forgetful(recipe, read, write, exact=None):  # type: ignore[no-untyped-def]
-        edits = [e for e in recipe["edits"] if "0.mlp.down_proj" not in e["tensor"]]
-        dropped = [e for e in recipe["edits"] if "0.mlp.down_proj" in e["tensor"]]
-        honest({**recipe, "edits": edits}, read, write, exact)
-        for edit in dropped:
-            write(edit["tensor"], read(edit["tensor"]))
+    def forgetful(given, store, exact=None):  # type: ignore[no-untyped-def]
+        (recipe,) = given
+        if not isinstance(recipe, StreamRecipe):
+            honest(given, store, exact)
+            return
+        kept = [e for e in recipe.edits if "0.mlp.down_proj" not in e["tensor"]]
+        assert len(kept) < len(recipe.edits)
+        honest([replace(recipe, edits=tuple(kept))], store, exact)
+        for edit in recipe.edits:
+            if edit not in kept:
+                store.set(edit["tensor"], store.get(edit["tensor"]))
 
-    monkeypatch.setattr(recipes, "run_stream_recipe", forgetful)
+    monkeypatch.setattr(recipes, "run_recipes", forgetful)
     source = make()
     with pytest.raises(rewrite.ContractError, match=r"layers\.0 is off"):
         rewrite.convert_checkpoint(source, source.with_name("out"), ["fold", "rotate-stream"])

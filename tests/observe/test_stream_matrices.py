@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rewrite.errors import CheckpointError
-from rewrite.streams.matrices import paley, stream_map
+from rewrite.observe.stream_matrices import paley, stream_map
 
 
 @pytest.mark.parametrize("order", [4, 12, 20, 24, 28, 36, 44, 60, 76])

@@ -1,0 +1,133 @@
+"""The recipe of a stream that is put through a map, as plain data, and its arithmetic.
+
+    T[.., :, ..] <- T[.., :, ..] M       along one axis of every writer and of every linear reader
+
+`{"do": "map-stream", "map": {"kind", "size", "seed", "inverse"}, "edits": [..], "ones", "needs"}`:
+which tensors, which matrix, which seed. Computed in float64 in blocks of rows, and rounded once.
+`rewrite.fold.executor` runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from rewrite.errors import CheckpointError
+from rewrite.observe.stream_matrices import StreamMap, stream_map
+
+KIND = "map-stream"
+
+_BLOCK = 1 << 22
+"""Elements that are computed in float64 at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class StreamRecipe:
+    """A residual stream that is put through a map.
+
+    Attributes:
+        map: the kind, size, seed and direction of the map, as `stream_map` takes them.
+        edits: the tensors that are put through it: names, axis, the tensor that scales it.
+        norms: the norms that read the stream.
+        ones: tensors that become all ones.
+        needs: what tensors have to be everywhere, by name.
+    """
+
+    map: Mapping[str, Any]
+    edits: tuple[Mapping[str, Any], ...]
+    norms: tuple[str, ...]
+    ones: tuple[str, ...]
+    needs: Mapping[str, float]
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Self:
+        """Return the recipe that a report holds.
+
+        Raises:
+            KeyError: something is missing.
+        """
+        held = {field.name: data[field.name] for field in fields(cls)}
+        edits = tuple({key: edit[key] for key in _EDIT} for edit in data["edits"])
+        lists = {key: tuple(data[key]) for key in ("norms", "ones")}
+        return cls(**{**held, **lists, "edits": edits})
+
+    def to_data(self) -> dict[str, Any]:
+        """Return it as JSON's own types."""
+        lists = {key: list(getattr(self, key)) for key in ("norms", "ones")}
+        return {"do": KIND, **asdict(self), **lists, "edits": [dict(edit) for edit in self.edits]}
+
+    def check(self, read: Callable[[str], Tensor]) -> None:
+        """Raise where a tensor is not what the plan relied on.
+
+        Raises:
+            CheckpointError: the tensor is named.
+        """
+        for name, wanted in self.needs.items():
+            tensor = read(name)
+            if tensor.device.type != "meta" and not bool((tensor == wanted).all()):
+                raise CheckpointError(f"{name} is not {wanted:g} everywhere: fold the norm first")
+
+    def put_through(
+        self,
+        read: Callable[[str], Tensor],
+        write: Callable[[str, Tensor], None],
+        unrounded: dict[str, Callable[[], Tensor]],
+    ) -> None:
+        """Give every tensor of the stream its new values.
+
+        Args:
+            read: returns a tensor by its name.
+            write: puts one in its place.
+            unrounded: what tensors that were written before are; it is told of the new ones.
+        """
+        turned = stream_map(self.map)
+        for edit in self.edits:
+            old = read(edit["tensor"])
+            scale = None
+            if edit["scale"] is not None:
+                held = read(edit["scale"]).detach()
+                scale = unrounded.get(edit["scale"], partial(Tensor.detach, held))()
+            given = unrounded.get(edit["tensor"], partial(Tensor.detach, old))
+            compute = partial(_mapped, given, edit["axis"], turned, scale)
+            new = compute(old.dtype)
+            for name in (edit["tensor"], *edit["aliases"]):
+                write(name, new)
+                unrounded[name] = partial(compute, torch.float64)
+        for name in self.ones:
+            one = torch.ones_like(read(name))
+            write(name, one)
+            unrounded[name] = partial(Tensor.double, one)
+
+
+_EDIT = ("tensor", "axis", "scale", "alone", "aliases")
+"""The keys that describe one tensor of the stream."""
+
+
+def _mapped(
+    source: Callable[[], Tensor],
+    axis: int,
+    turned: StreamMap,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return a tensor put through a map along one axis."""
+    old = source()
+    new = torch.empty_like(old, dtype=dtype, memory_format=torch.contiguous_format)
+    if old.device.type == "meta":
+        return new
+    given, made = old.movedim(axis, -1), new.movedim(axis, -1)
+    if given.ndim == 1:
+        given, made = given[None], made[None]
+    factor = None if scale is None else scale.reshape(-1).double()
+    size = max(1, _BLOCK // max(1, given[0].numel()))
+    for begin in range(0, len(given), size):
+        block = given[begin : begin + size].double()
+        rows = block.reshape(-1, turned.size)
+        rows = turned(rows if factor is None else rows * factor)
+        made[begin : begin + size] = rows.reshape(block.shape).to(dtype)
+    return new
