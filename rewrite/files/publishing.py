@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -30,11 +29,32 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
+
 PREPARED, COMMITTED, UNDOING = ".rewrite-prepared", ".rewrite-committed", ".rewrite-undoing"
 """The journal's name in a folder says what is to be done about what it lists."""
 
 _PATIENCE = 10.0
 _LARGEST = 1 << 20
+
+
+def has_locks() -> bool:
+    """Say whether this system lets a process lock a file until it ends."""
+    return fcntl is not None
+
+
+def lock(handle: int) -> None:
+    """Take the lock of an open file, where the system has locks.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: the file system has none.
+    """
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @dataclass(frozen=True)
@@ -281,7 +301,7 @@ def _locked(folder: Path, target: str) -> Iterator[None]:
     try:
         while True:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(handle)
                 break
             except BlockingIOError as error:
                 if time.monotonic() - begin > _PATIENCE:
@@ -303,12 +323,12 @@ def answer(line: bytes) -> bytes:
     return b"{}"
 
 
-def discard(folder: Path, lock: str) -> None:
+def discard(folder: Path, lock_name: str) -> None:
     """Take a folder away, unless somebody else has the lock in it by now."""
     with contextlib.suppress(OSError):
         handle = -1
-        if (folder / lock).exists():
-            handle = os.open(folder / lock, os.O_RDWR)
+        if (folder / lock_name).exists():
+            handle = os.open(folder / lock_name, os.O_RDWR)
             _wait_for_lock(handle)
         shutil.rmtree(folder, ignore_errors=True)
         if handle >= 0:
@@ -319,7 +339,7 @@ def _wait_for_lock(handle: int) -> None:
     """Take a lock whose holder is just ending: its pipes may close before its locks do."""
     for _ in range(100):
         with contextlib.suppress(BlockingIOError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle)
             return
         time.sleep(0.01)
     raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import json
 import os
@@ -329,9 +328,14 @@ def _sweep(folder: Path, prefix: str) -> None:
 
 
 def _lock(handle: int) -> bool:
-    """Take the lock of a staged file, which ends with its process; say whether it was free."""
+    """Take the lock of a staged file, which ends with its process; say whether it was free.
+
+    Where the system has no locks nobody can know: it is said not to be.
+    """
+    if not publishing.has_locks():
+        return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        publishing.lock(handle)
     except OSError:
         return False
     return True

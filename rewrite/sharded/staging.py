@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rewrite.errors import CheckpointError, system_reason
-from rewrite.files import publish_folder, removed_if_killed
+from rewrite.files import publish_folder, publishing, removed_if_killed
 
 _LOCK, _WHOLE = ".lock", "whole"
 
@@ -63,8 +63,6 @@ def staged_folder(target: Path, notes: list[str]) -> Iterator[Path]:
 
 def _claim(stage: Path, notes: list[str]) -> int:
     """Make the partial folder, or take over one that a killed run left; return the lock."""
-    import fcntl
-
     left = stage.exists()
     stage.mkdir(exist_ok=True)
     try:
@@ -74,10 +72,13 @@ def _claim(stage: Path, notes: list[str]) -> int:
             stage.rmdir()
         raise
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        publishing.lock(handle)
     except OSError:
         os.close(handle)
         raise CheckpointError(f"{stage}: another process is writing it") from None
+    if left and not publishing.has_locks():
+        os.close(handle)
+        raise CheckpointError(f"{stage}: another process may be writing it; if not, delete it")
     if left:
         for path in stage.iterdir():
             if path.name != _LOCK:

@@ -271,3 +271,44 @@ def test_a_partial_folder_goes_with_the_process_that_wrote_it(tmp_path) -> None:
     while list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not list(tmp_path.iterdir())
+
+
+WITHOUT_LOCKS = """
+import sys
+from pathlib import Path
+
+sys.modules["fcntl"] = None  # as on Windows: importing it fails
+
+import rewrite.cli.main
+import rewrite.sharded.staging
+from rewrite.errors import CheckpointError
+from rewrite.files import publication, publishing, write_bytes
+from rewrite.sharded.staging import staged_folder
+
+folder = Path(sys.argv[1])
+assert not publishing.has_locks()
+being_written = folder / ".a.0123.tmp"
+being_written.write_text("of another process")
+with publication() as found:
+    write_bytes(folder / "a", "1")
+    write_bytes(folder / "b", "2")
+    found.publish()
+assert being_written.exists()  # nobody can know whether it is left over
+with staged_folder(folder / "c", []) as stage:
+    (stage / "d").write_text("3")
+assert (folder / "a").read_text() + (folder / "b").read_text() == "12"
+assert (folder / "c" / "d").read_text() == "3"
+(folder / ".e.partial").mkdir()
+try:
+    with staged_folder(folder / "e", []):
+        raise AssertionError("a folder that may be written was taken over")
+except CheckpointError as error:
+    assert "may be writing it" in str(error), error
+"""
+
+
+def test_a_system_without_locks_writes_files_and_takes_nothing_away(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LOCKS, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
