@@ -1,4 +1,4 @@
-"""Files in, files out, no foreign code.
+"""Load and save models and state dicts without running code from files.
 
 Files name the stand-ins of modules that cannot be pickled as `rewrite.checkpoint.NAME`, wherever in
 this package they are defined.

@@ -1,4 +1,4 @@
-"""The classes that a file may name without `--trust`, as data.
+"""The list of classes that a file may name without `--trust`.
 
     name of a file  ->  layer | instance | enum        judged as text, before anything is imported
 

@@ -1,4 +1,4 @@
-"""The functions and methods that the graph of a file may call: those that compute on tensors.
+"""The list of functions and methods that a graph in a file may call: tensor operations only.
 
     name -> function        only if it is on a list here, or the user named it in full
     function -> name        the inverse, for the saving side

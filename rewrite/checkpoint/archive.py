@@ -1,4 +1,4 @@
-"""The one reader of files: the members of a zip archive, or the parts of a file before zip.
+"""Read checkpoint archives: members of a zip file, or sections of the older format.
 
     member = (name, size, checksum)      all known before a byte of it is read
     size of all members <= 20 * size of the file + 256 MiB

@@ -1,4 +1,4 @@
-"""A GraphModule, or a parametrized module, as plain data in a file.
+"""Serialize a GraphModule, or a parametrized module, as plain data.
 
     GraphModule   = its state + a list of nodes (op, name, target, args, kwargs) + its signature
     Parametrized* = its state + its own class; the properties are made again

@@ -1,4 +1,4 @@
-"""The arguments and the signature of a graph as plain data, and back.
+"""Serialize the arguments and the signature of a graph as plain data, and read them back.
 
     node -> {"node": name}      (1, x) -> {"tuple": [1, {"node": "x"}]}      and so on, by kind
 

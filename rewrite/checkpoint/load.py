@@ -1,4 +1,4 @@
-"""A MODEL reference to an `nn.Module` and back, without running foreign code.
+"""Resolve a MODEL reference to an `nn.Module`, and save one, without running foreign code.
 
     MODEL ::= path of a pickled nn.Module              torch.save(model, path), rewrite.save
             | path of an exported program              model.pt2

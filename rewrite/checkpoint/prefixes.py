@@ -1,4 +1,4 @@
-"""The prefix that training code put before the keys of a state dict, found and taken off.
+"""Detect and strip the key prefixes that training wrappers add to a state dict.
 
     keys of the model = {key without the prefix},    for exactly one prefix of the file's keys
 

@@ -1,4 +1,4 @@
-"""A state dict out of a file, and into a model: keys, shapes, ties, weight norm."""
+"""Read a state dict from a file and load it into a model: keys, shapes, ties, weight norm."""
 
 from __future__ import annotations
 

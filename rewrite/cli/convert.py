@@ -148,8 +148,8 @@ def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool
         print("nothing written (--dry-run)")
     if exported is not None:
         if not options.quiet:
-            for item in exported.tables():
-                console().print(item)
+            for table in exported.tables():
+                console().print(table)
         if not exported.ok:
             return complain(f"{options.onnx}: does not agree with the model", FAILED)
     return code
@@ -259,8 +259,8 @@ def _export(
     passes = result.report.passes
     metadata = {
         "source": str(options.model),
-        "passes": " ".join(item.spec for item in passes),
-        "contract": " ".join(item.contract for item in passes),
+        "passes": " ".join(pass_.spec for pass_ in passes),
+        "contract": " ".join(pass_.contract for pass_ in passes),
     }
     return export(
         copy_model(result.model).eval(), options.onnx, example_inputs=inputs, metadata=metadata,

@@ -36,7 +36,9 @@ class PassFlags:
         for kind, value in self.events:
             if kind == "pass":
                 drafts.append((value, {}))
-                early = [(name, item) for name, item in early if not _give(drafts, name, item)]
+                early = [
+                    (name, option) for name, option in early if not _give(drafts, name, option)
+                ]
             elif not _give(drafts, kind, value):
                 early.append((kind, value))
         if early:
@@ -47,7 +49,7 @@ class PassFlags:
 
 def _give(drafts: list[tuple[type[Pass] | Pass, dict[str, Any]]], name: str, value: Any) -> bool:
     for draft, given in reversed(drafts):
-        if any(item.name == name and item.init for item in fields(draft)):
+        if any(field.name == name and field.init for field in fields(draft)):
             given[name] = value
             return True
     return False
@@ -56,7 +58,7 @@ def _give(drafts: list[tuple[type[Pass] | Pass, dict[str, Any]]], name: str, val
 def _finished(draft: type[Pass] | Pass, given: dict[str, Any], seed: int) -> Pass:
     if not isinstance(draft, type):
         return replace(draft, **given) if given else draft
-    if any(item.name == "seed" for item in fields(draft)):
+    if any(field.name == "seed" for field in fields(draft)):
         given.setdefault("seed", seed)
     return draft(**given)
 

@@ -1,1 +1,1 @@
-"""Are two models equal: judged in float64, located where they part."""
+"""Numerical equivalence of two models, judged in float64, and where they first diverge."""

@@ -1,4 +1,4 @@
-"""Two models as their users run them: in their own dtype, under `inference_mode`, with gradients.
+"""Compare two models as deployed: in their own dtype, under `inference_mode`, and with gradients.
 
     d(x) = max |a(x) - b(x)| / max |a(x)|      own(x) = max |a64(x) - a(x)| / max |a64(x)|
 

@@ -1,4 +1,4 @@
-"""Find the first place where two models part.
+"""Find the first module or operation at which two models diverge.
 
 A value *agrees* when the other model computes it too, wherever. Rewrites move values on purpose
 (after a fold the convolution's output is the old norm's), so a value that disagrees is no error by

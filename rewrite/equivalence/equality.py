@@ -1,4 +1,4 @@
-"""Hold two models to equality: the judgement in float64, and the numbers beside it.
+"""Judge the equality of two models in float64, and collect the errors in their own dtype.
 
 See `rewrite.verify` for the equations; here they are carried out, case by case.
 """

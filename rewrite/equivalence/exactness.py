@@ -1,4 +1,4 @@
-"""Are stored tensors the nearest to their exact values that their type has.
+"""Check that stored tensors are their exact values, correctly rounded to their dtype.
 
     |stored - exact| = min over the values v of the type of |v - exact|      for each element
 

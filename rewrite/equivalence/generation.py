@@ -1,4 +1,4 @@
-"""Greedy tokens of two models: what a difference in logits would become after sixteen steps.
+"""Compare sixteen steps of greedy decoding: whether differences in logits change tokens.
 
 token[n+1] = argmax f(token[1..n])      in float64, without a cache
 """

@@ -1,4 +1,4 @@
-"""Record every value that a forward computes, in a few numbers, with who computed it from what.
+"""Record summary statistics of every value in a forward, with its operation and its inputs.
 
     sketch(v) = (<r1, v>, ..., <rk, v>)        rj fixed vectors of +1 and -1
     |sketch(u) - sketch(v)|^2 / k  ~  |u - v|^2

@@ -1,4 +1,4 @@
-"""What the rounding of stored parameters does to a model's values.
+"""Estimate how rounding stored parameters to their dtype changes a model's values.
 
 A rewrite computes in float64 and stores in the model's own dtype, so each parameter it wrote is off
 by up to half a unit in the last place, whatever the rewrite. How much of a difference that explains

@@ -1,4 +1,4 @@
-"""Two models module by module: what each calls, who reads it, how far its values are off.
+"""Compare two models module by module: calls, readers, and the error of each value.
 
     error(v) = min over values u of the other model of |v - u| / |v|         in float64
     error(m) = max of error(v) over the values v that module m makes

@@ -1,4 +1,4 @@
-"""Equality in training: outputs, running statistics and gradients of two models.
+"""Compare two models in training mode: outputs, running statistics and gradients.
 
     loss(x) = sum_i <r_i, f(x)_i>       r_i random: no gradient cancels by symmetry
     equal:  d loss / d x,  d loss / d p  for every parameter p that both models have by name

@@ -1,4 +1,4 @@
-"""Inputs that find errors: the given one with other values, order, batch and image sizes.
+"""Vary an example input to expose errors: other values, order, batch sizes and image sizes.
 
 An equality that holds on one random batch may fail on another: zeros hide biases, one scale hides
 eps, batch size 1 hides a mixed-up batch axis, one spatial size hides a baked-in shape. The cases

@@ -1,4 +1,4 @@
-"""What a comparison of two models found, and how it is told."""
+"""The result of comparing two models, and its report."""
 
 from __future__ import annotations
 

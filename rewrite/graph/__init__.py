@@ -1,4 +1,4 @@
-"""A model as evidence, and as something to edit: what the author of a pass reads and calls.
+"""Captured models, to read and to edit: the interface for authors of passes.
 
 The names of the interface stand in `__init__.pyi`; each is imported with its first use.
 """

@@ -1,4 +1,4 @@
-"""`capture`: a model to its graphs, with shapes, and an editor for what was found."""
+"""`capture`: trace a model into graphs with shapes, and attach an editor."""
 
 from __future__ import annotations
 

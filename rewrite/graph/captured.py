@@ -1,4 +1,4 @@
-"""A model as evidence: its graphs, who calls each module, who reads each value.
+"""A captured model, read-only: its graphs, the call sites of modules, and readers of values.
 
 `capture` never fails on a model. The root is traced; each submodule that cannot be is one opaque
 call in its parent's graph, and its children are traced as regions of their own, to any depth.

@@ -1,4 +1,4 @@
-"""A captured model with an editor: what `rewrite` gets, where `find` gets the evidence alone."""
+"""A captured model with an editor: passed to `rewrite`, while `find` gets the read-only one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The only code that changes a model: tensors, modules, and lines of one module's forward.
+"""The only code that edits a model: its tensors, its modules, and calls in a module's forward.
 
 A layer that is a module is replaced in the tree, under every name. A line of code (`F.batch_norm`
 in somebody's forward) can only change together with the forward that holds it: the innermost owner

@@ -1,4 +1,4 @@
-"""What calls write, which values share memory, and who reads that memory after a write.
+"""Side effects and aliasing: what calls write, which values share memory, who reads it later.
 
     n : v ← f(v)     in place, is      n = f(v)     if no alias of v is read after n,
                                         n = f(v)     with v replaced by n in the later readers of v

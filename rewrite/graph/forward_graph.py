@@ -1,4 +1,4 @@
-"""One module's forward as a graph of its own, and that graph as a module again.
+"""Turn one module's forward into an fx graph, and an edited graph back into a module.
 
 The innermost owner of a line is traced with its children as single calls. After the edit it becomes
 an `nn.Sequential` of its own children where that says the same, and a GraphModule of that one

@@ -1,4 +1,4 @@
-"""Indexes of a captured model: calls by module, places by tensor, and what opaque code may call."""
+"""Lookup tables of a captured model: calls by module, places by tensor, calls from opaque code."""
 
 from __future__ import annotations
 

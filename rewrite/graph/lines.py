@@ -1,4 +1,4 @@
-"""Which lines of a model's forwards can be edited: each forward is opened once, and not changed."""
+"""Decide which calls in a model's forwards can be edited; nothing is changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the code of a model does with one of its modules, beside calling it: who else has a hold.
+"""Find uses of a module in model code other than calls to it: reads, aliases, attribute access.
 
 Each class is read once (`class_code`); what it does with a path below `self` is looked up in the
 tree, so that the answers are about modules by name.

@@ -1,4 +1,4 @@
-"""What a node *is*, whichever way it is spelled.
+"""Recognize convolutions, linear layers, norms and activations in a graph, however spelled.
 
 One operator has many spellings: a module, a subclass that inherits its forward, a
 `torch.nn.functional` call, a `torch.*` function, an `aten` overload of an exported program. Each

@@ -1,4 +1,4 @@
-"""Modules in the order in which data flows through them."""
+"""Sort modules by the order in which data flows through them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many axes a value has, and how long one of them is, as far as the graph itself says.
+"""Infer the rank of values, and the length of axes, from the graph alone.
 
 With example inputs both are known. Without them, layers tell: what a two-dimensional convolution
 returns has four axes (its input is taken to be batched), `flatten(1)` leaves two, an elementwise

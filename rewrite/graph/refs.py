@@ -1,4 +1,4 @@
-"""What a graph is asked about and answers with: a tensor by its place, and who reads a value."""
+"""References into a captured model: a tensor by module and attribute, and readers of a value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every spelling of a layer: as a module, a function, an aten operator; and what a call is called.
+"""Every spelling of a layer (module, function, aten operator), and the plain name of a call.
 
 The operations between layers stand in `rewrite.graph.traits`.
 """

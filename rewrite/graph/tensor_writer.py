@@ -1,4 +1,4 @@
-"""The only code that writes parameters and buffers of a module, and what computes them.
+"""The only code that writes a module's parameters, buffers and parametrizations.
 
 `Editor` extends it by the modules of a captured model, which have names, and by lines of code. A
 tensor is exchanged and never written in place: its storage may be shared with the model that the

@@ -1,4 +1,4 @@
-"""ONNX: export a model, verify a graph that anyone made.
+"""Export models to ONNX, and verify ONNX graphs from any exporter.
 
 Inside the package `onnx` is always the library: imports are absolute.
 """

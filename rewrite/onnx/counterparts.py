@@ -1,4 +1,4 @@
-"""Which value of a reference a node of a graph has to equal, and the first node that does not.
+"""Match nodes of an ONNX graph with values of a reference, and find the first that differs.
 
     divergent     inputs agree, the output and all that is made of it does not      (divergence)
     counterpart   the reference's call of the same operator on the same values, of the same shape

@@ -1,4 +1,4 @@
-"""Export a model to ONNX with PyTorch's exporter, meet its traps first, verify what came out.
+"""Export a model to ONNX with PyTorch's exporter, avoid its known faults, and verify the result.
 
 The exporter writes an inference graph whatever mode the model is in: a norm or a dropout that is in
 train mode would become another function without a word. Such models are refused by name. What it

@@ -1,4 +1,4 @@
-"""Run one of PyTorch's exporters: what may vary, names, and its failures in one line."""
+"""Call PyTorch's exporters: dynamic axes, input and output names, and one-line errors."""
 
 from __future__ import annotations
 
@@ -169,8 +169,8 @@ def _dynamic_shapes(
                     f"--dynamic-shape {name}:{axis}: {name} has {leaf.ndim} axes, counted from 0"
                 )
         specs.append(axes)
-    said = any(label == BATCH for axes in specs for label in axes.values())
-    if asked.batch and not said:
+    named = any(label == BATCH for axes in specs for label in axes.values())
+    if asked.batch and not named:
         given = [leaf for _, leaf in flat]
         taken = [frozenset(axes) for axes in specs]
         axes_of_batch = find_batch_axes(model, inputs, given, taken, asked.seed)

@@ -1,4 +1,4 @@
-"""Inputs for a graph: a user's, by the graph's names; at other sizes, where axes are free.
+"""Inputs of an ONNX graph: matched by name, and generated at other sizes for dynamic axes.
 
     free(axis)  =  no dim_value, or a negative one (as onnxruntime reads it)
     size(axis)  =  size(symbol): one symbol on two inputs is one number

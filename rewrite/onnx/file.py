@@ -1,4 +1,4 @@
-"""Open an ONNX file that anyone made, and say in one line what is wrong with it.
+"""Load an ONNX file from any source; a damaged one is reported in one line.
 
 Nothing in a file is believed: external data has to lie inside the model's folder and have the size
 that its tensor needs, before a byte of it is read.
@@ -59,7 +59,7 @@ class OnnxFile:
     def operator_counts(self) -> dict[str, int]:
         """How often each operator occurs, subgraphs included."""
         counts = Counter(node.op_type for node in all_nodes(self.model.graph))
-        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+        return dict(sorted(counts.items(), key=lambda count: (-count[1], count[0])))
 
     @property
     def inputs(self) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Compare what an ONNX graph computes with a PyTorch model: outputs, every value, other sizes.
+"""Compare an ONNX graph with a PyTorch model: outputs, intermediate values, other input sizes.
 
 What the model answers is what it answers in `inference_mode`, plainly called: where PyTorch takes
 another path there than the one that is traced, that is a finding. NaN and infinity are right where

@@ -1,4 +1,4 @@
-"""How far each node of a graph is from the model it was made from, for viewers of graphs.
+"""Write the error of each ONNX node in the format that graph viewers overlay on a graph.
 
     error(node) = max over its outputs v of  min over the model's values u of |v - u| / |v|
 

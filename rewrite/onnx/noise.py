@@ -1,4 +1,4 @@
-"""What float32 arithmetic does to the values of a graph: storing is perturbed, sums are bounded.
+"""Estimate float32 rounding noise in an ONNX graph: stored values perturbed, sums bounded.
 
     stored:  v -> v (1 + u),  |u| = eps / 2     weights, constants, inputs; eps of their own type
     summed:  |fl(sum v) - sum v| <= sqrt(n) (eps / 2) sum |v|

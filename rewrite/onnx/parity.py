@@ -1,4 +1,4 @@
-"""Compare what an ONNX graph computes with what another one does, output by output.
+"""Compare the outputs of two ONNX graphs, or of a graph and a reference.
 
     right:  |graph - exact| <= 8 (noise + eps) max |exact|     or <= the tolerance of a contract
 

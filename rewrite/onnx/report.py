@@ -1,4 +1,4 @@
-"""What a verification of an ONNX graph found, and how it is told."""
+"""The result of verifying an ONNX graph, and its report."""
 
 from __future__ import annotations
 

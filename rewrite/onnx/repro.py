@@ -1,4 +1,4 @@
-"""Write a diverging node as something to send to somebody: one node, its inputs, its outputs."""
+"""Save a diverging ONNX node as a minimal reproduction: one node, its inputs and its outputs."""
 
 from __future__ import annotations
 

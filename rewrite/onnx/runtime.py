@@ -1,4 +1,4 @@
-"""Run an ONNX graph in onnxruntime: sessions, and runs that can be stopped."""
+"""Run an ONNX graph in onnxruntime, with sessions that can be interrupted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the checker, and a look at a graph, find wrong with it before it runs."""
+"""Check an ONNX graph before it runs: the ONNX checker, and structural problems it misses."""
 
 from __future__ import annotations
 

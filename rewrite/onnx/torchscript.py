@@ -1,4 +1,4 @@
-"""Export by PyTorch's older exporter, which traces a model, for what the newer one refuses.
+"""Export with PyTorch's older TorchScript exporter, where the newer one fails.
 
 A trace is what one input did: a branch that depends on values, a number of detections or of steps
 stays as it was there. It is therefore asked for by name, and verified on more than one input.

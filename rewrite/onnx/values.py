@@ -1,4 +1,4 @@
-"""Values on the way through an ONNX graph, recorded in portions that fit memory."""
+"""Record intermediate values of an ONNX graph in batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _portions(names: list[str], opened: OnnxFile) -> Iterator[list[str]]:
 
 def scope_of(node: Any) -> str | None:
     """Return the qualified name of the module that a node came from, as the exporter notes it."""
-    properties: Mapping[str, str] = {item.key: item.value for item in node.metadata_props}
+    properties: Mapping[str, str] = {prop.key: prop.value for prop in node.metadata_props}
     scopes = properties.get("pkg.torch.onnx.name_scopes")
     if not scopes:
         return None

@@ -1,4 +1,4 @@
-"""Verify an ONNX graph made by anyone: alone, against a PyTorch model, against another graph.
+"""Verify an ONNX graph from any exporter: alone, against a PyTorch model, or another graph.
 
     error(x) = max |ort(x) - f64(x)| / max |f64(x)|
     noise(x) = max |f32(x) - f64(x)| / max |f64(x)|       and what rounding all that is stored does,
@@ -272,11 +272,13 @@ def _dynamic(opened: OnnxFile, live: Any, sizes: Sequence[Resized], parity: Pari
             check_sizes(opened, feed)
             outputs = run(live, feed)
         except VerificationError as error:
-            said = f"{case.label}: {one_line(error)}"
+            message = f"{case.label}: {one_line(error)}"
             if case.batch_only and not bound:
-                failed.append(said)
+                failed.append(message)
             else:
-                parity.notes.append(f"not at {said if len(said) < 200 else said[:199] + '…'}")
+                parity.notes.append(
+                    f"not at {message if len(message) < 200 else message[:199] + '…'}"
+                )
             continue
         ran.append(case.label)
         others += not case.batch_only

@@ -1,1 +1,1 @@
-"""Forwards as graphs: the tracer, what flows through it, and what no trace can say."""
+"""Symbolic tracing of forwards into graphs, and a record of what could not be traced."""

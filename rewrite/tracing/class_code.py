@@ -1,4 +1,4 @@
-"""What the code of one class does with the modules that it holds, beside calling them.
+"""Analyze the source of a module class: how its code uses submodules besides calling them.
 
     isinstance(self.norm, nn.BatchNorm1d)      a test: another class takes another way
     self.bn.num_features                       a read of what another module may not have

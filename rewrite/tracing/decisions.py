@@ -1,4 +1,4 @@
-"""Where code decides by a size: what it may do for another one, to which values.
+"""Branches on input sizes: whether another size could take the other branch.
 
     if x.shape[-1] % 2:              # an input of another size takes the other way
         x = self.pad(x)              # x is read here, and is another value from here on

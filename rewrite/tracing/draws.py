@@ -1,4 +1,4 @@
-"""Numbers that are made anew at each call, outside of the graph: a trace would keep the first one.
+"""Detect values drawn outside the graph (random, time) that a trace would freeze as constants.
 
     y = x * (self.scale * np.random.rand())     random, numpy.random, time, uuid, os.urandom
     y = x + torch.rand(()).item()               the number of a tensor that was drawn

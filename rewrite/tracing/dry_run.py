@@ -1,4 +1,4 @@
-"""A call without numbers: on the meta device, or with fake tensors for what that does not know.
+"""Run a call on the meta device, or with fake tensors, to learn shapes without computing values.
 
 A module that cannot be traced is run as it is on the stand-in, and the inputs of all that it calls
 are noted on the way.

@@ -1,4 +1,4 @@
-"""Which modules the expressions of a function stand for, as paths below `self`.
+"""Resolve expressions in a function's source to submodule paths below `self`.
 
     self.blocks[0].norm                        ("blocks", "0", "norm")
     bn = getattr(self, "bn")                   bn is ("bn",) from there on

@@ -1,4 +1,4 @@
-"""What of torch is exchanged while forwards are traced; the random generators are put back."""
+"""Patch torch functions while a forward is traced, and restore the random generators afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What flows through a traced forward: a node, and where known what it is worth without numbers.
+"""Tracing proxies: a node together with its meta tensor or known Python value, if there is one.
 
 A proxy of torch.fx cannot say how long an axis is. With example inputs each node knows the shape of
 its value, and a size, a comparison of sizes, a number of axes is known exactly: where a forward

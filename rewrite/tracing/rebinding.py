@@ -1,4 +1,4 @@
-"""A branch on a size that only gives local names another value: what it may read, and leave behind.
+"""Size-dependent branches that only rebind local names: what they may read and assign.
 
     if x.ndim == 3:                  # x may be another value from here on,
         x = x.unsqueeze(0)           # every later line reads it as it would have

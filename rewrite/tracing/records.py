@@ -1,4 +1,4 @@
-"""What a trace yields: its graph, who made each call on which line, what it had to leave out."""
+"""The result of a trace: graph, source line and owner of each call, and calls left opaque."""
 
 from __future__ import annotations
 

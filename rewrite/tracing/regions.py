@@ -1,4 +1,4 @@
-"""A model to its traced regions: the root's forward, and those below what cannot be traced."""
+"""Split a model into traced regions: the root forward, and forwards below untraceable modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shape of every value, as the graph is made: tensors without numbers run through each call.
+"""Propagate shapes while a graph is built, by running every call on meta tensors.
 
 Each node is computed once, without numbers, when it is traced; what cannot be traced is run as it
 is on the stand-in. What cannot be run either (control flow on values) leaves its nodes without a

@@ -1,4 +1,4 @@
-"""Which line of the model's own code runs, or raised, and which instruction of it."""
+"""Find the line and the instruction of the model's own code that runs or raised an error."""
 
 from __future__ import annotations
 

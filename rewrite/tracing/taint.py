@@ -1,4 +1,4 @@
-"""One function's code: what in it hangs on its arguments, by name.
+"""Taint analysis of one function: which names depend on its arguments.
 
 A name is tainted if it is one of the given parameters or is computed from one; what a call returns
 is not, unless a builtin or a method of the value itself was called. Code is chosen by a tainted

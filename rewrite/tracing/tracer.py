@@ -1,4 +1,4 @@
-"""The one tracer: symbolic tracing that turns what it cannot trace into an opaque call.
+"""The symbolic tracer; a call that it cannot trace becomes one opaque node.
 
 Differences from `torch.fx.Tracer`, each for a reason:
 

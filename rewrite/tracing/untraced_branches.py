@@ -1,4 +1,4 @@
-"""What a model would do for other values of its optional arguments: code that no trace took.
+"""Code that a trace did not take: what other values of optional arguments would make it do.
 
     def forward(self, x, raw=False):
         if raw:                          # a choice: values of this forward may be read elsewhere,

@@ -1,4 +1,4 @@
-"""What a forward asks of a proxy: its number, its length, its items, answered where they are known.
+"""Answer number, length and item queries on proxies whose value is known while tracing.
 
 With example inputs each node has a value without numbers, so a branch or a loop on sizes can be
 followed. An input of another size may take another way: the line that asked is noted as a decision,

@@ -1,4 +1,4 @@
-"""The graph of an exported program as an fx graph, node by node from vetted JSON.
+"""Rebuild the fx graph of an exported program, node by node, from validated JSON.
 
     inputs of the graph = parameters, buffers, constants and what the user gives
     node                = operator (by name, from the list), arguments, names of its results

@@ -1,4 +1,4 @@
-"""Open a `.pt2` exported program: rebuilt here from its JSON and the raw bytes of its tensors.
+"""Open a `.pt2` exported program: rebuilt from its JSON and the raw bytes of its tensors.
 
     archive = models/NAME.json               the graph, by PyTorch's schema (`exported_schema`)
             + data/weights, data/constants   tensors as raw bytes, sizes and types in a JSON

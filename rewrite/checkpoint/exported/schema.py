@@ -1,4 +1,4 @@
-"""The JSON of an exported program, held to PyTorch's own schema before anything is made of it.
+"""Validate the JSON of an exported program against PyTorch's schema before using it.
 
     value : type      dataclass = those keys and no others, union = exactly one of its keys
     size  : text      numbers, symbols (s0, u3) and arithmetic that is never evaluated

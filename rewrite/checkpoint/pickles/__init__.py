@@ -1,1 +1,1 @@
-"""A pickle as inert data, its names judged, and then its objects built by code of this package."""
+"""Safe unpickling: parse to inert data, judge its names, then build objects with own code."""

@@ -1,4 +1,4 @@
-"""What the names in a pickle mean, judged before anything of it is built.
+"""Judge every name that a pickle refers to, before any object is built.
 
 held     a name in a container, or below another value      its class may be held
 called   a name that the pickle calls                       it may be called with such arguments

@@ -1,4 +1,4 @@
-"""The format of `torch.save` before it was a zip archive (until 1.5, and on demand today).
+"""The format of `torch.save` before zip archives (until 1.5, and still on request).
 
     file = magic, protocol, system, object, keys      five pickles, one after the other
          + for each key: length, then its bytes       length * size of an element

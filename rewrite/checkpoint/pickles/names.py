@@ -1,4 +1,4 @@
-"""What a name of a file may mean: judged as text, and only then looked up.
+"""Check a name from a file as text before it is looked up in any module.
 
     name -> a tensor's builder | a plain value's builder | a value | a layer | an enum | nothing
 

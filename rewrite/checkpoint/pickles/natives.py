@@ -1,4 +1,4 @@
-"""Plain values of a pickle: numbers, containers, paths, dates, numpy's arrays, members of enums.
+"""Build plain values from a pickle: numbers, containers, paths, dates, arrays, enum members.
 
     name(args), then a state  ->  a value          args and state checked against the one form that
                                                    Python, numpy and torch themselves write

@@ -1,4 +1,4 @@
-"""A pickle as inert data: what it says, in the order in which it says it.
+"""Parse a pickle's opcodes into inert data, in order, without executing anything.
 
     pickle  = opcodes
     opcodes -> events: a list is made, a name is called, items are appended, a state is given

@@ -1,4 +1,4 @@
-"""The state dict in a parsed checkpoint: found and built, the rest left as inert data.
+"""Find and build the state dict in a parsed checkpoint; everything else stays inert.
 
     checkpoint = {"state_dict": {...}, "optimizer": ..., "epoch": 3, "args": ...}
     state dict = the mapping from names to tensors

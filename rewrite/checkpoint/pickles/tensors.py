@@ -1,4 +1,4 @@
-"""Tensors of a pickle, built from raw bytes by this project's own code.
+"""Build the tensors of a pickle from raw bytes.
 
     tensor[i] = storage[offset + sum_k i_k * stride_k],    0 <= offset, last index < length
 
