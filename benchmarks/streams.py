@@ -19,13 +19,13 @@ import warnings
 from typing import Any
 
 import torch
-from rewrite.streams.matrices import KINDS
 from torch import Tensor, nn
 
 import rewrite
 from benchmarks._table import environment, parser, replace_section, table
 from benchmarks.transformer_folds import PAGE
 from passes import FoldNorm, LayerNormToRMSNorm, RotateStream
+from rewrite.observe.stream_matrices import KINDS
 
 _WIDTH = 256
 _OUTLIERS = (3, 71, 130, 201)
