@@ -191,8 +191,6 @@ class Editor(TensorWriter):
         holder, _, attr = join(forward.owner, key).rpartition(".")
         return TensorRef(holder, attr)
 
-    # -- commit -------------------------------------------------------------------------------
-
     def commit(self) -> None:
         """Finish every edited forward: a chain becomes nn.Sequential, the rest a GraphModule."""
         for module in self._removed:
