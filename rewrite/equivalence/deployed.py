@@ -9,6 +9,7 @@ dtype or `inference_mode` takes: d is an error where it is large (0.1) and a hun
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def deployed_mode(model: nn.Module, inputs: Inputs, seed: int) -> tuple[Mode, An
 
 def kind_reasons(before: Any, after: Any, compared: Comparison) -> list[str]:
     """Return how the outputs differ in structure, shape, dtype and device."""
-    reasons = list(compared.structure)
+    reasons = [*compared.structure, *_container_reasons(before, after, "output")]
     theirs = dict(leaves(after))
     for path, value in leaves(before):
         other = theirs.get(path)
@@ -47,6 +48,18 @@ def kind_reasons(before: Any, after: Any, compared: Comparison) -> list[str]:
         if len(set(devices)) == 2:
             reasons.append(f"{path}: {devices[0]} became {devices[1]}")
     return reasons
+
+
+def _container_reasons(before: Any, after: Any, path: str) -> Iterator[str]:
+    """Yield where a list became a tuple, or a tuple a list: `out + (x,)` takes one of them."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in before.keys() & after.keys():
+            yield from _container_reasons(before[key], after[key], f"{path}[{key!r}]")
+    elif isinstance(before, list | tuple) and isinstance(after, list | tuple):
+        if isinstance(before, list) is not isinstance(after, list):
+            yield f"{path}: {type(before).__name__} became {type(after).__name__}"
+        for place, (one, other) in enumerate(zip(before, after, strict=False)):
+            yield from _container_reasons(one, other, f"{path}[{place}]")
 
 
 def path_reasons(compared: Comparison, own: float) -> list[str]:

@@ -47,6 +47,21 @@ class FastPath(Net):
         return 2 * y if torch.is_inference_mode_enabled() else y
 
 
+class Tupled(Net):
+    def forward(self, x: Tensor) -> Any:
+        return {"y": (self.linear(x), [x])}
+
+
+class Listed(Net):
+    def forward(self, x: Tensor) -> Any:
+        return {"y": [self.linear(x), [x]]}
+
+
+class InnerTuple(Net):
+    def forward(self, x: Tensor) -> Any:
+        return {"y": (self.linear(x), (x,))}
+
+
 class NeedsGradients(Net):
     def forward(self, x: Tensor) -> Any:
         with torch.enable_grad():
@@ -70,6 +85,21 @@ def test_what_float64_does_not_show(other, reason, level) -> None:
     assert any(reason in each for each in found.reasons), found
     assert rewrite.verify(Net(), Net(), X, level=level).ok
     assert rewrite.verify(other, other, X, level=level).ok
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (Listed(), "output['y']: tuple became list"),
+        (InnerTuple(), "output['y'][1]: list became tuple"),
+        (Net(), "values are missing"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_the_structure_of_the_output_is_compared(other: nn.Module, reason: str) -> None:
+    found = rewrite.verify(Tupled(), other, X, level="quick")
+    assert any(reason in each for each in found.reasons), found
+    assert rewrite.verify(other, other, X, level="quick").ok
 
 
 def test_a_gradient_that_comes_is_a_difference_as_well() -> None:
