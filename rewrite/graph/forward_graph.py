@@ -65,8 +65,13 @@ _FUNCTIONAL = "torch._C._nn"
 """Where functions of torch.nn.functional say that they are at home: linear, pad, gelu."""
 
 
-def open_forward(captured: Captured, owner: str, module: nn.Module) -> Forward | str:
-    """Return the forward of `module` open for editing, or why it cannot be; change nothing."""
+def open_forward(
+    captured: Captured, owner: str, module: nn.Module, given: str | None = None
+) -> Forward | str:
+    """Return the forward of `module` open for editing, or why it cannot be; change nothing.
+
+    Arguments that its code tests are taken at their defaults, but for `given`, which is there.
+    """
     if isinstance(module, GraphModule):
         return Forward(owner, module.graph, _lines(module.graph, owner))
     where = owner or "the model"
@@ -76,7 +81,8 @@ def open_forward(captured: Captured, owner: str, module: nn.Module) -> Forward |
     if not is_norm and (lost := captured.code.uneditable(owner)) is not None:
         return f"is a line of the forward of {where}, which {lost}"
     defaults = forward_defaults(module)
-    fixed = {key: defaults[key] for key in forward_branches(module, defaults)}
+    tested = forward_branches(module, defaults)
+    fixed = {key: defaults[key] for key in tested if key != given}
     trace = _trace(module, fixed, module.training)
     if isinstance(trace, str):
         return f"is a line of the forward of {where}, which {trace}"
@@ -84,7 +90,9 @@ def open_forward(captured: Captured, owner: str, module: nn.Module) -> Forward |
         _drop_norm_bookkeeping(trace.graph)
     elif (apart := _follow_mode(trace, module, fixed)) is not None:
         return f"is a line of the forward of {where}, which {apart}"
-    forward = Forward(owner, trace.graph, _lines(trace.graph, owner), fixed=tuple(fixed))
+    if given is not None:
+        _require(trace.graph, given)
+    forward = Forward(owner, trace.graph, _lines(trace.graph, owner), fixed=tuple(tested))
     forward.constants.update(trace.constants)
     return forward
 
@@ -130,6 +138,16 @@ def _name_arguments(graph: Graph, fixed: Iterable[str]) -> None:
                 is_none = graph.call_function(operator.is_, (node.args[0], None))
                 graph.call_function(torch._assert, (is_none, node.args[1]))
             graph.erase_node(node)
+
+
+def _require(graph: Graph, name: str) -> None:
+    """Raise where an argument that the lines read is None."""
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    argument = next(node for node in graph.nodes if node.target == name)
+    with graph.inserting_after(last):
+        there = graph.call_function(operator.is_not, (argument, None))
+    with graph.inserting_after(there):
+        graph.call_function(torch._assert, (there, f"{name} was given where this was traced"))
 
 
 def _follow_mode(trace: Trace, module: nn.Module, fixed: dict[str, Any]) -> str | None:

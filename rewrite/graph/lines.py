@@ -74,8 +74,7 @@ class Lines:
         frame = region.frames[node]
         key = line_key(node, frame.owner)
         made = [other for other in region.graph.nodes if region.frames[other] == frame]
-        keys = [line_key(other, frame.owner) for other in made if other.op.startswith("call_")]
-        if forward.fixed and not forward.lines.keys() >= set(keys):
+        if forward.fixed and not _holds(forward, frame.owner, made):
             return None  # this call was given another value for an argument that is tested
         equals = [other for other in made if line_key(other, frame.owner) == key]
         lines = forward.lines.get(key, [])
@@ -84,15 +83,43 @@ class Lines:
     def _open(self, owner: str) -> Forward | str:
         """Return the owner's forward open for editing, or why it cannot be."""
         if owner not in self._forwards:
-            module = self.captured.module(owner)
-            self._forwards[owner] = open_forward(self.captured, owner, module)
+            self._forwards[owner] = self._fitting(owner)
         return self._forwards[owner]
+
+    def _fitting(self, owner: str) -> Forward | str:
+        """Return a forward as its first call ran it: a tested argument may have been given there.
+
+        An argument that is None where it is left out is taken to be there if the lines say so.
+        """
+        module = self.captured.module(owner)
+        opened = open_forward(self.captured, owner, module)
+        if isinstance(opened, str) or not opened.fixed:
+            return opened
+        for region in self.captured.regions:
+            frame = next((f for f in region.frames.values() if f.owner == owner), None)
+            if frame is None:
+                continue
+            made = [node for node in region.graph.nodes if region.frames[node] == frame]
+            if _holds(opened, owner, made):
+                return opened
+            for name in opened.fixed:
+                other = open_forward(self.captured, owner, module, given=name)
+                if isinstance(other, Forward) and _holds(other, owner, made):
+                    return other
+        return opened
 
     def take_edited(self) -> list[Forward]:
         """Return the forwards that were edited, and forget all that are open."""
         opened = [f for f in self._forwards.values() if isinstance(f, Forward) and f.edited]
         self._forwards.clear()
         return opened
+
+
+def _holds(forward: Forward, owner: str, made: list[Node]) -> bool:
+    """Return whether a forward has a line for each call that one invocation of it made."""
+    return forward.lines.keys() >= {
+        line_key(node, owner) for node in made if node.op.startswith("call_")
+    }
 
 
 def _elsewhere(owner: str) -> str:

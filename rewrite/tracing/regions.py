@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import operator
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -247,5 +248,9 @@ def _checked(graph: Graph, assumed: Iterable[str]) -> tuple[str, ...]:
     return tuple(
         key
         for key in assumed
-        if any(test.target is torch._assert for user in read.get(key, ()) for test in user.users)
+        if any(
+            test.target is torch._assert and user.target is not operator.is_not
+            for user in read.get(key, ())
+            for test in user.users
+        )
     )

@@ -117,6 +117,27 @@ class OtherValues(Model):
         return self.inner(self.norm(x), 2, x[..., :1])
 
 
+class Given(Model):
+    """The call gives a tested argument, and its branch is taken at every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.norm(x), extra=x[..., :1])
+
+
+def test_an_argument_that_every_call_gives_stays_one(tmp_path: Path) -> None:
+    model = Given()
+    result = fold(model)
+    assert len(result.report.changes) == 1
+    x = torch.randn(3, WIDTH, dtype=torch.float64)
+    rewrite.save(result.model, tmp_path / "model.pt")
+    loaded = rewrite.load(tmp_path / "model.pt", trust=["tests"])
+    again = rewrite.convert(loaded, "fold", example_inputs=x).model
+    for one in (result.model, loaded, again):
+        assert (one(x) - model(x)).abs().max() <= RIGHT
+    with pytest.raises(AssertionError, match="extra was given"):
+        result.model.inner(x)
+
+
 class ScaledBehind(Model):
     """A map behind a sum would have to scale the computed bias, too."""
 
@@ -209,14 +230,25 @@ def beit() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("make", "folded", "left"), [(resmlp, 5, 4), (beit, 9, 0)])
-def test_models_of_timm(make: Callable[[], nn.Module], folded: int, left: int) -> None:
+def eva02() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    model: nn.Module = timm.create_model(
+        "eva02_tiny_patch14_224", img_size=28, embed_dim=24, depth=2
+    )
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "folded", "left"),
+    [(resmlp, 32, 5, 4), (beit, 32, 9, 0), (eva02, 28, 4, 2)],
+)
+def test_models_of_timm(make: Callable[[], nn.Module], size: int, folded: int, left: int) -> None:
     torch.manual_seed(0)
     model = make().double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) / 4)
-    x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    x = torch.randn(1, 3, size, size, dtype=torch.float64)
     result = rewrite.convert(model, "fold", example_inputs=x)
     assert result.report.ok
     assert (len(result.report.changes), len(result.report.skips)) == (folded, left)
