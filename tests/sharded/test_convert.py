@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import rewrite
 from passes import FoldNorm
 from rewrite.cli.main import main
-from rewrite.sharded import convert as module
+from rewrite.sharded import recipes as module
 from rewrite.sharded.writer import FolderWriter
 from tests.sharded.conftest import FAMILIES, Make, logits, transformers
 
