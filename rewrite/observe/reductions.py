@@ -69,7 +69,7 @@ def _padded(node: Node, labels: Tensor) -> tuple[Tensor, bool]:
     mode = argument(node, 2, "mode", "constant") if op_name(node) == "pad" else "constant"
     if shape is None or mode != "constant" or value not in (None, 0, 0.0):
         raise Mixed
-    axes = [-1 - i // 2 for i, pad in enumerate(pads) if pad]
+    axes = sorted({-1 - i // 2 for i, pad in enumerate(pads) if pad})
     return _one(labels, axes).expand(shape), False
 
 

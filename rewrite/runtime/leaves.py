@@ -48,7 +48,9 @@ def _is_plain_object(value: Any, depth: int = _DEPTH) -> bool:
 
 
 def _carries(item: Any, depth: int) -> bool:
-    """Return whether `item` is a tensor, or a list of tensors or of objects that carry some."""
+    """Return whether `item` is a tensor, or holds some as a list, a dict or an object does."""
+    if isinstance(item, Mapping):
+        return any(_carries(part, depth) for part in item.values())
     if isinstance(item, list | tuple):
         return any(_carries(part, depth) for part in item)
     return isinstance(item, torch.Tensor) or _is_plain_object(item, depth)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from inspect import isbuiltin
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def test_a_name_is_that_of_the_operation(target: object, name: str) -> None:
     assert plain_name(target) == name
 
 
-@pytest.mark.parametrize("target", CONVS, ids=str)
+@pytest.mark.parametrize("target", CONVS, ids=lambda t: t.__name__ if isbuiltin(t) else str(t))
 def test_a_convolution_has_the_arguments_that_the_table_names(target: object) -> None:
     dims, transposed, names = CONVS[target]
     x = torch.randn(2, 3, *(6,) * dims, dtype=torch.float64)

@@ -42,6 +42,7 @@ def test_paths_are_python() -> None:
 
 def test_objects_that_carry_tensors_are_opened_and_others_are_leaves() -> None:
     assert [path for path, _ in leaves(Cache([A]))] == ["output.keys[0]"]
+    assert [path for path, _ in leaves(Cache({0: A}))] == ["output.keys[0]"]
     plain = Cache("no tensor")
     assert list(leaves(plain)) == [("output", plain)]
 
