@@ -181,6 +181,7 @@ def test_kill_and_resume_is_bit_identical(tmp_path: Path, smoothing: float | str
 
 def test_an_interrupt_saves_and_goes_on(tmp_path: Path) -> None:
     settings = {"epochs": 2, "batch_size": 8, "evaluations": 2}
+    handler = signal.getsignal(signal.SIGINT)
     whole = recover(_student(0.3), _teacher(), _data(), **settings)
 
     def interrupts(line: str) -> None:
@@ -192,7 +193,7 @@ def test_an_interrupt_saves_and_goes_on(tmp_path: Path) -> None:
     assert "interrupted after step" in cut.stopped and len(cut.steps) < len(whole.steps)
     resumed = recover(_student(0.3), _teacher(), _data(), state=state, **settings)
     assert resumed.steps == whole.steps and _same(resumed.model, whole.model)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     with pytest.raises(OptionError, match="the saved state is of steps 16, this training of 24"):
         recover(_student(0.3), _teacher(), _data(), state=state, **{**settings, "epochs": 3})
 
