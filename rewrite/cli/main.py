@@ -51,11 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with _stopped_by_signals(told):
                 code = _published(options)
     except RewriteError as error:
-        if told.to_stop and not isinstance(error.__cause__, KeyboardInterrupt):
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            return complain(error, INTERRUPTED)
+        if told.to_stop:
             # What the interrupt broke off inside of a library was taken for an error there.
             return complain(_INTERRUPTED, INTERRUPTED)
-        if told.to_stop or isinstance(error.__cause__, KeyboardInterrupt):
-            return complain(error, INTERRUPTED)
         return complain(error, FAILED if isinstance(error, PassError) else USAGE)
     except KeyboardInterrupt:
         return complain(_INTERRUPTED, INTERRUPTED)

@@ -22,7 +22,7 @@ from rewrite.affine.algebra import Affine
 
 KIND = "fold-observed"
 
-_BLOCK = 1 << 22
+BLOCK = 1 << 22
 """Elements that are computed in float64 at a time."""
 
 
@@ -98,12 +98,12 @@ class ReaderRecipe:
         for edit in self.edits:
             old = read(edit["weight"])
             channels = _channels(edit["channels"], old.shape[edit["axis"]], old.device)
-            source = unrounded.get(edit["weight"]) or partial(Tensor.detach, old)
+            source = exact(edit["weight"], old, unrounded)
             if self.bias is not None and edit["shifts"]:
                 bias = read(edit["bias"]) if edit["has_bias"] else None
                 given = None
                 if bias is not None:
-                    given = unrounded.get(edit["bias"]) or partial(Tensor.detach, bias)
+                    given = exact(edit["bias"], bias, unrounded)
                 shifted = partial(_shifted, edit, source, given, channels, affine.shift)
                 write(edit["bias"], shifted(old.dtype if bias is None else bias.dtype))
                 unrounded[edit["bias"]] = partial(shifted, torch.float64)
@@ -114,6 +114,13 @@ class ReaderRecipe:
                 unrounded[name] = partial(scaled, torch.float64)
         for name, neutral in self.neutral.items():
             write(name, torch.full_like(read(name), neutral))
+
+
+def exact(
+    name: str, stored: Tensor, unrounded: Mapping[str, Callable[[], Tensor]]
+) -> Callable[[], Tensor]:
+    """Return what computes a tensor as it was before it was rounded, else as it is stored."""
+    return unrounded.get(name, partial(Tensor.detach, stored))
 
 
 _EDIT = (
@@ -157,7 +164,7 @@ def _scaled(
     (part, axis), (target, _) = _rows(edit, old), _rows(edit, new)
     factor = _at(scale, channels, 1.0)
     across = next(a for a in range(part.ndim) if a != axis)
-    size = max(1, _BLOCK // max(1, part.numel() // part.shape[across]))
+    size = max(1, BLOCK // max(1, part.numel() // part.shape[across]))
     view = factor.reshape([-1 if a == axis else 1 for a in range(part.ndim)])
     for begin in range(0, part.shape[across], size):
         length = min(size, part.shape[across] - begin)
@@ -184,7 +191,7 @@ def _shifted(
         return new
     vector = _at(shift, channels, 0.0)
     start = 0 if edit["bias_part"] is None else edit["bias_part"][0]
-    size = max(1, _BLOCK // max(1, outputs[0].numel()))
+    size = max(1, BLOCK // max(1, outputs[0].numel()))
     for begin in range(0, rows, size):
         block = outputs[begin : begin + size].double()
         if block.ndim > 2:

@@ -18,12 +18,10 @@ import torch
 from torch import Tensor
 
 from rewrite.errors import CheckpointError
+from rewrite.observe.recipe import BLOCK, exact
 from rewrite.observe.stream_matrices import StreamMap, stream_map
 
 KIND = "map-stream"
-
-_BLOCK = 1 << 22
-"""Elements that are computed in float64 at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +88,8 @@ class StreamRecipe:
             old = read(edit["tensor"])
             scale = None
             if edit["scale"] is not None:
-                held = read(edit["scale"]).detach()
-                scale = unrounded.get(edit["scale"], partial(Tensor.detach, held))()
-            given = unrounded.get(edit["tensor"], partial(Tensor.detach, old))
+                scale = exact(edit["scale"], read(edit["scale"]), unrounded)()
+            given = exact(edit["tensor"], old, unrounded)
             compute = partial(_mapped, given, edit["axis"], turned, scale)
             new = compute(old.dtype)
             for name in (edit["tensor"], *edit["aliases"]):
@@ -124,7 +121,7 @@ def _mapped(
     if given.ndim == 1:
         given, made = given[None], made[None]
     factor = None if scale is None else scale.reshape(-1).double()
-    size = max(1, _BLOCK // max(1, given[0].numel()))
+    size = max(1, BLOCK // max(1, given[0].numel()))
     for begin in range(0, len(given), size):
         block = given[begin : begin + size].double()
         rows = block.reshape(-1, turned.size)

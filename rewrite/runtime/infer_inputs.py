@@ -46,9 +46,9 @@ def has_certain_rank(model: nn.Module) -> bool:
     A linear layer and a batch norm of vectors take inputs of several ranks, and what follows may
     mean another thing on each: Linear → BatchNorm1d on (N, C) and on (N, C, L) with C = L.
     """
-    leading = (nn.modules.conv._ConvNd, nn.Embedding, nn.Linear, nn.RNNBase)
+    certain = (nn.modules.conv._ConvNd, nn.Embedding, nn.RNNBase)
     ambiguous = (nn.Linear, nn.modules.batchnorm._BatchNorm)
-    layers = (m for m in model.modules() if isinstance(m, (*leading, *ambiguous)))
+    layers = (m for m in model.modules() if isinstance(m, (*certain, *ambiguous)))
     return not isinstance(next(layers, None), ambiguous)
 
 

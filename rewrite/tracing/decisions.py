@@ -53,16 +53,16 @@ def real_decisions(
     One that only gives names another value is about the values of those names alone.
     """
     trees: dict[CodeType, ast.Module | None] = {}
-    harmless: dict[tuple[CodeType, int], bool] = {}
+    statements: dict[tuple[CodeType, int], ast.stmt | None] = {}
     kept = []
     for decision in decisions:
         key = (decision.code, decision.line)
-        if key not in harmless:
-            statement = statement_at(*key, trees)
-            harmless[key] = statement is not None and _is_harmless(statement)
-        if harmless[key]:
+        if key not in statements:
+            statements[key] = statement_at(*key, trees)
+        statement = statements[key]
+        if statement is not None and _is_harmless(statement):
             continue
-        touched = touched_by_rebinding(decision, statement_at(*key, trees), lines)
+        touched = touched_by_rebinding(decision, statement, lines)
         kept.append(decision if touched is None else replace(decision, nodes=touched))
     return tuple(kept)
 
