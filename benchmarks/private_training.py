@@ -154,6 +154,8 @@ def gradient_error(model: nn.Module, inputs: tuple[Any, ...]) -> float:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
+        elif isinstance(getattr(module, "drop_rate", None), float):
+            module.drop_rate = 0.0  # type: ignore[assignment]  # timm: read by F.dropout
     generator = torch.Generator().manual_seed(_SEED)
     pair = tuple(
         torch.randn(2, *x.shape[1:], generator=generator, dtype=torch.double)

@@ -62,7 +62,7 @@ def real_decisions(
         statement = statements[key]
         if statement is not None and _is_harmless(statement):
             continue
-        touched = touched_by_rebinding(decision, statement, lines)
+        touched = touched_by_rebinding(decision, statement, trees[decision.code], lines)
         kept.append(decision if touched is None else replace(decision, nodes=touched))
     return tuple(kept)
 

@@ -4,7 +4,9 @@
         x = x.unsqueeze(0)           # every later line reads it as it would have
 
 Neither way calls a layer, writes into a tensor, counts or leaves the function, so both go on with
-the same code. Uncertain are then the values that its names hold before, and those that it makes.
+the same code. Only a name that no other statement spells may stand for a number: another would
+choose what later lines do. Uncertain are the values that its names hold before, and those that it
+makes.
 What later lines make of them has the readers that the graph shows, whichever way was taken.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import ast
 import builtins
 from collections.abc import Mapping
+from dataclasses import replace
 from types import CodeType
 
 from torch import Tensor
@@ -34,10 +37,17 @@ _PLAIN = (
 
 
 def touched_by_rebinding(
-    decision: Decision, statement: ast.stmt | None, lines: Mapping[Node, tuple[CodeType, int]]
+    decision: Decision,
+    statement: ast.stmt | None,
+    function: ast.AST | None,
+    lines: Mapping[Node, tuple[CodeType, int]],
 ) -> list[Node] | None:
-    """Return the values that a branch may read or replace; None where it may do anything else."""
-    if not isinstance(statement, ast.If) or not _only_rebinds(statement, decision):
+    """Return the values that a branch of `function` may read or replace; None if it may do more."""
+    if not isinstance(statement, ast.If) or function is None:
+        return None
+    own = _own_names(statement, function)
+    held = decision.held | dict.fromkeys(own, ())
+    if not _only_rebinds(statement, replace(decision, held=held), own):
         return None
     names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
     found = [node for name in names for node in decision.held.get(name, ())]
@@ -50,12 +60,29 @@ def touched_by_rebinding(
     return found
 
 
-def _only_rebinds(statement: ast.stmt, decision: Decision) -> bool:
+def _own_names(statement: ast.stmt, function: ast.AST) -> set[str]:
+    """Return the names that a statement assigns, and that nothing else in the function spells."""
+    inside = set(ast.walk(statement))
+    spelled: set[str] = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.arg):
+            spelled.add(node.arg)
+        elif isinstance(node, ast.Global | ast.Nonlocal):
+            spelled.update(node.names)
+        elif isinstance(node, ast.Name) and node not in inside:
+            spelled.add(node.id)
+    assigned = {n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return assigned - spelled
+
+
+def _only_rebinds(statement: ast.stmt, decision: Decision, own: set[str]) -> bool:
     if isinstance(statement, ast.If):
-        return all(_only_rebinds(part, decision) for part in (*statement.body, *statement.orelse))
+        parts = (*statement.body, *statement.orelse)
+        return all(_only_rebinds(part, decision, own) for part in parts)
     if isinstance(statement, ast.Assign):
         names = [n for t in statement.targets for n in getattr(t, "elts", [t])]
-        return all(_is_tensor(n, decision) for n in names) and _is_new(statement.value, decision)
+        known = all(_is_tensor(n, decision) or getattr(n, "id", "") in own for n in names)
+        return known and _is_new(statement.value, decision)
     return isinstance(statement, ast.Pass | ast.Raise | ast.Assert)
 
 
@@ -70,7 +97,8 @@ def _is_new(node: ast.AST, decision: Decision) -> bool:
     if isinstance(node, ast.Name):
         return node.id in decision.held
     if isinstance(node, ast.Attribute):
-        return _is_constant(node) or _is_new(node.value, decision)
+        number = ".".join(path_of(node) or ()) in decision.held
+        return number or _is_constant(node) or _is_new(node.value, decision)
     if isinstance(node, ast.Call):
         parts = [*node.args, *node.keywords]
         if any(keyword.arg in ("out", "inplace", None) for keyword in node.keywords):

@@ -43,7 +43,8 @@ class Decision:
         owner: the module whose forward was running.
         code, line: the function and its line.
         nodes: the values at hand there, and those made by that function since.
-        held: what the local names stand for there: the nodes in a value, none in a number.
+        held: what the local names stand for there: the nodes in a value, none in a number;
+            "self.NAME" stands for a number of the module.
         when: for what it may do something else, in words.
     """
 

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 from torch.fx import Node, Proxy, Tracer
 from torch.fx.proxy import TraceError
 
@@ -130,6 +131,10 @@ class ValueTracer(Tracer):
             if (nodes := tuple(nodes_of(value))) or isinstance(value, _NUMBERS)
         }
         at_hand = [node for nodes in held.values() for node in nodes]
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module):
+            numbers = (key for key, value in vars(module).items() if isinstance(value, _NUMBERS))
+            held.update((f"self.{key}", ()) for key in numbers)
         owner = self._frames[-1].owner
         decision = Decision(owner, frame.f_code, frame.f_lineno, at_hand, held, when)
         self._trace.decisions.append(decision)

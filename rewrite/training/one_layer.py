@@ -1,52 +1,93 @@
-"""A model as one layer, for libraries that compute the gradient of each sample layer by layer.
+"""A model for libraries that compute the gradient of each sample layer by layer, as one layer.
 
-    g_n = ∂/∂θ ⟨f(x_n; θ), ∂L/∂f(x)_n⟩        for sample n, by one `vmap` over the samples
+    θ_n = θ,        y_n = f(x_n; θ_n),        g_n = ∂L/∂θ_n        for every sample n
 
 Such a library (Opacus) has a rule for each kind of layer, reads the batch off the first axis of
 that layer's input, and refuses a layer with buffers. Relative position tables (bare parameters,
 with index buffers beside them) and attention over windows or heads (the first axis holds several
-rows a sample) do not fit. As one layer, the model has its samples on the first axis whatever its
-inside does with them, and the rule for a layer that the library does not know is the line above.
+rows a sample) do not fit. Here the one layer that it sees hands out the parameters, once a sample:
+its gradient for sample n is what reaches row n. Whatever the model does inside, with random numbers
+too, and whatever it returns, g_n is exact: no sample meets the parameters of another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewrite.errors import OptionError
 from rewrite.graph.capture import capture
 from rewrite.graph.effects import Effects
 
 
-class AsOneLayer(nn.Module):
-    """A model whose parameters are all its own, and that shows no modules or buffers below it.
+class ParametersOfSamples(nn.Module):
+    """The parameters of a model, side by side in one row a sample: (N, *) to (N, P).
 
-        private, optimizer, loader = PrivacyEngine().make_private(module=AsOneLayer(model), …)
-
-    The parameters are those of the model, not copies: what is trained is the model. Its forward
-    runs twice a step. Modes "hooks" and "functorch" of Opacus take it.
-
-    Args:
-        model: from one tensor, samples along axis 0, to one tensor. No layer of it may look at
-            other samples or write a buffer; random numbers in its forward are refused by `vmap`.
-
-    Raises:
-        OptionError: a norm uses statistics of the batch, or the forward writes a buffer.
+    A parameter that is frozen when the row is made up stays out of it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.names = {name.replace(".", "/"): name for name, _ in model.named_parameters()}
+        for key, name in self.names.items():
+            self.register_parameter(key, model.get_parameter(name))
+        self.trained = [key for key in self.names if self.get_parameter(key).requires_grad]
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """Return the row of trained parameters as often as there are samples (N, *)."""
+        row = torch.cat([getattr(self, key).flatten() for key in self.trained])
+        return row.expand(len(samples), -1)
+
+    def of(self, row: Tensor) -> dict[str, Tensor]:
+        """Return the parameters by the names of the model, the trained ones out of `row` (P,)."""
+        given = self.shared()
+        parts = torch.split(row, [given[self.names[key]].numel() for key in self.trained])
+        for key, part in zip(self.trained, parts, strict=True):
+            like = given[self.names[key]]
+            given[self.names[key]] = part.view(like.shape).to(like.dtype)
+        return given
+
+    def shared(self) -> dict[str, Tensor]:
+        """Return the parameters themselves by the names of the model."""
+        return {name: self.get_parameter(key) for key, name in self.names.items()}
+
+
+class AsOneLayer(nn.Module):
+    """A model that shows the parameters it has as one layer, and no module or buffer of its own.
+
+        private, optimizer, loader = PrivacyEngine().make_private(module=AsOneLayer(model), …)
+
+    The parameters are those of the model, not copies: what is trained is the model. While it
+    trains, each sample goes through it alone, with its own row of parameters, whose gradients take
+    N times the memory of the parameters. Modes "hooks" and "functorch" of Opacus take it.
+
+    Args:
+        model: takes tensors with the N samples along axis 0, in any nesting, and returns such. No
+            layer of it may look at other samples or write a buffer. Random numbers differ by
+            sample. What is frozen now stays frozen.
+        vectorize: all samples by one `torch.func.vmap` instead of one after the other: for a GPU
+            that one sample does not fill. Slower on a CPU, and `vmap` refuses some forwards.
+
+    Raises:
+        OptionError: a norm uses statistics of the batch, the forward writes a buffer, or nothing
+            can be trained.
+    """
+
+    def __init__(self, model: nn.Module, *, vectorize: bool = False) -> None:
+        super().__init__()
+        self.vectorize = vectorize
         _check_samples_stay_apart(model)
         # In a list, or it would be a child, with all that it holds.
         self._held = [model]
-        self._names = {name.replace(".", "/"): name for name, _ in model.named_parameters()}
-        for key, name in self._names.items():
-            self.register_parameter(key, model.get_parameter(name))
+        self.layer = ParametersOfSamples(model)
+        if not self.layer.trained:
+            raise OptionError("no parameter of the model requires a gradient")
         self.train(model.training)
 
     @property
@@ -54,19 +95,37 @@ class AsOneLayer(nn.Module):
         """The model that is trained."""
         return self._held[0]
 
-    def forward(self, samples: Tensor) -> Tensor:
-        """Return what the model returns for samples (N, *).
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model returns for these samples.
 
         Raises:
-            OptionError: that is not one tensor: the gradient through the others would be lost.
+            OptionError: the tensors do not agree in their first axis, or an output lacks it.
         """
-        given: dict[str, Tensor] = {name: getattr(self, key) for key, name in self._names.items()}
-        output = functional_call(self.model, given, (samples,))
-        if not isinstance(output, Tensor):
-            raise OptionError(
-                f"the model returns a {type(output).__name__}; wrap it to return one tensor"
-            )
-        return output
+        if not (self.training and torch.is_grad_enabled()):
+            return functional_call(self.model, self.layer.shared(), args, kwargs)
+        given, nesting = tree_flatten((args, kwargs))
+        places = [place for place, leaf in enumerate(given) if isinstance(leaf, Tensor)]
+        count = _count_of_samples([given[place] for place in places])
+        found: list[Any] = []
+
+        def of_one(row: Tensor, *sample: Tensor) -> tuple[Tensor, ...]:
+            for place, tensor in zip(places, sample, strict=True):
+                given[place] = tensor[None]
+            one_args, one_kwargs = tree_unflatten(given, nesting)
+            output = functional_call(self.model, self.layer.of(row), one_args, one_kwargs)
+            found[:] = tree_flatten(output)
+            return tuple(leaf for leaf in found[0] if isinstance(leaf, Tensor))
+
+        samples = [given[place] for place in places]
+        rows = self.layer(samples[0].new_empty((count, 1), dtype=torch.float))
+        if self.vectorize:
+            outputs = vmap(of_one, randomness="different")(rows, *samples)
+        else:
+            each = [of_one(*one) for one in zip(rows, *samples, strict=True)]
+            outputs = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+        parts = iter(outputs)
+        joined = [_joined(next(parts)) if isinstance(x, Tensor) else _plain(x) for x in found[0]]
+        return tree_unflatten(joined, found[1])
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, also that of the model."""
@@ -74,14 +133,37 @@ class AsOneLayer(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the buffers of the model with the parameters; meta tensors have no values to use."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        """Move the buffers of the model with the parameters."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         for module in self.model.modules():
             for key, buffer in module._buffers.items():
-                moved: Any = None if buffer is None else fn(buffer)
-                if moved is not None and not moved.is_meta:
-                    module._buffers[key] = moved
+                module._buffers[key] = None if buffer is None else fn(buffer)
         return self
+
+
+def _count_of_samples(tensors: Sequence[Tensor]) -> int:
+    """Return the N that every input has along axis 0."""
+    counts = {tensor.shape[0] if tensor.dim() else None for tensor in tensors}
+    if len(counts) != 1 or None in counts:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "no tensor"
+        raise OptionError(f"the samples must lie along axis 0 of every input; found {shapes}")
+    count: int = tensors[0].shape[0]
+    return count
+
+
+def _joined(output: Tensor) -> Tensor:
+    """Return (N, k, *), what each of N samples returned alone, as (N k, *)."""
+    if output.dim() < 2:
+        raise OptionError(
+            "the model returns a number for all samples together; return one for each sample"
+        )
+    return output.flatten(0, 1)
+
+
+def _plain(leaf: Any) -> Any:
+    if not isinstance(leaf, str | int | float | bool | None):
+        raise OptionError(f"the model returns a {type(leaf).__name__}; return tensors only")
+    return leaf
 
 
 def _check_samples_stay_apart(model: nn.Module) -> None:

@@ -50,7 +50,23 @@ class PadsByHeight(Base):
         return self.bn(self.conv(x))
 
 
-@pytest.mark.parametrize("kind", [AddsTheBatch, Casts, PadsOnTheOtherDevice, PadsByHeight])
+class PoolsToASizeOfItsOwn(Base):
+    """The name of the size is read in the branch alone; a number of the module decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.least = 9
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] < self.least - 2:
+            size = (max(self.least, x.shape[-2]), max(self.least, x.shape[-1]))
+            x = F.adaptive_avg_pool2d(x, size)
+        return self.bn(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    "kind", [AddsTheBatch, Casts, PadsOnTheOtherDevice, PadsByHeight, PoolsToASizeOfItsOwn]
+)
 def test_a_fold_after_the_names_that_a_branch_rebinds(kind: type[Base]) -> None:
     model = randomize_norms_(kind().double().eval())
     result = rewrite.convert(model, "fold", example_inputs=X)
@@ -79,6 +95,18 @@ class Counts(Base):
             which = 0
         y = self.conv(x)
         return self.more[which](y)
+
+
+class CountsElsewhere(Base):
+    """A lambda reads the number: it is no name of the branch alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] < 8:
+            which = 0
+        elif x.shape[-1] >= 8:
+            which = 1
+        pick = lambda: self.more[which]  # noqa: E731
+        return pick()(self.conv(x))
 
 
 class WritesIntoIt(Base):
@@ -114,7 +142,7 @@ class Leaves(Base):
 
 
 @pytest.mark.parametrize(
-    "kind", [Between, Counts, WritesIntoIt, CallsTheNorm, CallsByAName, Leaves]
+    "kind", [Between, Counts, CountsElsewhere, WritesIntoIt, CallsTheNorm, CallsByAName, Leaves]
 )
 def test_a_branch_that_may_do_more_stops_the_fold(kind: type[Base]) -> None:
     model = randomize_norms_(kind().double().eval())

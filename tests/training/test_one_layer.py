@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -96,8 +98,8 @@ def test_layer_by_layer_it_is_refused() -> None:
 def test_it_computes_what_the_model_does_and_follows_it() -> None:
     model, x = _model(), torch.randn(2, 3, 4, 4, dtype=torch.double)
     layer = AsOneLayer(model)
-    assert torch.equal(layer(x), model(x))
-    assert not list(layer.buffers()) and not list(layer.children())
+    torch.testing.assert_close(layer(x), model(x), rtol=0, atol=1e-14)
+    assert not list(layer.buffers()) and list(layer.children()) == [layer.layer]
     assert {id(p) for p in layer.parameters()} == {id(p) for p in model.parameters()}
     assert not layer.eval().model.training
     layer.float()
@@ -116,15 +118,6 @@ class _Counts(nn.Module):
         return self.fc(x)
 
 
-class _Two(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(2, 2)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.fc(x), x
-
-
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -138,14 +131,95 @@ def test_refuses_what_samples_share(model: nn.Module, message: str) -> None:
         AsOneLayer(model)
 
 
-def test_refuses_several_outputs() -> None:
-    with pytest.raises(OptionError, match="returns a tuple"):
-        AsOneLayer(_Two())(torch.randn(1, 2))
+class _Several(nn.Module):
+    """Two inputs, and a dictionary with a tuple, a label and nothing in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.fc = nn.Embedding(5, 4), nn.Linear(4, 3)
+        self.frozen = nn.Parameter(torch.randn(3), requires_grad=False)
+
+    def forward(self, words: Tensor, *, scale: Tensor) -> dict[str, object]:
+        hidden = self.embedding(words) * scale[:, None, None]
+        return {
+            "hidden": (hidden, None), "logits": self.fc(hidden.mean(1)) + self.frozen,
+            "rows": hidden.flatten(0, 1), "kind": "words",
+        }  # fmt: skip
 
 
-def test_refuses_random_numbers() -> None:
-    """The second run would draw others: `vmap` says so."""
-    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
-    layer, x = AsOneLayer(model), torch.randn(3, 2)
-    with pytest.raises(RuntimeError, match="random"):
-        torch.func.vmap(lambda sample: layer(sample[None]))(x)
+def _loss_of_several(output: dict[str, Any]) -> Tensor:
+    hidden, logits = output["hidden"][0], output["logits"]
+    return hidden.square().sum((1, 2)).mean() + logits.square().sum(1).mean()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_inputs_and_outputs() -> None:
+    pytest.importorskip("opacus")
+    from opacus.grad_sample.utils import prepare_module
+
+    torch.manual_seed(0)
+    model = _Several().double()
+    words, scale = torch.randint(0, 5, (3, 4)), torch.randn(3, dtype=torch.double)
+    private = prepare_module(AsOneLayer(model.train()), "hooks")
+    output = private(words, scale=scale)
+    wanted = model(words, scale=scale)
+    assert output["kind"] == "words" and output["hidden"][1] is None
+    for key in ("logits", "rows"):
+        torch.testing.assert_close(output[key], wanted[key], rtol=0, atol=1e-14)
+    _loss_of_several(output).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for number in range(3):
+        one = model(words[number, None], scale=scale[number, None])
+        for parameter, gradient in zip(
+            trained, torch.autograd.grad(_loss_of_several(one), trained), strict=True
+        ):
+            torch.testing.assert_close(parameter.grad_sample[number], gradient, rtol=0, atol=1e-13)
+    assert model.frozen.grad is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_random_numbers_are_those_of_the_forward() -> None:
+    """y = mask · (W x): the gradient of sample n must have the zeros of the mask that it saw."""
+    pytest.importorskip("opacus")
+    from opacus.grad_sample.utils import prepare_module
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40, bias=False), nn.Dropout(0.5)).double().train()
+    x = torch.randn(4, 6, dtype=torch.double)
+    private = prepare_module(AsOneLayer(model), "hooks")
+    output = private(x)
+    kept = (output != 0).double() * 2
+    assert 0.3 < float(kept.mean()) / 2 < 0.7 and len(kept.unique(dim=0)) == 4
+    output.sum(1).mean().backward()
+    torch.testing.assert_close(
+        model[0].weight.grad_sample, kept[:, :, None] * x[:, None], rtol=0, atol=1e-14
+    )
+
+
+class _Returns(nn.Module):
+    def __init__(self, function: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.fc, self.function = nn.Linear(2, 2), function
+
+    def forward(self, x: Tensor) -> object:
+        return self.function(self.fc(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [(torch.mean, "a number for all samples"), (lambda y: (y, object()), "returns a object")],
+)
+def test_refuses_what_has_no_samples(function: Callable[[Tensor], object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        AsOneLayer(_Returns(function))(torch.randn(3, 2))
+
+
+def test_refuses_inputs_that_disagree() -> None:
+    layer = AsOneLayer(nn.Bilinear(2, 2, 2))
+    with pytest.raises(OptionError, match=r"axis 0 of every input; found \(3, 2\), \(4, 2\)"):
+        layer(torch.randn(3, 2), torch.randn(4, 2))
+
+
+def test_refuses_a_model_that_is_frozen() -> None:
+    with pytest.raises(OptionError, match="requires a gradient"):
+        AsOneLayer(nn.Linear(2, 2).requires_grad_(False))
