@@ -91,7 +91,7 @@ def trace_regions(
                 if shapes is not None and not name:
                     shapes.observe(name)
                 expanded.add(name)
-                pending.extend(_children(module))
+                pending.extend(reversed(_children(module)))
                 continue
             regions.append(region)
             called = {str(n.target) for n in region.graph.nodes if n.op == "call_module"}
@@ -99,7 +99,8 @@ def trace_regions(
             for inner in reversed([n for n in called if n in opaque and n not in expanded]):
                 expanded.add(inner)
                 module = tree.get(inner)
-                pending.extend([module] if _is_boundary(opaque[inner]) else _children(module))
+                boundary = _is_boundary(opaque[inner])
+                pending.extend([module] if boundary else reversed(_children(module)))
 
     with tracing(tree.model):
         visit(tree.model)
@@ -138,13 +139,14 @@ def _is_iterated(tree: Tree, module: nn.Module, seen: set[str]) -> bool:
 
 
 def _children(module: nn.Module) -> list[nn.Module]:
+    """Return what a module is made of, in the order of registration; lists by their items."""
     found: list[nn.Module] = []
     for _, child in slots(module):
         if not _has_forward(child) or isinstance(child, nn.ModuleList):
             found.extend(_children(child))
         else:
             found.append(child)
-    return found[::-1]
+    return found
 
 
 def _has_forward(module: nn.Module) -> bool:

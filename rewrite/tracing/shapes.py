@@ -47,6 +47,8 @@ _ATTRIBUTES = frozenset(
 
 _DEVICES = frozenset({"is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta"})
 
+_OF_DEVICES: frozenset[Any] = frozenset({getattr, operator.eq, operator.ne})
+
 
 class Shapes:
     """Computes what each node of a trace is worth, without its numbers.
@@ -172,6 +174,8 @@ class Shapes:
                     return getattr(torch.empty(0, device=self._dry.device), args[1])
                 if args[1] not in _ATTRIBUTES:
                     return NotImplemented
+            if function in _OF_DEVICES and isinstance(args[0], torch.device):
+                return function(*args)  # not on meta, as a new tensor would be
         return self._dry.run_function(function, call)
 
     def _run(self, name: str, call: Call, opaque: bool) -> Any:

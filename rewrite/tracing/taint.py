@@ -139,14 +139,15 @@ class TaintAnalysis:
         named = {p.name for p in parameters}
         loose = [p.name for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         optional = [p.name for p in parameters if p.default is not p.empty]
+        by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         found: set[str] = set()
         for position, value in enumerate(call.args):
             if not self._depends(value, calls=False):
                 continue
             if isinstance(value, ast.Starred):
                 found.update(p.name for p in parameters[position:])
-            elif position < len(parameters):
-                found.add(parameters[position].name)
+            elif position < len(by_place):
+                found.add(by_place[position].name)
             else:
                 found.update(loose)
         for keyword in call.keywords:
