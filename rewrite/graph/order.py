@@ -37,12 +37,12 @@ def _run(captured: Captured) -> Iterator[str]:
     while waiting:
         pending = [_names(captured, next(iter(waiting)), waiting)]
         while pending:
-            name = next(pending[-1], None)
-            if name is None:
+            module = next(pending[-1], None)
+            if module is None:
                 pending.pop()
                 continue
-            yield name
-            inner = [region for region in below.get(name, ()) if region in waiting]
+            yield module
+            inner = [region for region in below.get(module, ()) if region in waiting]
             pending += [_names(captured, region, waiting) for region in reversed(inner)]
 
 
