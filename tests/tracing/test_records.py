@@ -21,7 +21,7 @@ def test_decisions_are_told_apart_even_at_one_line() -> None:
     code = test_two_invocations_of_a_module_are_two_frames.__code__
     one, other = Decision("a", code, 1, []), Decision("a", code, 1, [])
     assert one != other and len({one, other}) == 2
-    assert one.when == BY_SIZE and one.held == {} != other.held
+    assert one.when == BY_SIZE and one.held is not other.held
     with pytest.raises(AttributeError):
         one.line = 2  # type: ignore[misc]  # the record is frozen
 
