@@ -7,8 +7,9 @@ anew, decoders tied and untied. Foldable are the norms that a list by hand names
 (`transformer_families`); the rest is declined with a reason. Norms and experts that compute in
 float32 on purpose are judged widened, the experts by their plain implementation.
 
-A row tells by which version of the code it was made. A run takes up where another stopped: it makes
-the rows that this version has not made yet.
+A row is a process of its own with a limit of time and memory: what one family does, no other row
+notices. It tells by which version of the code it was made. A run takes up where another stopped: it
+makes the rows that this version has not made yet.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 
 from benchmarks._table import environment, replace_section, table
+from benchmarks.sweep.workers import Limits, Row, run_all
 from benchmarks.transformer_families import Family, families, foldable, made
 from passes import FoldNorm
 from rewrite.equivalence.compare import compare
@@ -115,23 +117,31 @@ def judge(a: nn.Module, b: nn.Module, calls: tuple[ExampleCall, ...]) -> dict[st
     return errors
 
 
-def run(names: list[str], out: Path, *, tied_too: bool = True) -> None:
+def run(names: list[str], out: Path, limits: Limits, *, tied_too: bool = True) -> None:
     """Measure families that `out` does not hold yet, one line of JSON each."""
     code = version()
     done = {(r["family"], r["tied"]) for r in rows_of(out) if r["version"] == code}
     wanted = [family for family in families() if not names or family.name in names]
     own, shared = [(f, False) for f in wanted], [(f, True) for f in wanted if f.ties and tied_too]
-    for family, tied in (*own, *shared):
-        if (family.name, tied) in done:
-            continue
-        try:
-            row = measure(family, tied=tied)
-        except Exception as error:  # noqa: BLE001 - one family is one row, whatever it raises
-            row = {"crashed": repr(error)[:300]}
+    pending = {_key_of({"family": f.name, "tied": tied}): (f, tied) for f, tied in (*own, *shared)}
+    pending = {key: (f, t) for key, (f, t) in pending.items() if (f.name, t) not in done}
+
+    def work(key: str) -> Row:
+        family, tied = pending[key]
+        return {"name": key, **measure(family, tied=tied)}
+
+    for row in run_all(pending, work, limits, workers=1):
+        family, tied = pending[row.pop("name")]
+        if (status := row.pop("status", None)) is not None:
+            row = {"failed": f"{_STATUS.get(status, status)}: {row['error']}"}
         row |= {"family": family.name, "tied": tied, "kind": family.kind, "version": code}
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(summary(row), flush=True)
+
+
+_STATUS = {"timeout": "out of time", "memory": "out of memory", "failed": "raised"}
+"""What became of a process that returned no row."""
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
@@ -145,9 +155,9 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 
 def summary(row: dict[str, Any]) -> str:
     """Return one line of progress."""
-    name = f"{row['family']}{' tied' if row['tied'] else ''}"
+    name = _key_of(row)
     if "folded" not in row:
-        return f"{name}: {row.get('failed') or row.get('crashed')}"
+        return f"{name}: {row['failed']}"
     worst = max(row["errors"].values(), default=0.0)
     return (
         f"{name}: {len(row['folded'])} folded, {len(row['left'])} left, missed {row['missed']}, "
@@ -165,12 +175,14 @@ def section(rows: list[dict[str, Any]]) -> str:
     kinds = Counter(kind for _, kind in {(row["family"], row["kind"]) for row in right})
     versions = Counter(row["version"] for row in rows)
     tied = [row for row in right if row["tied"]]
+    failed = [_key_of(row) for row in rows if "folded" not in row]
     said = sum(bool(row["tied_declined"]) for row in tied)
     lines = [
         f"{', '.join(f'{n} {kind} families' for kind, n in sorted(kinds.items()))}, "
         f"{len(tied)} tied as well (the norm before the head declined in {said} of them "
         f"without `untie`); {len(wrong)} wrong at {WRONG:.0e}; of {listed} norms that the list by "
         f"hand names {listed - lost} folded ({100 * (listed - lost) / max(1, listed):.1f} %).",
+        f"Rows without a result: {', '.join(failed) or 'none'}.",
         "Version of the code, and rows by it: "
         f"{', '.join(f'{name} ({count})' for name, count in versions.items())}.",
         environment("transformers"),
@@ -184,11 +196,14 @@ def section(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n" + table(header, body)
 
 
+def _key_of(row: dict[str, Any]) -> str:
+    return f"{row['family']}{' tied' if row['tied'] else ''}"
+
+
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
     head = "untied" if row["tied"] else "own"
     if "folded" not in row:
-        why = row.get("failed") or row.get("crashed", "")
-        return row["family"], head, *"-----", why.replace("|", "/")
+        return row["family"], head, *"-----", row["failed"].replace("|", "/")[:200]
     reasons = Counter(_short(reason) for reason in row["left"].values())
     why = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
     worst = max(row["errors"].values(), default=0.0)
@@ -207,10 +222,16 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, default=Path("transformer_folds.jsonl"))
     arguments.add_argument("--no-tied", action="store_true", help="leave tied heads out")
     arguments.add_argument("--write", action="store_true", help="write docs/transformers.md")
+    arguments.add_argument("--seconds", type=float, default=300.0, help="a row's limit of time")
+    arguments.add_argument("--megabytes", type=int, default=8_000, help="a row's limit of memory")
     given = arguments.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    run(given.families, given.out, tied_too=not given.no_tied)
+    unknown = set(given.families) - {family.name for family in families()}
+    if unknown:
+        arguments.error(f"no such family: {', '.join(sorted(unknown))}")
+    limits = Limits(given.seconds, given.megabytes)
+    run(given.families, given.out, limits, tied_too=not given.no_tied)
     text = section(rows_of(given.out))
     print(text, file=sys.stderr)
     if given.write:

@@ -277,7 +277,11 @@ def _where(error: BaseException) -> str:
     """Return what an export says of its failure, with the innermost line outside of torch."""
     import traceback
 
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
     frames = traceback.extract_tb(error.__traceback__)
     outside = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__]
     line = f" ({outside[-1].filename.rpartition('/')[2]}:{outside[-1].lineno})" if outside else ""
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return f"what it computes there depends on values of tensors{line}"
     return one_line(error) + line

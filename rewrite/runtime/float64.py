@@ -74,7 +74,9 @@ class KeepFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kind = self._kinds[func] = _Kind.of(func)
         if kwargs and kwargs.get("dtype") in WIDE:
             kwargs = {**kwargs, "dtype": WIDE[kwargs["dtype"]]}
-        if kind is _Kind.PLAIN:
+        if kind is _Kind.FILLING and type(args[1]) is float and (kwargs or {}).get("dtype") is None:
+            kwargs = {**(kwargs or {}), "dtype": torch.float64}
+        if kind in (_Kind.PLAIN, _Kind.FILLING):
             args = tuple(map(_wide_argument, args))
             if kwargs:
                 kwargs = {key: _wide_argument(value) for key, value in kwargs.items()}
@@ -90,6 +92,7 @@ class _Kind(enum.Enum):
 
     PLAIN = "given and asked for float64"
     KEEPS_STORAGE = "returns, or writes into, the memory that it is given"
+    FILLING = "makes a tensor of the default dtype, too narrow for the least number of float64"
     QUANTIZING = "knows no float64"
 
     @classmethod
@@ -97,6 +100,8 @@ class _Kind(enum.Enum):
         """Return the kind of an operator."""
         if func.namespace == "quantized" or func._schema.name.startswith(_QUANTIZING):
             return cls.QUANTIZING
+        if func is torch.ops.aten.full.default:
+            return cls.FILLING
         return cls.KEEPS_STORAGE if func.is_view or func._schema.is_mutable else cls.PLAIN
 
 

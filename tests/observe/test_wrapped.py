@@ -140,6 +140,7 @@ def test_a_forward_that_no_export_follows_names_its_line() -> None:
     assert not result.report.changes
     notes = " ".join([*result.report.notes, *reasons(result).values()])
     assert "cannot be exported" in notes and "test_wrapped.py:" in notes
+    assert "depends on values of tensors" in notes and "u0" not in notes
 
 
 def test_a_head_that_is_tied_to_what_no_call_ran_is_named() -> None:

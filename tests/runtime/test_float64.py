@@ -89,3 +89,18 @@ def test_evaluating_puts_each_module_back_into_its_own_mode():
     assert model.training
     assert model[0].training
     assert not model[1].training
+
+
+class Masks(nn.Module):
+    """Fills with the least number of the dtype that it is given, in no dtype of its own (XGLM)."""
+
+    def forward(self, x):
+        return torch.maximum(x, torch.full((), torch.finfo(x.dtype).min))
+
+
+def test_a_number_that_only_float64_holds_fills_a_tensor():
+    x = torch.randn(3, dtype=torch.float64)
+    with in_float64(Masks()):
+        assert torch.equal(Masks()(x), x)
+        assert torch.full((2,), 1).dtype == torch.int64
+        assert torch.full((2,), 0.5, dtype=torch.int32).dtype == torch.int32
