@@ -55,6 +55,28 @@ def test_no_package_has_more_than_sixteen_files() -> None:
         assert len(files) <= 16, (name, sorted(files))
 
 
+MIRRORED = ("fold", "fold/branches", "graph", "tracing", "runtime")
+"""Packages each of whose files has a test of its name."""
+
+ELSEWHERE = 157
+"""Files of the other packages that only tests of another name hold: the number may only fall."""
+
+
+def _without_test(folder: str) -> list[str]:
+    """Return the files of a package that have no test of their name."""
+    files = (ROOT / "rewrite" / folder).glob("*.py")
+    names = sorted(p.name for p in files if not p.name.startswith("__"))
+    return [name for name in names if not (ROOT / "tests" / folder / f"test_{name}").exists()]
+
+
+def test_tests_mirror_the_packages() -> None:
+    for folder in MIRRORED:
+        assert _without_test(folder) == [], f"rewrite/{folder}: write tests/{folder}/test_<file>.py"
+    rest = {folder: files for folder in PACKAGES if (files := _without_test(folder))}
+    count = sum(map(len, rest.values()))
+    assert count <= ELSEWHERE, f"{count} files have no test of their name: {rest}"
+
+
 def _lines(node: ast.ClassDef | ast.FunctionDef) -> int:
     """Return how many lines a definition has, those of a function without its docstring."""
     begin = node.lineno

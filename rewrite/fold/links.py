@@ -3,6 +3,7 @@
 norm        y = (x - mean) / sqrt(var + eps) * weight + bias
 constant    y = x * c,  x / c,  x + c,  x - c        c an expression of tensors
 negative    y = -x
+scale       y = s.x         of another link y = s.x + t: what it does to all terms of a sum but one
 other       a map that is no data: it is that of the model at hand, and of no other checkpoint
 """
 
@@ -39,6 +40,8 @@ class Link:
         Raises:
             CheckpointError: it is that of another model.
         """
+        if self.data["is"] == "scale":
+            return Link(self.data["of"], self.affine).value(read).part(scale=True, shift=False)
         if self.data["is"] != "other":
             return _affine(self.data, read)
         if self.affine is None:
@@ -49,10 +52,16 @@ class Link:
 
     def reads(self) -> set[str]:
         """Return the names of the tensors that the map is made of."""
+        if self.data["is"] == "scale":
+            return Link(self.data["of"]).reads()
         if self.data["is"] == "norm":
             held = (self.data[key] for key in ("mean", "var", "weight", "bias"))
             return {name for name in held if name is not None}
         return keys(self.data["value"]) if "value" in self.data else set()
+
+    def without_shift(self) -> Link:
+        """Return the link that scales as this one does, and adds nothing."""
+        return Link({"is": "scale", "of": self.data}, self.affine)
 
 
 NEGATIVE = Link({"is": "negative"})

@@ -1,6 +1,7 @@
 """The branches of a sum as terms: each a convolution or nothing, and a map per channel after it.
 
     term(x) = s.(W * x + c) + t    or    s.x + t
+    s.(term_1 + term_2) + t = (s.term_1 + t) + s.term_2
 
 Norms in eval mode, constants per channel, signs and what passes a value on make up s and t.
 """
@@ -68,9 +69,12 @@ class BranchTerms:
         terms = self.between(before, source)
         if any(len(term.affine.scale) != len(affine.scale) for term in terms):
             raise DeclinedError("a map of another number of channels", node)
+        # s.(a + b) + t = (s.a + t) + s.b: of several terms one alone takes the shift.
+        rest = affine.part(scale=True, shift=False), link.without_shift()
+        maps = [(affine, link), *[rest] * (len(terms) - 1)]
         return tuple(
-            replace(term, affine=affine.after(term.affine), links=(*term.links, link))
-            for term in terms
+            replace(term, affine=map_.after(term.affine), links=(*term.links, step))
+            for term, (map_, step) in zip(terms, maps, strict=True)
         )
 
     def _sum(self, node: Node, source: Node) -> tuple[Term, ...]:

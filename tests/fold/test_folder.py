@@ -1,0 +1,163 @@
+"""Which layers absorb the map of a norm, in which order, and what that relies on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.randomize import randomize_norms_
+from rewrite.fold.candidates import sources
+from rewrite.fold.folder import Fold, Folder
+from rewrite.graph.capture import capture
+from rewrite.outcomes import Declined
+
+
+def decided(model: nn.Module, **options: bool) -> list[Fold | Declined]:
+    randomize_norms_(model)
+    captured = capture(model.double().eval(), example_inputs=torch.randn(2, 3, 8, 8).double())
+    folder = Folder(captured, **options)
+    return [folder.decide(source) for source in sources(folder.planner)]
+
+
+def parts(fold: Fold | Declined) -> list[tuple[str, tuple[str, ...]]]:
+    assert isinstance(fold, Fold), fold
+    return [(move.part, move.absorption.layers) for move in fold.moves]
+
+
+def conv(inputs: int, outputs: int, **options: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, **options)
+
+
+def bn() -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(3)
+
+
+def test_what_produces_x_is_asked_first() -> None:
+    (fold,) = decided(nn.Sequential(conv(3, 3), bn(), conv(3, 3)))
+    assert parts(fold) == [("both", ("0",))]
+
+
+def test_what_reads_y_is_asked_second() -> None:
+    (fold,) = decided(nn.Sequential(bn(), conv(3, 3)))
+    assert parts(fold) == [("both", ("1",))]
+
+
+class PadsBehind(nn.Module):
+    """The reader pads with zeros: it takes the scale and no shift."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.conv = bn(), conv(3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.bn(torch.tanh(x)))
+
+
+def test_a_reader_that_pads_takes_no_shift_and_the_norm_is_declined() -> None:
+    (declined,) = decided(PadsBehind())
+    assert isinstance(declined, Declined) and declined.reason and declined.nodes
+
+
+def test_a_scale_that_passes_a_relu_has_to_be_positive() -> None:
+    model = nn.Sequential(conv(3, 3), nn.ReLU(), bn(), conv(3, 3, padding=1))
+    with torch.no_grad():
+        model[2].bias.zero_()
+    captured = capture(model.double().eval(), example_inputs=torch.randn(2, 3, 8, 8).double())
+    model[2].running_mean.zero_()
+    for sign, kind in ((1, Fold), (-1, Fold)):
+        with torch.no_grad():
+            model[2].weight.fill_(2.0 * sign)
+        folder = Folder(captured)
+        (source,) = sources(folder.planner)
+        found = folder.decide(source)
+        assert isinstance(found, kind)
+        assert found.requirements.positive is (found.layers == ("0",) and sign > 0)
+        assert not found.requirements.adds and found.requirements.scales
+
+
+def test_a_folded_norm_is_passed_through_by_the_next() -> None:
+    first, second = decided(nn.Sequential(conv(3, 3), bn(), bn()))
+    assert parts(first) == [("both", ("0",))] == parts(second)
+
+
+def test_a_map_that_is_not_finite_is_blamed_on_its_tensor() -> None:
+    model = nn.Sequential(conv(3, 3), bn()).double().eval()
+    model[1].running_var[1] = -1.0
+    folder = Folder(capture(model))
+    (source,) = sources(folder.planner)
+    declined = folder.decide(source)
+    assert isinstance(declined, Declined)
+    assert "not finite" in declined.reason and "1.running_var" in declined.reason
+
+
+class TwoReaders(nn.Module):
+    """Behind the norm one value has a reader that cannot absorb its map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.left = conv(3, 3), bn(), conv(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.left(self.bn(x)) + torch.tanh(self.left(x))
+
+
+def test_another_reader_of_the_input_declines_the_way_back() -> None:
+    (declined,) = decided(TwoReaders())
+    assert isinstance(declined, Declined) and declined.reason
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(3, 3), bn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.bn(self.conv(x))).mean() + torch.tanh(self.conv(x))
+
+
+def test_a_layer_that_is_called_elsewhere_too_is_cloned_only_if_allowed() -> None:
+    (declined,) = decided(Shared())
+    assert isinstance(declined, Declined)
+    (fold,) = decided(Shared(), unshare=True)
+    assert isinstance(fold, Fold)
+
+
+class WritesBehind(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(3, 3), bn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        y = self.bn(x)
+        y.add_(1)
+        return torch.tanh(x) * 0 + y
+
+
+def test_an_output_that_is_written_while_the_input_is_read_cannot_become_it() -> None:
+    (declined,) = decided(WritesBehind())
+    assert isinstance(declined, Declined) and "would be one value" in declined.reason
+
+
+def test_a_norm_that_does_nothing_needs_no_layer() -> None:
+    model = nn.Sequential(nn.ReLU(), bn(), nn.Softmax(1)).double().eval()
+    model[1].eps = 0.0
+    folder = Folder(capture(model))
+    (source,) = sources(folder.planner)
+    fold = folder.decide(source)
+    assert isinstance(fold, Fold) and fold.moves == () and fold.layers == ()
+
+
+@pytest.mark.parametrize("reader", [conv(3, 3), nn.Softmax(1)])
+def test_a_refusal_of_layers_alone_is_sure_and_one_of_code_is_not(reader: nn.Module) -> None:
+    model = nn.Sequential(nn.ReLU(), bn(), reader).double().eval()
+    randomize_norms_(model)
+    folder = Folder(capture(model, example_inputs=torch.randn(2, 3, 8, 8).double()))
+    (source,) = sources(folder.planner)
+    found = folder.decide(source)
+    if isinstance(reader, nn.Softmax):
+        assert isinstance(found, Declined) and folder.is_unsure(source, found)
+    else:
+        assert isinstance(found, Fold)
