@@ -90,6 +90,7 @@ def default_calls(model: nn.Module, seed: int = 0) -> tuple[ExampleCall, ...]:
             name = "padded mask, batch 2" if "attention_mask" in two else "batch 2"
             calls.append(ExampleCall(name, Inputs((), two)))
         calls += _image_calls(model, config, first)
+        calls += _token_type_calls(model, first)
         step = _cache_step(model, first, output, generator)
         if step is not None:
             calls.append(ExampleCall("cache step", Inputs((), step)))
@@ -116,6 +117,21 @@ def _image_calls(model: nn.Module, config: Any, first: dict[str, Any]) -> Iterat
         masked = {**first, "bool_masked_pos": mask.expand(len(image), -1).clone()}
         if _tried(model, masked) is not None:
             yield ExampleCall("masked patches", Inputs((), masked))
+
+
+def _token_type_calls(model: nn.Module, first: dict[str, Any]) -> Iterator[ExampleCall]:
+    """Yield the call of a decoder that adds an embedding of each token's type: GPT-2's.
+
+    An encoder has types without being asked (BERT).
+    """
+    text = first.get("input_ids")
+    if text is None or "token_type_ids" not in _parameters(model):
+        return
+    if any(hasattr(module, "token_type_embeddings") for module in model.modules()):
+        return
+    typed = {**first, "token_type_ids": torch.zeros_like(text)}
+    if _tried(model, typed) is not None:
+        yield ExampleCall("token types", Inputs((), typed))
 
 
 def hidden_states_call(call: ExampleCall) -> ExampleCall:

@@ -82,6 +82,8 @@ class KeepFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 kwargs = {key: _wide_argument(value) for key, value in kwargs.items()}
             return _wide_argument(func(*args, **(kwargs or {})))
         args = tuple(WIDE.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
+        if kind is _Kind.GROUPED:
+            return _grouped_mm(*map(_wide_argument, args), **(kwargs or {}))
         if kind is _Kind.QUANTIZING:
             return widen(func(*narrow(args), **narrow(kwargs or {})))
         return func(*args, **(kwargs or {}))
@@ -94,6 +96,7 @@ class _Kind(enum.Enum):
     KEEPS_STORAGE = "returns, or writes into, the memory that it is given"
     FILLING = "makes a tensor of the default dtype, too narrow for the least number of float64"
     QUANTIZING = "knows no float64"
+    GROUPED = "knows no float64, and is written out here"
 
     @classmethod
     def of(cls, func: Any) -> _Kind:
@@ -102,7 +105,40 @@ class _Kind(enum.Enum):
             return cls.QUANTIZING
         if func is torch.ops.aten.full.default:
             return cls.FILLING
+        if func._schema.name == "aten::_grouped_mm":
+            return cls.GROUPED
         return cls.KEEPS_STORAGE if func.is_view or func._schema.is_mutable else cls.PLAIN
+
+
+def _grouped_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Return `torch.nn.functional.grouped_mm` in float64, one group after the other.
+
+    Group g ends at offs[g], along the rows of `a` (S, K) @ `b` (G, K, N), along the columns of
+    `b` for `a` (G, M, K) @ (K, S), and along what is summed for (M, S) @ (S, N).
+    """
+    if bias is not None:
+        raise NotImplementedError("a grouped product with a bias, which PyTorch itself refuses")
+    if offs is None:
+        return torch.bmm(a, b)
+    ends = [int(end) for end in offs.tolist()]
+    slices = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+    if a.dim() == b.dim() == 2:
+        return torch.stack([a[:, part] @ b[part] for part in slices])
+    if a.dim() == 2:
+        out = a.new_zeros(a.shape[0], b.shape[-1])
+        for group, part in enumerate(slices):
+            out[part] = a[part] @ b[group]
+        return out
+    out = a.new_zeros(a.shape[1], b.shape[1])
+    for group, part in enumerate(slices):
+        out[:, part] = a[group] @ b[:, part]
+    return out
 
 
 def _wide_argument(value: Any) -> Any:

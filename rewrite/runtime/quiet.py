@@ -24,3 +24,15 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
+
+
+@contextlib.contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Let torch not log what fake tensors cannot do: who runs them hears it from the exception."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before

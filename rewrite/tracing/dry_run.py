@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from rewrite.runtime.quiet import quiet_fakes
 from rewrite.runtime.stand_in import Attributes, stand_in
 from rewrite.runtime.tree import Tree, join
 
@@ -79,7 +80,7 @@ class DryRun:
             meta = isinstance(value, Tensor) and value.is_meta
             return FakeTensor(mode, value, self.device) if meta else value
 
-        with self._computing(), mode:
+        with self._computing(), quiet_fakes(), mode:
             args, kwargs = tree_map(faked, call)
             return on_meta(fake(mode)(*args, **kwargs))
 

@@ -76,3 +76,22 @@ def test_gemma2_keeps_the_norms_behind_its_blocks() -> None:
     kept = {skip.target.rpartition(".")[2] for skip in report.skips}
     assert kept == {"post_attention_layernorm", "post_feedforward_layernorm"}
     assert len(report.changes) == 5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_as_transformers_makes_them_fold(capsys: pytest.CaptureFixture[str]) -> None:
+    """By PyTorch's grouped product, in float32: nothing is said of what fake tensors cannot do."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=3,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    assert config._experts_implementation == "grouped_mm"
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.uniform_(0.5, 1.5)
+    result = rewrite.convert(model, "fold")
+    assert result.report.ok and len(result.report.changes) == 3
+    assert "fake" not in capsys.readouterr().err

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -104,3 +105,44 @@ def test_a_number_that_only_float64_holds_fills_a_tensor():
         assert torch.equal(Masks()(x), x)
         assert torch.full((2,), 1).dtype == torch.int64
         assert torch.full((2,), 0.5, dtype=torch.int32).dtype == torch.int32
+
+
+class Grouped(nn.Module):
+    """Products of groups of rows with a matrix each: the experts of a mixture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8, 16))
+
+    def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.grouped_mm(x, self.weight, offs=ends)
+
+
+def test_grouped_products_are_computed_in_float64():
+    model, x = Grouped(), torch.randn(8, 8)
+    ends = torch.tensor([3, 3, 8], dtype=torch.int32)
+    narrow = model(x, ends)
+    wide = x.double() @ model.weight.double()
+    expected = torch.cat([wide[0, :3], wide[2, 3:]])
+    with in_float64(model):
+        found = model(x.double(), ends)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    assert 1e-9 < float((found - narrow).detach().abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("given", ["rows", "columns", "sum", "batch"])
+def test_every_form_of_a_grouped_product(given):
+    """Held against the float32 operator, which knows all four."""
+    shapes = {
+        "rows": ((8, 8), (2, 8, 16)), "columns": ((2, 8, 8), (8, 16)),
+        "sum": ((8, 16), (16, 8)), "batch": ((2, 8, 8), (2, 8, 16)),
+    }  # fmt: skip
+    a, b = (torch.randn(*shape) for shape in shapes[given])
+    ends = None if given == "batch" else torch.tensor([8, 8 if given == "rows" else 16])
+    if ends is not None:
+        ends = ends.int()
+    narrow = torch.nn.functional.grouped_mm(a, b, offs=ends)
+    with in_float64(nn.Module()):
+        wide = torch.nn.functional.grouped_mm(a.double(), b.double(), offs=ends)
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(wide.float(), narrow, rtol=1e-5, atol=1e-5)

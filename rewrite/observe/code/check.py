@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -117,7 +117,7 @@ class CodeCheck:
     captured: Captured
     index: CodeIndex
     fold: MapPlan
-    _made: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    _made: dict[str, list[tuple[int, int, str]]] = field(default_factory=dict)
     _owners: list[str] = field(default_factory=list)
     _mapped: set[tuple[str, int]] = field(default_factory=set)
     _absorbed: dict[tuple[str, int], set[str]] = field(default_factory=dict)
@@ -136,7 +136,7 @@ class CodeCheck:
             owners.update(dict.fromkeys(observed.owners(node)))
             if stack := self.index.outside(observed.stack(node)):
                 self._mapped.add((stack[-1].file, stack[-1].number))
-                self._note(stack[-1], node)
+                self._note(stack[-1], node, observed.owner(node))
         for observed, flow in self.fold.flows:
             for read in flow.reads:
                 owners.update(dict.fromkeys(observed.owners(read.node)))
@@ -149,20 +149,20 @@ class CodeCheck:
             if chain and self.inner(chain)[0] and strict:
                 raise Untaken("the model may return it for other arguments")
 
-    def _note(self, line: CodeLine, node: Node) -> None:
-        """Note how many axes the values have at least that a line makes and reads."""
+    def _note(self, line: CodeLine, node: Node, owner: str) -> None:
+        """Note how many axes the values have at least that a line makes and reads, and for whom."""
         shapes = [shape_of(n) for n in (node, *node.all_input_nodes)]
         ranks = [len(shape) for shape in shapes if shape is not None and len(shape) > 1]
-        self._made.setdefault(line.file, []).append((line.number, min(ranks, default=1)))
+        self._made.setdefault(line.file, []).append((line.number, min(ranks, default=1), owner))
 
-    def _made_in(self, function: Function) -> list[tuple[int, int]]:
+    def _made_in(self, function: Function) -> list[tuple[int, int, str]]:
         first, last = function.node.lineno, function.node.end_lineno or function.node.lineno
         return [made for made in self._made.get(function.file, ()) if first <= made[0] <= last]
 
     def rank_of(self, function: Function) -> int:
         """Return how many axes the values have at least that a function makes, or any code."""
-        here = [rank for _, rank in self._made_in(function)]
-        anywhere = [rank for held in self._made.values() for _, rank in held]
+        here = [rank for _, rank, _ in self._made_in(function)]
+        anywhere = [rank for held in self._made.values() for _, rank, _ in held]
         return min(here or anywhere, default=1)
 
     def _values(self) -> Iterator[tuple[ObservedCall, Node]]:
@@ -182,12 +182,20 @@ class CodeCheck:
 
     # -- what the reader of a function asks -----------------------------------------------------
 
-    def inner(self, chain: tuple[CodeLine, ...]) -> tuple[bool, Fields]:
-        """Read the function of the first line of `chain`, in which the norm is called there."""
+    def inner(
+        self,
+        chain: tuple[CodeLine, ...],
+        fixed: Callable[[Function], Fixed] = lambda _: frozenset(),
+    ) -> tuple[bool, Fields]:
+        """Read the function of the first line of `chain`, in which the norm is called there.
+
+        `fixed`: which parameters of that function have known values.
+        """
         found = function_at(chain[0].file, chain[0].number)
         if found is None:
             raise Untaken(f"the code at {chain[0]} cannot be read")
-        return self.read(Function(chain[0].file, *found), frozenset(), chain)
+        function = Function(chain[0].file, *found)
+        return self.read(function, frozenset(), chain, fixed(function))
 
     def read(
         self,
@@ -215,6 +223,8 @@ class CodeCheck:
         return [self.captured.module(name) for name in self._instances(function)]
 
     def _instances(self, function: Function) -> list[str]:
+        if not function.inside and function.first == "self":  # a forward that is set from outside
+            return list(dict.fromkeys(owner for _, _, owner in self._made_in(function)))
         return [
             name
             for name in self._owners

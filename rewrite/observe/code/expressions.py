@@ -62,7 +62,7 @@ class ExpressionReader(FunctionNames):
         """Return whether what the norm is called by returns its value."""
         if len(self.chain) == 1:
             return self._whole()
-        returned, fields = self.check.inner(self.chain[1:])
+        returned, fields = self.check.inner(self.chain[1:], self._known_where_it_is_reached)
         self.of_calls += [fields] * returned
         return returned
 
@@ -135,6 +135,13 @@ class ExpressionReader(FunctionNames):
         self._evaluate(node.test, statement)
         held = [self._evaluate(arm, statement) for arm in arms]
         return any(held)
+
+    def _known_where_it_is_reached(self, function: Function) -> Fixed:
+        """Return the parameters of the function that the norm is reached in, as far as known."""
+        call = self.reaching
+        name = "" if call is None else getattr(call.func, "attr", getattr(call.func, "id", ""))
+        fitting = call is not None and fits(function, name)
+        return self._known_arguments(function, call) if fitting and call else frozenset()
 
     def _known_arguments(self, function: Function, call: ast.Call) -> Fixed:
         """Return the parameters of a function whose values are known in a call of it."""

@@ -8,7 +8,7 @@ An assignment changes it; a name that is bound to what cannot be told is refused
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import nn
@@ -76,7 +76,9 @@ class Surroundings(Protocol):
         Its parameters `fixed` are at their defaults.
         """
 
-    def inner(self, chain: tuple[CodeLine, ...]) -> tuple[bool, Fields]:
+    def inner(
+        self, chain: tuple[CodeLine, ...], fixed: Callable[[Function], Fixed] = ...
+    ) -> tuple[bool, Fields]:
         """Read the function in which the norm is called, further in; does it return its value?"""
 
 
