@@ -62,8 +62,8 @@ class WeightNorm(Pass):
 
     Declines: weights that are normed already, under another parametrization, lazy, integer,
     quantized or empty; embeddings with sparse gradients or `max_norm`; weights tied to something
-    that has no output units; weights that code reads (F.linear) instead of a layer; layers outside
-    `kinds` and `min_size`.
+    that has no output units; weights that code reads (F.linear) instead of a layer; layers all of
+    whose parameters code reads (a momentum encoder); layers outside `kinds` and `min_size`.
     """
 
     name: ClassVar[str] = "weight-norm"
@@ -129,6 +129,9 @@ class WeightNorm(Pass):
         if layer_kind(module) not in self._kinds():
             reason = f"is of kind {layer_kind(module)}, not of {self.kinds}"
             yield Skip(name, before, reason)
+            return
+        if (whole := captured.code.read_whole(name)) is not None:
+            yield Skip(name, before, whole)
             return
         plan = Plan(module)
         for key, layout in weight_layouts(module).items():

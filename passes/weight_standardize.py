@@ -72,6 +72,8 @@ class WeightStandardize(Pass):
                 reason = f"is tied to {tied[0].name}"
             if reason is None and ref.name in read:
                 reason = "is read by code, too"
+            if reason is None and (whole := captured.code.read_whole(name)) is not None:
+                reason = f"is read by code, too: {whole}"
             if reason is None:
                 yield Site(name, before, plan=layouts["weight"])
             elif "already" not in reason:

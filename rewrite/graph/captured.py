@@ -118,8 +118,8 @@ class Captured:
         elif module._forward_pre_hooks and not reasons:
             hook = type(next(iter(module._forward_pre_hooks.values()))).__name__
             reasons = (f"has a parametrization (old-style {hook})",)
-        elif computed := [k for k in ("weight", "bias") if _is_property(module, k)]:
-            reasons = (*reasons, f"computes its {computed[0]} by a property")
+        elif computed := [(k, how) for k in ("weight", "bias") if (how := _computes(module, k))]:
+            reasons = (*reasons, "computes its {} by {}".format(*computed[0]))
         return reasons
 
     # -- nodes --------------------------------------------------------------------------------
@@ -244,5 +244,13 @@ class Captured:
         return Index(self.tree, self.regions, self.opaque)
 
 
-def _is_property(module: nn.Module, key: str) -> bool:
-    return isinstance(getattr(type(module), key, None), property)
+def _computes(module: nn.Module, key: str) -> str:
+    """Return how a class computes an attribute that torch.nn would look up; "" if it does not."""
+    kind = type(module)
+    if isinstance(getattr(kind, key, None), property):
+        return "a property"
+    if kind.__getattribute__ is not nn.Module.__getattribute__:
+        return "__getattribute__"
+    # A module of TorchScript looks its tensors up in a way of its own.
+    own = kind.__getattr__ is not nn.Module.__getattr__
+    return "__getattr__" if own and not kind.__module__.startswith("torch.") else ""

@@ -7,6 +7,7 @@ tree, so that the answers are about modules by name.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from functools import cached_property
 
 from torch import nn
@@ -114,12 +115,21 @@ class ModelCode:
             by_line: dict[tuple[str, str], set[str]] = {}
             for use in code.choices:
                 assert use.path is not None
-                names = {name for name, left in self._at(owner, use.path) if not left}
+                names = {
+                    name
+                    for name, left in self._at(owner, use.path)
+                    if not left and fnmatchcase(name.rpartition(".")[2], use.keys)
+                }
                 by_line.setdefault((use.text, use.place), set()).update(names - {owner})
             for (text, place), names in by_line.items():
                 if names - self._called and names & self._called:
                     for name in names:
                         found.setdefault(name, f"{text} at {place} chooses it by an attribute")
+            for use in code.elsewhere:
+                for name, left in self._at(owner, use.path or ()):
+                    if not left and name != owner and self._tree.aliases(name):
+                        words = f"{use.text} is one of its names, and is assigned at {use.place}"
+                        found.setdefault(name, words)
         return found
 
     @cached_property

@@ -15,8 +15,8 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
@@ -27,8 +27,12 @@ from rewrite.tracing.module_paths import ModulePaths, Path, called
 
 _TENSORS = frozenset(
     {"parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "get_parameter",
-     "get_buffer", "_parameters", "_buffers"}
+     "get_buffer", "_parameters", "_buffers", "load_state_dict"}
 )  # fmt: skip
+
+_NAMES_A_VALUE = (ast.Assign, ast.IfExp, ast.Dict, ast.List, ast.Tuple, ast.Return)
+
+_BY_NAME = frozenset({"getattr", "get_submodule"})
 
 _KINDS = frozenset({"dtype", "device", "is_cuda"})
 
@@ -42,12 +46,14 @@ class Use:
         text: the code.
         place: "file.py:123".
         kinds: the classes that a test names.
+        keys: a pattern of the names that an attribute may choose, as of a file.
     """
 
     path: Path | None
     text: str
     place: str
     kinds: tuple[type, ...] = ()
+    keys: str = "*"
 
 
 @dataclass
@@ -61,6 +67,7 @@ class ClassCode:
         calls: what is called, by path.
         contexts: context managers that are entered, and decorators around what `forward` reaches.
         stores: assignments to attributes, as they are in `assigned`.
+        elsewhere: assignments to attributes in methods that `forward` does not reach.
         others: by the name of each public method that `forward` does not reach, what it spells.
     """
 
@@ -71,6 +78,7 @@ class ClassCode:
     assigned: list[Use] = field(default_factory=list)
     contexts: list[Use] = field(default_factory=list)
     stores: list[Use] = field(default_factory=list)
+    elsewhere: list[Use] = field(default_factory=list)
     calls: list[Path] = field(default_factory=list)
     others: dict[str, list[Path]] = field(default_factory=dict)
 
@@ -103,6 +111,7 @@ def _read(kind: type, named: tuple[tuple[Any, ...], ...]) -> ClassCode:
             aside = ClassCode()
             for function in variants[:1]:
                 _Reader(function, {}, aside).read()
+            found.elsewhere += aside.stores
             found.others[name] = [*aside.calls, *(use.path for use in aside.reads if use.path)]
             found.others[name] += [use.path for use in aside.tensors if use.path is not None]
     return found
@@ -163,9 +172,9 @@ class _Reader:
             self._call(node)
         elif isinstance(node, ast.Subscript):
             self._subscript(node)
-        elif isinstance(node, ast.If | ast.IfExp):
+        elif isinstance(node, ast.If | ast.IfExp | ast.Match):
             self._branch(node)
-        elif isinstance(node, ast.With) and not self._only_watches(node):
+        elif isinstance(node, ast.With) and not _only_watches(node):
             self._found.contexts.append(self._use(node.items[0].context_expr, None))
         if isinstance(node, ast.Attribute | ast.Subscript):
             self._attribute(node)
@@ -190,26 +199,23 @@ class _Reader:
             if node.attr in _TENSORS:
                 self._found.tensors.append(self._use(node, path[:-1]))
 
-    def _only_watches(self, node: ast.With) -> bool:
-        """Return whether a context measures or names what runs in it, and changes nothing."""
-        return all(
-            "record_function" in (text := ast.unparse(item.context_expr)) or "profiler" in text
-            for item in node.items
-        )
-
     def _call(self, node: ast.Call) -> None:
         name = called(node)
         first = node.args[0] if node.args else None
         if first is not None and name in ("isinstance", "issubclass", "hasattr", "type"):
             inner = first.args[0] if isinstance(first, ast.Call) and first.args else first
             path = self._paths.of(inner)
-            kinds = self._classes(node.args[1]) if len(node.args) > 1 else ()
+            kinds = _classes(node.args[1], self._function.__globals__) if len(node.args) > 1 else ()
             if name == "type" and isinstance(parent := self._parents.get(node), ast.Compare):
-                kinds = tuple(k for c in parent.comparators for k in self._classes(c))
+                kinds = tuple(
+                    k for c in parent.comparators for k in _classes(c, self._function.__globals__)
+                )
             if path is not None or kinds:
                 self._found.tests.append(self._use(node, path, kinds))
         elif name == "functional_call" and first is not None and self._paths.of(first) is not None:
             self._found.tensors.append(self._use(node, self._paths.of(first)))
+        elif name in _BY_NAME and first is not None:
+            self._by_name(node, first)
         elif name in _TENSORS and isinstance(node.func, ast.Attribute):
             path = self._paths.of(node.func.value)
             if path is not None and not self._asks_kind(node):
@@ -258,34 +264,98 @@ class _Reader:
             for use in uses
         )
 
-    def _classes(self, node: ast.AST) -> tuple[type, ...]:
-        parts = node.elts if isinstance(node, ast.Tuple) else [node]
-        found = []
-        for part in parts:
-            names = ast.unparse(part).split(".")
-            value: Any = self._function.__globals__.get(names[0])
-            for name in names[1:]:
-                value = getattr(value, name, None)
-            found += [value] if isinstance(value, type) and issubclass(value, nn.Module) else []
-        return tuple(found)
+    def _by_name(self, node: ast.Call, first: ast.expr) -> None:
+        """Note what `getattr(self.bn, "eps")` reads, and what `getattr(self, name)` chooses from.
+
+        So does `self.get_submodule(name)`.
+        """
+        if called(node) == "getattr" and len(node.args) > 1:
+            path, key = self._paths.of(first), node.args[1]
+        else:
+            path, key = self._paths.of(getattr(node.func, "value", first)), first
+        if path is None:
+            return
+        if isinstance(key, ast.Constant):
+            if called(node) == "getattr":
+                self._found.reads.append(self._use(node, (*path, str(key.value))))
+                if key.value in _TENSORS:
+                    self._found.tensors.append(self._use(node, path))
+        elif self._holds_state(key):
+            use = self._use(node, (*path, None))
+            self._found.choices.append(replace(use, keys=_pattern(key)))
 
     def _subscript(self, node: ast.Subscript) -> None:
-        path = self._paths.of(node.value)
-        if path and any(self._is_state(part) for part in ast.walk(node.slice)):
+        if not self._holds_state(node.slice):
+            return
+        if isinstance(node.value, ast.Dict | ast.List | ast.Tuple):
+            self._choose(ast.walk(node.value), self._use(node, None))
+            return
+        value: ast.expr = node.value
+        if called(value) == "dict" and isinstance(value, ast.Call) and value.args:
+            value = value.args[0]
+        if called(value) in ("named_children", "named_modules"):
+            value = getattr(getattr(value, "func", value), "value", value)
+        path = self._paths.of(value)
+        if path and path[-1] in ("_modules", "__dict__"):
+            path = path[:-1]
+        if path is not None:
             self._found.choices.append(self._use(node, (*path, None)))
 
-    def _branch(self, node: ast.If | ast.IfExp) -> None:
-        if not any(self._is_state(part) for part in ast.walk(node.test)):
+    def _branch(self, node: ast.If | ast.IfExp | ast.Match) -> None:
+        test = node.subject if isinstance(node, ast.Match) else node.test
+        if not self._holds_state(test):
             return
-        for part in ast.walk(node):
-            if isinstance(part, ast.Call) and (path := self._paths.of(part.func)):
-                self._found.choices.append(Use(path, *self._words(node)))
+        inside = set(ast.walk(test))
+        use = self._use(test, None)
+        word = "match" if isinstance(node, ast.Match) else "if"
+        parts = [part for part in ast.walk(node) if part not in inside]
+        self._choose(parts, replace(use, text=f"{word} {use.text}"))
 
-    def _words(self, node: ast.If | ast.IfExp) -> tuple[str, str]:
-        use = self._use(node.test, None)
-        return f"if {use.text}", use.place
+    def _choose(self, parts: Iterable[ast.AST], use: Use) -> None:
+        """Note every module that `parts` spell as one that `use` may choose."""
+        for part in parts:
+            names = isinstance(self._parents.get(part), _NAMES_A_VALUE)
+            spelled = part.func if isinstance(part, ast.Call) else part if names else None
+            if spelled is not None and (path := self._paths.of(spelled)):
+                self._found.choices.append(replace(use, path=path))
+
+    def _holds_state(self, node: ast.AST) -> bool:
+        """Return whether an attribute of the module itself is in `node`, which somebody may set."""
+        return any(self._is_state(part) for part in ast.walk(node))
 
     def _is_state(self, node: ast.AST) -> bool:
-        """Return whether `node` is an attribute of the module itself, which somebody may set."""
-        path = self._paths.of(node) if isinstance(node, ast.Attribute) else None
+        named = isinstance(node, ast.Attribute | ast.Name)
+        path = self._paths.of(node) if named else None
         return path is not None and len(path) == 1 and path[0] != "training"
+
+
+def _only_watches(node: ast.With) -> bool:
+    """Return whether a context measures or names what runs in it, and changes nothing."""
+    return all(
+        "record_function" in (text := ast.unparse(item.context_expr)) or "profiler" in text
+        for item in node.items
+    )
+
+
+def _pattern(key: ast.expr) -> str:
+    """Return the names that an expression may make: "bn_*" of `f"bn_{self.domain}"`."""
+    if isinstance(key, ast.Constant):
+        return str(key.value)
+    if isinstance(key, ast.JoinedStr):
+        return "".join(map(_pattern, key.values))
+    if isinstance(key, ast.BinOp) and isinstance(key.op, ast.Add):
+        return _pattern(key.left) + _pattern(key.right)
+    return "*"
+
+
+def _classes(node: ast.AST, namespace: Mapping[str, Any]) -> tuple[type, ...]:
+    """Return the module classes that the second argument of `isinstance` names."""
+    parts = node.elts if isinstance(node, ast.Tuple) else [node]
+    found = []
+    for part in parts:
+        names = ast.unparse(part).split(".")
+        value: Any = namespace.get(names[0])
+        for name in names[1:]:
+            value = getattr(value, name, None)
+        found += [value] if isinstance(value, type) and issubclass(value, nn.Module) else []
+    return tuple(found)

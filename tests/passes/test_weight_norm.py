@@ -400,3 +400,32 @@ def test_spec_text():
         assert parse(spec(options)) == options
     assert WeightNorm().contract is Contract.EXACT
     assert has_weight_norm(convert(net(), ["weight-norm"], verify=False).model[0], "weight")
+
+
+class MovesItsEncoder(nn.Module):
+    """A momentum encoder: the parameters of one layer move towards those of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x):
+        with torch.no_grad():
+            for p, q in zip(self.key.parameters(), self.query.parameters(), strict=True):
+                p.lerp_(q, 0.1)
+        return self.query(x), self.key(x)
+
+
+class Still(MovesItsEncoder):
+    def forward(self, x):
+        return self.query(x), self.key(x)
+
+
+@pytest.mark.parametrize("spec", ["weight-norm", "weight-standardize{kinds=linear}"])
+def test_layers_all_of_whose_parameters_code_reads_stay(spec):
+    x = torch.randn(2, 3, dtype=torch.float64)
+    model = MovesItsEncoder().double().eval()
+    report = convert(model, [spec], example_inputs=(x,)).report
+    assert not report.changes
+    assert all(".parameters()" in skip.reason for skip in report.skips) and len(report.skips) == 2
+    assert len(convert(Still().double().eval(), [spec], example_inputs=(x,)).report.changes) == 2
