@@ -4,6 +4,9 @@
     other     everything that is added, scales, or is looked up by position: norms, biases, layer
               scales, gains, position and relative-bias tables, class tokens, anchors
 
+    softmax(q kᵀ + q Rᵀ)    R, a table of relative positions (Shaw et al. 2018), is other too
+
+
 The structure says which: the class of a layer, then the calls of the graph that a bare parameter
 goes into, then, where no trace went, the products that the code of its module writes. Names say
 nothing.
@@ -50,6 +53,9 @@ _RESHAPES = {"rearrange"} | spelled(
 """What stands between a parameter and its product: other layouts of it, and, as in weight
 standardization and in dynamic convolution, the same matrix rescaled."""
 
+_ONWARDS = _RESHAPES | spelled("pad", "masked_fill", "roll")
+"""What attention's logits go through before their softmax."""
+
 _STEPS = 12
 
 
@@ -86,7 +92,9 @@ def roles(model: nn.Module) -> dict[str, Role]:
         for module, key, parameter in open_:
             name = join(tree.name(module), key)
             nodes = read.get(name)
-            matrix = _multiplies(nodes) if nodes else _is_product_in_code(type(module), key)
+            matrix = (
+                _multiplies(captured, nodes) if nodes else _is_product_in_code(type(module), key)
+            )
             found[id(parameter)] = Role.MATRIX if matrix else Role.OTHER
     return {name: found[identity] for identity, name in names.items()}
 
@@ -151,10 +159,10 @@ def _reads(captured: Captured) -> dict[str, list[Node]]:
     return read
 
 
-def _multiplies(nodes: list[Node]) -> bool:
+def _multiplies(captured: Captured, nodes: list[Node]) -> bool:
     """Return whether a parameter that `nodes` read is a factor of a product that sums."""
     return any(
-        _looks_up_input(node) if node.op == "call_module" else _reaches_product(node)
+        _looks_up_input(node) if node.op == "call_module" else _reaches_product(captured, node)
         for node in nodes
     )
 
@@ -182,17 +190,57 @@ def _looks_up_input(call: Node) -> bool:
     return False
 
 
-def _reaches_product(read: Node) -> bool:
+def _reaches_product(captured: Captured, read: Node) -> bool:
     pending = [(read, user, 0) for user in read.users]
     while pending:
         value, user, steps = pending.pop()
         if _is_matrix_of(user, value):
-            return True
+            if not _is_position_term(captured, user):
+                return True
+            continue
         if function_name(user) not in _RESHAPES or steps >= _STEPS or _is_look_up(user):
             continue
         if _only_parameters(user):
             pending.extend((user, later, steps + 1) for later in user.users)
     return False
+
+
+def _is_position_term(captured: Captured, product: Node) -> bool:
+    """Return whether a product is added to one of two activations, and the sum goes into a softmax.
+
+    That is how attention adds what it makes of relative positions to what it makes of its keys
+    (https://arxiv.org/abs/1803.02155); a layer's output is not added to attention's logits.
+    """
+    pending, seen = [(product, False)], set[tuple[Node, bool]]()
+    while pending:
+        value, added = pending.pop()
+        if (value, added) in seen:
+            continue
+        seen.add((value, added))
+        for user in value.users:
+            if added and _is_softmax(captured, user):
+                return True
+            if function_name(user) == "add":
+                others = [other for other in user.all_input_nodes if other is not value]
+                pending.append((user, added or any(map(_is_product_of_values, others))))
+            elif function_name(user) in _ONWARDS:
+                pending.append((user, added))
+    return False
+
+
+def _is_softmax(captured: Captured, node: Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(captured.module(str(node.target)), nn.Softmax)
+    return function_name(node) in ("softmax", "_softmax")
+
+
+def _is_product_of_values(node: Node) -> bool:
+    """Return whether a value is a product of two that both depend on the input, or that scaled."""
+    while function_name(node) in _ONWARDS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    if function_name(node) not in ("matmul", "bmm", "einsum", "baddbmm"):
+        return False
+    return sum(not _only_parameters(factor) for factor in node.all_input_nodes) > 1
 
 
 def _is_look_up(node: Node) -> bool:

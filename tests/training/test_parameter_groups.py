@@ -99,6 +99,44 @@ def test_a_position_table_is_an_embedding_that_no_data_looks_up() -> None:
     assert _decayed(Tokens()) == {"words.weight"}
 
 
+class Attention(nn.Module):
+    """Queries meet keys and a bare tensor R: softmax(q kᵀ + q Rᵀ) v, unless told otherwise."""
+
+    def __init__(self, form: str, softmax: bool) -> None:
+        super().__init__()
+        self.form = form
+        self.qkv = nn.Linear(6, 18)
+        self.table = nn.Parameter(torch.randn(5, 6))
+        self.softmax = nn.Softmax(-1) if softmax else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        scores = 0.4 * (q @ k.transpose(-1, -2))
+        if self.form == "a layer beside the keys":  # in front of the product: W, not R
+            scores = (q @ self.table.T @ self.table) @ k.transpose(-1, -2)
+        else:
+            term = F.pad(q @ self.table.transpose(-1, -2), [0, 1])[..., :5]
+            scores = term if self.form == "a router" else scores + term.reshape(scores.shape)
+        if self.form == "no softmax":
+            return scores @ v
+        scores = scores.softmax(-1) if self.softmax is None else self.softmax(scores)
+        return scores @ v
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize(
+    ("form", "decays"),
+    [("positions", False), ("a router", True), ("no softmax", True),
+     ("a layer beside the keys", True)],
+)  # fmt: skip
+def test_relative_positions_that_queries_meet_do_not_decay(
+    form: str, decays: bool, softmax: bool
+) -> None:
+    model = Attention(form, softmax)
+    assert model(torch.randn(2, 5, 6)).shape == (2, 5, 6)
+    assert ("table" in _decayed(model)) == decays and "qkv.weight" in _decayed(model)
+
+
 def test_gains_of_parametrizations_do_not_decay() -> None:
     model = nn.Sequential(
         parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
