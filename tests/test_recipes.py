@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,48 @@ def test_opacus_stops_without_it() -> None:
     swapped = rewrite.convert(load_digits_resnet(), ["bn-to-gn"], example_inputs=(x,)).model
     with pytest.raises(RuntimeError, match="is being modified inplace"):
         GradSampleModule(swapped.train())(x)
+
+
+def _blocks(page: str) -> list[str]:
+    text = (RECIPES / page).read_text(encoding="utf-8")
+    return [part.split("```")[0] for part in text.split("```python\n")[1:]]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flower_averages_by_samples() -> None:
+    pytest.importorskip("flwr.server.strategy.aggregate")
+    first, flower = _blocks("federated.md")[:2]
+    names: dict[str, Any] = {"__name__": "recipe"}
+    exec(compile(first, "federated.md", "exec"), names)
+    with torch.no_grad():
+        for number, client in enumerate(names["clients"]):
+            for parameter in client.parameters():
+                parameter.add_(number)
+    exec(compile(flower, "federated.md", "exec"), names)
+    states = [client.state_dict() for client in names["clients"]]
+    for key, value in names["server"].state_dict().items():
+        wanted = sum(n * state[key] for n, state in zip((100, 20, 60), states, strict=True)) / 180
+        torch.testing.assert_close(value, wanted)
+        assert not torch.allclose(value, sum(state[key] for state in states) / 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_segmentation_encoders() -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    names: dict[str, Any] = {"__name__": "recipe", "torch": torch, "rewrite": rewrite}
+    exec(compile(_blocks("encoders.md")[-1], "encoders.md", "exec"), names)
+
+    def norms(model: nn.Module, kind: type[nn.Module]) -> int:
+        return sum(isinstance(module, kind) for module in model.modules())
+
+    whole, net = names["whole"], names["net"]
+    assert (norms(whole, nn.GroupNorm), norms(whole, nn.BatchNorm2d)) == (30, 0)
+    assert (norms(net, nn.GroupNorm), norms(net, nn.BatchNorm2d)) == (20, 10)
+    for model in (whole, net):
+        assert model(names["photos"]).shape == (2, 3, 64, 64)
+        groups = [m.num_channels // m.num_groups for m in model.modules()
+                  if isinstance(m, nn.GroupNorm)]  # fmt: skip
+        assert max(groups) == 16
 
 
 _SPECS = (
