@@ -27,9 +27,11 @@ from torch import nn
 
 from benchmarks._table import parser
 from benchmarks.corpus import UnbuildableError, construct, names
+from rewrite.checkpoint.pickles.names import own_values
 
 DATA = Path(__file__).parent.parent / "rewrite" / "checkpoint"
 CLASSES, OPERATORS = DATA / "allowed_classes.json", DATA / "allowed_operators.json"
+VALUES = DATA / "allowed_values.json"
 
 PLACES = {
     "torch": (
@@ -98,6 +100,12 @@ def main() -> None:
     if chosen.write:
         CLASSES.write_text(_text({kind: _nested(found) for kind, found in classes.items()}))
         OPERATORS.write_text(_text({"names": operators}))
+        VALUES.write_text(values_text())
+
+
+def values_text() -> str:
+    """Return the names of which the reader of pickles makes a value itself, as JSON."""
+    return _text({"names": {"values": sorted(own_values())}})
 
 
 def _nested(names_: list[str]) -> dict[str, list[str]]:

@@ -1,8 +1,8 @@
 from . import graph as graph
 from . import training as training
 from .calibration.data import open_calibration as open_calibration
-from .checkpoint.load import load as load
 from .checkpoint.load import save as save
+from .checkpoint.opening import load as load
 from .equivalence.verification import Level as Level
 from .equivalence.verification import Verification as Verification
 from .equivalence.verify import verify as verify

@@ -15,8 +15,6 @@ import json
 from functools import cache
 from importlib import resources
 
-import rewrite.nn
-
 TRUSTED = ("torch", "torchvision", "timm", "transformers", "rewrite")
 """Packages whose listed classes a checkpoint may name without `--trust`."""
 
@@ -53,6 +51,15 @@ _PLAIN = frozenset(
 """Classes that are no modules, but that listed layers keep instances of."""
 
 
+OWN = frozenset(
+    {
+        *("Centre", "ChannelAffine", "ChannelLayerNorm", "ChannelMix", "MeanOnlyBatchNorm"),
+        *("ShiftedRMSNorm", "WeightNorm", "WeightStandardization"),
+    }
+)
+"""The classes of `rewrite.nn`."""
+
+
 class Standing(enum.Enum):
     """What a file may do with a class."""
 
@@ -63,8 +70,8 @@ class Standing(enum.Enum):
 
 def standing(name: str) -> Standing | None:
     """Return what a file may do with the class of that name, None for one that is not listed."""
-    if name.startswith("rewrite.nn.") and name.removeprefix("rewrite.nn.") in rewrite.nn.__all__:
-        return Standing.LAYER
+    if name.startswith("rewrite.nn."):
+        return Standing.LAYER if name.removeprefix("rewrite.nn.") in OWN else None
     if name in HOOKS or name in _PLAIN:
         return Standing.INSTANCE
     module, _, last = name.rpartition(".")

@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import builtins
 import importlib
-import json
 import math
 import operator
 from collections.abc import Sequence
-from functools import cache
-from importlib import resources
 from typing import Any
 
 import torch
@@ -28,15 +25,9 @@ import torch.nn.functional
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx.node import Node, _get_qualified_name
 
+from rewrite.checkpoint.vetting.names import FUNCTION_PLACES as FUNCTION_PLACES
+from rewrite.checkpoint.vetting.names import TORCHVISION_HELD, listed, public_name
 from rewrite.errors import CheckpointError
-
-
-@cache
-def _listed(kind: str) -> frozenset[str]:
-    """Return one of the lists of `allowed_operators.json`."""
-    text = resources.files(__package__).joinpath("allowed_operators.json").read_text("utf-8")
-    return frozenset(json.loads(text)["names"][kind].split())
-
 
 _NOT_LAYERS = frozenset(
     {
@@ -98,13 +89,7 @@ _TORCHVISION = frozenset(
 )
 
 
-_TORCHVISION_HELD = frozenset(
-    {"torchvision.ops.boxes.box_iou", "torchvision.models.optical_flow.raft._pass_through_h"}
-)
-"""Functions of torchvision that its models keep as attributes; each only computes on tensors."""
-
-
-METHODS = _listed("methods") | {"keys", "values", "items", "get", "append", "extend"}
+METHODS = listed("methods") | {"keys", "values", "items", "get", "append", "extend"}
 """Methods that a graph may call: those of tensors that only compute, and of plain containers."""
 
 
@@ -120,41 +105,12 @@ def readable(attribute: str) -> bool:
     return not any(callable(getattr(kind, attribute, None)) for kind in _OBJECTS)
 
 
-_SPELLINGS = {
-    "torch._C._nn": "torch.nn.functional",
-    "torch._C._VariableFunctions": "torch",
-    "torch._C._VariableFunctionsClass": "torch",
-    "torch._C.TensorBase": "torch.Tensor",
-    "torch._tensor.Tensor": "torch.Tensor",
-    "torch.functional": "torch",
-}
-"""Where torch keeps the functions that it has under a public name."""
-
-FUNCTION_PLACES = (
-    "torch._C._VariableFunctionsClass",
-    "torch._C.TensorBase",
-    "torch._tensor.Tensor",
-)
-"""Classes of which Python pickles a function as `getattr(class, name)`."""
-
-_PREFIXED = {"torch._C._fft": "fft", "torch._C._linalg": "linalg", "torch._C._special": "special"}
-
-
-def _public(name: str) -> str:
-    """Return the public name of a function of torch: torch._C._fft.fft_rfft2 is torch.fft.rfft2."""
-    place, _, last = name.rpartition(".")
-    if place in _PREFIXED:
-        kind = _PREFIXED[place]
-        return f"torch.{kind}.{last.removeprefix(f'{kind}_')}"
-    return f"{_SPELLINGS.get(place, place)}.{last}"
-
-
 def _homes() -> dict[str, tuple[Any, frozenset[str]]]:
     return {
-        "torch": (torch, _listed("torch") | {"_assert"}),
-        "torch.fft": (torch.fft, _listed("torch.fft")),
-        "torch.linalg": (torch.linalg, _listed("torch.linalg")),
-        "torch.special": (torch.special, _listed("torch.special")),
+        "torch": (torch, listed("torch") | {"_assert"}),
+        "torch.fft": (torch.fft, listed("torch.fft")),
+        "torch.linalg": (torch.linalg, listed("torch.linalg")),
+        "torch.special": (torch.special, listed("torch.special")),
         "torch.nn.functional": (torch.nn.functional, _FUNCTIONAL),
         "torch.Tensor": (torch.Tensor, METHODS),
         "_operator": (operator, _OPERATOR),
@@ -165,7 +121,7 @@ def _homes() -> dict[str, tuple[Any, frozenset[str]]]:
 
 def find_function(name: str, trust: Sequence[str]) -> Any:
     """Return the function of that name, or raise CheckpointError."""
-    place, _, last = _public(name).rpartition(".")
+    place, _, last = public_name(name).rpartition(".")
     home, listed = _homes().get(place, (None, frozenset()))
     if last in listed and hasattr(home, last):
         return getattr(home, last)
@@ -184,11 +140,11 @@ def find_function(name: str, trust: Sequence[str]) -> Any:
 
 def held_function(name: str) -> Any:
     """Return the function that a module may keep as an attribute, None if it is on no list."""
-    place, _, last = _public(name).rpartition(".")
+    place, _, last = public_name(name).rpartition(".")
     home, listed = _homes().get(place, (None, frozenset()))
     if place != "builtins" and last in listed:
         return getattr(home, last, None)
-    if name in _TORCHVISION_HELD:
+    if name in TORCHVISION_HELD:
         return getattr(importlib.import_module(name.rpartition(".")[0]), last)
     return None
 
@@ -197,9 +153,9 @@ def _operation(name: str) -> Any:
     """Return an operator of torch.ops, as exported programs call them."""
     parts = name.split(".")[2:]
     place, base, overload = (*parts, "default")[:3] if len(parts) in (2, 3) else ("", "", "")
-    packets = {entry.rpartition(".")[0] for entry in _listed("operators")}
+    packets = {entry.rpartition(".")[0] for entry in listed("operators")}
     whole = f"{place}::{base}" in packets if len(parts) == 2 else False
-    if not whole and f"{place}::{base}.{overload}" not in _listed("operators"):
+    if not whole and f"{place}::{base}.{overload}" not in listed("operators"):
         raise CheckpointError(
             f"holds a graph that calls {name}, which is on no list of what only computes"
         )
@@ -216,7 +172,7 @@ def name_of_function(function: Any, node: Node) -> str:
     name = _get_qualified_name(function)
     if getattr(builtins, name, None) is function:
         name = f"builtins.{name}"
-    name = _public(name)
+    name = public_name(name)
     try:
         found = find_function(name, (name,))
     except CheckpointError as error:

@@ -19,11 +19,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
-
-import torch
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from rewrite.errors import CheckpointError, one_line, system_reason
+
+if TYPE_CHECKING:
+    import torch
 
 _CHUNK = 1 << 22
 _SPARE, _EXPANSION = 256 << 20, 20
@@ -78,6 +79,8 @@ class Archive:
         held = self.size(key)
         if held < size:
             raise CheckpointError(f"{key} has {held} bytes instead of {size}")
+        import torch
+
         own = torch.empty(held, dtype=torch.uint8)
         with _reading(key), self._open(key) as member:
             fill(member, own)

@@ -11,7 +11,6 @@ Only the instances are looked at: what their classes do is the business of `allo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,11 +20,11 @@ from torch import nn
 from rewrite.checkpoint.allowed_classes import HOOKS
 from rewrite.checkpoint.graph_format import is_hook_of_weight_norm
 from rewrite.checkpoint.pickles.unpickle import hashable
+from rewrite.checkpoint.vetting.tree import DEEPEST, check_name
 from rewrite.errors import CheckpointError
 from rewrite.weights.weight_norm import is_weight_norm_hook
 
-_NAME = re.compile(r"[\w-]+")
-_DEEPEST, _DEEPEST_DATA, _MOST_PATHS = 200, 100, 1_000_000
+_DEEPEST_DATA, _MOST_PATHS = 100, 1_000_000
 _HOOKS = tuple(key for key in vars(nn.Module()) if key.endswith("hooks"))
 _FLAGS = tuple(key for key in vars(nn.Module()) if "hooks_" in key)
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -64,15 +63,15 @@ def _check_tree(model: nn.Module) -> None:
             if id(child) not in paths:
                 open_.add(id(child))
                 stack.append((child, _children(child)))
-            if len(stack) > _DEEPEST:
-                raise CheckpointError(f"holds modules that are nested more than {_DEEPEST} deep")
+            if len(stack) > DEEPEST:
+                raise CheckpointError(f"holds modules that are nested more than {DEEPEST} deep")
             continue
         stack.pop()
         open_.discard(id(module))
         below = _children(module)
         paths[id(module)] = 1 + sum(paths[id(child)] for child in below)
         depth[id(module)] = 1 + max((depth[id(child)] for child in below), default=0)
-        if depth[id(module)] > _DEEPEST or paths[id(module)] > _MOST_PATHS:
+        if depth[id(module)] > DEEPEST or paths[id(module)] > _MOST_PATHS:
             raise CheckpointError("holds modules that are nested too deep")
 
 
@@ -153,8 +152,7 @@ def _check_registered(place: str, held: dict[str, Any], key: str, kind: type) ->
     if not isinstance(values, dict):
         raise CheckpointError(f"{place}: has no {key.strip('_')}")
     for name, value in values.items():
-        if not isinstance(name, str) or _NAME.fullmatch(name) is None:
-            raise CheckpointError(f"{place}: has the name {name!r} among its {key.strip('_')}")
+        check_name(name, place, key.strip("_"))
         if not isinstance(value, kind | None):
             raise CheckpointError(
                 f"{place}: has {name!r} among its {key.strip('_')}, which is none"

@@ -304,3 +304,7 @@ def _dict(state: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise CheckpointError(f"holds a saved module whose {key} is damaged")
     return value
+
+
+for _kind in (SavedForward, SavedGraph, SavedParametrized):
+    _kind.__module__ = __package__

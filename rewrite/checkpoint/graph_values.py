@@ -8,7 +8,6 @@ kinds, and each name in it to be an identifier.
 
 from __future__ import annotations
 
-import keyword
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.fx
 from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from rewrite.checkpoint.vetting.sizes import identifier as identifier
 from rewrite.errors import CheckpointError
 
 _TORCH_CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
@@ -92,15 +92,6 @@ def _key(value: Any) -> Any:
     if type(value) not in (str, int, bool, type(None)):
         raise CheckpointError("holds a graph with a dict argument whose key is no text")
     return value
-
-
-def identifier(name: Any) -> str:
-    """Return `name` if it can stand in source code as a name, or raise CheckpointError."""
-    if not (isinstance(name, str) and name.isidentifier() and name.isascii()):
-        raise CheckpointError(f"holds a graph with the name {name!r}")
-    if keyword.iskeyword(name):
-        raise CheckpointError(f"holds a graph with the name {name!r}, a word of Python")
-    return name
 
 
 # -- signatures of exported programs ------------------------------------------------------------

@@ -28,32 +28,33 @@ import torch
 from torch import Tensor, nn
 
 from rewrite.checkpoint.check_loaded import check_loaded
-from rewrite.checkpoint.exported.program import is_exported, load_exported
+from rewrite.checkpoint.exported.program import load_exported
 from rewrite.checkpoint.factory import FACTORY_NAME, build_named
 from rewrite.checkpoint.pickler import write_model
-from rewrite.checkpoint.pickles.opcodes import DictOf, Name, walk
-from rewrite.checkpoint.pickles.state import (
-    build_state,
-    find_state,
-    is_module,
-    left_out,
-    pairs_of,
-)
+from rewrite.checkpoint.pickles.state import build_state
 from rewrite.checkpoint.pickles.unpickle import PickleFile, opened_pickle
 from rewrite.checkpoint.state_dict import (
-    check_file,
-    describe_root,
     fill,
     read_safetensors,
     read_state,
     write_state,
 )
+from rewrite.checkpoint.vetting.files import check_file, is_exported
+from rewrite.checkpoint.vetting.opcodes import DictOf, Name, walk
+from rewrite.checkpoint.vetting.state import (
+    describe_root,
+    find_state,
+    is_module,
+    left_out,
+    pairs_of,
+)
+from rewrite.checkpoint.vetting.vet import needs_factory
 from rewrite.errors import CheckpointError
 from rewrite.files import atomic_path
 from rewrite.runtime.copying import copy_model, own_memory_
 
 
-def _silent(_: str) -> None:
+def silent(_: str) -> None:
     """Say nothing."""
 
 
@@ -80,7 +81,7 @@ def load(
     key: str | None = None,
     strip_prefix: str | None = None,
     seed: int | None = None,
-    note: Callable[[str], None] = _silent,
+    note: Callable[[str], None] = silent,
 ) -> nn.Module:
     """Return the model that a MODEL reference names.
 
@@ -128,7 +129,7 @@ def load_into(
     *,
     key: str | None = None,
     strip_prefix: str | None = None,
-    note: Callable[[str], None] = _silent,
+    note: Callable[[str], None] = silent,
 ) -> nn.Module:
     """Return a copy of `model` with the tensors of a state dict in the place of its own.
 
@@ -272,10 +273,8 @@ def _opened(file: PickleFile, request: _Request, place: str, node: Any) -> nn.Mo
         return model
     _refuse(file, request)
     where = f" under {place!r}" if place else ""
-    raise CheckpointError(
-        f"{request.path}: is a state dict of {len(pairs_of(node) or ())} tensors{where}; say what "
-        "builds the model with --factory package.module:callable"
-    )
+    text = needs_factory(len(pairs_of(node) or ()), where)
+    raise CheckpointError(f"{request.path}: {text}")
 
 
 def _refuse(file: PickleFile, request: _Request) -> None:
@@ -305,10 +304,7 @@ def _tensors_only(file: PickleFile, request: _Request, place: str, node: Any) ->
 def _filled(request: _Request, read: Callable[[], Mapping[str, Tensor]]) -> nn.Module:
     """Build the factory's model and give it a state dict; the weights are held once."""
     if request.factory is None:
-        raise CheckpointError(
-            f"{request.path}: is a state dict of {len(read())} tensors; say what builds the model "
-            "with --factory package.module:callable"
-        )
+        raise CheckpointError(f"{request.path}: {needs_factory(len(read()))}")
     model = build_named(request.factory, request.seed).to(request.device)
     _release(model)
     fill(request.path, request.factory, model, read(), note=request.note, prefix=request.prefix)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
-import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rewrite.checkpoint.pickles.state import build_state, describe_node, find_state, pairs_of
-from rewrite.checkpoint.pickles.tensors import is_tensor
+from rewrite.checkpoint.pickles.state import build_state
 from rewrite.checkpoint.pickles.unpickle import opened_pickle
 from rewrite.checkpoint.prefixes import fit_prefix, needed, without_wrappers
-from rewrite.errors import CheckpointError, system_reason
+from rewrite.checkpoint.vetting.files import check_file
+from rewrite.checkpoint.vetting.state import describe_root, find_state, first_few
+from rewrite.errors import CheckpointError
 from rewrite.weights.weight_norm_keys import fit_weight_norm_keys
 
 
@@ -47,52 +46,6 @@ def read_state(
             )
         state = build_state(file, found[1], "cpu")
         return without_wrappers(state) if bare else state
-
-
-def check_file(path: Path) -> None:
-    """Raise CheckpointError for what is no checkpoint, and say what it looks like instead."""
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file")
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder; give a file in it")
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(512)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {system_reason(error)}") from error
-    if not head:
-        raise CheckpointError(f"{path}: is empty")
-    if path.suffix == ".onnx":
-        raise CheckpointError(f"{path}: is an ONNX graph; give the PyTorch model it was made from")
-    if head.startswith(b"PK"):
-        _check_archive(path)
-    elif path.suffix != ".safetensors" and _is_text(head):
-        raise CheckpointError(f"{path}: is a text file, not a checkpoint")
-
-
-def _check_archive(path: Path) -> None:
-    """Raise CheckpointError for a damaged archive and for TorchScript."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    # A damaged directory may hold a name that does not decode, or a version that no zip has.
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{path}: is truncated or damaged ({error})") from error
-    if any(name.endswith("/constants.pkl") for name in names):
-        raise CheckpointError(
-            f"{path}: is TorchScript, whose modules cannot be edited; give the pickled module "
-            "(torch.save(model)), or its state dict with a factory"
-        )
-
-
-def _is_text(head: bytes) -> bool:
-    """Say whether the first bytes of a file read as text."""
-    try:
-        # A character may be cut off at the end.
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
-        return False
-    return all(character.isprintable() or character.isspace() for character in text)
 
 
 def read_safetensors(path: Path, map_location: str | torch.device) -> dict[str, Tensor]:
@@ -149,7 +102,7 @@ def fill(
         ("unexpected", keys.unexpected_keys),
         ("of another shape", list(shaped.values())),
     )
-    parts = [f"{len(found)} {what} ({_first(found)})" for what, found in groups if found]
+    parts = [f"{len(found)} {what} ({first_few(found)})" for what, found in groups if found]
     if parts:
         raise CheckpointError(f"{path}: does not fit {factory}: {'; '.join(parts)}")
     for names in ties:
@@ -184,21 +137,6 @@ def _ties(model: nn.Module) -> list[list[str]]:
     for key, parameter in model.named_parameters(remove_duplicate=False):
         keys.setdefault(id(parameter), []).append(key)
     return [found for found in keys.values() if len(found) > 1]
-
-
-def _first(keys: Sequence[str], limit: int = 3) -> str:
-    """Return the first few keys in one line."""
-    return ", ".join(keys[:limit]) + (", …" if len(keys) > limit else "")
-
-
-def describe_root(root: Any) -> str:
-    """Say in a few words what a checkpoint is that holds no state dict."""
-    pairs = pairs_of(root)
-    if pairs is not None:
-        keys = [str(key) for key, _ in pairs]
-        return f"a dict with the keys {_first(keys, 6) or '(none)'}"
-    kind = "Tensor" if is_tensor(root) else describe_node(root)
-    return f"a {kind}"
 
 
 def write_state(state: Mapping[str, Any], path: Path) -> None:

@@ -266,3 +266,36 @@ def check_report(options: argparse.Namespace, *others: str | None) -> None:
             if other is not None and Path(other).resolve() == place:
                 raise OptionError(f"{flag} {name}: is {other}; give the report a place")
         taken.append(name)
+
+
+def vet_files(options: argparse.Namespace) -> None:
+    """Refuse a file that is read before torch is imported, where that needs no torch.
+
+    Raises:
+        CheckpointError: it is no checkpoint, or one that may not be opened.
+        VerificationError: it is an ONNX file that cannot be read.
+    """
+    from rewrite.checkpoint.opening import is_file
+    from rewrite.checkpoint.vetting.vet import vet, vet_pickle
+
+    named = {name: getattr(options, name, None) for name in (*_MODELS, *_DATA)}
+    for name, value in named.items():
+        if not isinstance(value, str) or not is_file(value):
+            continue
+        suffix = Path(value).suffix
+        if name in _DATA:
+            if suffix in (".pt", ".pth"):
+                vet_pickle(value)
+        elif suffix != ".onnx":
+            # A second model may be a state dict, which the first one builds.
+            builds = options.factory or (None if name == "model" else "the first model")
+            vet(value, factory=builds, trust=options.trust, key=options.key)
+        elif options.command == "verify" and Path(value).stat().st_size < _SMALL_GRAPH:
+            from rewrite.onnx.file import open_onnx
+
+            open_onnx(value)
+
+
+_MODELS, _DATA = ("model", "other", "teacher"), ("input", "calibration", "data")
+_SMALL_GRAPH = 64 << 20
+"""Up to which size a graph is read twice: once to judge it, and once with its weights."""

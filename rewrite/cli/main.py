@@ -29,7 +29,15 @@ from rewrite.cli import (
     recover,
     verify,
 )
-from rewrite.cli.common import FAILED, INTERRUPTED, OK, USAGE, check_places, complain
+from rewrite.cli.common import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    USAGE,
+    check_places,
+    complain,
+    vet_files,
+)
 from rewrite.cli.parser import Parser, apply_config, find_config
 from rewrite.errors import PassError, RewriteError
 
@@ -46,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = parser.parse_args(argv)
             _finish_interrupted(options)
             check_places(options)
+            vet_files(options)
             # It logs a traceback of each input that does not fit, which becomes one line here.
             logging.getLogger("torch._subclasses.fake_tensor").disabled = True
             with _stopped_by_signals(told):

@@ -91,11 +91,20 @@ def apply_config(
             _set(parser, path, "tool.rewrite", key, value)
 
 
+_NAMES_CODE = frozenset({"trust", "factory", "calibration", "data", "teacher", "before", "force"})
+"""Options that import what they name, or replace files: a folder's file may not set them."""
+
+
 def _set(parser: argparse.ArgumentParser, path: Path, where: str, key: str, value: Any) -> None:
     action = _action(parser, key)
     if action is None:
         hint = did_you_mean(key, _names(parser))
         raise OptionError(f"{path}: {where}.{key} is no option of {parser.prog}{hint}")
+    if key in _NAMES_CODE:
+        raise OptionError(
+            f"{path}: {where}.{key}: a file may not say what code runs, or what"
+            f" is replaced; pass --{key} yourself"
+        )
     if isinstance(action.default, bool):
         fits = isinstance(value, bool)
     elif isinstance(action, argparse._AppendAction):

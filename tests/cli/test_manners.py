@@ -126,6 +126,10 @@ def test_a_project_has_defaults_that_the_command_line_overrides(capsys, checkpoi
         ("[tool.rewrite.verify]\nquick = 3", "does not fit --quick"),
         ('[tool.rewrite]\nseed = "x"', "does not fit --seed"),
         ("[tool.rewrite", "cannot be read"),
+        ('[tool.rewrite]\ntrust = ["evil"]', "what code runs"),
+        ('[tool.rewrite.verify]\nfactory = "evil:build"', "what code runs"),
+        ('[tool.rewrite.convert]\ncalibration = "evil:data"', "what code runs"),
+        ("[tool.rewrite.convert]\nforce = true", "what is replaced"),
     ],
 )
 def test_a_wrong_default_is_one_line(capsys, checkpoint: Path, text: str, said: str) -> None:

@@ -11,10 +11,8 @@ as source and loads compiled libraries. Guards check inputs, and are no part of 
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,31 +28,13 @@ from rewrite.checkpoint.archive import Archive, opened
 from rewrite.checkpoint.exported.graph import DTYPES, GraphBuilder
 from rewrite.checkpoint.exported.schema import parse_json
 from rewrite.checkpoint.graph_values import example, identifier
-from rewrite.checkpoint.pickles.names import refuse_unless_allowed
-from rewrite.checkpoint.pickles.opcodes import Name
 from rewrite.checkpoint.pickles.tensors import view
-from rewrite.checkpoint.pickles.unpickle import DAMAGED, read_archive
+from rewrite.checkpoint.pickles.unpickle import DAMAGED
+from rewrite.checkpoint.vetting.exported import vet_exported
 from rewrite.errors import CheckpointError, one_line
 
-_MEMBERS = re.compile(
-    r"archive_format|archive_version|byteorder|version|\.data/\w+|\.format_version"
-    r"|\.storage_alignment|models/\w+\.json"
-    r"|data/(weights|constants)/(\w+|\w+_config\.json)|data/sample_inputs/\w+\.pt"
-)
-_TENSOR = re.compile(r"(weight|tensor)_\d+")
 _KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
 _CONTAINERS = {"builtins.tuple": "tuple", "builtins.list": "list", "builtins.dict": "dict"}
-
-
-def is_exported(path: Path) -> bool:
-    """Say whether a zip archive is an exported program."""
-    if path.suffix == ".pt2":
-        return True
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.split("/")[-1] == "archive_format" for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return False
 
 
 def load_exported(path: Path, map_location: str | torch.device) -> torch.fx.GraphModule:
@@ -71,17 +51,7 @@ def load_exported(path: Path, map_location: str | torch.device) -> torch.fx.Grap
 
 
 def _build(archive: Archive) -> torch.fx.GraphModule:
-    for name in sorted(archive.names):
-        if _MEMBERS.fullmatch(name) is None:
-            raise CheckpointError(f"holds {name}, which is no part of an exported program")
-        if name.startswith("data/sample_inputs/"):
-            _check_sample(archive.read(name))
-    models = [name for name in archive.names if name.startswith("models/")]
-    if len(models) != 1:
-        raise CheckpointError(f"holds {len(models)} programs instead of one")
-    if "byteorder" in archive.names and archive.read("byteorder").strip() != b"little":
-        raise CheckpointError("was written on a machine of another byte order")
-    program = parse_json(archive.read(models[0]), schema.ExportedProgram)
+    program = parse_json(archive.read(vet_exported(archive)), schema.ExportedProgram)
     if program["schema_version"]["major"] != schema.SCHEMA_VERSION[0]:
         raise CheckpointError(
             f"has version {program['schema_version']['major']} of PyTorch's format; "
@@ -112,12 +82,6 @@ class _Payload:
             for key, entry in parse_json(archive.read(name), schema.PayloadConfig)[
                 "config"
             ].items():
-                if entry["use_pickle"]:
-                    raise CheckpointError(
-                        f"holds {key} as a pickled tensor; export the program on plain tensors"
-                    )
-                if entry["tensor_meta"] is None or _TENSOR.fullmatch(entry["path_name"]) is None:
-                    raise CheckpointError(f"holds {key}, an object of a class of its own")
                 self._entries[key] = (f"{folder}/{entry['path_name']}", entry["tensor_meta"])
 
     def names(self) -> list[str]:
@@ -231,16 +195,3 @@ def _described(spec: Any, depth: int = 0) -> Any:
             raise CheckpointError("takes or returns a dict without keys")
     children = [_described(child, depth + 1) for child in spec["children_spec"]]
     return [_CONTAINERS[spec["type"]], keys, children]
-
-
-def _check_sample(data: bytes) -> None:
-    """Raise CheckpointError unless the sample inputs are plain tensors; none is made of them."""
-    if not data:
-        return
-    try:
-        program, _ = read_archive(Archive(io.BytesIO(data)))
-        for event in program.events:
-            if isinstance(event.node, Name):
-                refuse_unless_allowed(event.node.full, ())
-    except CheckpointError as error:
-        raise CheckpointError(f"holds sample inputs that are no plain tensors: {error}") from error

@@ -14,10 +14,12 @@ from rewrite.checkpoint.pickles.names import (
     PARTIALS,
     Meaning,
     Use,
+    has_meaning,
     meaning_of,
-    refuse_unless_allowed,
 )
-from rewrite.checkpoint.pickles.opcodes import Made, Name, Node, TupleOf
+from rewrite.checkpoint.vetting.names import refuse_unless_allowed
+from rewrite.checkpoint.vetting.opcodes import Made, Name, Node, TupleOf
+from rewrite.checkpoint.vetting.vet import used_names
 from rewrite.errors import CheckpointError
 
 
@@ -45,14 +47,9 @@ class Judgement:
             CheckpointError: nobody allowed a name, or not this use of it.
         """
         self = cls(trust)
-        called = {id(node.function) for node in nodes if isinstance(node, Made)}
-        below = {id(value) for node in nodes for value in node.held()}
-        names = [
-            node for node in nodes
-            if isinstance(node, Name) and (id(node) in below or id(node) in called)
-        ]  # fmt: skip
+        names = used_names(nodes)
         for node in names:
-            refuse_unless_allowed(node.full, self.trust)
+            refuse_unless_allowed(node.full, self.trust, has_meaning)
         for node in names:
             self.meanings[node.full] = meaning_of(node.full, self.trust)
         for made in nodes:

@@ -15,12 +15,10 @@ from typing import IO
 import torch
 
 from rewrite.checkpoint.archive import fill
-from rewrite.checkpoint.pickles.opcodes import ListOf, Program, Stored, parse, walk
 from rewrite.checkpoint.pickles.tensors import Reference
+from rewrite.checkpoint.vetting.opcodes import Program, Stored, walk
+from rewrite.checkpoint.vetting.programs import parse_legacy
 from rewrite.errors import CheckpointError
-
-_MAGIC = 0x1950A86A20F9469CFC6C
-_PROTOCOL = 1001
 
 
 @dataclass(frozen=True)
@@ -48,12 +46,7 @@ def read_legacy(stream: IO[bytes], size: int) -> tuple[Program, _Parts]:
     Raises:
         CheckpointError: it is damaged, or is no such file.
     """
-    if parse(stream).root != _MAGIC or parse(stream).root != _PROTOCOL:
-        raise CheckpointError("is no checkpoint, or a damaged one")
-    parse(stream)
-    program, keys = parse(stream), parse(stream).root
-    if not (isinstance(keys, ListOf) and all(isinstance(key, str) for key in keys.items)):
-        raise CheckpointError("is no checkpoint, or a damaged one")
+    program, keys = parse_legacy(stream)
     widths: dict[str, int] = {}
     for event in program.events:
         for node in walk(event.node) if isinstance(event.node, Stored) else ():
@@ -62,7 +55,7 @@ def read_legacy(stream: IO[bytes], size: int) -> tuple[Program, _Parts]:
             if width != reference.dtype.itemsize:
                 raise CheckpointError(f"has a tensor {reference.key} of two types")
     places = {}
-    for key in keys.items:
+    for key in keys:
         length = int.from_bytes(stream.read(8), "little", signed=True) * widths.get(key, 1)
         start = stream.tell()
         if length < 0 or start + length > size or key in places:

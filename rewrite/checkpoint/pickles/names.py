@@ -18,7 +18,7 @@ from typing import Any
 import torch.fx
 from torch import nn
 
-from rewrite.checkpoint.allowed_classes import MOVED, TRUSTED, Standing, standing
+from rewrite.checkpoint.allowed_classes import MOVED, Standing, standing
 from rewrite.checkpoint.allowed_functions import FUNCTION_PLACES, held_function
 from rewrite.checkpoint.factory import current_folder_importable
 from rewrite.checkpoint.graph_format import SavedForward, SavedGraph, SavedParametrized
@@ -74,44 +74,16 @@ _SPECIAL = {
     **{place: Meaning(Use.PLACE) for place in (*tensors.STORAGES, *FUNCTION_PLACES)},
 }
 
-_NEVER = frozenset(
-    {
-        *("builtins", "os", "posix", "nt", "sys", "subprocess", "shutil", "importlib", "pickle"),
-        *("ctypes", "socket", "runpy", "code", "codeop", "marshal", "shelve", "urllib", "http"),
-        *("tempfile", "signal", "inspect", "operator", "_operator", "multiprocessing", "threading"),
-        *("pty", "platform", "webbrowser", "pydoc", "timeit", "cProfile", "profile", "pdb", "bdb"),
-        *("asyncio", "io", "_io", "_pyio", "zipfile", "tarfile", "mmap", "logging", "linecache"),
-        *("ftplib", "smtplib", "fileinput", "glob", "gc", "venv", "ensurepip", "pip", "setuptools"),
-    }
-)
-"""Packages of Python of which no model needs a class or a function."""
+
+def has_meaning(name: str) -> bool:
+    """Say whether a name is a value, or a function that a module may keep; looked up."""
+    values = (_SPECIAL, tensors.BUILDERS, natives.BUILDERS, natives.CONSTANTS)
+    return any(name in known for known in values) or held_function(name) is not None
 
 
-def refuse_unless_allowed(name: str, trust: Sequence[str]) -> None:
-    """Raise CheckpointError for a name that nobody allowed; import nothing."""
-    if name in _SPECIAL or name in tensors.BUILDERS or name in natives.BUILDERS:
-        return
-    if name in natives.CONSTANTS or held_function(name) is not None:
-        return
-    package = name.partition(".")[0]
-    if package in _NEVER:
-        raise CheckpointError(f"names {name}, which no model needs and no --trust allows")
-    if name in trust or package in trust or standing(MOVED.get(name, name)) is not None:
-        return
-    if name.startswith("torch.fx."):
-        raise CheckpointError(
-            f"names {name}, a pickled GraphModule, which holds source code; write it with "
-            "rewrite.save"
-        )
-    if package in TRUSTED:
-        raise CheckpointError(
-            f"names {name}, which is on no list of layers; "
-            f"pass --trust {name} if you know where the file comes from"
-        )
-    raise CheckpointError(
-        f"names {name}, and package {package!r} is not trusted; "
-        f"pass --trust {package} if you know where the file comes from"
-    )
+def own_values() -> frozenset[str]:
+    """Return the names of which this package makes a value itself: `allowed_values.json`."""
+    return frozenset({*_SPECIAL, *tensors.BUILDERS, *natives.BUILDERS, *natives.CONSTANTS})
 
 
 def meaning_of(name: str, trust: Sequence[str]) -> Meaning:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from rewrite.checkpoint.archive import TensorBytes
-from rewrite.checkpoint.pickles.opcodes import Made, Name, Stored
+from rewrite.checkpoint.vetting.opcodes import Name, Stored
 from rewrite.errors import CheckpointError
 
 _LARGE = 64 << 20
@@ -253,11 +253,6 @@ BUILDERS: Mapping[str, Builder] = {
     "torch.nn.parameter.UninitializedParameter": _uninitialized,
 }
 """The functions by which torch pickles tensors; each stands for code of this file."""
-
-
-def is_tensor(value: Any) -> bool:
-    """Say whether a node of a pickle is a tensor."""
-    return isinstance(value, Made) and value.name in BUILDERS
 
 
 def give_attributes(made: torch.Tensor, state: Any) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import enum
 import functools
-import io
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from rewrite.checkpoint.pickles.names import (
     HELD,
     Use,
 )
-from rewrite.checkpoint.pickles.opcodes import (
+from rewrite.checkpoint.vetting.opcodes import (
     DictOf,
     Event,
     ListOf,
@@ -44,9 +43,10 @@ from rewrite.checkpoint.pickles.opcodes import (
     Program,
     Stored,
     TupleOf,
-    parse,
     walk,
 )
+from rewrite.checkpoint.vetting.programs import archived_program
+from rewrite.checkpoint.vetting.tree import NO_LOOKUP
 from rewrite.errors import CheckpointError, one_line
 
 
@@ -120,11 +120,7 @@ def opened_pickle(path: Path) -> Iterator[PickleFile]:
 
 def read_archive(archive: Archive) -> tuple[Program, TensorBytes]:
     """Return the pickle of a zip archive, and the reader of its tensors."""
-    if "byteorder" in archive.names and archive.read("byteorder").strip() != b"little":
-        raise CheckpointError("was written on a machine of another byte order")
-    if "data.pkl" not in archive.names:
-        raise CheckpointError("has no data.pkl: an archive, but no checkpoint")
-    return parse(io.BytesIO(archive.read("data.pkl"))), _DataFolder(archive)
+    return archived_program(archive), _DataFolder(archive)
 
 
 @dataclass(frozen=True)
@@ -261,7 +257,7 @@ class _Builder:
                         f"names {found.__qualname__}.{name}, which is no member of that Enum"
                     )
                 return found[name]
-        raise CheckpointError("names builtins.getattr, which no model needs and no --trust allows")
+        raise CheckpointError(NO_LOOKUP)
 
     # -- changing --------------------------------------------------------------------------------
 
