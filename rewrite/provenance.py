@@ -1,8 +1,13 @@
-"""Where a report comes from: versions, the command line, and the files by their SHA-256."""
+"""Where a report comes from: versions, the command line, the files by their SHA-256, places.
+
+A report is sent to others: a place in it is relative to the folder in which the command ran or to
+the one from which Python imports, and never names a home folder.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sys
 from collections.abc import Iterable, Sequence
@@ -23,6 +28,30 @@ def versions() -> dict[str, str]:
     return found
 
 
+def shown_path(path: str) -> str:
+    """Return an absolute path as a report shows it; another one as it is.
+
+    It is relative to the deepest folder above it of those that Python imports from and the current
+    one; below the home folder it begins with "~".
+    """
+    if not Path(path).is_absolute():
+        return path
+    roots = {str(Path.cwd()), *filter(None, sys.path)}
+    for root in sorted(roots, key=len, reverse=True):
+        if path.startswith(below := root.rstrip(os.sep) + os.sep):
+            return path[len(below) :]
+    home = str(Path("~").expanduser()).rstrip(os.sep) + os.sep
+    return "~" + os.sep + path[len(home) :] if path.startswith(home) and home != os.sep else path
+
+
+def shown_argument(argument: str) -> str:
+    """Return an argument of a command line, and the value of a --flag=value, as `shown_path`."""
+    flag, equals, value = argument.partition("=")
+    if equals and flag.startswith("-"):
+        return f"{flag}={shown_path(value)}"
+    return shown_path(argument)
+
+
 def file_hash(path: str | Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits, read in blocks."""
     with Path(path).open("rb") as stream:
@@ -40,10 +69,10 @@ def provenance(
     """
     found: dict[str, str] = {}
     if command is not None:
-        found["command"] = " ".join(["rewrite", *command])
+        found["command"] = " ".join(["rewrite", *map(shown_argument, command)])
     for path in files:
         if Path(path).is_file():
-            found[str(path)] = f"sha256 {file_hash(path)}"
+            found[shown_path(str(path))] = f"sha256 {file_hash(path)}"
     return found | versions()
 
 

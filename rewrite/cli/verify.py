@@ -143,6 +143,7 @@ def _verify_models(options: argparse.Namespace) -> tuple[Verification, str | Non
         return found, None
     from rewrite.equivalence.side_by_side import of_runs, side_by_side
     from rewrite.html.pages import verification_page
+    from rewrite.provenance import shown_path
     from rewrite.runtime.inputs import Inputs
 
     if found.runs is not None:
@@ -152,7 +153,7 @@ def _verify_models(options: argparse.Namespace) -> tuple[Verification, str | Non
         given = None if inputs is None else Inputs.of(inputs)
         modules = side_by_side(before, after, given, options.seed)
     known = own_provenance(options.model, options.other)
-    title = f"{options.other} held to {options.model}"
+    title = f"{shown_path(options.other)} held to {shown_path(options.model)}"
     return found, verification_page(found, modules, known, title).render()
 
 

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from rewrite.provenance import shown_path
 from rewrite.runtime.leaves import tensors
 from rewrite.runtime.tree import Tree
 
@@ -295,7 +296,7 @@ def _source() -> str | None:
     while frame is not None and frame.f_code is not record.__code__:
         filename = frame.f_code.co_filename
         if not any(part in filename for part in _MACHINERY):
-            return f"{filename}:{frame.f_lineno}"
+            return f"{shown_path(filename)}:{frame.f_lineno}"
         frame = frame.f_back
     return None
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from rewrite.provenance import shown_path
+
 _HARMLESS = frozenset({"requires_grad_", "retain_grad_", "share_memory_"})
 
 
@@ -32,7 +34,7 @@ def untraced_writes(module: nn.Module) -> Iterator[Written]:
         code = ast.parse(textwrap.dedent("".join(lines)))
     except (OSError, TypeError, SyntaxError):
         return
-    file = function.__code__.co_filename
+    file = shown_path(function.__code__.co_filename)
     met: set[int] = set()
     for node in ast.walk(code):
         if isinstance(node, ast.stmt | ast.expr) and _writes(node) and node.lineno not in met:

@@ -27,6 +27,7 @@ from rewrite.graph.lines import Lines
 from rewrite.graph.model_code import ModelCode
 from rewrite.graph.refs import Readers as Readers
 from rewrite.graph.refs import TensorRef as TensorRef
+from rewrite.provenance import shown_path
 from rewrite.runtime.tree import Tree
 from rewrite.tracing.records import Frame
 from rewrite.tracing.records import Opaque as Opaque
@@ -153,7 +154,7 @@ class Captured:
     def source(self, node: Node) -> str | None:
         """Return "file.py:123", the line of the model's code that made the call."""
         line = self.region_of(node).lines.get(node)
-        return f"{line[0].co_filename}:{line[1]}" if line else None
+        return f"{shown_path(line[0].co_filename)}:{line[1]}" if line else None
 
     def source_text(self, node: Node) -> str:
         """Return the text of the line of the model's code that made the call, or ""."""

@@ -11,6 +11,7 @@ from rewrite.equivalence.side_by_side import ROUNDING
 from rewrite.equivalence.verification import JUDGED
 from rewrite.html.page import Number, Page
 from rewrite.outcomes import Contract
+from rewrite.provenance import shown_path
 
 if TYPE_CHECKING:
     from rewrite.equivalence.side_by_side import SideBySide
@@ -106,16 +107,16 @@ def comparison_page(
 
 def onnx_page(found: OnnxVerification, provenance: Mapping[str, str] | None = None) -> Page:
     """Return the page of a verification of an ONNX graph."""
-    nodes = sum(found.operator_counts.values())
+    nodes, path = sum(found.operator_counts.values()), shown_path(found.path)
     wrong = [check for check in found.checks if not check.ok]
     verdict = (
-        f"{found.path}: {len(wrong)} of {_count(len(found.checks), 'check')} failed."
+        f"{path}: {len(wrong)} of {_count(len(found.checks), 'check')} failed."
         if wrong
-        else f"{found.path}: verified, {_count(len(found.checks), 'check')}."
+        else f"{path}: verified, {_count(len(found.checks), 'check')}."
     )
     most = sorted(found.operator_counts.items(), key=lambda item: -item[1])[:5]
     return Page(
-        title=f"verification of {found.path}",
+        title=f"verification of {path}",
         verdict=verdict,
         ok=found.ok,
         numbers=[

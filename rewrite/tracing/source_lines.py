@@ -11,6 +11,8 @@ from types import FrameType
 
 import torch
 
+from rewrite.provenance import shown_path
+
 _HERE = Path(__file__).parent
 
 _MACHINERY = tuple(f"{p}/" for p in (Path(torch.__file__).parent, _HERE, _HERE.parent / "graph"))
@@ -41,7 +43,7 @@ def reason_of(error: BaseException) -> tuple[str, str | None]:
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith(_MACHINERY)
     ]
-    source = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+    source = f"{shown_path(frames[-1].filename)}:{frames[-1].lineno}" if frames else None
     return reason, source
 
 
