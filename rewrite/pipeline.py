@@ -345,7 +345,7 @@ class _Conversion:
         return verify(
             one, other, self.inputs, contract=contract, level=Level.QUICK, touched=touched,
             calls=[each for each in self.calls if each.inputs is not self.inputs], exact=exact,
-            seed=self.seed,
+            seed=self.seed, progress=self.say,
         )  # fmt: skip
 
 

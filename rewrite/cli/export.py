@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rewrite.cli.common import (
     FAILED,
@@ -15,6 +15,11 @@ from rewrite.cli.common import (
     write_report,
 )
 from rewrite.errors import OptionError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from rewrite.onnx.report import OnnxVerification
 
 
 def add_parsers(subparsers: Any) -> None:
@@ -51,10 +56,22 @@ def run_export(options: argparse.Namespace) -> int:
     check_report(options, options.model, options.output)
     axes = _axes(options.dynamic_shape)
     model = load_model(options, options.model).eval()
+    from rewrite.progress import ProgressLine
+
+    with ProgressLine(enabled=not options.quiet) as progress:
+        progress("exporting" if options.no_verify else "exporting and verifying")
+        found = _export(options, model, axes)
+    write_report(options, found)
+    return OK if found.ok else FAILED
+
+
+def _export(
+    options: argparse.Namespace, model: nn.Module, axes: dict[str, dict[int, str]]
+) -> OnnxVerification:
     from rewrite.equivalence.verification import Level
     from rewrite.onnx.export import export
 
-    found = export(
+    return export(
         model,
         options.output,
         example_inputs=example_inputs(options, model),
@@ -70,8 +87,6 @@ def run_export(options: argparse.Namespace) -> int:
         overwrite=options.force,
         seed=options.seed,
     )
-    write_report(options, found)
-    return OK if found.ok else FAILED
 
 
 def _axes(texts: list[str]) -> dict[str, dict[int, str]]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewrite.cli.common import OK, load_model, or_inferred, write_report
 from rewrite.errors import OptionError
+from rewrite.progress import ProgressLine
 from rewrite.signals.measure import signal
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ def run_signal(
     inputs = or_inferred(options, model, inputs)
     if inputs is None:
         raise OptionError("--signal runs the model; pass --input, such as 8x3x224x224")
-    measured = signal(model, inputs, seed=options.seed)
+    with ProgressLine(enabled=not options.quiet) as progress:
+        progress("one forward and one backward")
+        measured = signal(model, inputs, seed=options.seed, progress=progress)
     if options.plot is not None:
         before = None
         if options.before is not None:

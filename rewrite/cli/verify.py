@@ -86,7 +86,11 @@ def run_verify(options: argparse.Namespace) -> int:
     page: str | None = None
     found: Verification | OnnxVerification
     if any(onnx_files):
-        found = _verify_onnx(options)
+        from rewrite.progress import ProgressLine
+
+        with ProgressLine(enabled=not options.quiet) as progress:
+            progress("verifying the graph")
+            found = _verify_onnx(options)
         if options.node_data:
             _write_node_data(options)
         if options.html:
@@ -125,18 +129,22 @@ def _verify_models(options: argparse.Namespace) -> tuple[Verification, str | Non
     from rewrite.equivalence.verification import Level
     from rewrite.equivalence.verify import verify
     from rewrite.outcomes import Contract
+    from rewrite.progress import ProgressLine
 
-    before, after = _two_models(options)
-    inputs: Any = example_inputs(options, before)
-    found = verify(
-        before,
-        after,
-        inputs,
-        calibration=_calibration(options, before),
-        contract=Contract(options.contract),
-        level=Level.QUICK if options.quick else Level.THOROUGH,
-        seed=options.seed,
-    )
+    with ProgressLine(enabled=not options.quiet) as progress:
+        progress("loading")
+        before, after = _two_models(options)
+        inputs: Any = example_inputs(options, before)
+        found = verify(
+            before,
+            after,
+            inputs,
+            calibration=_calibration(options, before),
+            contract=Contract(options.contract),
+            level=Level.QUICK if options.quick else Level.THOROUGH,
+            seed=options.seed,
+            progress=progress,
+        )
     if not found.ok and found.contract in (Contract.EXACT, Contract.EXACT_IN_EVAL):
         _suggest_contract(before, after)
     if not options.html:

@@ -6,7 +6,7 @@ See `rewrite.verify` for the equations; here they are carried out, case by case.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from rewrite.equivalence.variations import adversarial
 from rewrite.equivalence.verification import Case, Level
 from rewrite.errors import VerificationError, one_line
 from rewrite.outcomes import Contract
+from rewrite.progress import Countdown
 from rewrite.runtime.float64 import in_float64, narrowest_eps, short_of_memory
 from rewrite.runtime.inputs import Inputs, call
 from rewrite.runtime.modes import isolated, widen
@@ -111,6 +112,7 @@ def judge(
     touched: Collection[str] = (),
     exact: Exact,
     seed: int = 0,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Findings:
     """Return what was found when `b` was held to equality with `a`; both are in eval mode."""
     exact = present(b, exact)
@@ -121,18 +123,23 @@ def judge(
     floor = max(TOLERANCE, EXPLAINS * narrowest_eps(a))
     work = _Judge(a, b, rounded, touched, seed, floor)
     work.found.reasons += misrounded(b, exact)
+    thorough = level is Level.THOROUGH
+    variations = sum(1 for _ in adversarial(given[0][1], seed)) if thorough else 0
+    step = Countdown(say, "verifying", 2 * len(given) + variations)
     for name, inputs in given:
+        step(f"{name} as it is stored")
         work.run_native(name, inputs)
-    if level is Level.THOROUGH or contract is Contract.EXACT or not same_classes(a, b):
+    if thorough or contract is Contract.EXACT or not same_classes(a, b):
         work.compare_gradients(*given[0])
     with in_float64(a, b, streamed=short_of_memory(a, b), exact=exact):
         for index, (name, inputs) in enumerate(given):
+            step(f"{name} in float64")
             work.judge_given(name, inputs, index)
-        if level is Level.THOROUGH:
-            for name, inputs in adversarial(given[0][1], seed):
-                work.judge_variation(name, inputs)
+        for name, inputs in adversarial(given[0][1], seed) if thorough else ():
+            step(name)
+            work.judge_variation(name, inputs)
         work.sum_up()
-        if level is Level.THOROUGH and contract is Contract.EXACT:
+        if thorough and contract is Contract.EXACT:
             # A step in train mode writes statistics: it comes last.
             for case, reasons in judge_training(a, b, given[0][1], work.allowance, seed):
                 work.found.cases.append(case)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ def verify(
     calls: Sequence[ExampleCall] = (),
     exact: Exact | None = None,
     seed: int = 0,
+    progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Hold `b` to `contract` against the original `a`; neither is changed.
 
@@ -79,6 +80,7 @@ def verify(
         exact: what tensors of `b` are before they are rounded, in float64 and by qualified name, if
             whoever made `b` knows it: they are judged, and the rounding by itself.
         seed: of every random number, so that two runs see the same inputs.
+        progress: called with a line as each input begins: which it is, and the time left.
 
     Raises:
         OptionError: no such contract or level.
@@ -94,8 +96,9 @@ def verify(
     with evaluating(a, b):
         if contract in JUDGED:
             found = judge(
-                a, b, given, contract, level, touched=touched, exact=exact or {}, seed=seed
-            )
+                a, b, given, contract, level, touched=touched, exact=exact or {}, seed=seed,
+                say=progress or (lambda _: None),
+            )  # fmt: skip
             compare_generation(a, b, given, found)
         else:
             found = _observe(a, b, given, level, seed)

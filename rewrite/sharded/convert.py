@@ -21,6 +21,7 @@ from rewrite.errors import ContractError
 from rewrite.hub.folder import CheckpointFolder, open_folder
 from rewrite.hub.structure import structure_of
 from rewrite.pipeline import Result
+from rewrite.progress import counted
 from rewrite.protocol import Pass
 from rewrite.report import Report
 from rewrite.sharded.plan import FolderPlan, plan_folder
@@ -103,8 +104,7 @@ def _write(
     """Write the new folder into `stage`; return what each new tensor is before it is rounded."""
     exact = Exact(folder, plan)
     with FolderWriter(folder, stage, plan.made, plan.config) as writer:
-        for number, recipe in enumerate(plan.recipes, start=1):
-            say(f"rewriting {number} of {len(plan.recipes)}")
+        for recipe in counted(plan.recipes, say, "rewriting"):
             run(recipe, _FolderStore(folder, plan, writer), exact)
         writer.copy_rest(say)
         writer.write_rest()

@@ -27,6 +27,7 @@ from rewrite.hub.folder import CheckpointFolder
 from rewrite.hub.structure import build, stored_names
 from rewrite.observe.stream_matrices import StreamMap
 from rewrite.outcomes import Contract
+from rewrite.progress import Countdown
 from rewrite.runtime.float64 import KeepFloat64
 from rewrite.sharded.plan import FolderPlan
 from rewrite.sharded.recipes import maps_of
@@ -186,8 +187,11 @@ def _beside(
     Where the stream is in another basis, so are what a block is given and what it returns.
     """
 
+    blocks = list(blocks_of(old))
+    step = Countdown(say, "comparing", len(blocks))
+
     def ran(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        say(f"comparing {name}")
+        step(name)
         given, named = _turned(maps, (args, kwargs))
         got = new.get_submodule(name)(*given, **named)
         compared = compare(_turned(maps, out), got)
@@ -198,7 +202,7 @@ def _beside(
             lambda m, args, kwargs, out, name=name: ran(name, args, kwargs, out),
             with_kwargs=True,
         )
-        for name in blocks_of(old)
+        for name in blocks
     ]
     try:
         yield

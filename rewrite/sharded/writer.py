@@ -24,6 +24,7 @@ from rewrite.hub.safetensors_file import (
     copy_range,
     header_of,
 )
+from rewrite.progress import Countdown
 from rewrite.sharded.plan import Made
 
 NEW_SHARD = "model-rewritten.safetensors"
@@ -101,8 +102,10 @@ class FolderWriter:
 
     def copy_rest(self, progress: Callable[[str], None]) -> None:
         """Copy every tensor that nobody rewrites, in runs of neighbours."""
-        for shard, old in self._folder.shards.items():
-            progress(f"copying {shard}")
+        shards = self._folder.shards
+        step = Countdown(progress, "copying", len(shards))
+        for shard, old in shards.items():
+            step(shard)
             source = os.open(old.path, os.O_RDONLY)
             try:
                 for begin, length, at in self._runs(shard):

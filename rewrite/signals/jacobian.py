@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, funm_multiply_krylov
 
+from rewrite.progress import counted
+
 _DENSE = 256  # elements: up to here the matrix is built and its whole spectrum computed
 
 
@@ -44,7 +46,7 @@ class Jacobian:
 
 
 def layer_jacobians(
-    outputs: list[tuple[str, torch.Tensor]], notes: list[str], seed: int
+    outputs: list[tuple[str, torch.Tensor]], notes: list[str], seed: int, say: Callable[[str], None]
 ) -> dict[int, Jacobian]:
     """Return the Jacobian of each layer's output by that of the nearest layer before it.
 
@@ -52,13 +54,14 @@ def layer_jacobians(
         outputs: name and output of each layer call, with its autograd graph, in order.
         notes: where to say which could not be computed, and why.
         seed: of the random probes.
+        say: called with a line as each begins.
     """
     makers: dict[object, int] = {
         out.grad_fn: i for i, (_, out) in enumerate(outputs) if out.grad_fn is not None
     }
     found: dict[int, Jacobian] = {}
     failures: dict[str, list[str]] = {}
-    for number, (name, out) in enumerate(outputs):
+    for number, (name, out) in enumerate(counted(outputs, say, "singular values of layer")):
         source = _layer_before(out, makers, number)
         if source is None:
             continue

@@ -52,6 +52,7 @@ def signal(
     loss: Callable[[Any], torch.Tensor] | None = None,
     jacobians: bool = True,
     seed: int = 0,
+    progress: Callable[[str], None] | None = None,
 ) -> Signal:
     """Measure how activations and gradients propagate through `model`, in the mode it is in.
 
@@ -64,6 +65,7 @@ def signal(
             gradient drawn from N(0, 1), divided by the batch size.
         jacobians: whether to compute singular values between consecutive layers, on one sample.
         seed: of that draw, and of whatever the model draws.
+        progress: called with a line as each layer's Jacobian begins.
 
     Raises:
         VerificationError: the model does not run on the inputs, or nothing there has a gradient.
@@ -81,7 +83,7 @@ def signal(
             recorder = _Recorder(model)
             sample = inputs if _mixes_batch(model) else _first_sample(inputs)
             output, state = _run(model, sample, recorder)
-            found = layer_jacobians(recorder.outputs, notes, seed)
+            found = layer_jacobians(recorder.outputs, notes, seed, progress or (lambda _: None))
             del output, state
     return Signal(tuple(watch.finished(found)), tuple(notes))
 

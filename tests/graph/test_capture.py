@@ -20,6 +20,7 @@ from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.operators import norm_of
 from rewrite.protocol import apply_pass
+from rewrite.provenance import shown_path
 from rewrite.runtime.copying import copy_model
 
 
@@ -133,7 +134,7 @@ def test_a_proxy_that_is_iterated_is_a_reason_with_a_source_line():
     captured = capture(model)
     assert captured.opaque[""].reason == "TraceError: Proxy object cannot be iterated"
     file, line = captured.opaque[""].source.rsplit(":", 1)
-    assert file == inspect.getfile(type(model))
+    assert file == shown_path(inspect.getfile(type(model)))
     assert "for frame in video" in linecache.getline(file, int(line))
     assert sorted(norms(captured)) == ["bn", "frame.1"]
 
@@ -330,7 +331,7 @@ def test_every_call_knows_its_innermost_owner_and_its_line():
     found = [n for n in captured.nodes() if n.target is F.batch_norm]
     assert [captured.owner(node) for node in found] == ["blocks.0", "blocks.2"]
     for node in found:
-        assert captured.source(node).startswith(inspect.getfile(type(model.blocks[0])))
+        assert captured.source(node).startswith(shown_path(inspect.getfile(type(model.blocks[0]))))
         assert "F.batch_norm" in captured.source_text(node)
 
 
