@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from rewrite.provenance import shown_path
 from rewrite.tracing.source_lines import (
     asked_by_model,
     is_augmented,
@@ -34,7 +35,7 @@ def test_a_reason_is_the_first_sentence_with_its_class() -> None:
 
     reason, source = reason_of(raised(fails))
     assert reason == "ValueError: no such axis"
-    assert source == f"{__file__}:{fails.__code__.co_firstlineno + 1}"
+    assert source == f"{shown_path(__file__)}:{fails.__code__.co_firstlineno + 1}"
 
 
 def test_an_error_without_a_message_is_its_class() -> None:
@@ -49,7 +50,9 @@ def test_an_error_raised_inside_of_torch_is_at_the_line_that_called_torch() -> N
         torch.nn.functional.relu("text")
 
     _, source = reason_of(raised(lambda: fails()))
-    assert source == f"{__file__}:{fails.__code__.co_firstlineno + 1}", "the innermost line"
+    assert source == f"{shown_path(__file__)}:{fails.__code__.co_firstlineno + 1}", (
+        "the innermost line"
+    )
 
 
 def test_an_error_that_no_frame_of_the_model_saw_has_no_line() -> None:
