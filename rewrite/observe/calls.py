@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from rewrite.errors import OptionError, one_line
+from rewrite.observe.image_calls import images_in_text, marks
 from rewrite.runtime.inputs import ExampleCall, Inputs, call, device_of, dtype_of
 from rewrite.runtime.leaves import leaves
 from rewrite.runtime.modes import evaluating, isolated
@@ -91,6 +92,11 @@ def default_calls(model: nn.Module, seed: int = 0) -> tuple[ExampleCall, ...]:
             calls.append(ExampleCall(name, Inputs((), two)))
         calls += _image_calls(model, config, first)
         calls += _token_type_calls(model, first)
+        if generates and "pixel_values" in _parameters(model) and "pixel_values" not in first:
+            tried = images_in_text(model, first["input_ids"], generator)
+            shown = next((each for each in tried if _tried(model, each) is not None), None)
+            if shown is not None:
+                calls.append(ExampleCall("image in text", Inputs((), shown)))
         step = _cache_step(model, first, output, generator)
         if step is not None:
             calls.append(ExampleCall("cache step", Inputs((), step)))
@@ -217,6 +223,9 @@ class _InputMaker:
         size = getattr(text, "vocab_size", None) or _VOCABULARY
         low = 3 if size > 8 else 0
         ids = torch.randint(low, size, (batch, length), generator=self.generator)
+        if taken := marks(self.config):  # a token that stands for an image wants the image
+            plain = next((n for n in range(low, size) if n not in taken), low)
+            ids[torch.isin(ids, torch.tensor(sorted(taken)))] = plain
         return ids.to(self.device)
 
     def _floats(self, batch: int, *shape: int) -> torch.Tensor:

@@ -93,6 +93,7 @@ class ModuleExchange:
             name: (dict(vars(module)), dict(module._parameters), dict(module._buffers))
             for name, module in self.modules.items()
         }
+        self._hooks = {name: _hooks_of(module) for name, module in self.modules.items()}
         self._memo: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def own_buffers(self) -> None:
@@ -143,7 +144,11 @@ class ModuleExchange:
         self._memo.clear()
 
     def restore(self) -> None:
-        """Put every tensor and every attribute back."""
+        """Put every tensor and every attribute back, and take away the hooks that came since.
+
+        A forward that registers hooks notes in an attribute that it did (transformers, for hidden
+        states): the one without the other, and each next call would register them again.
+        """
         for name, (held, parameters, buffers) in self._state.items():
             module = self.modules[name]
             for live, saved in (
@@ -153,6 +158,9 @@ class ModuleExchange:
             ):
                 live.clear()
                 live.update(saved)
+            for hooks, known in self._hooks[name]:
+                for key in hooks.keys() - known:
+                    del hooks[key]
 
     def _converted(self, value: Any, convert: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         """Return `value` converted, the same result for the same tensor: ties stay ties."""
@@ -165,6 +173,12 @@ class ModuleExchange:
             self._memo[id(value)] = (value, result)
             self._memo[id(result)] = (result, result)
         return self._memo[id(value)][1]
+
+
+def _hooks_of(module: nn.Module) -> list[tuple[dict[int, Any], frozenset[int]]]:
+    """Return the registries of a module's hooks, and the keys that each holds now."""
+    held = (value for key, value in vars(module).items() if key.endswith("hooks"))
+    return [(hooks, frozenset(hooks)) for hooks in held if isinstance(hooks, dict)]
 
 
 def _clone(value: torch.Tensor) -> torch.Tensor:

@@ -146,3 +146,30 @@ def test_every_form_of_a_grouped_product(given):
         wide = torch.nn.functional.grouped_mm(a.double(), b.double(), offs=ends)
     assert wide.dtype == torch.float64
     torch.testing.assert_close(wide.float(), narrow, rtol=1e-5, atol=1e-5)
+
+
+class Watches(nn.Module):
+    """Registers a hook at the first call, and notes that it did, as transformers does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.seen = []
+
+    def forward(self, x):
+        if not getattr(self, "watching", False):
+            self.layer.register_forward_hook(lambda module, args, output: self.seen.append(output))
+            self.watching = True
+        return self.layer(x)
+
+
+def test_hooks_that_a_forward_registers_go_with_the_note_of_them():
+    model = Watches()
+    kept = model.layer.register_forward_hook(lambda module, args, output: None)
+    for _ in range(2):
+        with isolated(model):
+            model(torch.zeros(1, 2))
+        assert list(model.layer._forward_hooks) == [kept.id] and not hasattr(model, "watching")
+    model.seen.clear()
+    model(torch.zeros(1, 2))
+    assert len(model.seen) == 1
