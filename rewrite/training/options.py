@@ -13,7 +13,7 @@ Loss = Literal["distill", "match"]
 Precision = Literal["no", "fp16", "bf16"]
 
 REFERENCE_BATCH = 32
-RATES = {"adamw": 2e-3, "sgd": 0.01}
+RATES = {"adamw": 4e-3, "sgd": 0.01}
 """Learning rates of the reference batch."""
 
 _BATCH = 8
