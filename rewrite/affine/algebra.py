@@ -34,7 +34,8 @@ class Affine:
     @cached_property
     def finite(self) -> bool:
         """Whether every scale and every shift is a number."""
-        return bool(torch.isfinite(self.scale).all()) and bool(torch.isfinite(self.shift).all())
+        # x - x is zero for a number, and NaN for an infinity and for NaN.
+        return not bool((self.scale - self.scale + (self.shift - self.shift)).any())
 
     @cached_property
     def scales(self) -> bool:
@@ -82,6 +83,8 @@ class Affine:
 
     def part(self, scale: bool, shift: bool) -> Affine:
         """Return the map with its scale, its shift, or both."""
+        if scale and shift:
+            return self
         return Affine(
             self.scale if scale else torch.ones_like(self.scale),
             self.shift if shift else torch.zeros_like(self.shift),
@@ -145,7 +148,8 @@ def scale_weight(
     taps = (1,) * (source.dim() - 2)
     by_row = None if rows is None else torch.split(rows.view(-1, 1, *taps), step)
     by_group = None if columns is None else columns.view(layout.groups, -1, *taps)
-    group = torch.arange(source.shape[0], device=source.device) // (len(source) // layout.groups)
+    if layout.groups > 1 and by_group is not None:
+        group = torch.arange(len(source), device=source.device) // (len(source) // layout.groups)
     # One buffer that stays in the cache: fresh temporaries cost more than the arithmetic.
     buffer = torch.empty_like(source[:step], dtype=torch.float64)
     for number, block in enumerate(torch.split(source, step)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,7 +50,7 @@ class ChannelMap:
     shift: bool = True
     spread: bool = False
 
-    @property
+    @cached_property
     def trivial(self) -> bool:
         """Whether nothing happens to the value."""
         return not (self.scale or self.shift) or bool(

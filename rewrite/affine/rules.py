@@ -132,18 +132,16 @@ class PropagationRules:
             whole = channel_map.moved(axis, torch.cat(pieces))
         else:
             whole = channel_map
-        start = 0
-        for part, size in zip(parts, sizes, strict=True):
-            assert size is not None
-            piece = whole.moved(axis, whole.index[start : start + size])
+        lengths = [size for size in sizes if size is not None]
+        if sum(lengths) != len(whole.index):
+            raise DeclinedError(
+                f"{node.name} has {sum(lengths)} channels where {len(whole.index)} are mapped", node
+            )
+        for part, index in zip(parts, whole.index.split(lengths), strict=True):
+            piece = whole.moved(axis, index)
             if part in demands and not demands[part].same(piece):
                 raise DeclinedError(f"{node.name} holds {part.name} twice", node)
             demands[part] = piece
-            start += size
-        if start != len(whole.index):
-            raise DeclinedError(
-                f"{node.name} has {start} channels where {len(whole.index)} are mapped", node
-            )
         return {node: whole, **demands}
 
     def _split(self, node: Node, channel_map: ChannelMap) -> dict[Node, ChannelMap]:

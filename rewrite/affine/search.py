@@ -20,7 +20,7 @@ from rewrite.affine.channel_map import ChannelMap, DeclinedError, Direction
 from rewrite.affine.laws import Constraints
 from rewrite.affine.layers import Side
 from rewrite.affine.plan import Absorption, EditSet
-from rewrite.graph.traits import Trait, has
+from rewrite.graph.traits import Trait, operation
 
 if TYPE_CHECKING:
     from rewrite.affine.context import AnalysisContext, MapRequest
@@ -164,10 +164,11 @@ class PropagationSearch:
         """
         if self.direction is Direction.FORWARD or self.absorb_inverse:
             return False
-        if not has(node, Trait.ADDS) and not has(node, Trait.JOINS):
-            return False
         order = self.context.order
-        return all(s.graph is node.graph and order[s] < order[node] for s in self._seeds)
+        if not all(s.graph is node.graph and order[s] < order[node] for s in self._seeds):
+            return False
+        row = operation(node)
+        return row is not None and bool(row.traits & (Trait.ADDS | Trait.JOINS))
 
     def _visit(self, node: Node, value: Node, side: Side, along: bool) -> None:
         channel_map = self._changed[value]

@@ -12,6 +12,7 @@ Only short vectors are kept between the steps; a weight is read, computed and wr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
@@ -256,4 +257,4 @@ def set_finite(store: TensorStore, name: str, tensor: Tensor) -> None:
 
 def _is_finite(tensor: Tensor) -> bool:
     # The sum reads the tensor once; if it is finite, so is every value.
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+    return math.isfinite(tensor.sum(dtype=torch.float32)) or bool(tensor.isfinite().all())

@@ -177,11 +177,11 @@ class Memory:
     """
 
     def __init__(self, graph: Graph, shared: Callable[[Node], tuple[Node, ...]]) -> None:
-        self._shared = shared
         self._place = {node: index for index, node in enumerate(graph.nodes)}
+        self._shared = {node: shared(node) for node in graph.nodes}
         self._returned: dict[Node, list[Node]] = {}
-        for node in graph.nodes:
-            for source in shared(node):
+        for node, inputs in self._shared.items():
+            for source in inputs:
                 self._returned.setdefault(source, []).append(node)
 
     def place(self, node: Node) -> int:
@@ -205,7 +205,7 @@ class Memory:
         found, pending = {written: None}, [written]
         while pending:
             value = pending.pop()
-            for other in (*self._shared(value), *self._returned.get(value, ())):
+            for other in (*self._shared[value], *self._returned.get(value, ())):
                 if other not in found and other is not write:
                     found[other] = None
                     pending.append(other)

@@ -91,8 +91,10 @@ class ModelCode:
                     found.setdefault(name, f"{use.text} at {use.place} tests what it is")
             for use in code.reads:
                 assert use.path is not None
+                if len(use.path) < 2 or use.path[-1] in _HARMLESS:
+                    continue
                 for name, left in self._at(owner, use.path):
-                    if name != owner and len(left) == 1 and left[0] not in _HARMLESS:
+                    if name != owner and len(left) == 1:
                         found.setdefault(name, f"{use.text} at {use.place} reads of it")
         for module, how in self._tree.pinned.items():
             found.setdefault(self._tree.name(module), how)

@@ -171,14 +171,12 @@ def norm_module(captured: Captured, name: str, module: nn.Module) -> dict[str, A
     if not isinstance(module, _NORM_MODULES):
         return None
     keys = ("weight", "bias", "running_mean", "running_var")
-    refs = {
-        key: TensorRef(name, key) if getattr(module, key, None) is not None else None
-        for key in keys
-    }
-    if any(ref is not None and is_lazy(getattr(module, key)) for key, ref in refs.items()):
+    held = {key: getattr(module, key, None) for key in keys}
+    if any(map(is_lazy, held.values())):
         return None
+    refs = {key: None if value is None else TensorRef(name, key) for key, value in held.items()}
     if isinstance(module, _BatchNorm):
-        training = module.training or module.running_mean is None
+        training = module.training or held["running_mean"] is None
         return dict(
             kind="batch", eps=module.eps, training=training, momentum=module.momentum,
             num_features=module.num_features, **refs,

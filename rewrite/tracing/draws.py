@@ -37,6 +37,9 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "os": ("urandom",),
 }  # fmt: skip
 
+_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
+"""What each module has: tensors, children and hooks, and no generator."""
+
 _NUMBERS = ("item", "tolist", "__bool__", "__float__", "__int__")
 
 
@@ -69,7 +72,7 @@ def refuse_draws(patcher: Any, model: nn.Module) -> None:
 
 def _named_by(model: nn.Module) -> list[dict[str, Any]]:
     """Return the names of the files that hold the model's classes, and those of their functions."""
-    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    kinds = {kind for own in {type(module) for module in model.modules()} for kind in own.__mro__}
     files = {kind.__module__ for kind in kinds if not kind.__module__.startswith("torch.")}
     found = {
         id(vars(sys.modules[name])): vars(sys.modules[name]) for name in files & {*sys.modules}
@@ -90,8 +93,10 @@ def _hold_generators(
         kinds += (numpy.Generator, numpy.RandomState)
     found = [torch.default_generator]
     for module in model.modules():
-        for held in (vars(module), *(v for v in vars(module).values() if isinstance(v, dict))):
-            for key, value in list(held.items()):
+        own = {k: v for k, v in vars(module).items() if k not in _OWN_ATTRIBUTES}
+        dicts = [value for value in own.values() if isinstance(value, dict)]
+        for held, items in ((vars(module), own), *((held, dict(held)) for held in dicts)):
+            for key, value in items.items():
                 if isinstance(value, torch.Generator):
                     found.append(value)
                 elif isinstance(value, kinds):

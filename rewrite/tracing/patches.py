@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import _symbolic_trace
 from torch.fx._symbolic_trace import _new_patcher
 from torch.utils._device import _device_constructors
 
@@ -46,12 +47,27 @@ def tracing(model: nn.Module) -> Iterator[None]:
             _skip_dimension_checks(patcher)
             _record_factories(patcher)
             refuse_draws(patcher, model)
+            _wrap_once(patcher)
             yield
     finally:
         torch.random.set_rng_state(states[0])
         random.setstate(states[1])
         if numpy is not None:
             numpy.random.set_state(states[2])
+
+
+def _wrap_once(patcher: Any) -> None:
+    """Exchange what `torch.fx.wrap` names once for all traces, instead of anew at each."""
+    _symbolic_trace._patch_wrapped_functions(patcher)
+    done = set(_symbolic_trace._wrapped_fns_to_patch)
+
+    def patch_new(own: Any) -> None:
+        if _symbolic_trace._wrapped_fns_to_patch.keys() - done:  # a forward imported a module
+            wrap_all(own)
+
+    wrap_all = _symbolic_trace._patch_wrapped_functions
+    names = vars(_symbolic_trace)
+    patcher.patch(names, "_patch_wrapped_functions", patch_new, deduplicate=False)
 
 
 @contextlib.contextmanager

@@ -80,6 +80,8 @@ def bake_refusal(captured: Captured, name: str) -> str | None:
     computed = computed_tensors(module)
     for reason in hook_reasons(module) if computed else captured.hooks(name):
         return reason
+    if not computed:
+        return None
     kept = set(weight_normed(module))
     for key in computed:
         if key not in kept and any(part.training for part in module.modules()):
