@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -10,8 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import _symbolic_trace
-from torch.fx._symbolic_trace import _new_patcher
+from torch.fx._symbolic_trace import _create_wrapped_func, _new_patcher
 from torch.utils._device import _device_constructors
 
 from rewrite.tracing.draws import refuse_draws
@@ -47,7 +47,7 @@ def tracing(model: nn.Module) -> Iterator[None]:
             _skip_dimension_checks(patcher)
             _record_factories(patcher)
             refuse_draws(patcher, model)
-            _wrap_once(patcher)
+            _wrap_math(patcher)
             yield
     finally:
         torch.random.set_rng_state(states[0])
@@ -56,18 +56,11 @@ def tracing(model: nn.Module) -> Iterator[None]:
             numpy.random.set_state(states[2])
 
 
-def _wrap_once(patcher: Any) -> None:
-    """Exchange what `torch.fx.wrap` names once for all traces, instead of anew at each."""
-    _symbolic_trace._patch_wrapped_functions(patcher)
-    done = set(_symbolic_trace._wrapped_fns_to_patch)
-
-    def patch_new(own: Any) -> None:
-        if _symbolic_trace._wrapped_fns_to_patch.keys() - done:  # a forward imported a module
-            wrap_all(own)
-
-    wrap_all = _symbolic_trace._patch_wrapped_functions
-    names = vars(_symbolic_trace)
-    patcher.patch(names, "_patch_wrapped_functions", patch_new, deduplicate=False)
+def _wrap_math(patcher: Any) -> None:
+    """Let `math.sqrt(size)` be a call in the graph; torch.fx alone does so anew at each trace."""
+    for name, function in list(vars(math).items()):
+        if callable(function) and not name.startswith("_"):
+            patcher.patch(vars(math), name, _create_wrapped_func(function))
 
 
 @contextlib.contextmanager
