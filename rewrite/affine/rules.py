@@ -137,7 +137,7 @@ class PropagationRules:
             raise DeclinedError(
                 f"{node.name} has {sum(lengths)} channels where {len(whole.index)} are mapped", node
             )
-        for part, index in zip(parts, whole.index.split(lengths), strict=True):
+        for part, index in zip(parts, torch.split(whole.index, lengths), strict=True):
             piece = whole.moved(axis, index)
             if part in demands and not demands[part].same(piece):
                 raise DeclinedError(f"{node.name} holds {part.name} twice", node)

@@ -172,7 +172,7 @@ def norm_module(captured: Captured, name: str, module: nn.Module) -> dict[str, A
         return None
     keys = ("weight", "bias", "running_mean", "running_var")
     held = {key: getattr(module, key, None) for key in keys}
-    if any(map(is_lazy, held.values())):
+    if any(is_lazy(value) for value in held.values() if value is not None):
         return None
     refs = {key: None if value is None else TensorRef(name, key) for key, value in held.items()}
     if isinstance(module, _BatchNorm):
