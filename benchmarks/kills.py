@@ -1,7 +1,7 @@
 """Kill commands and refuse them the disk: what they write is old, new or absent, and all is whole.
 
     python -m benchmarks.kills                          200 kills and 100 refusals a command
-    python -m benchmarks.kills convert --kills 20 --refusals 10
+    python -m benchmarks.kills convert --kills 20 --refusals 10 --rows /dev/null
 
 Every command that writes runs in a folder of its own, in a process forked from this one (which has
 PyTorch loaded), with targets that are absent in every second run and old in the others. Half of
@@ -11,13 +11,18 @@ full, no permission, input/output error) at a random event that writes, or a ran
 size of a file. Afterwards the folder holds the inputs as they were and the targets, all old or all
 new byte for byte (a folder: all its files), and nothing else; neither does the folder for
 scratch files.
+
+Commands are measured side by side (`--workers`); each one's row is appended to `kills.jsonl`, and a
+row of as many kills and refusals that is there is not measured again.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import importlib
+import json
 import os
 import random
 import shutil
@@ -36,12 +41,16 @@ from torch import nn
 
 from benchmarks._faults import WATCHED, killed, refused
 from benchmarks._table import environment, parser, publish, table
+from benchmarks.coverage import read
+from benchmarks.sweep.workers import Limits, run_all
 from models.randomize import randomize_norms_
 from rewrite.checkpoint.load import save
 from rewrite.cli.main import main as rewrite
 
 HEADER = ("command", "kills", "old", "new", "mixed", "left over", "refusals", "old", "new",
           "mixed", "left over")  # fmt: skip
+
+ROWS = Path(__file__).with_suffix(".jsonl")
 
 _SHAPE = ("--input", "1x3x9x9")
 
@@ -99,11 +108,13 @@ def main() -> None:
     options.add_argument("names", nargs="*", metavar="COMMAND", help=", ".join(COMMANDS))
     options.add_argument("--kills", type=int, default=200)
     options.add_argument("--refusals", type=int, default=100)
+    options.add_argument("--workers", type=int, default=2, help="commands at a time")
+    options.add_argument("--rows", type=Path, default=ROWS, help="where the rows are kept")
     chosen = options.parse_args()
     own = sys.argv
     warnings.simplefilter("ignore")
     names = chosen.names or list(COMMANDS)
-    rows = list(measured(names, chosen.kills, chosen.refusals))
+    rows = list(all_measured(names, chosen))
     bad = sum(row[i] for row in rows for i in (4, 5, 9, 10))
     sys.argv = own
     body = (
@@ -113,6 +124,27 @@ def main() -> None:
     )
     publish("kills", "Kills and refusals of the disk", body, write=chosen.write)
     sys.exit(bool(bad))
+
+
+def all_measured(names: list[str], chosen: argparse.Namespace) -> Iterator[list[Any]]:
+    """Yield the row of each command: the one that is kept, or one that is measured and kept."""
+    asked = [chosen.kills, chosen.refusals]
+    known = {
+        row["name"]: row["cells"] for row in read(chosen.rows)
+        if [row["cells"][1], row["cells"][6]] == asked
+    }  # fmt: skip
+
+    def work(name: str) -> dict[str, Any]:
+        return {"name": name, "cells": next(measured([name], *asked))}
+
+    pending = [name for name in names if name not in known]
+    for row in run_all(pending, work, Limits(4 * 3600, 64_000), chosen.workers):
+        if "cells" not in row:
+            raise SystemExit(f"{row['name']}: {row['status']}: {row['error']}")
+        with chosen.rows.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        known[row["name"]] = row["cells"]
+    yield from (known[name] for name in names)
 
 
 def measured(names: list[str], kills: int, refusals: int) -> Iterator[list[Any]]:

@@ -41,7 +41,10 @@ _FATAL_ONLY = 4
 
 
 RUN_SECONDS = 600.0
-"""How long one run of a graph may take."""
+"""How long one run of a graph may take that is sure to end."""
+
+LOOP_SECONDS, LOOP_SECONDS_A_MEGABYTE = 30.0, 1.0
+"""How long one run of a graph with a Loop may take, which may never end: more for larger ones."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,18 @@ class Session:
 
     live: Any
     weights: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = RUN_SECONDS
+
+
+def budget(source: OnnxFile) -> float:
+    """Return how many seconds one run of a graph may take.
+
+    Only a `Loop` may never end; a graph with one gets 30 s, and 1 s more for each MB of it.
+    """
+    if "Loop" not in source.operator_counts:
+        return RUN_SECONDS
+    held = int(source.model.ByteSize()) + sum(value.nbytes for value in source.weights.values())
+    return min(RUN_SECONDS, LOOP_SECONDS + LOOP_SECONDS_A_MEGABYTE * held / 1e6)
 
 
 def session(source: OnnxFile | Path, level: str = "all") -> Session:
@@ -75,7 +90,7 @@ def session(source: OnnxFile | Path, level: str = "all") -> Session:
         options.add_external_initializers(list(weights), list(weights.values()))
         graph = source.model.SerializeToString()
         live = onnxruntime.InferenceSession(graph, options, providers=providers)
-        return Session(live, weights)
+        return Session(live, weights, budget(source))
     except Exception as error:
         name = source if isinstance(source, Path) else source.path
         raise VerificationError(
@@ -100,17 +115,19 @@ def run(
     feed: Feed,
     names: Sequence[str] | None = None,
     graph: str | Path = "the graph",
-    seconds: float = RUN_SECONDS,
+    seconds: float | None = None,
 ) -> list[Any]:
     """Run a session; `graph` is what an error calls it.
 
-    A graph may hold a loop that never ends: the run is stopped after `seconds`, and by Ctrl-C.
+    A graph may hold a loop that never ends: the run is stopped after `seconds` (by itself: those
+    of the session's graph, see `budget`), and by Ctrl-C.
 
     Raises:
         VerificationError: the graph refuses the inputs, or does not end.
     """
     options = onnxruntime.RunOptions()
     options.log_severity_level = _FATAL_ONLY
+    seconds = session.seconds if seconds is None else seconds
     with ThreadPoolExecutor(1) as worker:
         running = worker.submit(session.live.run, names, feed, options)
         try:

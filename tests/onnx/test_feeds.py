@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -154,8 +156,18 @@ def test_a_loop_that_never_ends_is_stopped(tmp_path):
         stored,
     )  # fmt: skip
     live = session(open_onnx(path))
+    assert 30 <= live.seconds < 31
+    short = replace(live, seconds=1)
     with pytest.raises(VerificationError, match="did not end within 1 s and was stopped"):
-        run(live, {"x": np.ones(4, np.float32)}, seconds=1)
+        run(short, {"x": np.ones(4, np.float32)})
+
+
+def test_a_graph_without_loops_may_take_its_time(tmp_path):
+    path = saved(tmp_path, [make("Relu", ["x"], ["y"])], {"x": [4]}, {"y": [4]})
+    live = session(open_onnx(path))
+    assert live.seconds == 600
+    (got,) = run(live, {"x": np.ones(4, np.float32)}, seconds=5)
+    assert got.tolist() == [1, 1, 1, 1]
 
 
 def test_an_approximate_graph_is_held_to_its_tolerance(tmp_path):
