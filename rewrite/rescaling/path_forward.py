@@ -90,7 +90,7 @@ class PathForward:
         self._captured = captured
         self._algebra = algebra
         self._weights = weights or Powers(captured, algebra)
-        self._operations = Operations(captured, algebra)
+        self._operations = Operations(captured, algebra, self._known)
         self._layers = Layers(captured, algebra, self._weights, folded)
         self._passes_on = {} if folded is None else folded.passes_on
         self._values: dict[Node, Any] = {}
@@ -98,18 +98,19 @@ class PathForward:
         region = next((r for r in captured.regions if not r.name), None)
         if region is None:
             opaque = captured.opaque.get("")
-            where = f": {opaque.reason} ({opaque.source})" if opaque else ""
+            place = f" ({opaque.source})" if opaque and opaque.source else ""
+            where = f": {opaque.reason}{place}" if opaque else ""
             raise CaptureError(
                 f"{type(captured.model).__name__} was not traced as one graph{where}"
             )
         self.region = region
         self._constants = Constants(captured, region)
 
-    def run(self, inputs: Iterable[Tensor]) -> Tensor:
+    def run(self, inputs: Iterable[Tensor | None]) -> Tensor:
         """Return the ⊕ over all paths to all outputs, a float64 scalar.
 
         Args:
-            inputs: ones, one tensor a positional input of the forward.
+            inputs: ones, one tensor a positional input of the forward; None for a default.
 
         Raises:
             CaptureError: an operation is not positively homogeneous; the message names its line.
@@ -193,6 +194,10 @@ class PathForward:
         if result is None:
             raise self._refusal(node, f"{call.name} is not positively homogeneous")
         return result
+
+    def _known(self, node: Node) -> Any:
+        """Return the value of what is computed from shapes and constants; None on a path."""
+        return None if node in self._on_path else self._values[node]
 
     def _call(self, node: Node) -> Any:
         args = map_arg(node.args, lambda n: self._values[n])

@@ -25,13 +25,13 @@ class PathCurvature:
 
     Args:
         captured: the model; a norm is read as it is in eval mode, as a layer of its own.
-        ones: ones of the shapes of its inputs, float64.
+        ones: ones of the shapes of its inputs, float64; None for an input at its default.
 
     Raises:
         CaptureError: the root was not traced as one graph.
     """
 
-    def __init__(self, captured: Captured, ones: Sequence[Tensor]) -> None:
+    def __init__(self, captured: Captured, ones: Sequence[Tensor | None]) -> None:
         self._captured = captured
         self._ones = tuple(ones)
         self._squares: dict[int, Tensor] = {}
@@ -58,12 +58,17 @@ class PathCurvature:
         return self._squares[id(tensor)]
 
 
-def ones_of(captured: Captured) -> tuple[Tensor, ...] | None:
-    """Return ones of the shapes of the root's inputs, one sample each; None if one is unknown."""
+def ones_of(captured: Captured) -> tuple[Tensor | None, ...] | None:
+    """Return ones of the shapes of the root's inputs, one sample each; None if one is unknown.
+
+    An input that was left at its default, or that collects further ones and is empty, is None. A
+    root that was not traced has no inputs: `PathForward` says why.
+    """
     region = next((region for region in captured.regions if not region.name), None)
+    ones: list[Tensor | None] = []
     if region is None:
-        return None
-    ones, device = [], device_of(captured.model)
+        return ()
+    device = device_of(captured.model)
     for node in region.graph.nodes:
         if node.op != "placeholder":
             continue
@@ -71,6 +76,8 @@ def ones_of(captured: Captured) -> tuple[Tensor, ...] | None:
         if isinstance(value, Tensor) and value.is_floating_point():
             shape = (1, *value.shape[1:]) if value.dim() > 1 else value.shape
             ones.append(torch.ones(shape, dtype=torch.float64, device=device))
-        elif value is not None or not node.args:
+        elif (value is None and node.args) or (isinstance(value, tuple | dict) and not value):
+            ones.append(None)
+        else:
             return None
     return tuple(ones)

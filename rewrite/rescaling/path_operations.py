@@ -15,6 +15,8 @@ homogeneous: the traits stand in `rewrite.graph.traits`.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -61,11 +63,20 @@ _CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
 
 class Operations:
-    """The operations without weights, on values of one algebra."""
+    """The operations without weights, on values of one algebra.
 
-    def __init__(self, captured: Captured, algebra: PathAlgebra) -> None:
+    Args:
+        captured: the model.
+        algebra: how paths add up.
+        known: returns a value that is computed from shapes, or None: it depends on the input.
+    """
+
+    def __init__(
+        self, captured: Captured, algebra: PathAlgebra, known: Callable[[Node], Any]
+    ) -> None:
         self._captured = captured
         self._algebra = algebra
+        self._known = known
 
     def unary(self, node: Node, name: str, x: Tensor) -> Tensor | None:
         """Return what pools, reductions, padding and resizing make of x, or None: another one.
@@ -172,7 +183,7 @@ class Operations:
         dims = x.dim() - 2
         if mode not in ("nearest", "nearest-exact", "linear", "bilinear", "trilinear", "area"):
             return None
-        if any(isinstance(option, Node) for option in (sizes, factors)):
+        if sizes is None and factors is None:
             return None
         if self._option(node, 5, "recompute_scale_factor", None) or argument(node, 6, "antialias"):
             return None
@@ -196,21 +207,30 @@ class Operations:
             sizes, mode, fill = module.padding, "constant", module.value
         else:
             mode, fill = argument(node, 2, "mode", "constant"), argument(node, 3, "value", 0)
-        if not isinstance(sizes, list | tuple) or any(isinstance(size, Node) for size in sizes):
+        if not isinstance(sizes, list | tuple) or not all(isinstance(n, int) for n in sizes):
             return None
         if mode != "constant":
             return F.pad(x, list(sizes), mode)
         if not isinstance(fill, int | float | None):
             return None
-        value = float(self._algebra.power(torch.tensor(float(fill or 0), dtype=x.dtype)))
+        fill = 0.0 if fill == -math.inf else float(fill or 0)  # no maximum takes it: no path
+        value = float(self._algebra.power(torch.tensor(fill, dtype=x.dtype)))
         return F.pad(x, list(sizes), value=value)
 
     def _option(self, node: Node, position: int, name: str, default: Any) -> Any:
-        """Return an option of a layer or of a call."""
+        """Return an option of a layer or of a call; a size that is computed by its value.
+
+        One that depends on the input becomes None, and a list that holds one, too.
+        """
         if node.op == "call_module":
             module: nn.Module = self._captured.module(str(node.target))
             return getattr(module, name, default)
-        return argument(node, position, name, default)
+        given = argument(node, position, name, default)
+        values = given if isinstance(given, list | tuple) else (given,)
+        known = [self._known(v) if isinstance(v, Node) else v for v in values]
+        if any(isinstance(v, Node) and k is None for v, k in zip(values, known, strict=True)):
+            return None
+        return known if isinstance(given, list | tuple) else known[0]
 
 
 def _each(value: Any, dims: int) -> tuple[Any, ...]:

@@ -23,6 +23,33 @@ RIGHT, WRONG = 1e-12, 1e-3
 OBJECTIVES = ("path", "l2", "equalize")
 
 
+class Optional(nn.Module):
+    """An input at its default, further ones, and what no trace follows."""
+
+    def __init__(self, followed: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.followed = nn.Linear(4, 6), nn.Linear(6, 3), followed
+
+    def forward(self, x, scale=None, y=None, **kwargs):
+        x = x if self.followed or float(x.sum()) > 1e9 else 1 * x
+        x = torch.relu(self.one(x))
+        return self.two(x)
+
+
+@pytest.mark.parametrize("followed", [True, False])
+def test_the_path_objective_needs_no_value_of_an_input_at_its_default(followed):
+    torch.manual_seed(0)
+    model, x = Optional(followed).double().eval(), torch.randn(2, 4, dtype=torch.float64)
+    result = rewrite.convert(model, Rebalance(objective="path"), example_inputs=x)
+    if followed:
+        assert len(result.report.changes) == 1
+        assert error(model, result.model, x) < RIGHT
+    else:
+        reasons = [skip.reason for skip in result.report.skips]
+        assert not result.report.changes and not any("unknown" in reason for reason in reasons)
+        assert any("was not traced" in reason for reason in reasons)
+
+
 def error(a: nn.Module, b: nn.Module, x: Tensor) -> float:
     with torch.no_grad():
         left, right = a(x), b(x)
