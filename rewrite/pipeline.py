@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from rewrite import registry
-from rewrite.errors import ContractError, PassError
+from rewrite.errors import ContractError, PassError, VerificationError
 from rewrite.graph.capture import capture
 from rewrite.observe.calls import known_calls
 from rewrite.offenders import offenders
@@ -26,6 +26,7 @@ from rewrite.report import PassReport, Report
 from rewrite.runtime.copying import copy_model
 from rewrite.runtime.infer_inputs import has_certain_rank, infer_example_inputs
 from rewrite.runtime.inputs import ExampleCall, Inputs
+from rewrite.runtime.leaves import tensors
 from rewrite.snapshot import Snapshot, take_snapshot
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def convert(
             in place, against the original's outputs noted before, and memory stays near one model.
 
     Raises:
-        CaptureError: the model is TorchScript.
+        CaptureError: the model is no module, or TorchScript.
         ContractError: the result breaks a contract, also without the sites that are suspected.
         OptionError: no pass, an unknown one, or options that do not fit.
         PassError: a pass failed; the message names the passes that had run.
@@ -146,8 +147,16 @@ def convert(
 def _inputs(
     model: nn.Module, given: Inputs | None, calibration: Iterable[Any] | None
 ) -> tuple[Inputs | None, tuple[str, ...]]:
-    """Return what to verify on: the given input, a batch of the data, or one that is made up."""
+    """Return what to verify on: the given input, a batch of the data, or one that is made up.
+
+    Raises:
+        VerificationError: the given input has no values.
+    """
     if given is not None:
+        if any(tensor.is_meta for tensor in tensors([given.args, dict(given.kwargs)])):
+            raise VerificationError(
+                f"given: ({given}) has no values (meta device): pass one that has, or verify=False"
+            )
         return given, ()
     from rewrite.calibration.batches import first_usable
 

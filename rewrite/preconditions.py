@@ -14,8 +14,13 @@ def check_convertible(model: nn.Module) -> None:
     """Raise if no pass can do anything with `model`.
 
     Raises:
-        CaptureError: the model is TorchScript, whose code is compiled.
+        CaptureError: it is no module, or TorchScript, whose code is compiled.
     """
+    if not isinstance(model, nn.Module):
+        kind = model.__name__ if isinstance(model, type) else f"a {type(model).__name__}"
+        raise CaptureError(
+            f"{kind} is no torch.nn.Module: pass a model, as `rewrite.load` returns one"
+        )
     if isinstance(model, torch.jit.ScriptModule):
         kind = getattr(model, "original_name", type(model).__name__)
         raise CaptureError(

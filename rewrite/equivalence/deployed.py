@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rewrite.equivalence.compare import Comparison
+from rewrite.equivalence.compare import Comparison, compare
 from rewrite.errors import one_line
 from rewrite.runtime.inputs import Inputs, Mode, call, with_gradients
 from rewrite.runtime.leaves import leaves
@@ -81,8 +81,13 @@ def same_classes(a: nn.Module, b: nn.Module) -> bool:
     ) and len(old) == len(new)
 
 
-def gradient_reasons(a: nn.Module, b: nn.Module, inputs: Inputs, seed: int) -> list[str]:
+def gradient_reasons(
+    a: nn.Module, b: nn.Module, inputs: Inputs, seed: int, without: float
+) -> list[str]:
     """Return which outputs require gradients in one model alone, where frozen layers excuse none.
+
+    Nor may values differ that do not differ `without` gradients (largest relative difference): a
+    forward may take a path of its own where gradients are on.
 
     What the original itself cannot compute with gradients is not asked of the other.
     """
@@ -93,11 +98,18 @@ def gradient_reasons(a: nn.Module, b: nn.Module, inputs: Inputs, seed: int) -> l
         return []
     try:
         with isolated(b):
-            after = dict(leaves(call(b, inputs.clone(), seed, with_gradients)))
+            returned = call(b, inputs.clone(), seed, with_gradients)
     except Exception as error:  # noqa: BLE001 - likewise
         return [f"the rewritten model fails with gradients: {one_line(error)}"]
     trains = all(p.requires_grad for p in b.parameters() if p.is_floating_point())
+    after = dict(leaves(returned))
+    compared = compare(before, returned, dtypes=False)
     reasons = []
+    if compared.max_rel > max(_LARGE, _TIMES * without):
+        reasons.append(
+            f"{compared.worst} differs by {compared.max_rel:.1e} relative with gradients, and by "
+            f"{without:.1e} without: another path is taken"
+        )
     for path, value in leaves(before):
         other = after.get(path)
         if not isinstance(value, torch.Tensor) or not isinstance(other, torch.Tensor):

@@ -179,8 +179,9 @@ class _Judge:
         self.native.append((before, after))
 
     def compare_gradients(self, name: str, inputs: Inputs) -> None:
-        """Hold outputs to require gradients where the original's do."""
-        reasons = gradient_reasons(self.a, self.b, inputs, self.seed)
+        """Hold outputs of the first input to require gradients where the original's do."""
+        without = compare(*self.native[0], dtypes=False).max_rel
+        reasons = gradient_reasons(self.a, self.b, inputs, self.seed, without)
         self.found.reasons += [f"{name}: {reason}" for reason in reasons]
 
     def judge_given(self, name: str, inputs: Inputs, index: int) -> None:

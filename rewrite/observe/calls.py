@@ -31,8 +31,13 @@ def given_calls(given: Sequence[Any]) -> tuple[ExampleCall, ...]:
     """Return the calls that a user gave: tensors, tuples of positional inputs, or keywords.
 
     Raises:
-        OptionError: no call was given, or one holds no tensor.
+        OptionError: no call was given, one holds no tensor, or it is one call and no list of them.
     """
+    if not isinstance(given, list | tuple):
+        raise OptionError(
+            f"example_calls is a {type(given).__name__}: give a list of calls, each as "
+            "example_inputs"
+        )
     if not given:
         raise OptionError("example_calls is empty: give at least one call, or leave it out")
     calls = []

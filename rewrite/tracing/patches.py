@@ -7,7 +7,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -48,7 +48,8 @@ def tracing(model: nn.Module) -> Iterator[None]:
             _record_factories(patcher)
             refuse_draws(patcher, model)
             _wrap_math(patcher)
-            yield
+            with _uncompiled():
+                yield
     finally:
         torch.random.set_rng_state(states[0])
         random.setstate(states[1])
@@ -61,6 +62,17 @@ def _wrap_math(patcher: Any) -> None:
     for name, function in list(vars(math).items()):
         if callable(function) and not name.startswith("_"):
             patcher.patch(vars(math), name, _create_wrapped_func(function))
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Run what `torch.compile` wraps as the code that it was made from.
+
+    Compiled code takes the memory of its inputs for granted: a tensor without any ends the process.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
+        return contextlib.nullcontext()
+    stance: Any = torch.compiler.set_stance("force_eager")
+    return cast("contextlib.AbstractContextManager[Any]", stance)
 
 
 @contextlib.contextmanager

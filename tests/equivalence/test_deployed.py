@@ -47,6 +47,14 @@ class FastPath(Net):
         return 2 * y if torch.is_inference_mode_enabled() else y
 
 
+class GradientPath(Net):
+    """Takes another path where something is differentiated."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.linear(x)
+        return 2 * y if torch.is_grad_enabled() else y
+
+
 class Tupled(Net):
     def forward(self, x: Tensor) -> Any:
         return {"y": (self.linear(x), [x])}
@@ -105,6 +113,12 @@ def test_the_structure_of_the_output_is_compared(other: nn.Module, reason: str) 
 def test_a_gradient_that_comes_is_a_difference_as_well() -> None:
     found = rewrite.verify(NoGrad(), Net(), X, level="quick")
     assert found.reasons == ("given: output: requires_grad became True",)
+
+
+def test_a_path_that_gradients_take_is_a_difference_as_well() -> None:
+    found = rewrite.verify(Net(), GradientPath(), X)
+    assert not found.ok and any("with gradients" in reason for reason in found.reasons)
+    assert rewrite.verify(GradientPath(), GradientPath(), X).ok
 
 
 def test_a_model_whose_layers_are_frozen_may_lose_its_gradient() -> None:

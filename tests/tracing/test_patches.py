@@ -327,3 +327,23 @@ def test_a_device_context_works_after_one_that_was_first_entered_while_tracing()
         torch.zeros(1)
     with torch.device("meta"):
         assert torch.zeros(1).is_meta and torch.empty(2, 3).is_meta
+
+
+def test_compiled_code_gets_no_tensor_without_memory() -> None:
+    runs: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            held = [a for a in args if isinstance(a, Tensor)]
+            runs.append(all(type(a.detach()) is Tensor and not a.is_meta for a in held))
+            return graph(*args)
+
+        return run
+
+    x = torch.randn(2, 3, 6, 6)
+    plain = randomize_norms_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    want = plain(x)
+    compiled = torch.compile(plain, backend=backend)
+    result = rewrite.convert(compiled, "fold", example_inputs=x, verify=False)
+    assert [change.target for change in result.report.changes] == ["_orig_mod.1"] and not runs
+    assert torch.allclose(result.model(x), want, atol=1e-5) and all(runs) and runs
