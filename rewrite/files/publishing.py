@@ -22,6 +22,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import stat
 import sys
 import time
@@ -44,6 +45,15 @@ _LARGEST = 1 << 20
 def has_locks() -> bool:
     """Say whether this system lets a process lock a file until it ends."""
     return fcntl is not None
+
+
+def missing() -> str:
+    """Name what this system lacks of what publishing needs, "" if nothing: Windows lacks it."""
+    needed = [(os, "O_DIRECTORY"), (os, "O_NOFOLLOW"), (os, "fchmod"), (os, "geteuid")]
+    needed += [(signal, "pthread_sigmask"), (signal, "SIGHUP")]
+    return ", ".join(
+        f"{where.__name__}.{name}" for where, name in needed if not hasattr(where, name)
+    )
 
 
 def lock(handle: int) -> None:

@@ -36,6 +36,11 @@ def check_writable(path: str | os.PathLike[str], *, overwrite: bool = True) -> P
     Call it before expensive work, so that a typo in an output path costs nothing.
     """
     target = Path(path)
+    if lacks := publishing.missing():
+        raise CheckpointError(
+            f"{target}: files are written on Linux and macOS alone (this Python has no {lacks}); "
+            "run the command there, in WSL for example"
+        )
     try:
         place = target.resolve()
         taken = os.path.lexists(place)
@@ -303,7 +308,7 @@ def write_bytes(
 
 def _open(staged: _Staged) -> None:
     """Make a file without a name in the target's folder, or one with a hidden name."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # Linux alone has O_TMPFILE
         staged.handle = os.open(staged.place.parent, os.O_TMPFILE | os.O_RDWR, 0o600)
         if staged.path.exists():
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -173,3 +174,23 @@ def test_a_killed_process_leaves_nothing(tmp_path):
     run = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a")], check=False)
     assert run.returncode == -9
     assert leftovers(tmp_path) == []
+
+
+def test_without_files_that_have_no_name_a_hidden_one_is_used(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "O_TMPFILE")  # as on macOS
+    with atomic_path(tmp_path / "a.txt") as path:
+        assert path.parent == tmp_path and path.name.startswith(".a.txt.")
+        path.write_text("new")
+    assert (tmp_path / "a.txt").read_text() == "new" and leftovers(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("where", "name"), [(os, "O_DIRECTORY"), (os, "fchmod"), (signal, "pthread_sigmask")]
+)
+def test_a_system_that_cannot_publish_says_so_before_anything_is_written(
+    tmp_path, monkeypatch, where, name
+):
+    monkeypatch.delattr(where, name)  # as on Windows
+    with pytest.raises(CheckpointError, match=rf"a\.txt: files are written .*\.{name}"):
+        write_bytes(tmp_path / "a.txt", "new")
+    assert list(tmp_path.iterdir()) == []
