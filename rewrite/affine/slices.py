@@ -181,11 +181,9 @@ class Parts:
 
     def join(self, node: Node) -> tuple[list[Node], int] | None:
         """Return the parts of a concatenation and its axis, or None if `node` is none."""
-        call = call_of(self._captured, node)
-        if call is None or call.name != "cat":
+        if (found := self._ranks.concatenated(node)) is None:
             return None
-        parts = node.args[0] if node.args else node.kwargs.get("tensors")
-        dim = call.get("dim", 0)
+        parts, dim = found
         if not isinstance(parts, list | tuple) or not isinstance(dim, int):
             raise DeclinedError(f"{node.name} concatenates what is computed", node)
         if not all(isinstance(part, Node) for part in parts):

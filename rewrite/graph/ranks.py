@@ -61,12 +61,19 @@ class Ranks:
             current = step
         return None
 
-    def _joined_size(self, node: Node, axis: int) -> int | None:
+    def concatenated(self, node: Node) -> tuple[Any, Any] | None:
+        """Return what a concatenation puts together and along which axis, None for other calls.
+
+        Both are as the call says them: a list or tuple of values, and a number, unless they are
+        computed.
+        """
         call = call_of(self._captured, node)
         if call is None or call.name != "cat":
             return None
-        parts = node.args[0] if node.args else node.kwargs.get("tensors")
-        dim = call.get("dim", 0)
+        return node.args[0] if node.args else node.kwargs.get("tensors"), call.get("dim", 0)
+
+    def _joined_size(self, node: Node, axis: int) -> int | None:
+        parts, dim = self.concatenated(node) or (None, None)
         if not isinstance(parts, list | tuple) or not isinstance(dim, int):
             return None
         if self.from_end(node, dim) != axis:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from torch import nn
 
 import rewrite
 from passes import FoldNorm
+from tests.streams.families import untrained
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -23,11 +23,7 @@ SIZES = {
 
 def made(name: str, **config: Any) -> nn.Module:
     """Return a small model in float64 with every 1-D parameter drawn at random."""
-    transformers.logging.set_verbosity_error()
-    kind = getattr(transformers, name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: nn.Module = kind(kind.config_class(**config))
+    model = untrained(name, **config)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim == 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import rewrite
 from passes import FoldNorm, LayerNormToRMSNorm
 from rewrite.nn import Centre, ShiftedRMSNorm
 from tests.streams.blocks import Careful, PostNorm, PreNorm, draw, error
+from tests.streams.families import untrained
 
 X = torch.randn(2, 5, 16, dtype=torch.float64)
 
@@ -145,22 +145,10 @@ def test_a_file_of_it_opens(tmp_path: Any) -> None:
     assert torch.equal(opened(X), norm(X) - norm(X).mean(-1, keepdim=True))
 
 
-transformers = pytest.importorskip("transformers")
-
 _SMALL = {
     "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }  # fmt: skip
-
-
-def made(name: str, **config: Any) -> nn.Module:
-    transformers.logging.set_verbosity_error()
-    kind = getattr(transformers, name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        model: nn.Module = kind(kind.config_class(**config))
-    return draw(model)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -181,7 +169,7 @@ def made(name: str, **config: Any) -> nn.Module:
     ],
 )
 def test_declines_with_the_writers_name(name: str, config: dict[str, Any], writer: str) -> None:
-    report = rewrite.convert(made(name, **config), "ln-to-rms", verify=False).report
+    report = rewrite.convert(draw(untrained(name, **config)), "ln-to-rms", verify=False).report
     assert not report.changes
     assert any(part in report.skips[0].reason for part in writer.split("|"))
     assert "written by layer_norm" in report.skips[0].reason
@@ -190,7 +178,7 @@ def test_declines_with_the_writers_name(name: str, config: dict[str, Any], write
 @pytest.mark.filterwarnings("ignore")
 def test_a_tied_embedding_needs_untie() -> None:
     sizes = {**_SMALL, "num_key_value_heads": 1, "num_hidden_layers": 1}
-    model = made("Starcoder2ForCausalLM", **sizes, tie_word_embeddings=True)
+    model = draw(untrained("Starcoder2ForCausalLM", **sizes, tie_word_embeddings=True))
     (skip,) = rewrite.convert(model, "ln-to-rms", verify=False).report.skips
     assert "lm_head shares its weight" in skip.reason
     result = rewrite.convert(model, LayerNormToRMSNorm(untie=True))

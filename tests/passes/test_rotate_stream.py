@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from passes import FoldNorm, LayerNormToRMSNorm, RotateStream
 from rewrite.errors import OptionError
 from rewrite.observe.stream_matrices import stream_map
 from tests.streams.blocks import Careful, PostNorm, PreNorm, draw, error
+from tests.streams.families import untrained
 
 X = torch.randn(2, 5, 16, dtype=torch.float64)
 
@@ -118,7 +118,6 @@ def test_options_are_checked() -> None:
         RotateStream(seed=-1)
 
 
-transformers = pytest.importorskip("transformers")
 _SMALL = {
     "vocab_size": 48, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -128,12 +127,7 @@ _SMALL = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("tied", [False, True])
 def test_llama_turns_on_every_call(tied: bool) -> None:
-    transformers.logging.set_verbosity_error()
-    config = transformers.LlamaConfig(**_SMALL, tie_word_embeddings=tied)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        model = draw(transformers.LlamaForCausalLM(config))
+    model = draw(untrained("LlamaForCausalLM", **_SMALL, tie_word_embeddings=tied))
     if tied:
         model.model.norm.weight.data.fill_(1.0)  # else the head has to be untied for the fold
     result = rewrite.convert(model, ["fold", "rotate-stream"])
@@ -173,12 +167,7 @@ _GPT2 = {
     ],
 )
 def test_families_turn_on_every_call(name: str, config: dict[str, Any]) -> None:
-    transformers.logging.set_verbosity_error()
-    kind = getattr(transformers, name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        model = draw(kind(kind.config_class(**config)))
+    model = draw(untrained(name, **config))
     if name.startswith("Mixtral"):
         model.set_experts_implementation("eager")  # grouped products know no float64
     result = rewrite.convert(model, ["fold", "ln-to-rms", "rotate-stream"])
