@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -200,8 +200,7 @@ class PathForward:
         return None if node in self._on_path else self._values[node]
 
     def _call(self, node: Node) -> Any:
-        args = map_arg(node.args, lambda n: self._values[n])
-        kwargs = map_arg(node.kwargs, lambda n: self._values[n])
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._values[n])
         if node.op == "call_module":
             return self._captured.module(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
@@ -254,8 +253,7 @@ class PathForward:
         """Return a value on a path as it is, and of a constant the power."""
         if isinstance(value, Node):
             if value in self._on_path:
-                result: Tensor = self._values[value]
-                return result
+                return cast(Tensor, self._values[value])
             if (ref := self._constants.parameter(value)) is not None:
                 return self._weights(ref)
             value = self._values[value]
@@ -264,10 +262,8 @@ class PathForward:
 
     def _refusal(self, node: Node, reason: str) -> CaptureError:
         where = self._captured.owner(node) or "the model"
-        source = self._captured.source(node)
-        return CaptureError(
-            f"{reason}: {node.name} in {where}" + (f" ({source})" if source else "")
-        )
+        source = f" ({line})" if (line := self._captured.source(node)) else ""
+        return CaptureError(f"{reason}: {node.name} in {where}{source}")
 
 
 def _operands(node: Node) -> tuple[Any, Any]:
