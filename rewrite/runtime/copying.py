@@ -140,6 +140,8 @@ def lazy_copy(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter):
         parameter = copy.copy(tensor) if type(tensor) is not nn.Parameter else None
         if parameter is not None:
+            if type(parameter) is not type(tensor):  # a class may say what a deep copy is, alone
+                parameter = copy.deepcopy(tensor)
             parameter.data = shared
             return parameter
         return nn.Parameter(shared, requires_grad=tensor.requires_grad)

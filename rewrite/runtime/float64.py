@@ -30,7 +30,8 @@ from torch.utils._pytree import tree_map
 from rewrite.runtime.modes import WIDE, ModuleExchange, widen
 from rewrite.runtime.tree import Tree
 
-_IN_FLOAT32 = ("torch.ao.nn.", "torch.ao.quantization.")
+_IN_FLOAT32 = ("torch.ao.nn.", "torch.ao.quantization.", "bitsandbytes.")
+_QUANTIZED = frozenset({"quantized", "bitsandbytes"})
 
 
 _QUANTIZING = ("aten::quantize_per", "aten::fake_quantize", "aten::_fused_moving_avg_obs_fq")
@@ -101,7 +102,7 @@ class _Kind(enum.Enum):
     @classmethod
     def of(cls, func: Any) -> _Kind:
         """Return the kind of an operator."""
-        if func.namespace == "quantized" or func._schema.name.startswith(_QUANTIZING):
+        if func.namespace in _QUANTIZED or func._schema.name.startswith(_QUANTIZING):
             return cls.QUANTIZING
         if func is torch.ops.aten.full.default:
             return cls.FILLING

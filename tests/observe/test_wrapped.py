@@ -53,6 +53,51 @@ def test_a_norm_before_a_quantized_layer_stays_and_the_others_fold() -> None:
     assert "model.layers.0.mlp.gate_proj" in why and "computed" in why
 
 
+class PackedWeight(nn.Parameter):
+    """Integers that carry their scale, as bitsandbytes' parameters do: no fake tensor has it."""
+
+    scale: Tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
+        return packed_weight(self.data.clone(), self.scale)
+
+
+def packed_weight(integers: Tensor, scale: Tensor) -> PackedWeight:
+    held = PackedWeight(integers, requires_grad=False)
+    held.scale = scale
+    return held
+
+
+class Packed(nn.Module):
+    """A layer of eight bits, from elsewhere; `Linear8bit` is the same from bitsandbytes."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+        integers = (layer.weight.detach() / scale).round().to(torch.int8)
+        self.weight, self.bias = packed_weight(integers, scale), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.weight.scale)
+
+
+Linear8bit = type("Linear8bit", (Packed,), {"__module__": "bitsandbytes.nn.modules"})
+
+
+@pytest.mark.parametrize(("kind", "folded"), [(Linear8bit, 2), (Packed, 0)])
+def test_a_layer_of_bitsandbytes_is_seen_and_declined_by_name(kind: Any, folded: int) -> None:
+    model = made("LlamaForCausalLM", **ONE)
+    mlp = model.get_submodule("model.layers.0.mlp")
+    mlp.gate_proj = kind(mlp.gate_proj)
+    result = rewrite.convert(model, "fold")
+    assert result.report.ok and len(result.report.changes) == folded
+    why = reasons(result)["model.layers.0.post_attention_layernorm"]
+    assert ("model.layers.0.mlp.gate_proj" in why) if folded else ("cannot be exported" in why)
+    after = result.model.get_submodule("model.layers.0.mlp.gate_proj")
+    assert isinstance(after.weight, PackedWeight)
+
+
 def test_packed_weights_are_declined_by_the_name_of_the_layer() -> None:
     packed = torch.ao.quantization.quantize_dynamic(
         made("LlamaForCausalLM", **ONE).float(), {nn.Linear}, dtype=torch.qint8
