@@ -207,7 +207,13 @@ def open_calibration(
 ) -> Iterable[Any]:
     """Return the batches that `reference` stands for; images become what `model` takes.
 
-    A `.pt` file is opened by `read`: the commands pass the reader of checkpoints.
+    Args:
+        reference: a folder of images, a .npz, .npy or .pt file, or package.module:factory.
+        model: whose dtype, device and recorded input size the batches get.
+        size: the side of the square that images are cropped to; by default the model's.
+        mean, std: of each channel, subtracted and divided by; by default the model's.
+        batch_size: how many images or samples a batch has, at least 1.
+        read: opens a .pt file; the commands pass the reader of checkpoints.
 
     Raises:
         OptionError: nothing usable is there.

@@ -37,6 +37,8 @@ class Reliability:
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> Reliability:
     """Return the expected calibration error of logits (N, K), floating, for labels (N,), int64.
 
+    Confidences fall into `bins` intervals of one width, at least 1.
+
     Raises:
         OptionError: no sample, fewer than one bin, or a label out of range.
     """
@@ -58,6 +60,8 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> Reliabi
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Return the T by which logits (N, K) are divided for the least loss, from 0.01 to 100.
+
+    The loss is the cross entropy with `labels`, (N,) and int64.
 
     Raises:
         OptionError: no sample, or a label out of range.

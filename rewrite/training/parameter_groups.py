@@ -55,6 +55,12 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.05) -> list[dict[
 def normalized_decay(decay: float, batch_size: int, samples: int, epochs: float) -> float:
     """Return the weight decay of a training from a normalized one: λ = λ_n √(b / (B T)).
 
+    Args:
+        decay: λ_n.
+        batch_size: b, samples a step.
+        samples: B, how many the training set has.
+        epochs: T, passes over it.
+
     Raises:
         OptionError: a size is not positive.
     """

@@ -55,6 +55,10 @@ def penultimate_plane(
 def plot_penultimate(planes: Mapping[str, Mapping[int, Tensor]], path: str | Path) -> Path:
     """Draw the planes of several models side by side, each under its name, into a .png or .svg.
 
+    Args:
+        planes: by the name of the model, of each class its samples on the plane, (N, 2).
+        path: where the picture goes; what is there is replaced.
+
     Raises:
         OptionError: another suffix, nothing to draw, or matplotlib is not installed.
     """

@@ -53,7 +53,8 @@ def recover(
         student: the converted model; it is left as it is.
         teacher: the original.
         data: batches: tensors, tuples of inputs, dicts; with `labels` they end in labels.
-        options: how to train; or give its fields by keyword: `epochs`, `labels`, `optimizer`, …
+        options: how to train.
+        settings: the fields of those options by keyword instead: `epochs`, `labels`, `optimizer`, …
         state: a folder: the training is saved there at each evaluation and when interrupted, and
             goes on from what is there.
         progress: called with a line at each step.

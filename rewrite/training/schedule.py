@@ -52,6 +52,8 @@ def warmup(step: int, steps: int, start: float = 0.0) -> float:
 def correct_momentum(velocities: Iterable[Tensor], old_rate: float, new_rate: float) -> None:
     """Rescale velocities v = m v + η g, in place, for a rate that changes.
 
+    Each is multiplied by `new_rate` / `old_rate`, both learning rates η.
+
     Raises:
         OptionError: the old rate is not positive.
     """
