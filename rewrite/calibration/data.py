@@ -211,7 +211,8 @@ def open_calibration(
         reference: a folder of images, a .npz, .npy or .pt file, or package.module:factory.
         model: whose dtype, device and recorded input size the batches get.
         size: the side of the square that images are cropped to; by default the model's.
-        mean, std: of each channel, subtracted and divided by; by default the model's.
+        mean: of each channel, subtracted; by default the model's.
+        std: of each channel, divided by; by default the model's.
         batch_size: how many images or samples a batch has, at least 1.
         read: opens a .pt file; the commands pass the reader of checkpoints.
 

@@ -4,6 +4,7 @@ Needs Chromium and its driver (Debian: chromium, chromium-driver).
 """
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,91 @@ def test_the_page_works_by_keyboard(browser: Any, page: Path) -> None:
 
 def test_it_is_usable_in_two_seconds(browser: Any, page: Path) -> None:
     assert 0 < _browser.opened(browser, page) < 2000
+
+
+def media(browser: Any, **features: str) -> None:
+    """Show the page as on another medium: media="print", or prefers_color_scheme="dark"."""
+    given = {"media": features.pop("media", "")}
+    named = [{"name": k.replace("_", "-"), "value": v} for k, v in features.items()]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {**given, "features": named})
+
+
+def contrast(browser: Any, selector: str) -> float:
+    """Return the contrast of a text to the page, as WCAG 2 defines it."""
+    script = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
+
+    def luminance(css: str) -> float:
+        parts = [int(part) / 255 for part in re.findall(r"\d+", css)[:3]]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    ink = luminance(browser.execute_script(script, selector, "color"))
+    paper = luminance(browser.execute_script(script, "body", "backgroundColor"))
+    return (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_light_and_in_dark(browser: Any, page: Path, scheme: str) -> None:
+    media(browser, prefers_color_scheme=scheme)
+    opened(browser, page)
+    paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 24, 29)"}[scheme]
+    for selector in ("h1", "h2", ".kicker", ".kind", "#after .row .name", "th"):
+        assert contrast(browser, selector) >= 4.5, selector
+    media(browser)
+
+
+def test_on_paper_there_are_no_controls_and_nothing_is_cut_off(browser: Any, page: Path) -> None:
+    opened(browser, page)
+    find(browser, "#expand").click()
+    style = "return getComputedStyle(document.querySelector('#after'))[arguments[0]]"
+    assert browser.execute_script(style, "overflowY") == "auto"
+    assert find(browser, ".tools").is_displayed()
+    media(browser, media="print")
+    assert browser.execute_script(style, "overflowY") == "visible"
+    assert browser.execute_script(style, "maxHeight") == "none"
+    assert shown(browser, ".tools") == [] and find(browser, "#divergence dd").is_displayed()
+    media(browser)
+
+
+def test_a_screen_reader_hears_what_colours_say(browser: Any, page: Path) -> None:
+    opened(browser, page)
+    found = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    heard = [
+        (node["role"]["value"], node.get("name", {}).get("value", ""))
+        for node in found
+        if not node["ignored"]
+    ]
+    names = [name for _, name in heard]
+    assert any("layer2.0.conv1, Conv2d" in n and "largest error" in n for n in names)
+    assert ("group", "Original") in heard and ("group", "Rewritten") in heard
+    assert any(role == "heading" and "does not hold" in name for role, name in heard)
+    assert any(role == "searchbox" and name.startswith("Search") for role, name in heard)
+    roles = ("button", "link", "searchbox", "textbox", "checkbox", "combobox", "image", "img")
+    assert [role for role, name in heard if role in roles and not name.strip()] == []
+
+
+def test_tab_goes_through_the_controls_in_the_order_in_which_they_stand(
+    browser: Any, page: Path
+) -> None:
+    opened(browser, page)
+    met = []
+    for _ in range(5):
+        browser.switch_to.active_element.send_keys("\ue004")
+        met.append(browser.switch_to.active_element.get_attribute("id"))
+    assert met[:4] == ["search", "only", "expand", "collapse"]
+
+
+def test_a_chosen_module_is_said_to_be_pressed_and_a_branch_opens_by_keyboard(
+    browser: Any, page: Path
+) -> None:
+    opened(browser, page)
+    row = find(browser, '#after .row[data-name="conv1"]')
+    assert row.get_attribute("aria-pressed") == "false"
+    row.send_keys("\ue007")
+    assert row.get_attribute("aria-pressed") == "true"
+    branch = find(browser, '#before details details:has(> summary > .row[data-name="layer1"])')
+    closed = branch.get_attribute("open")
+    browser.execute_script("arguments[0].focus()", branch.find_element("css selector", "summary"))
+    browser.switch_to.active_element.send_keys(" ")
+    assert branch.get_attribute("open") != closed

@@ -53,14 +53,25 @@ const colour = (error) => {
   return `color-mix(in srgb, var(--bad) ${Math.round(60 * strength)}%, transparent)`;
 };
 
+const DID = { changed: "rewritten", skipped: "left alone" };
+
+// What colour says to the eye is said in words to a screen reader.
+const spoken = (row, most) => {
+  const did = DID[state(row.name).did];
+  const parts = [row.name || "model", row.kind, did, most >= 0 ? `largest error ${shown(most)}` : ""];
+  return parts.filter(Boolean).join(", ");
+};
+
 const line = (node, side, label) => {
   const row = node.row;
   const button = element("button", "row");
   button.type = "button";
+  button.setAttribute("aria-pressed", "false");
   button.dataset.name = row.name;
   button.append(element("span", "name", label), " ", element("span", "kind", row.kind));
   // A value of the original that the rewritten model no longer computes is no error by itself.
   const most = side === "after" ? worst(node) : -1;
+  button.setAttribute("aria-label", spoken(row, most));
   if (most >= 0) {
     const badge = element("span", "error", shown(most));
     badge.style.background = colour(most);
@@ -171,10 +182,14 @@ const graph = (side, name) => {
 };
 
 const select = (name, side) => {
-  document.querySelectorAll(".row.linked").forEach((row) => row.classList.remove("linked"));
+  const press = (row, on) => {
+    row.classList.toggle("linked", on);
+    row.setAttribute("aria-pressed", String(on));
+  };
+  document.querySelectorAll(".row.linked").forEach((row) => press(row, false));
   for (const row of document.querySelectorAll(".row")) {
     if (row.dataset.name !== name) continue;
-    row.classList.add("linked");
+    press(row, true);
     for (let at = row.parentElement; at && !at.classList.contains("tree"); at = at.parentElement) {
       if (at.tagName === "DETAILS" && !at.contains(document.activeElement)) at.open = true;
     }
