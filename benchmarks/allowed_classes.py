@@ -18,7 +18,7 @@ import importlib.util
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,7 @@ def _flat(content: dict[str, dict[str, str]], kind: str) -> set[str]:
 def listed_classes() -> dict[str, list[str]]:
     """Return the full names of layers, of configurations and of enums."""
     kinds: dict[str, set[str]] = {"layers": set(), "instances": set(), "enums": set()}
+    roots = _MODULES
     before = json.loads(CLASSES.read_text()) if CLASSES.exists() else {kind: {} for kind in kinds}
     for package, places in PLACES.items():
         sources = dict(_sources(package, places))
@@ -144,7 +145,10 @@ def listed_classes() -> dict[str, list[str]]:
             for kind, found in kinds.items():
                 found |= {n for n in _flat(before, kind) if n.startswith(f"{package}.")}
             continue
-        layers, configs, enums = _classify(sources)
+        layers, configs, enums = _classify(sources, roots)
+        if package == "torch":
+            # Other packages derive layers from these by name: a class of Sequential is a layer.
+            roots = _MODULES | {full.rpartition(".")[2] for full in layers}
         kinds["instances" if package == "transformers" else "layers"] |= layers
         kinds["instances"] |= configs
         kinds["enums"] |= enums
@@ -165,8 +169,15 @@ def _sources(package: str, places: tuple[str, ...]) -> Iterator[tuple[str, ast.M
             yield module.removesuffix(".__init__"), ast.parse(file.read_text(encoding="utf-8"))
 
 
-def _classify(sources: dict[str, ast.Module]) -> tuple[set[str], set[str], set[str]]:
-    """Return the layers, the configurations and the enums of a package by full name."""
+def _classify(
+    sources: dict[str, ast.Module], modules: frozenset[str]
+) -> tuple[set[str], set[str], set[str]]:
+    """Return the layers, the configurations and the enums of a package by full name.
+
+    Args:
+        sources: The package's modules.
+        modules: Names of classes outside of the package that are known as layers.
+    """
     found = [
         (f"{module}.{node.name}", node)
         for module, tree in sources.items()
@@ -174,7 +185,7 @@ def _classify(sources: dict[str, ast.Module]) -> tuple[set[str], set[str], set[s
         if isinstance(node, ast.ClassDef)
     ]
     families = []
-    for roots in (_MODULES, _CONFIGS, _ENUMS):
+    for roots in (modules, _CONFIGS, _ENUMS):
         known = set(roots)
         while True:
             grown = known | {node.name for _, node in found if _bases(node) & known}
@@ -253,9 +264,7 @@ def listed_operators() -> dict[str, list[str]]:
     functions = {
         "torch": (n for n in dir(torch._C._VariableFunctions) if not n.startswith("_")),
         "torch.fft": torch.fft.__all__,
-        "torch.linalg": torch.linalg.__all__
-        if hasattr(torch.linalg, "__all__")
-        else dir(torch.linalg),
+        "torch.linalg": getattr(torch.linalg, "__all__", dir(torch.linalg)),
         "torch.special": torch.special.__all__,
     }
     lists = {
@@ -284,18 +293,9 @@ def listed_operators() -> dict[str, list[str]]:
 
 _NO_METHODS = frozenset(
     {
-        *(
-            "apply_",
-            "map_",
-            "map2_",
-            "numpy",
-            "tolist",
-            "storage",
-            "untyped_storage",
-            "module_load",
-        ),
-        *("register_hook", "register_post_accumulate_grad_hook", "reinforce", "retain_grad"),
-        *("dim_order", "rename", "rename_", "refine_names", "align_to"),
+        *("apply_", "map_", "map2_", "numpy", "tolist", "storage", "untyped_storage"),
+        *("module_load", "register_hook", "register_post_accumulate_grad_hook", "reinforce"),
+        *("retain_grad", "dim_order", "rename", "rename_", "refine_names", "align_to"),
     }
 )
 
@@ -373,12 +373,17 @@ def _networks() -> Iterator[tuple[nn.Module, tuple[Any, ...]]]:
 
 def unlisted(every: int) -> Iterator[str]:
     """Yield the classes that architectures of the installed packages use and no list has."""
+    chosen = [name for package in ("timm", "torchvision") for name in names(package)]
+    yield from unlisted_in(chosen[::every])
+
+
+def unlisted_in(chosen: Iterable[str]) -> Iterator[str]:
+    """Yield the classes that these architectures use and no list has."""
     lists = json.loads(CLASSES.read_text())
     allowed = {name for kind in lists for name in _flat(lists, kind)}
     packages = tuple(f"{package}." for package in PLACES)
     missing: dict[str, str] = {}
-    chosen = [name for package in ("timm", "torchvision") for name in names(package)]
-    for name in chosen[::every]:
+    for name in chosen:
         try:
             model = construct(name, "meta")
         except UnbuildableError as error:

@@ -270,6 +270,24 @@ def test_the_model_is_untouched(tmp_path, net):
     assert onnx.load(tmp_path / "net.onnx").graph.node
 
 
+@pytest.mark.parametrize("bake", [True, False])
+def test_a_weight_normed_lstm_is_exported(tmp_path, bake):
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(5, 6, batch_first=True)
+            for name in ("weight_ih_l0", "weight_hh_l0"):
+                weight_norm(self.lstm, name)
+
+        def forward(self, x):
+            return self.lstm(x)[0]
+
+    x = torch.linspace(-1, 1, 30).reshape(2, 3, 5)
+    found = export(Normed().eval(), tmp_path / "n.onnx", example_inputs=(x,), bake_weight_norm=bake)
+    assert found.verdict == "verified"
+    assert any("baked" in note for note in found.notes) == bake
+
+
 class States(nn.Module):
     def __init__(self):
         super().__init__()
