@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule, Node
@@ -116,10 +117,12 @@ class Lines:
 
 
 def _holds(forward: Forward, owner: str, made: list[Node]) -> bool:
-    """Return whether a forward has a line for each call that one invocation of it made."""
-    return forward.lines.keys() >= {
-        line_key(node, owner) for node in made if node.op.startswith("call_")
-    }
+    """Return whether a forward has a line for each call that one invocation of it made.
+
+    Two calls of one operation need two lines: `x + mask` may be the second sum of a forward.
+    """
+    calls = Counter(line_key(node, owner) for node in made if node.op.startswith("call_"))
+    return all(len(forward.lines.get(key, ())) >= count for key, count in calls.items())
 
 
 def _elsewhere(owner: str) -> str:

@@ -6,9 +6,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node, symbolic_trace
 
+import rewrite
+from models.randomize import randomize_norms_
 from rewrite.errors import PassError
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
@@ -120,3 +123,37 @@ def test_the_calls_of_a_graph_module_are_lines_of_a_graph_already() -> None:
     assert not plain.lines.in_graph_module(product(plain))
     assert graph.lines.in_graph_module(product(graph))
     assert graph.lines.refusal(product(graph)) is None
+
+
+class Attend(nn.Module):
+    """A linear step without a bias, and one more sum where there is a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self.weight)
+        y = y + y.tanh()
+        if mask is not None:
+            y = y + mask
+        return y.relu()
+
+
+class Masked(nn.Module):
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.norm, self.attend, self.masked = nn.LayerNorm(4), Attend(), masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return self.attend(y, mask=x.sin()) if self.masked else self.attend(y)
+
+
+def test_a_sum_with_a_mask_is_a_line_beside_the_other_sum() -> None:
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for masked in (True, False):
+        model = randomize_norms_(Masked(masked)).double().eval()
+        result = rewrite.convert(model, "fold", example_inputs=x, verify=False)
+        assert [change.target for change in result.report.changes] == ["norm"]
+        assert torch.allclose(result.model(x), model(x), rtol=0, atol=1e-12)
