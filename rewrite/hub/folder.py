@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from rewrite.errors import CheckpointError, system_reason
+from rewrite.hub.merged import Merged
 from rewrite.hub.safetensors_file import Entry, SafetensorsFile, open_safetensors
 
 CONFIG = "config.json"
@@ -32,6 +33,7 @@ class CheckpointFolder:
         shards: the files that hold tensors, by name.
         places: the shard of each tensor.
         index: what the index says; None for a folder with one file.
+        merged: what the class puts together of several tensors, by its name in the model.
     """
 
     path: Path
@@ -39,9 +41,16 @@ class CheckpointFolder:
     shards: Mapping[str, SafetensorsFile]
     places: Mapping[str, str]
     index: Mapping[str, Any] | None
+    merged: Mapping[str, Merged] = field(default_factory=dict)
+
+    def holds(self, name: str) -> bool:
+        """Return whether there is a tensor of that name, or what it is put together of."""
+        return name in self.places or name in self.merged
 
     def entry(self, name: str) -> Entry:
         """Return type, shape and place of a tensor."""
+        if name in self.merged:
+            return self.merged[name].entry(self.entry)
         return self.shards[self.places[name]].entries[name]
 
     def read(self, name: str) -> Tensor:
@@ -50,6 +59,8 @@ class CheckpointFolder:
         Raises:
             CheckpointError: there is none of that name, or it cannot be computed with.
         """
+        if name in self.merged:
+            return self.merged[name].read(self.read)
         if name not in self.places:
             raise CheckpointError(f"{self.path}: has no tensor {name}")
         return self.shards[self.places[name]].read(name)

@@ -13,7 +13,7 @@ from torch import nn
 
 from rewrite.errors import CheckpointError
 from rewrite.hub.folder import open_folder
-from rewrite.hub.structure import build, persistent, stored_names
+from rewrite.hub.structure import build, persistent, seen_by, stored_names
 
 
 def load_folder(
@@ -27,6 +27,7 @@ def load_folder(
     """
     folder = open_folder(os.fspath(path))
     model = build(folder, folder.config)
+    folder = seen_by(model, folder)
     names = stored_names(model, folder)
     made: dict[str, nn.Parameter] = {}
     buffers = persistent(model)

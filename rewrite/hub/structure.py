@@ -7,8 +7,9 @@ The class is one of transformers, never code of the folder. What a class holds u
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,14 +17,16 @@ from torch import nn
 
 from rewrite.errors import CheckpointError, OptionError, one_line
 from rewrite.hub.folder import CheckpointFolder
+from rewrite.hub.merged import Merged
 
 
 @dataclass(frozen=True)
 class Structure:
-    """A model on meta, and the name in the folder of each name in the model."""
+    """A model on meta, its folder as its class sees it, and where each of its tensors lies."""
 
     model: nn.Module
     stored: Mapping[str, str]
+    folder: CheckpointFolder
 
 
 def structure_of(folder: CheckpointFolder) -> Structure:
@@ -32,7 +35,8 @@ def structure_of(folder: CheckpointFolder) -> Structure:
     Raises:
         CheckpointError: an unknown class, or tensors that the class does not have so.
     """
-    model = build(folder, folder.config, meta_buffers=True)
+    model = plain_experts(build(folder, folder.config, meta_buffers=True))
+    folder = seen_by(model, folder)
     stored = stored_names(model, folder)
     held = {**dict(model.named_parameters(remove_duplicate=False)), **persistent(model)}
     for name, place in stored.items():
@@ -42,7 +46,7 @@ def structure_of(folder: CheckpointFolder) -> Structure:
                 f"{folder.path}: {place} has shape {list(folder.entry(place).shape)}, and its "
                 f"configuration says {list(shape)}"
             )
-    return Structure(model, stored)
+    return Structure(model, stored, folder)
 
 
 def stored_names(model: nn.Module, folder: CheckpointFolder) -> dict[str, str]:
@@ -116,7 +120,56 @@ def _loaded_names(model: nn.Module, folder: CheckpointFolder) -> dict[str, str]:
 
     given: Any = model
     steps = [s for s in get_model_conversion_mapping(given) if isinstance(s, WeightRenaming)]
-    return {str(rename_source_key(name, steps, [])[0]): name for name in folder.places}
+    found = {str(rename_source_key(name, steps, [])[0]): name for name in folder.places}
+    return found | {name: name for name in folder.merged}
+
+
+def seen_by(model: nn.Module, folder: CheckpointFolder) -> CheckpointFolder:
+    """Return a folder with what the class of a model puts together of its tensors."""
+    from transformers import conversion_mapping
+    from transformers import core_model_loading as loading
+
+    given: Any = model
+    steps = conversion_mapping.get_model_conversion_mapping(given)
+    renamings = [s for s in steps if isinstance(s, loading.WeightRenaming)]
+    converters = [s for s in steps if isinstance(s, loading.WeightConverter)]
+    patterns = {p: step for step in converters for p in step.source_patterns}
+    parts: dict[str, dict[str, list[str]]] = {}
+    for name in sorted(folder.places, key=_natural):
+        whole, pattern = loading.rename_source_key(name, renamings, converters)
+        if pattern is not None:
+            parts.setdefault(whole, {}).setdefault(pattern, []).append(name)
+    merged = {}
+    for whole, by in parts.items():
+        step = patterns[next(iter(by))]
+        axis = _axis_of(step.operations)
+        made = Merged(tuple(tuple(by.get(p, ())) for p in step.source_patterns), axis or 1)
+        if axis is not None and all(made.groups) and made.fits(folder.entry):
+            merged[whole] = made
+    return replace(folder, merged=merged)
+
+
+def plain_experts(model: nn.Module) -> nn.Module:
+    """Let experts run by products of batches: the grouped kernel knows neither meta nor float64."""
+    given: Any = model
+    if getattr(given.config, "_experts_implementation", None) is not None:
+        given.set_experts_implementation("batched_mm")
+    return model
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Return what sorts names by the numbers in them."""
+    return [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in re.split(r"(\d+)", name)]
+
+
+def _axis_of(operations: Any) -> int | None:
+    """Return the axis along which stacks of tensors are joined, None for any other conversion."""
+    kinds = [type(operation).__name__ for operation in operations]
+    if kinds == ["MergeModulelist"] and operations[0].dim == 0:
+        return 1
+    if kinds == ["MergeModulelist", "Concatenate"] and operations[0].dim == 0:
+        return int(operations[1].dim)
+    return None
 
 
 def persistent(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -186,8 +186,8 @@ def _check_packed(model: nn.Module) -> None:
 
 
 def _has_experts(model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    return getattr(config, "_experts_implementation", None) is not None
+    """Return whether a model has experts in one tensor, whose code can be chosen."""
+    return any(hasattr(m, "has_gate") and hasattr(m, "is_transposed") for m in model.modules())
 
 
 class _Returned:

@@ -68,6 +68,7 @@ def convert_checkpoint(
     say("reading the folder")
     folder = open_folder(source)
     structure = structure_of(folder)
+    folder = structure.folder
     say("planning")
     plan = plan_folder(folder, structure, passes, only, skip)
     notes = [*plan.report.notes, "planned without a tensor"]
@@ -94,8 +95,8 @@ def plan_checkpoint(
     skip: Sequence[str] = (),
 ) -> Report:
     """Return what `convert_checkpoint` would do; nothing is read but the heads of files."""
-    folder = open_folder(source)
-    return plan_folder(folder, structure_of(folder), passes, only, skip).report
+    structure = structure_of(open_folder(source))
+    return plan_folder(structure.folder, structure, passes, only, skip).report
 
 
 def _write(
@@ -144,7 +145,7 @@ class Exact(dict[str, Callable[[], Tensor]]):
         if name in self:
             return self[name]
         stored = self._plan.structure.stored.get(name, name)
-        return partial(self._folder.read, stored) if stored in self._folder.places else default
+        return partial(self._folder.read, stored) if self._folder.holds(stored) else default
 
     def placed(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """Yield the name in the new folder of each written tensor, and how to compute it."""

@@ -165,7 +165,7 @@ class _ShapeStore:
         if self._place(name) in self.held:
             return self.held[self._place(name)]
         stored = self._structure.stored.get(name, name)
-        if stored not in self._folder.places:
+        if not self._folder.holds(stored):
             raise CheckpointError(
                 f"{self._folder.path}: has no tensor {name}, which the plan reads"
             )
@@ -211,12 +211,12 @@ def _config(
 ) -> dict[str, Any] | None:
     """Return the configuration under which the class holds the result, None without one."""
     own = dict(folder.config)
-    appeared = [name for name in made if name not in folder.places]
+    appeared = [name for name in made if not folder.holds(name)]
     if not appeared:
         return own
     if any(name in structure.stored for name in appeared):
         own["tie_word_embeddings"] = False
-    names = {*folder.places, *made}
+    names = {*_present(structure), *made}
     flags = [flag for flag in _BIAS_FLAGS if own.get(flag) is False]
     for count in range(len(flags) + 1):
         for chosen in itertools.combinations(flags, count):
@@ -231,6 +231,12 @@ def _config(
             if all(group & names for group in groups.values()) and set(appeared) <= set(tensors):
                 return config
     return None
+
+
+def _present(structure: Structure) -> set[str]:
+    """Return the names of a model that stand in its folder: one of those that share a tensor."""
+    first = {place: name for name, place in reversed(list(structure.stored.items()))}
+    return {place if place in structure.stored else name for place, name in first.items()}
 
 
 def _adds_bias(recipe: Mapping[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from rewrite.equivalence.compare import compare
 from rewrite.equivalence.verification import Case, Level, Verification
 from rewrite.errors import CheckpointError, one_line
 from rewrite.hub.folder import CheckpointFolder
-from rewrite.hub.structure import build, stored_names
+from rewrite.hub.structure import build, plain_experts, seen_by, stored_names
 from rewrite.observe.stream_matrices import StreamMap
 from rewrite.outcomes import Contract
 from rewrite.progress import Countdown
@@ -69,8 +69,10 @@ def prove(
     begin = time.perf_counter()
     computed = dict(exact.placed())
     say("comparing the stored tensors")
+    old = plain_experts(build(before, before.config))
+    new = plain_experts(build(after, plan.config))
+    after = seen_by(new, after)
     reasons = _stored_wrong(after, computed)
-    old, new = build(before, before.config), build(after, plan.config)
     reads = _reads(old, before, {}), _reads(new, after, computed)
     inputs = _inputs(old, seed)
     cases: list[Case] = []

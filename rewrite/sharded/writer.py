@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class FolderWriter:
         made: Mapping[str, Made],
         config: Mapping[str, Any],
     ) -> None:
-        self._folder, self._stage, self._made, self._config = folder, stage, made, config
+        self._folder, self._stage, self._config = folder, stage, config
+        self._made = dict(_parts_of(folder, made))
         self._files: dict[str, int] = {}
         self._entries: dict[str, tuple[str, int, Entry]] = {}
         self._places = dict(folder.places)
@@ -92,7 +93,11 @@ class FolderWriter:
             self._places[name] = shard
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor at its place."""
+        """Write one tensor at its place, or each of its parts."""
+        if name in self._folder.merged:
+            for part, values in self._folder.merged[name].split(tensor, self._folder.entry):
+                self.put(part, values)
+            return
         shard, data, entry = self._entries[name]
         content, at = bytes_of(tensor), data + entry.begin
         assert len(content) == entry.size
@@ -144,6 +149,16 @@ class FolderWriter:
             place = self._stage / path.relative_to(self._folder.path)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, place)
+
+
+def _parts_of(folder: CheckpointFolder, made: Mapping[str, Made]) -> Iterator[tuple[str, Made]]:
+    """Yield what is written, as it stands in the folder."""
+    for name, held in made.items():
+        if name not in folder.merged:
+            yield name, held
+            continue
+        for part in folder.merged[name].parts:
+            yield part, Made(held.dtype, folder.entry(part).shape)
 
 
 def _sized(made: Made) -> tuple[str, tuple[int, ...], int]:

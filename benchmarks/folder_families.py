@@ -1,0 +1,138 @@
+"""Checkpoint folders beside the road in memory, family by family: are the results the same bits?
+
+    folder -> convert_checkpoint -> load            =            folder -> load -> convert
+
+Each family of `benchmarks.transformer_folds` is made tiny with random weights, saved as
+transformers saves it (experts one by one, where its checkpoints have them so), and folded by both
+roads. A row is a process of its own with a limit of time and memory; a run takes up where another
+stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rewrite
+from benchmarks._table import environment, replace_section, table
+from benchmarks.sweep.workers import Limits, Row, run_all
+from benchmarks.transformer_families import families, made
+from passes import FoldNorm
+from rewrite.errors import RewriteError
+from rewrite.outcomes import Change
+
+PAGE = Path(__file__).parent.parent / "docs" / "transformers.md"
+
+
+def measure(name: str) -> Row:
+    """Convert one family by both roads and compare."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    family = next(family for family in families() if family.name == name)
+    try:
+        model = made(family, tied=False)
+    except Exception as error:  # noqa: BLE001 - transformers may raise anything
+        return {"name": name, "status": "not made", "reason": _short(error)}
+    with tempfile.TemporaryDirectory() as place:
+        source, target = Path(place) / "source", Path(place) / "target"
+        try:
+            model.to(torch.bfloat16).save_pretrained(source)  # type: ignore[operator]
+        except Exception as error:  # noqa: BLE001 - so may its writer
+            return {"name": name, "status": "not saved", "reason": _short(error)}
+        try:
+            report = rewrite.convert_checkpoint(source, target, FoldNorm(untie=True), verify=False)
+            if not report.changes:
+                reasons = [skip.reason for skip in report.skips]
+                return {"name": name, "status": "nothing to fold", "reason": "; ".join(reasons[:1])}
+            written = rewrite.load(target)
+            kept = tuple(change.target for change in report.changes)
+            loaded = rewrite.load(source)
+            folded = rewrite.convert(loaded, FoldNorm(untie=True), only=kept, verify=False)
+        except (RewriteError, RuntimeError) as error:
+            return {"name": name, "status": "declined", "reason": _short(error)}
+        wrong = differences(written, folded.model, folded.report.changes)
+        left = list_keys(source) ^ list_keys(target)
+    status = "equal" if not wrong else "different"
+    row = {"name": name, "status": status, "folds": len(report.changes), "reason": "; ".join(wrong)}
+    return {**row, "skips": len(report.skips), "new": len(left)}
+
+
+def differences(written: nn.Module, folded: nn.Module, changes: tuple[Change, ...]) -> list[str]:
+    """Return the tensors that are not the same bits; a folded norm may be gone in memory."""
+    ours: dict[str, Tensor] = written.state_dict()
+    theirs: dict[str, Tensor] = folded.state_dict()
+    targets = {change.target for change in changes}
+    wrong = []
+    for name, tensor in ours.items():
+        other = theirs.get(name)
+        if other is None:
+            if name.rpartition(".")[0] not in targets:
+                wrong.append(f"{name} is not in memory")
+        elif tensor.shape != other.shape or not torch.equal(tensor, other):
+            wrong.append(f"{name} differs")
+    return wrong + [f"{name} is not in the folder" for name in theirs if name not in ours]
+
+
+def list_keys(folder: Path) -> set[str]:
+    """Return the names of the tensors of a folder."""
+    from rewrite.hub.folder import open_folder
+
+    return set(open_folder(folder).places)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[-160:]
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file, the last of each family, in the order of families."""
+    if not out.exists():
+        return []
+    held = {row["name"]: row for row in map(json.loads, out.read_text().splitlines())}
+    return [held[family.name] for family in families() if family.name in held]
+
+
+def section(rows: list[dict[str, Any]]) -> str:
+    """Return the table of the documentation."""
+    counts = {key: [r for r in rows if r["status"] == key] for key in dict.fromkeys(
+        row["status"] for row in rows
+    )}  # fmt: skip
+    equal = counts.get("equal", [])
+    said = ", ".join(f"{len(held)} {key}" for key, held in counts.items())
+    other = [(r["name"], r["status"], r.get("reason", "")) for r in rows if r not in equal]
+    listed = ", ".join(f"{row['name']} {row['folds']}" for row in equal)
+    return (
+        f"`python -m benchmarks.folder_families`\n\n{said}. The same bits, with the norms folded: "
+        f"{listed}.\n\n{table(['family', '', 'why'], other)}\n\n{environment('transformers')}."
+    )
+
+
+def main() -> None:
+    """Run, and with `--write` put the table into docs/transformers.md."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("families", nargs="*", help="only these")
+    arguments.add_argument("--out", type=Path, default=Path("folder_families.jsonl"))
+    arguments.add_argument("--write", action="store_true", help="write docs/transformers.md")
+    given = arguments.parse_args()
+    done = {row["name"] for row in rows_of(given.out)}
+    names = given.families or [f.name for f in families() if f.name not in done]
+    with given.out.open("a", encoding="utf-8") as stream:
+        for row in run_all(names, measure, Limits(300.0, 8_000), 1):
+            print(json.dumps(row), file=stream, flush=True)
+            print(row["name"], row["status"], row.get("reason", ""), flush=True)
+    text = section(rows_of(given.out))
+    print(text)
+    if given.write:
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(replace_section(page, "folder-families", text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
