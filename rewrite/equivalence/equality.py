@@ -311,11 +311,14 @@ class _Judge:
         return wide.map(moved)
 
     def sum_up(self) -> None:
-        """Say in one line how far the outputs are apart, and on how many inputs."""
+        """Say in one line how far the outputs are apart on how many inputs, or that none tells."""
+        cases = self.found.cases
+        if cases and all(case.skipped for case in cases) and not self.found.reasons:
+            self.found.reasons.append(f"no input tells the models apart: {cases[0].skipped}")
         if not self.apart:
             return
         worst, where = max(self.apart)
-        count = f"{len(self.apart)} of {sum(not case.skipped for case in self.found.cases)} inputs"
+        count = f"{len(self.apart)} of {sum(not case.skipped for case in cases)} inputs"
         self.found.reasons.insert(
             0, f"{where} differs by {worst:.1e} relative in float64 ({count} differ)"
         )
