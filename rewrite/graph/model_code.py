@@ -191,14 +191,25 @@ class ModelCode:
         return None
 
     def other_entries(self, touched: frozenset[str]) -> Iterator[str]:
-        """Yield the methods beside `forward` that read a module of `touched`, in words."""
+        """Yield the methods beside `forward` that read a module of `touched`, in words.
+
+        But for what every model of transformers has: saving, giving out its embeddings.
+        """
         for owner, module, code in self._owners():
             for method, paths in code.others.items():
+                if _is_plumbing(type(module), method):
+                    continue
                 read = {n for path in paths for n, _ in self._at(owner, path)} & touched
                 if named := sorted(read - {owner}):
                     kind = type(module).__name__
                     what = ", ".join(named)
                     yield f"{kind}.{method}() reads {what}, which changed: what it returns differs"
+
+
+def _is_plumbing(kind: type[nn.Module], method: str) -> bool:
+    """Return whether a method is one of transformers' own base classes."""
+    where = str(getattr(getattr(kind, method, None), "__module__", ""))
+    return where.startswith("transformers.") and not where.startswith("transformers.models.")
 
 
 def _is_holder(module: nn.Module, attr: str) -> bool:

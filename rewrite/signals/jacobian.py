@@ -46,7 +46,10 @@ class Jacobian:
 
 
 def layer_jacobians(
-    outputs: list[tuple[str, torch.Tensor]], notes: list[str], seed: int, say: Callable[[str], None]
+    outputs: list[tuple[str, torch.Tensor]],
+    notes: list[str],
+    seed: int,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[int, Jacobian]:
     """Return the Jacobian of each layer's output by that of the nearest layer before it.
 

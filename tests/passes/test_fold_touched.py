@@ -165,6 +165,10 @@ class Masked(nn.Conv2d):
 class Doubled(nn.Conv2d):
     """A convolution that computes its weight where it is looked up."""
 
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self._parameters["weight"])  # the one looked up is another tensor
+        nn.init.uniform_(self._parameters["bias"])
+
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
         return found * 2 if name == "weight" else found
