@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rewrite.errors import CheckpointError, OptionError, one_line
+from rewrite.hub.experts import plain_experts
 from rewrite.hub.folder import CheckpointFolder
 from rewrite.hub.merged import Merged
 
@@ -147,14 +148,6 @@ def seen_by(model: nn.Module, folder: CheckpointFolder) -> CheckpointFolder:
         if axis is not None and all(made.groups) and made.fits(folder.entry):
             merged[whole] = made
     return replace(folder, merged=merged)
-
-
-def plain_experts(model: nn.Module) -> nn.Module:
-    """Let experts run by products of batches: the grouped kernel knows neither meta nor float64."""
-    given: Any = model
-    if getattr(given.config, "_experts_implementation", None) is not None:
-        given.set_experts_implementation("batched_mm")
-    return model
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:

@@ -27,6 +27,7 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from rewrite.errors import CaptureError, one_line
+from rewrite.hub.experts import plain_experts
 from rewrite.observe.spellings import op_name
 from rewrite.runtime.copying import copy_model
 from rewrite.runtime.inputs import ExampleCall
@@ -152,11 +153,7 @@ def standin_of(model: nn.Module) -> nn.Module:
         # Where no gradient is wanted, torch.nn's blocks take fused paths that say nothing.
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
-    choose = getattr(standin, "set_experts_implementation", None)
-    if choose is not None and _has_experts(standin):
-        # The loop over experts depends on data; the grouped kernel is one more spelling.
-        choose("batched_mm")
-    return standin
+    return plain_experts(standin)
 
 
 def _of_a_computed_weight(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -183,11 +180,6 @@ def _check_packed(model: nn.Module) -> None:
                 f"{name} is quantized ({kind}): its weight is packed, and nothing can be "
                 "multiplied into it; fold first, and quantize then"
             )
-
-
-def _has_experts(model: nn.Module) -> bool:
-    """Return whether a model has experts in one tensor, whose code can be chosen."""
-    return any(hasattr(m, "has_gate") and hasattr(m, "is_transposed") for m in model.modules())
 
 
 class _Returned:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from rewrite.equivalence.compare import compare
 from rewrite.equivalence.verification import Case, Level, Verification
 from rewrite.errors import CheckpointError, one_line
+from rewrite.hub.experts import plain_experts
 from rewrite.hub.folder import CheckpointFolder
-from rewrite.hub.structure import build, plain_experts, seen_by, stored_names
+from rewrite.hub.structure import build, seen_by, stored_names
 from rewrite.observe.stream_matrices import StreamMap
 from rewrite.outcomes import Contract
 from rewrite.progress import Countdown
