@@ -56,8 +56,13 @@ def publish(name: str, title: str, body: str, *, write: bool, page: Path = PAGE)
     section = f"## {title}\n\n`{command}`\n\n{body.strip()}\n"
     print(section)
     if write:
-        text = page.read_text(encoding="utf-8")
-        page.write_text(replace_section(text, name, section), encoding="utf-8")
+        write_section(page, name, section)
+
+
+def write_section(page: Path, name: str, section: str) -> None:
+    """Put a section between its markers in a page."""
+    text = page.read_text(encoding="utf-8")
+    page.write_text(replace_section(text, name, section), encoding="utf-8")
 
 
 def replace_section(page: str, name: str, section: str) -> str:

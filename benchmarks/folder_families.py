@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import rewrite
-from benchmarks._table import environment, replace_section, table
+from benchmarks._table import environment, table, write_section
 from benchmarks.sweep.workers import Limits, Row, run_all
 from benchmarks.transformer_families import families, made
 from passes import FoldNorm
@@ -43,7 +43,7 @@ def measure(name: str) -> Row:
     with tempfile.TemporaryDirectory() as place:
         source, target = Path(place) / "source", Path(place) / "target"
         try:
-            model.to(torch.bfloat16).save_pretrained(source)  # type: ignore[operator]
+            model.to(torch.bfloat16).save_pretrained(source)  # type: ignore[operator]  # of transformers
         except Exception as error:  # noqa: BLE001 - so may its writer
             return {"name": name, "status": "not saved", "reason": _short(error)}
         try:
@@ -130,8 +130,7 @@ def main() -> None:
     text = section(rows_of(given.out))
     print(text)
     if given.write:
-        page = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(replace_section(page, "folder-families", text), encoding="utf-8")
+        write_section(PAGE, "folder-families", text)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import rewrite
-from benchmarks._table import environment, parser, replace_section, table
+from benchmarks._table import environment, parser, table, write_section
 from benchmarks.transformer_folds import PAGE
 from passes import FoldNorm, LayerNormToRMSNorm, RotateStream
 from rewrite.observe.stream_matrices import KINDS
@@ -180,11 +180,8 @@ def main() -> None:
     text = f"{environment('onnxruntime')}\n\n{first}\n\n{second}"
     print(text)
     if options.write:
-        page = PAGE.with_name("streams.md")
         section = f"`python -m benchmarks.streams`\n\n{text}"
-        page.write_text(
-            replace_section(page.read_text(encoding="utf-8"), "streams", section), encoding="utf-8"
-        )
+        write_section(PAGE.with_name("streams.md"), "streams", section)
 
 
 if __name__ == "__main__":

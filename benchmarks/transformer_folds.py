@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks._table import environment, replace_section, table
+from benchmarks._table import environment, table, write_section
 from benchmarks.sweep.workers import Limits, Row, run_all
 from benchmarks.transformer_families import Family, families, foldable, made
 from passes import FoldNorm
@@ -235,8 +235,7 @@ def main() -> None:
     text = section(rows_of(given.out))
     print(text, file=sys.stderr)
     if given.write:
-        page = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(replace_section(page, "transformer-folds", text), encoding="utf-8")
+        write_section(PAGE, "transformer-folds", text)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import rewrite
-from benchmarks._table import environment, replace_section, table
+from benchmarks._table import environment, table, write_section
 from benchmarks.sweep.workers import Limits, Row, run_all
 from benchmarks.transformer_families import families, made
 
@@ -74,7 +74,7 @@ def transformer_lens(model: nn.Module, ids: Tensor) -> nn.Module:
     """Fold by `fold_ln`, without the centring that compatibility mode does by default."""
     bridge = _attribute("transformer_lens.model_bridge", "TransformerBridge")
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        model.save_pretrained(folder)  # type: ignore[operator]  # of transformers
         found = bridge.boot_transformers(
             folder, hf_model=model, device="cpu", dtype=torch.float64, tokenizer=_tokenizer(folder)
         )
@@ -94,7 +94,7 @@ def brevitas(model: nn.Module, ids: Tensor) -> nn.Module:
     exporting = _attribute("brevitas_examples.common.dynamo_utils", "dynamo_export_ctx")
     with torch.no_grad(), patch(model, model.config) as patched, exporting():
         classes = patched.rmsnorm_classes
-        model.config.use_cache = False  # type: ignore[union-attr]
+        model.config.use_cache = False  # type: ignore[union-attr]  # of transformers
         graph, _ = torch._dynamo.export(model)(input_ids=ids)
     folded: nn.Module = merge(graph, classes)
     return folded
@@ -132,7 +132,7 @@ def measure(pair: str) -> Row:
     row: Row = {"name": pair, "family": name, "tool": tool}
     family = next(family for family in families() if family.name == name)
     model = made(family, tied=False).double()
-    model.config._attn_implementation = "eager"  # type: ignore[union-attr]
+    model.config._attn_implementation = "eager"  # type: ignore[union-attr]  # of transformers
     ids = torch.randint(3, 64, (1, 8), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         want = model(input_ids=ids).logits
@@ -279,8 +279,7 @@ def main() -> None:
     text = section(rows_of(given.out))
     print(text)
     if given.write:
-        page = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(replace_section(page, "transformer-peers", text), encoding="utf-8")
+        write_section(PAGE, "transformer-peers", text)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ this package they are defined. They are imported with their first use: what judg
 (`rewrite.checkpoint.vetting`) runs before torch is imported.
 """
 
-import lazy_loader  # type: ignore[import-untyped]
+import lazy_loader  # type: ignore[import-untyped]  # it ships no types
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__, submod_attrs={"graph_format": ["SavedForward", "SavedGraph", "SavedParametrized"]}

@@ -83,20 +83,9 @@ def load(
     seed: int | None = None,
     note: Callable[[str], None] = silent,
 ) -> nn.Module:
-    """Return the model that a MODEL reference names.
+    """Return the model that a MODEL reference names; see the grammar above.
 
-    Args:
-        reference: A path or a name; see the grammar above.
-        factory: `package.module:callable[(json kwargs)]` that builds the model of a state dict.
-            With it only tensors of the file matter: the rest is left alone, and said to `note`.
-        trust: Packages (or full names of single classes and functions) that a file may name
-            beside the listed classes of torch, torchvision, timm, transformers and rewrite. Naming
-            a package allows its classes, and to import it.
-        map_location: The device that the tensors of a file go to.
-        key: Where in a training checkpoint the state dict (or module) is, as "generator".
-        strip_prefix: What to take off the keys; by itself any prefix that makes all keys fit.
-        seed: What a factory draws its weights from; None leaves PyTorch's generators as they are.
-        note: Takes a line about each thing in the file that was left out or renamed.
+    The arguments are those of `rewrite.load`, in `rewrite.checkpoint.opening`.
 
     Raises:
         CheckpointError: The reference names nothing, or nothing that may be opened.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -46,7 +48,7 @@ def test_a_kernel_put_at_its_window_is_the_same_convolution(
         taps = inner.weight.shape[2:]
         padded[:, :, at[0] : at[0] + taps[0], at[1] : at[1] + taps[1]] = inner.weight.detach()
         x = torch.randn(1, 2, 9, 9, dtype=torch.float64)
-        made = F.conv2d(x, padded, inner.bias, padding=outer.padding, dilation=outer.dilation)  # type: ignore[arg-type]
+        made = F.conv2d(x, padded, inner.bias, padding=outer.padding, dilation=outer.dilation)  # type: ignore[arg-type]  # pairs
         torch.testing.assert_close(made, inner(x))
 
 
@@ -62,18 +64,19 @@ def test_the_identity_is_a_dirac_at_the_center(
         dirac = torch.zeros_like(outer.weight)
         dirac[range(2), range(2), at[0], at[1]] = 1
         x = torch.randn(1, 2, 9, 9, dtype=torch.float64)
-        torch.testing.assert_close(F.conv2d(x, dirac, padding=outer.padding), x)  # type: ignore[arg-type]
+        torch.testing.assert_close(F.conv2d(x, dirac, padding=outer.padding), x)  # type: ignore[arg-type]  # a pair
 
 
 def test_the_place_of_a_branch_is_that_of_its_convolution_or_of_the_identity() -> None:
     captured, one, other = two(conv(3, 1), conv(5, 2))
-    affine = None  # not read here
-    assert place_of(captured, Term(one, affine), other) == (1, 1)  # type: ignore[arg-type]
-    assert place_of(captured, Term(None, affine), other) == (2, 2)  # type: ignore[arg-type]
+    affine: Any = None  # not read here
+    assert place_of(captured, Term(one, affine), other) == (1, 1)
+    assert place_of(captured, Term(None, affine), other) == (2, 2)
 
 
 def test_a_merge_says_how_many_branches_there_are() -> None:
     captured, one, other = two(conv(3, 1), conv(5, 2))
     node = captured.calls("outer")[0]
-    terms = (Term(one, None), Term(other, None))  # type: ignore[arg-type]
+    affine: Any = None  # not read here
+    terms = (Term(one, affine), Term(other, affine))
     assert Merge(node, node, frozenset(), "", terms, other).before == "2 parallel branches"
