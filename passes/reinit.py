@@ -148,11 +148,13 @@ class Reinitialize(Pass):
     def rewrite(self, captured: Editable, site: Site) -> Change:
         """Initialize one module."""
         plan: Plan = site.plan
-        metrics = write(captured, site.target, plan, self.seed, self.forget_bias)
+        metrics, recipe = write(captured, site.target, plan, self.seed, self.forget_bias)
         shown = dict.fromkeys(weight.describe() for weight in plan.weights)
         after = ", ".join(shown) or "fresh"
         touched = (site.target, *(ref.owner for w in plan.weights for ref in w.ties))
-        return Change(site.target, site.before, after, plan.note, touched, {}, metrics)
+        return Change(
+            site.target, site.before, after, plan.note, touched, metrics=metrics, recipe=recipe
+        )
 
     def rewrite_all(
         self, captured: Editable, sites: Sequence[Site], calibration: Iterable[Any] | None = None
@@ -193,6 +195,9 @@ def _single(plan: Plan) -> Weight | None:
 
 def _noted(change: Change, notes: dict[str, list[str]]) -> Change:
     added = notes.get(change.target, [])
+    if not added:
+        return change
+    # What was added is of the data or of the graph, and is no part of the recipe.
     note = "; ".join(filter(None, [change.note, *added]))
     return Change(
         change.target, change.before, change.after, note, change.touched, change.keys,

@@ -21,8 +21,10 @@ from rewrite.weights.weight_norm import (
     has_old_weight_norm,
     remove_weight_norm,
     weight_norm_sources,
+    weight_norm_step,
     weight_normed,
 )
+from rewrite.weights.weight_norm_recipe import NormedWeight, RemovedWeightNorm
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ class RemoveWeightNorm(Pass):
         plan: Plan = site.plan
         touched: list[str] = [site.target]
         keys: dict[str, str | None] = {}
+        weights: list[NormedWeight | None] = []
         for key, ties in plan.ties.items():
+            weights.append(_recipe(captured, plan.module, TensorRef(site.target, key), ties))
             keys |= _keys(plan.module, TensorRef(site.target, key))
             for ref in ties:
                 keys |= _keys(captured.module(ref.owner), ref)
@@ -82,7 +86,12 @@ class RemoveWeightNorm(Pass):
         after = type(plan.module).__name__
         tied = [ref.name for ties in plan.ties.values() for ref in ties]
         note = f"tied to {', '.join(tied)}" if tied else ""
-        return Change(site.target, site.before, after, note, tuple(touched), keys)
+        known = [weight for weight in weights if weight is not None]
+        recipe = RemovedWeightNorm(site.target, tuple(known)).to_data()
+        return Change(
+            site.target, site.before, after, note, tuple(touched), keys,
+            recipe=recipe if len(known) == len(weights) else {},
+        )  # fmt: skip
 
 
 def _describe(module: nn.Module) -> str:
@@ -100,7 +109,27 @@ def _holders(captured: Captured) -> dict[tuple[int, int], list[TensorRef]]:
 
 
 def _keys(module: nn.Module, ref: TensorRef) -> dict[str, str | None]:
+    g, v = _sources(module, ref)
+    return {g: None, v: ref.name}
+
+
+def _sources(module: nn.Module, ref: TensorRef) -> tuple[str, str]:
+    """Return the names of the magnitudes and the directions of a weight."""
     if ref.attr in has_old_weight_norm(module):
-        return {f"{ref.name}_g": None, f"{ref.name}_v": ref.name}
+        return f"{ref.name}_g", f"{ref.name}_v"
     stem = f"{TensorRef(ref.owner, 'parametrizations').name}.{ref.attr}.original"
-    return {f"{stem}0": None, f"{stem}1": ref.name}
+    return f"{stem}0", f"{stem}1"
+
+
+def _recipe(
+    captured: Captured, module: nn.Module, ref: TensorRef, ties: tuple[TensorRef, ...]
+) -> NormedWeight | None:
+    """Return where a weight and what makes it stand, under every name of them."""
+    places = []
+    for each in (ref, *ties):
+        holder = captured.module(each.owner)
+        for owner in (each.owner, *captured.aliases(each.owner)):
+            place = TensorRef(owner, each.attr)
+            places.append((place.name, *_sources(holder, place)))
+    step = weight_norm_step(module, ref.attr)
+    return NormedWeight.of(step, tuple(places))

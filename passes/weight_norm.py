@@ -12,7 +12,7 @@ is the geometry that an optimizer sees. Two options change the function on purpo
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -37,6 +37,7 @@ from rewrite.weights.weight_norm import (
     weight_layouts,
     weight_refusal,
 )
+from rewrite.weights.weight_norm_recipe import AddedWeightNorm, NormedWeight
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,8 @@ class WeightNorm(Pass):
             stem = f"{TensorRef(site.target, 'parametrizations').name}.{key}.original"
             keys[TensorRef(site.target, f"{key}_g").name] = f"{stem}0"
             keys[TensorRef(site.target, f"{key}_v").name] = f"{stem}1"
-        return Change(site.target, site.before, after, note, tuple(touched), keys)
+        recipe = _recipe(captured, site.target, plan, keys).to_data()
+        return Change(site.target, site.before, after, note, tuple(touched), keys, recipe=recipe)
 
     def rewrite_all(
         self, captured: Editable, sites: Sequence[Site], calibration: Iterable[Any] | None = None
@@ -259,6 +261,24 @@ def _ties(captured: Captured, ref: TensorRef, layout: Layout) -> tuple[TensorRef
             return f"is tied to {other.name}, which {reason}"
         ties.append(other)
     return tuple(ties)
+
+
+def _recipe(
+    captured: Captured, target: str, plan: Plan, keys: Mapping[str, str | None]
+) -> AddedWeightNorm:
+    """Return what is done to one layer, by the names of its tensors."""
+    weights = []
+    for key, layout in plan.weights.items():
+        places = []
+        for ref in (TensorRef(target, key), *plan.ties[key]):
+            for owner in (ref.owner, *captured.aliases(ref.owner)):
+                stem = f"{TensorRef(owner, 'parametrizations').name}.{ref.attr}.original"
+                places.append((TensorRef(owner, ref.attr).name, f"{stem}0", f"{stem}1"))
+        groups = layout.groups if layout.inputs_first else 1
+        weights.append(NormedWeight(tuple(places), groups, layout.inputs_first))
+    old = {f"{TensorRef(target, key).name}_{part}" for key in plan.old for part in "gv"}
+    renamed = {name: new for name, new in keys.items() if name in old and new is not None}
+    return AddedWeightNorm(target, tuple(weights), renamed)
 
 
 def _read_by_code(captured: Captured) -> Iterator[Skip]:

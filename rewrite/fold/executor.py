@@ -4,8 +4,8 @@
        in the ledger of the layers that absorb it
     2. each layer's new tensors are computed in float64 from all of them, and rounded once
     3. branches are added up, with the norms that were folded into them
-    4. tensors that read a norm in observed calls absorb its map, as they are by then, and those of
-       a stream are put through one
+    4. tensors that read a norm in observed calls absorb its map, as they are by then, those of a
+       stream are put through one, and recipes of single tensors are run
 
 Only short vectors are kept between the steps; a weight is read, computed and written by itself.
 """
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,25 +29,9 @@ from rewrite.fold.requirements import Requirements, culprit, narrowest
 from rewrite.graph.captured import TensorRef
 from rewrite.observe.recipe import ReaderRecipe
 from rewrite.observe.stream_recipe import StreamRecipe
-
-Exact = dict[str, Callable[[], Tensor]]
-"""What written tensors are before they are rounded, in float64, by name; computed when asked."""
-
-
-class TensorStore(Protocol):
-    """Tensors by name: a model, a state dict, or files that hold one shard each."""
-
-    def get(self, name: str) -> Tensor:
-        """Return a tensor; raise `CheckpointError` if there is none of that name."""
-        ...
-
-    def set(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor in the place of the one of that name, or beside the others."""
-        ...
-
-    def delete(self, name: str) -> None:
-        """Take a tensor away, if there is one of that name."""
-        ...
+from rewrite.weights.tensor_recipe import Exact as Exact
+from rewrite.weights.tensor_recipe import TensorRecipe
+from rewrite.weights.tensor_recipe import TensorStore as TensorStore
 
 
 def run_recipes(recipes: Sequence[Recipe], store: TensorStore, exact: Exact | None = None) -> None:
@@ -95,6 +79,8 @@ def run_recipes(recipes: Sequence[Recipe], store: TensorStore, exact: Exact | No
         elif isinstance(recipe, StreamRecipe):
             recipe.check(store.get)
             recipe.put_through(store.get, partial(set_finite, store), written)
+        elif isinstance(recipe, TensorRecipe):
+            recipe.run(_Finite(store), written)
 
 
 def names_of(layer: Layer, attr: str, aliases: Sequence[str] = ()) -> tuple[str, ...]:
@@ -242,6 +228,22 @@ def _bias(term: TermRecipe, read: Callable[[str], Tensor]) -> Tensor | None:
         if term.may_lack_bias:
             return None
         raise
+
+
+@dataclass(frozen=True)
+class _Finite:
+    """A store that takes finite tensors only."""
+
+    store: TensorStore
+
+    def get(self, name: str) -> Tensor:
+        return self.store.get(name)
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        set_finite(self.store, name, tensor)
+
+    def delete(self, name: str) -> None:
+        self.store.delete(name)
 
 
 def set_finite(store: TensorStore, name: str, tensor: Tensor) -> None:

@@ -5,6 +5,7 @@
     merge      parallel branches that become one convolution
     observed   a norm's affine part, and the tensors that read it in observed calls
     stream     a residual stream in another basis, and the tensors that write to it and read it
+    tensors    weight norms put on or taken off, and weights drawn anew (`TensorRecipe`)
 
 A recipe names tensors as a state dict does. `rewrite.fold.executor` runs it; what a report holds of
 it is JSON, which version 0.1 can read as well.
@@ -12,7 +13,7 @@ it is JSON, which version 0.1 can read as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -28,9 +29,17 @@ from rewrite.fold.links import Link, constant_link
 from rewrite.fold.requirements import Requirements
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.operators import needs_weight
+from rewrite.init.draw_recipe import DRAWN, DrawnTensors
 from rewrite.observe.recipe import KIND, ReaderRecipe
 from rewrite.observe.stream_recipe import KIND as STREAM
 from rewrite.observe.stream_recipe import StreamRecipe
+from rewrite.weights.tensor_recipe import TensorRecipe
+from rewrite.weights.weight_norm_recipe import (
+    ADDED,
+    REMOVED,
+    AddedWeightNorm,
+    RemovedWeightNorm,
+)
 
 Data = Mapping[str, Any]
 
@@ -146,7 +155,14 @@ class MergeRecipe:
         }
 
 
-Recipe = FoldRecipe | AffineRecipe | MergeRecipe | ReaderRecipe | StreamRecipe
+Recipe = FoldRecipe | AffineRecipe | MergeRecipe | ReaderRecipe | StreamRecipe | TensorRecipe
+
+_TENSOR_RECIPES: Mapping[str, Callable[[Data], TensorRecipe]] = {
+    ADDED: AddedWeightNorm.from_data,
+    REMOVED: RemovedWeightNorm.from_data,
+    DRAWN: DrawnTensors.from_data,
+}
+"""The recipes of single tensors, by what a report calls them."""
 
 
 def recipe_of(captured: Captured, fold: Fold) -> FoldRecipe:
@@ -211,6 +227,8 @@ def from_data(data: Data) -> Recipe:
             return ReaderRecipe.from_data(data)
         if data["do"] == STREAM:
             return StreamRecipe.from_data(data)
+        if (made := _TENSOR_RECIPES.get(data["do"])) is not None:
+            return made(data)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the report holds a recipe that is incomplete: {error}") from error
     raise CheckpointError(f"the report holds a recipe of an unknown kind: {data['do']!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.editable import Editable
 from rewrite.graph.operators import Activation, conv_of, linear_of
 from rewrite.graph.tensor_writer import TensorWriter
-from rewrite.init.draw import draw, generator, refusal
+from rewrite.init.draw import refusal
+from rewrite.init.draw_recipe import Draw, DrawnTensors, Fill, block_shape
 from rewrite.init.following_activation import activation_gain, following_activation
 from rewrite.init.rules import Rule
 from rewrite.outcomes import Skip
@@ -209,7 +211,7 @@ def _weight(
 ) -> Weight | str:
     shape = getattr(module, key).shape
     for linear_map in maps or (None,):
-        block = shape if linear_map is None else _block_shape(linear_map, shape)
+        block = shape if linear_map is None else block_shape(linear_map, shape)
         if (reason := refusal(rule.scheme, linear_map, block)) is not None:
             return reason
     ties: tuple[TensorRef, ...] = ()
@@ -221,12 +223,6 @@ def _weight(
     if len(maps) == 1 and rule.scheme.follows_graph:
         following = following_activation(captured, _calls(captured, name, module, key))
     return Weight(key, rule, maps, ties, following)
-
-
-def _block_shape(linear_map: LinearMap, shape: torch.Size) -> torch.Size:
-    if linear_map.rows is None:
-        return shape
-    return torch.Size((linear_map.rows[1] - linear_map.rows[0], *shape[1:]))
 
 
 def _calls(captured: Captured, name: str, module: nn.Module, key: str) -> tuple[torch.fx.Node, ...]:
@@ -246,49 +242,58 @@ def _calls(captured: Captured, name: str, module: nn.Module, key: str) -> tuple[
 
 def write(
     captured: Editable, name: str, plan: Plan, seed: int, forget_bias: float
-) -> dict[str, float]:
-    """Initialize one module; return the standard deviation of each weight that was drawn."""
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Initialize one module.
+
+    Returns:
+        The standard deviation of each weight that was drawn, and the recipe: an empty one where a
+        weight is computed of others, through which it was written.
+    """
     metrics: dict[str, float] = {}
+    tensors: list[tuple[tuple[str, ...], Draw | Fill]] = []
     for weight in plan.weights:
-        value = _drawn(name, plan.module, weight, seed)
+        made = _drawn(name, plan.module, weight, seed)
+        old = getattr(plan.module, weight.key)
+        value = old.detach() if old.is_meta else made.values(old.shape)
         ties = [(captured.module(ref.owner), ref.attr) for ref in weight.ties]
         plan.note = "; ".join(
             filter(None, [plan.note, assign(captured.editor, plan.module, weight.key, value, ties)])
         )
-        metrics[f"std {weight.key}"] = float(value.std(correction=0)) if value.numel() else 0.0
+        if not old.is_meta:
+            metrics[f"std {weight.key}"] = float(value.std(correction=0)) if value.numel() else 0.0
+        names = [TensorRef(place, weight.key).name for place in (name, *captured.aliases(name))]
+        tensors.append((tuple(dict.fromkeys((*names, *(r.name for r in weight.ties)))), made))
     for key, constant in plan.resets.items():
-        _reset(captured.editor, plan.module, key, constant, forget_bias)
-    return metrics
+        fill = _fill(plan.module, key, constant, forget_bias)
+        _reset(captured.editor, plan.module, key, fill)
+        names = [TensorRef(place, key).name for place in (name, *captured.aliases(name))]
+        tensors.append((tuple(names), fill))
+    held = plan.module._parameters.keys() | plan.module._buffers.keys()
+    plain = {*(weight.key for weight in plan.weights), *plan.resets} <= held
+    plain = plain and not old_hooks(plan.module) and not has_old_weight_norm(plan.module)
+    return metrics, DrawnTensors(name, tuple(tensors)).to_data() if plain else {}
 
 
-def _drawn(name: str, module: nn.Module, weight: Weight, seed: int) -> torch.Tensor:
-    shape = getattr(module, weight.key).shape
+def _drawn(name: str, module: nn.Module, weight: Weight, seed: int) -> Draw:
     stem = f"{name}." if name else ""
-    scheme = weight.rule.scheme
-    if not weight.maps:
-        return draw(scheme, None, shape, generator(seed, f"{stem}{weight.key}"))
-    value = torch.empty(shape, dtype=torch.float64)
-    for linear_map in weight.maps:
-        random = generator(seed, f"{stem}{linear_map.label}")
-        block = _block_shape(linear_map, shape)
-        linear_map.block(value).copy_(draw(scheme, linear_map, block, random, weight.gain))
     padding = getattr(module, "padding_idx", None)
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and padding is not None:
-        value[padding] = 0
-    return value
+    if not weight.maps or not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        padding = None
+    gain = weight.gain if weight.maps else 1.0
+    return Draw(weight.rule.scheme, seed, stem, weight.key, weight.maps, gain, padding)
 
 
-def _reset(
-    writer: TensorWriter, module: nn.Module, key: str, constant: float, forget_bias: float
-) -> None:
+def _fill(module: nn.Module, key: str, constant: float, forget_bias: float) -> Fill:
+    if not isinstance(module, nn.LSTM | nn.LSTMCell) or not key.startswith("bias_ih"):
+        return Fill(constant)
+    size = getattr(module, key).shape[0] // len(gate_names(module))
+    return Fill(constant, (size, 2 * size, forget_bias))
+
+
+def _reset(writer: TensorWriter, module: nn.Module, key: str, fill: Fill) -> None:
     if (buffer := module._buffers.get(key)) is not None:
-        if is_lazy(buffer):
-            return
-        writer.write(module, key, torch.full_like(buffer, constant))
+        if not is_lazy(buffer):
+            writer.write(module, key, torch.full_like(buffer, fill.value))
         return
-    value = torch.full(getattr(module, key).shape, constant, dtype=torch.float64)
-    recurrent = isinstance(module, nn.LSTM | nn.LSTMCell)
-    if recurrent and key.startswith("bias_ih"):
-        size = value.shape[0] // len(gate_names(module))  # type: ignore[arg-type]
-        value[size : 2 * size] = forget_bias
-    assign(writer, module, key, value)
+    old = getattr(module, key)
+    assign(writer, module, key, old.detach() if old.is_meta else fill.values(old.shape))

@@ -52,6 +52,8 @@ class Draft:
             (*old.touched, *self.touched),
             old.keys if self.keys is None else self.keys,
             self.metrics,
+            # What is fitted to data, or stands behind the layer, is no part of the recipe.
+            {} if self.metrics or self.keys is not None else old.recipe,
         )
 
 

@@ -98,6 +98,14 @@ def weight_norm_sources(module: nn.Module, name: str) -> tuple[int, int]:
     return id(chain.original0), id(chain.original1)
 
 
+def weight_norm_step(module: nn.Module, name: str) -> nn.Module:
+    """Return what computes a weight-normed weight: of its own form, or of the old one."""
+    for hook in _old_hooks(module).values():
+        if hook.name == name:
+            return _of_dim(hook.dim)
+    return _chain(module, name)[0]
+
+
 def _old_hooks(module: nn.Module) -> dict[int, WeightNormHook]:
     return {k: h for k, h in module._forward_pre_hooks.items() if isinstance(h, WeightNormHook)}
 

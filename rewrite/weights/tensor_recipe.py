@@ -1,0 +1,63 @@
+"""A change of single tensors as plain data: which are read by name, which are written, which go.
+
+A recipe is made where a pass plans, and run on whatever holds the tensors: a state dict, or the
+shards of a checkpoint folder, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Exact = dict[str, Callable[[], Tensor]]
+"""What written tensors are before they are rounded, in float64, by name; computed when asked."""
+
+
+class Computed(partial[Tensor]):
+    """Computes in float64 what is stored as the model computes it, in its own precision.
+
+    What is stored is then within a few roundings of it, and not its nearest value.
+    """
+
+
+class TensorStore(Protocol):
+    """Tensors by name: a model, a state dict, or files that hold one shard each."""
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor; raise `CheckpointError` if there is none of that name."""
+        ...
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in the place of the one of that name, or beside the others."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Take a tensor away, if there is one of that name."""
+        ...
+
+
+class TensorRecipe(ABC):
+    """A recipe that needs nothing but tensors by name."""
+
+    target: str
+    """The name to report."""
+
+    @abstractmethod
+    def run(self, store: TensorStore, unrounded: Exact) -> None:
+        """Write the new tensors of `store` and take away those that go.
+
+        Args:
+            store: what is read and written; tensors without numbers (meta) give such tensors.
+            unrounded: what tensors that were written before are; it is told of the new ones.
+
+        Raises:
+            CheckpointError: a tensor is missing.
+        """
+
+    @abstractmethod
+    def to_data(self) -> dict[str, Any]:
+        """Return it as JSON's own types."""
