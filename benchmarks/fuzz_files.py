@@ -35,7 +35,8 @@ from rewrite import convert
 from rewrite.checkpoint.load import load, save
 from rewrite.equivalence.verification import Level
 from rewrite.errors import RewriteError
-from rewrite.fold.replay import apply_report, read_report
+from rewrite.fold.replay import apply_report
+from rewrite.fold.report_file import read_report
 from rewrite.onnx.export import export
 from rewrite.onnx.verify import verify_onnx
 from rewrite.runtime.input_files import load_inputs

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rewrite.distributed import rank_and_world
 from rewrite.errors import OptionError, RewriteError
+from rewrite.files import no_file
 from rewrite.runtime.array_files import read_arrays
 
 BATCH_SIZE = 16
@@ -146,6 +147,9 @@ class ImageFolder:
             from PIL import Image
         except ImportError as error:
             raise OptionError("a folder of images needs pillow; pip install pillow") from error
+        if wrong := no_file(file):
+            self.left_out.append(f"{file.name}: {wrong}")
+            return None
         try:
             with Image.open(file, formats=_FORMATS) as opened:
                 self._check_size(*opened.size)
@@ -258,6 +262,8 @@ def _open(
 
 
 def _read_array(path: Path, read: Callable[[Path], Any]) -> Any:
+    if wrong := no_file(path):
+        raise OptionError(f"calibration file {path}: {wrong}")
     try:
         if path.suffix.lower() in (".npy", ".npz"):
             return next(iter(read_arrays(path).values()), None)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from rewrite.errors import CheckpointError, one_line, system_reason
+from rewrite.files import no_file
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +118,9 @@ def fill(stream: IO[bytes], own: torch.Tensor) -> None:
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading; raise CheckpointError when the system does not."""
+    """Open a file for reading; raise CheckpointError when it is none, or the system refuses."""
+    if wrong := no_file(path):
+        raise CheckpointError(f"{path}: {wrong}")
     try:
         stream = path.open("rb")
     except OSError as error:

@@ -17,6 +17,7 @@ from rewrite.checkpoint.pickles.unpickle import opened_pickle
 from rewrite.checkpoint.prefixes import fit_prefix, needed, without_wrappers
 from rewrite.checkpoint.vetting.files import check_file
 from rewrite.checkpoint.vetting.state import describe_root, find_state, first_few
+from rewrite.checkpoint.vetting.vet import vet_safetensors
 from rewrite.errors import CheckpointError
 from rewrite.weights.weight_norm_keys import fit_weight_norm_keys
 
@@ -50,6 +51,7 @@ def read_state(
 
 def read_safetensors(path: Path, map_location: str | torch.device) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file; the format holds nothing else."""
+    vet_safetensors(path)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

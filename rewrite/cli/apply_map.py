@@ -24,11 +24,14 @@ def add_parsers(subparsers: Any) -> None:
 
 def run_apply_map(options: argparse.Namespace) -> int:
     """Read the report and the checkpoint, write the folded one, and return the exit code."""
+    from rewrite.fold.report_file import read_report
+
+    report = read_report(Path(options.report))
     from rewrite.checkpoint.state_dict import read_state, write_state
     from rewrite.files import atomic_path
-    from rewrite.fold.replay import apply_report, read_report
+    from rewrite.fold.replay import apply_report
 
-    state = apply_report(read_report(Path(options.report)), read_state(Path(options.checkpoint)))
+    state = apply_report(report, read_state(Path(options.checkpoint)))
     with atomic_path(options.output, overwrite=options.force) as temporary:
         if options.output.endswith(".safetensors"):
             write_state(state, temporary)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rewrite.errors import OptionError
+from rewrite.errors import OptionError, one_line, system_reason
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -223,9 +223,6 @@ def _is_same_file(one: str, other: str) -> bool:
         return False
 
 
-_READ = ("model", "other", "input", "calibration", "before", "checkpoint", "teacher", "data")
-
-
 def check_places(options: argparse.Namespace) -> None:
     """Raise before any work when a report would take the place of something else.
 
@@ -268,34 +265,75 @@ def check_report(options: argparse.Namespace, *others: str | None) -> None:
         taken.append(name)
 
 
+_MODELS = ("model", "other", "student", "teacher", "before", "checkpoint")
+_DATA = ("input", "calibration", "data", "recover")
+_READ = (*_MODELS, *_DATA)
+"""The options that name what a command reads."""
+
+_SMALL_GRAPH = 64 << 20
+"""Up to which size a graph is read twice: once to judge it, and once with its weights."""
+
+
+def is_onnx(name: str) -> bool:
+    """Say whether a reference names a graph and no MODEL."""
+    return Path(name).suffix.lower() in (".onnx", ".ort")
+
+
 def vet_files(options: argparse.Namespace) -> None:
     """Refuse a file that is read before torch is imported, where that needs no torch.
 
     Raises:
         CheckpointError: it is no checkpoint, or one that may not be opened.
+        OptionError: it is a file of inputs or data that cannot be read.
         VerificationError: it is an ONNX file that cannot be read.
     """
-    from rewrite.checkpoint.opening import is_file
-    from rewrite.checkpoint.vetting.vet import vet, vet_pickle
+    from rewrite.files import no_file
 
-    named = {name: getattr(options, name, None) for name in (*_MODELS, *_DATA)}
-    for name, value in named.items():
-        if not isinstance(value, str) or not is_file(value):
+    for name in _READ:
+        value = getattr(options, name, None)
+        if not isinstance(value, str) or "\0" in value or Path(value).is_dir():
             continue
-        suffix = Path(value).suffix
-        if name in _DATA:
-            if suffix in (".pt", ".pth"):
-                vet_pickle(value)
-        elif suffix != ".onnx":
-            # A second model may be a state dict, which the first one builds.
-            builds = options.factory or (None if name == "model" else "the first model")
-            vet(value, factory=builds, trust=options.trust, key=options.key)
-        elif options.command == "verify" and Path(value).stat().st_size < _SMALL_GRAPH:
+        if wrong := no_file(value):
+            raise OptionError(f"{value}: {wrong}")
+        if Path(value).is_file():
+            (_vet_data if name in _DATA else _vet_model)(options, value)
+
+
+def _vet_model(options: argparse.Namespace, path: str) -> None:
+    if options.command == "verify" and is_onnx(path):
+        if Path(path).stat().st_size < _SMALL_GRAPH:
             from rewrite.onnx.file import open_onnx
 
-            open_onnx(value)
+            open_onnx(path)
+        return
+    from rewrite.checkpoint.vetting.vet import vet
+
+    # Of a checkpoint that a report is applied to only the tensors are opened.
+    report = "the report" if options.command == "apply-map" else None
+    vet(
+        path,
+        factory=getattr(options, "factory", report),
+        trust=getattr(options, "trust", ()),
+        key=getattr(options, "key", None),
+        # Of two models that are verified one may be a state dict, which the other one builds.
+        state=options.command == "verify",
+    )
 
 
-_MODELS, _DATA = ("model", "other", "teacher"), ("input", "calibration", "data")
-_SMALL_GRAPH = 64 << 20
-"""Up to which size a graph is read twice: once to judge it, and once with its weights."""
+def _vet_data(_: argparse.Namespace, path: str) -> None:
+    """Judge a file of inputs or data by its suffix, which decides how it will be read."""
+    from rewrite.checkpoint.vetting.vet import vet_pickle, vet_safetensors
+
+    suffix = Path(path).suffix.lower()
+    if suffix in (".pt", ".pth"):
+        vet_pickle(path)
+    elif suffix == ".safetensors":
+        vet_safetensors(path)
+    elif suffix in (".npy", ".npz"):
+        from rewrite.runtime.array_files import check_arrays
+
+        try:
+            check_arrays(Path(path))
+        except (OSError, ValueError, TypeError, MemoryError, SyntaxError) as error:
+            reason = system_reason(error) if isinstance(error, OSError) else one_line(error)
+            raise OptionError(f"{path}: cannot be read as arrays: {reason}") from error

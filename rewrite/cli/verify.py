@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewrite.cli.common import (
@@ -18,6 +17,7 @@ from rewrite.cli.common import (
     check_report,
     complain,
     example_inputs,
+    is_onnx,
     load_model,
     or_inferred,
     own_provenance,
@@ -71,7 +71,7 @@ def run_verify(options: argparse.Namespace) -> int:
         from rewrite.onnx.repro import check_folder
 
         check_folder(options.repro)
-    onnx_files = [_is_onnx(name) for name in (options.model, options.other) if name is not None]
+    onnx_files = [is_onnx(name) for name in (options.model, options.other) if name is not None]
     if options.other is None and not onnx_files[0]:
         raise OptionError(
             f"{options.model} alone has nothing to be held to; give a second model, or an ONNX file"
@@ -118,10 +118,6 @@ def _suggest_contract(before: nn.Module, after: nn.Module) -> None:
             "approximately; --contract approximate measures how far",
             file=sys.stderr,
         )
-
-
-def _is_onnx(name: str) -> bool:
-    return Path(name).suffix.lower() in (".onnx", ".ort")
 
 
 def _verify_models(options: argparse.Namespace) -> tuple[Verification, str | None]:
@@ -190,10 +186,10 @@ def _verify_onnx(options: argparse.Namespace) -> OnnxVerification:
 
     # The graph is what is verified; where both are ONNX files, the second is held to the first.
     graph, reference = options.model, options.other
-    if reference is not None and _is_onnx(reference):
+    if reference is not None and is_onnx(reference):
         graph, reference = reference, graph
     model: Any = reference
-    if reference is not None and not _is_onnx(reference):
+    if reference is not None and not is_onnx(reference):
         model = load_model(options, reference)
     inputs: Any = _named_inputs(options)
     if inputs is None:
@@ -220,7 +216,7 @@ def _write_node_data(options: argparse.Namespace) -> None:
     from rewrite.onnx.node_data import node_data, node_errors
 
     graph, reference = options.model, options.other
-    if _is_onnx(reference):
+    if is_onnx(reference):
         graph, reference = reference, graph
     model = load_model(options, reference).eval()
     given = _named_inputs(options) or example_inputs(options, model)

@@ -172,7 +172,7 @@ def _apart(staged: Sequence[_Staged | _StagedFolder]) -> None:
     """Publish in a process that has a session of its own, and wait for it."""
     entries = [one.entry for one in staged]
     line = json.dumps([asdict(entry) for entry in entries]).encode() + b"\n"
-    process = _helper(["publish"], [one.handle for one in staged if one.handle >= 0])
+    process = helper(["publish"], [one.handle for one in staged if one.handle >= 0])
     if process is None:
         publishing.publish(entries)
         return
@@ -189,9 +189,7 @@ def _apart(staged: Sequence[_Staged | _StagedFolder]) -> None:
         raise publishing.PublishError(errno.EINTR, str(lost[0].place))
 
 
-def _helper(
-    arguments: Sequence[str], handles: Sequence[int] = ()
-) -> subprocess.Popen[bytes] | None:
+def helper(arguments: Sequence[str], handles: Sequence[int] = ()) -> subprocess.Popen[bytes] | None:
     """Start `publishing` as a script, where no signal to this command reaches it."""
     if not sys.executable or not Path(publishing.__file__).is_file():
         return None
@@ -203,22 +201,6 @@ def _helper(
         )  # fmt: skip
     except OSError:
         return None
-
-
-@contextlib.contextmanager
-def removed_if_killed(folder: Path, lock: str = ".lock") -> Iterator[None]:
-    """See to it that `folder` goes when this process is killed inside of the block.
-
-    Args:
-        folder: a folder that this process writes.
-        lock: the file in it that this process may have locked; who locks it next has the folder.
-    """
-    process = _helper(["discard", str(folder.resolve()), lock])
-    try:
-        yield
-    finally:
-        if process is not None:
-            process.communicate(b"done\n")
 
 
 _CURRENT: ContextVar[Publication | None] = ContextVar("publication", default=None)

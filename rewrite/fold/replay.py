@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from rewrite.errors import CheckpointError, one_line, system_reason
+from rewrite.errors import CheckpointError, one_line
 from rewrite.fold.executor import run_recipes
 from rewrite.fold.recipes import Data, from_data
 from rewrite.fold.store import StateDictStore
@@ -54,26 +52,6 @@ def apply_report(report: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict
         raise CheckpointError(f"the report does not say how to fold: {one_line(error)}") from error
 
 
-def read_report(path: Path) -> Mapping[str, Any]:
-    """Return what the JSON file of a report says.
-
-    Raises:
-        CheckpointError: it cannot be read, or is none.
-    """
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise CheckpointError(f"{path}: is too long for a report")
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {system_reason(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: no report can be read: {one_line(error)}") from error
-    if not isinstance(report, dict) or not isinstance(report.get("passes"), list):
-        raise CheckpointError(f"{path}: is no report: it lists no passes")
-    return report
-
-
-_LARGEST = 256 << 20
 _DAMAGED = (
     KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, ZeroDivisionError,
     OverflowError, RecursionError, MemoryError,

@@ -7,6 +7,7 @@ tensor that the index names is found in its shard, once, before anything else ha
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from rewrite.errors import CheckpointError, system_reason
+from rewrite.files import no_file
 from rewrite.hub.merged import Merged
 from rewrite.hub.safetensors_file import Entry, SafetensorsFile, open_safetensors
 
@@ -156,16 +158,17 @@ def _json(path: Path) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise CheckpointError(f"{path}: names {twice} twice")
         return found
 
+    if wrong := no_file(path):
+        raise CheckpointError(f"{path}: {wrong}")
     try:
         held = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except OSError as error:
         raise CheckpointError(f"{path}: {system_reason(error)}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is no JSON ({error})") from error
     if not isinstance(held, dict):
         raise CheckpointError(f"{path}: is no JSON object")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rewrite.errors import CheckpointError, system_reason
+from rewrite.files import no_file
 
 _LARGEST_HEADER = 100_000_000
 """Bytes: what the format itself allows."""
@@ -90,6 +91,8 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     Raises:
         CheckpointError: it cannot be read, or is no whole safetensors file.
     """
+    if wrong := no_file(path):
+        raise CheckpointError(f"{path}: {wrong}")
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -99,7 +102,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
             header = json.loads(stream.read(length))
     except OSError as error:
         raise CheckpointError(f"{path}: {system_reason(error)}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error})") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its header is damaged (no object)")

@@ -25,7 +25,7 @@ from torch import nn
 from rewrite import __version__
 from rewrite.equivalence.verification import Level
 from rewrite.errors import ExportError, VerificationError, system_reason
-from rewrite.files import atomic_path, check_writable, removed_if_killed, together
+from rewrite.files import atomic_path, check_writable, scratch_folder, together
 from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.onnx.exporters import Exporter, ExportRequest, export_program
 from rewrite.onnx.file import LARGE
@@ -216,15 +216,12 @@ def _written(program: Any, target: Path, beside: bool, overwrite: bool) -> Itera
     When the block raises, nothing is left and what was at `target` stays.
     """
     try:
-        with (
-            tempfile.TemporaryDirectory(dir=_scratch(program, target)) as folder,
-            removed_if_killed(Path(folder)),
-        ):
-            place = Path(folder) / target.name
+        with scratch_folder(_scratch(program, target)) as folder:
+            place = folder / target.name
             program.save(str(place), external_data=beside)
             yield place
             # The data first: what names it comes after it.
-            written = sorted(Path(folder).iterdir(), key=lambda file: file == place)
+            written = sorted(folder.iterdir(), key=lambda file: file == place)
             with together():
                 for file in written:
                     with atomic_path(target.parent / file.name, overwrite=overwrite) as staged:

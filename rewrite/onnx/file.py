@@ -24,6 +24,7 @@ from onnx import numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor
 
 from rewrite.errors import VerificationError, one_line
+from rewrite.files import no_file
 
 LARGE = 64 * 1024
 """From this many bytes on a weight is held beside the graph."""
@@ -89,6 +90,8 @@ def open_onnx(path: str | Path) -> OnnxFile:
     place = Path(path)
     if place.is_dir():
         raise VerificationError(f"{place}: is a folder; give the .onnx file inside it")
+    if wrong := no_file(place):
+        raise VerificationError(f"{place}: {wrong}")
     if not place.is_file():
         raise VerificationError(f"{place}: no such file")
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from onnx import numpy_helper
 
 from rewrite.equivalence.divergence import Divergence
 from rewrite.errors import VerificationError, system_reason
-from rewrite.files import atomic_path, publish_folder, removed_if_killed, together
+from rewrite.files import atomic_path, publish_folder, scratch_folder, together
 from rewrite.onnx.file import OnnxFile, initializer
 from rewrite.onnx.runtime import Feed
 from rewrite.onnx.values import values_of
@@ -90,9 +89,7 @@ def _complete(place: Path) -> Iterator[Path]:
     check_folder(place)
     try:
         with contextlib.ExitStack() as kept:
-            scratch = tempfile.TemporaryDirectory(dir=place.absolute().parent, prefix=".repro.")
-            folder = Path(kept.enter_context(scratch))
-            kept.enter_context(removed_if_killed(folder))
+            folder = kept.enter_context(scratch_folder(place.absolute().parent, ".repro."))
             made = folder / place.name
             made.mkdir()
             yield made

@@ -6,7 +6,6 @@ stays as it was there. It is therefore asked for by name, and verified on more t
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import onnx_ir
 import torch
 from torch import nn
 
+from rewrite.files import scratch_folder
 from rewrite.runtime.inputs import Inputs
 
 NEWEST_OPSET = 20
@@ -47,8 +47,8 @@ def trace_to_onnx(
     opset: int,
 ) -> TracedProgram:
     """Return the graph of a trace, with PyTorch's qualified name on each node."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "traced.onnx"
+    with scratch_folder() as folder:
+        place = folder / "traced.onnx"
         torch.onnx.export(
             model,
             inputs.args,

@@ -14,14 +14,23 @@ import math
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from rewrite.files import no_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _EXPANSION, _SPARE = 100, 256 << 20
+
+_Form = tuple[tuple[int, ...], bool, Any]
+"""Shape, whether the first axis is the fastest, and dtype."""
+
+T = TypeVar("T")
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
@@ -31,17 +40,32 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
         OSError: the system does not open the file.
         ValueError: it is damaged, or holds something else than plain arrays.
     """
+    return _each(path, _read)
+
+
+def check_arrays(path: Path) -> None:
+    """Raise what `read_arrays` does of a file of other things; nothing but headers is read."""
+    _each(path, _header)
+
+
+def _each(path: Path, read: Callable[[IO[bytes], int], T]) -> dict[str, T]:
+    """Return what `read` makes of each array of a file, by name."""
+    if wrong := no_file(path):
+        raise ValueError(wrong)
     with path.open("rb") as stream:
         size = stream.seek(0, io.SEEK_END)
         stream.seek(0)
         if path.suffix.lower() == ".npy":
-            return {"": _read(stream, size)}
+            return {"": read(stream, size)}
         try:
             with zipfile.ZipFile(stream) as archive:
                 infos = archive.infolist()
                 _check_members(infos, size)
-                return {info.filename.removesuffix(".npy"): _member(archive, info)
-                        for info in infos}  # fmt: skip
+                found = {}
+                for info in infos:
+                    with archive.open(info) as member:
+                        found[info.filename.removesuffix(".npy")] = read(member, info.file_size)
+                return found
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
             raise ValueError(f"is a damaged archive ({error})") from error
         except NotImplementedError as error:
@@ -57,13 +81,8 @@ def _check_members(infos: list[zipfile.ZipInfo], size: int) -> None:
         raise ValueError(f"has {size} bytes and would expand to {total}")
 
 
-def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Tensor:
-    with archive.open(info) as member:
-        return _read(member, info.file_size)
-
-
-def _read(stream: IO[bytes], size: int) -> Tensor:
-    """Return one array, whose bytes have to be there before memory for them is taken."""
+def _header(stream: IO[bytes], size: int) -> _Form:
+    """Return the form of an array, whose bytes have to be there as its header says."""
     version = np.lib.format.read_magic(stream)
     readers: dict[Any, Any] = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -81,6 +100,15 @@ def _read(stream: IO[bytes], size: int) -> Tensor:
     held = size - stream.tell()
     if min(shape, default=0) < 0 or length != held:
         raise ValueError(f"has {held} bytes for an array of {length}")
+    return shape, fortran, dtype
+
+
+def _read(stream: IO[bytes], size: int) -> Tensor:
+    """Return one array, whose bytes have to be there before memory for them is taken."""
+    import torch
+
+    shape, fortran, dtype = _header(stream, size)
+    length = math.prod(shape) * dtype.itemsize
     data = bytearray(stream.read(length))
     if len(data) != length:
         raise ValueError("is cut off")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rewrite.errors import RewriteError, VerificationError, one_line, system_reason
+from rewrite.files import no_file
 from rewrite.runtime.array_files import read_arrays
 from rewrite.runtime.inputs import device_of, dtype_of
 from rewrite.runtime.leaves import tensors
@@ -62,6 +63,8 @@ def load_inputs(path: str, read: Callable[[Path], Any] = _read_tensors) -> tuple
     """
     if path.endswith((".npy", ".npz")):
         return tuple(load_named_inputs(path).values())
+    if wrong := no_file(path):
+        raise VerificationError(f"{path}: {wrong}")
     try:
         loaded = read(Path(path))
     except RewriteError:

@@ -7,17 +7,22 @@ the rest: the step, the curves, the best state, what the loss and the recenterin
 from __future__ import annotations
 
 import contextlib
+import pickle
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rewrite.errors import CheckpointError, OptionError
+from rewrite.checkpoint.pickles.unpickle import DAMAGED, load_pickle
+from rewrite.checkpoint.vetting.vet import vet_pickle, vet_safetensors
+from rewrite.errors import CheckpointError, OptionError, RewriteError, one_line
 from rewrite.swap.anchor import Recentering
 from rewrite.training.recovered import Held
 
@@ -88,12 +93,18 @@ class LoopState:
         """Go on from a state.
 
         Raises:
+            CheckpointError: its best state is not one of this student.
             OptionError: it is of another training.
         """
         for key, value in self.plan.items():
             if state["plan"].get(key) != value:
                 was = state["plan"].get(key)
                 raise OptionError(f"the saved state is of {key} {was}, this training of {value}")
+        best, own = state["best"]["state"], self.student.state_dict()
+        if {k: v.shape for k, v in best.items()} != {
+            k: v.shape for k, v in own.items() if isinstance(v, Tensor)
+        }:
+            raise CheckpointError("the best state in it is none of this student")
         self.step, self.stale, self.best = state["step"], state["stale"], state["best"]
         self.steps = [(int(s), float(loss), float(rate)) for s, loss, rate in state["steps"]]
         self.agreements = [(int(step), Held(**held)) for step, held in state["agreements"]]
@@ -103,8 +114,13 @@ class LoopState:
             self.recentering.resume(state["recentered"])
 
 
-def save_state(accelerator: Any, folder: Path) -> None:
+def save_state(accelerator: Any, folder: Path, own: Sequence[Any]) -> None:
     """Write everything that is needed to go on into `folder`, completely or not at all.
+
+    Args:
+        accelerator: what keeps model, optimizer and random generators.
+        folder: what is replaced.
+        own: what keeps the rest; each has a `state_dict` of plain data and tensors.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -117,12 +133,44 @@ def save_state(accelerator: Any, folder: Path) -> None:
         accelerator.save_state(str(temporary))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            for number, part in enumerate(own):
+                torch.save(part.state_dict(), temporary / _OWN.format(number))
             if folder.exists():
                 shutil.rmtree(folder)
             temporary.rename(folder)
         accelerator.wait_for_everyone()
     except OSError as error:
         raise CheckpointError(f"{folder}: the state cannot be written: {error}") from error
+
+
+def load_state(accelerator: Any, folder: Path, own: Sequence[Any]) -> None:
+    """Go on from what `save_state` wrote; every file is judged before accelerate opens any.
+
+    The parts of `own` are opened by this project's reader: accelerate unpickles such files whole.
+
+    Raises:
+        CheckpointError: a file may not be opened, is damaged or missing.
+        OptionError: the state is of another training.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is no folder of a training")
+    for file in sorted(folder.iterdir()):
+        (vet_safetensors if file.suffix == ".safetensors" else vet_pickle)(file)
+    try:
+        for number, part in enumerate(own):
+            part.load_state_dict(load_pickle(folder / _OWN.format(number)))
+        accelerator.load_state(str(folder))
+    except RewriteError as error:
+        text = str(error)
+        raise type(error)(text if text.startswith(f"{folder}") else f"{folder}: {text}") from error
+    except (*DAMAGED, OSError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: no training can go on from it: {one_line(error)}"
+        ) from error
+
+
+_OWN = "loop_{}.pt"
+"""What the files of a state are called that are not accelerate's."""
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from rewrite.runtime.copying import copy_model
 from rewrite.swap.anchor import Recentering
 from rewrite.training.held_out import HeldOut
 from rewrite.training.label_smoothing import OnlineLabelSmoothing, check_labels
-from rewrite.training.loop_state import LoopState, interrupts, save_state
+from rewrite.training.loop_state import LoopState, interrupts, load_state, save_state
 from rewrite.training.objective import Objective, swapped_norms
 from rewrite.training.options import RATES, REFERENCE_BATCH, RecoverOptions
 from rewrite.training.parameter_groups import normalized_decay, parameter_groups
@@ -137,7 +137,7 @@ class _Recovery:
         self._prepare()
         state = self.state
         if folder is not None and folder.exists():
-            self.accelerator.load_state(str(folder))
+            load_state(self.accelerator, folder, (self.state, self.schedule))
         outputs, planes = {"teacher": self.held.outputs}, {"teacher": self.held.plane(self.teacher)}
         if not state.agreements:
             held, outputs["student before"] = self.held.measure(self.student)
@@ -173,11 +173,11 @@ class _Recovery:
                     if state.step % every == 0 or state.step == self.total:
                         self._evaluate()
                         if folder is not None:
-                            save_state(self.accelerator, folder)
+                            save_state(self.accelerator, folder, (self.state, self.schedule))
                         if options.patience and state.stale >= options.patience:
                             return f"no better agreement in {state.stale} evaluations"
                     elif interrupted and folder is not None:
-                        save_state(self.accelerator, folder)
+                        save_state(self.accelerator, folder, (self.state, self.schedule))
                     if interrupted:
                         kept = "" if folder is None else f"; {folder} goes on from there"
                         return f"interrupted after step {state.step}{kept}"
@@ -276,7 +276,6 @@ class _Recovery:
         self.schedule = schedule
         plan = {"samples": len(self.fitted), "steps": self.total, "options": repr(options)}
         self.state = LoopState(self.student, self.objective.target, recentering, plan)
-        accelerator.register_for_checkpointing(self.state, self.schedule)
         if self.objective.target is not None:
             self.objective.target.to(accelerator.device)
 

@@ -213,14 +213,14 @@ def running(mark: str) -> bool:
 
 def test_a_publisher_that_dies_is_made_up_for(tmp_path, monkeypatch) -> None:
     """The process that renames is killed at once, so this one says what came of it."""
-    real = staging._helper
+    real = staging.helper
 
     def dies(arguments, handles=()):
         process = real(arguments, handles)
         process.kill()
         return process
 
-    monkeypatch.setattr(staging, "_helper", dies)
+    monkeypatch.setattr(staging, "helper", dies)
     (tmp_path / "a").write_text("old")
     with pytest.raises(CheckpointError, match="interrupted"), publication() as pending:
         write_bytes(tmp_path / "a", "new")
@@ -230,7 +230,7 @@ def test_a_publisher_that_dies_is_made_up_for(tmp_path, monkeypatch) -> None:
 
 
 def test_without_another_process_files_are_published_all_the_same(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(staging, "_helper", lambda *_: None)
+    monkeypatch.setattr(staging, "helper", lambda *_: None)
     with publication() as pending:
         write_bytes(tmp_path / "a", "new")
         write_bytes(tmp_path / "b", "new")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rewrite.errors import VerificationError
-from rewrite.runtime.array_files import read_arrays
+from rewrite.runtime.array_files import check_arrays, read_arrays
 from rewrite.runtime.input_files import load_inputs
 
 ARRAYS = [
@@ -32,6 +32,7 @@ def test_what_numpy_writes_opens(tmp_path, array, form) -> None:
         np.save(path, array)
     else:
         (np.savez if form == "npz" else np.savez_compressed)(path, x=array)
+    check_arrays(path)
     (found,) = read_arrays(path).values()
     assert found.shape == array.shape
     np.testing.assert_array_equal(found.numpy(), array)
@@ -67,6 +68,8 @@ def test_what_is_no_array_of_numbers_is_one_line(tmp_path, name, suffix) -> None
     with pytest.raises(VerificationError) as error:
         load_inputs(str(path))
     assert "\n" not in str(error.value) and str(path) in str(error.value)
+    with pytest.raises((ValueError, SyntaxError)):
+        check_arrays(path)
 
 
 def test_an_archive_that_expands_to_more_than_arrays_do_is_refused(tmp_path) -> None:

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 from rewrite.errors import CheckpointError, system_reason
+from rewrite.files import no_file
 
 
 def check_file(path: Path) -> None:
@@ -15,6 +16,8 @@ def check_file(path: Path) -> None:
         raise CheckpointError(f"{path}: no such file")
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; give a file in it")
+    if wrong := no_file(path):
+        raise CheckpointError(f"{path}: {wrong}")
     try:
         with path.open("rb") as stream:
             head = stream.read(512)

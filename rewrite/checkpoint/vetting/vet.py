@@ -9,12 +9,12 @@ what only PyTorch can tell: what a name stands for, what a state does to its cla
 
 from __future__ import annotations
 
-import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from rewrite.checkpoint.archive import Archive, opened
 from rewrite.checkpoint.vetting.exported import vet_exported
@@ -23,11 +23,9 @@ from rewrite.checkpoint.vetting.names import refuse_unless_allowed
 from rewrite.checkpoint.vetting.opcodes import Made, Name, Node, Program
 from rewrite.checkpoint.vetting.programs import archived_program, parse_legacy
 from rewrite.checkpoint.vetting.state import describe_root, find_state, is_module, pairs_of
+from rewrite.checkpoint.vetting.tensor_files import tensor_count
 from rewrite.checkpoint.vetting.tree import check_nodes
 from rewrite.errors import CheckpointError
-
-_LONGEST_HEADER = 100_000_000
-"""How long the header of a safetensors file may be; the library says the same."""
 
 
 def vet(
@@ -36,6 +34,7 @@ def vet(
     factory: str | None = None,
     trust: Sequence[str] = (),
     key: str | None = None,
+    state: bool = False,
 ) -> None:
     """Raise CheckpointError for a MODEL file that `load` would refuse, where that can be seen.
 
@@ -44,32 +43,42 @@ def vet(
         factory: What builds the model of a state dict; with it, only tensors of the file matter.
         trust: Packages and full names that the file may name beside the lists.
         key: Where in a training checkpoint the state dict is.
+        state: Whether a state dict will do without a factory.
     """
     place = Path(path)
     check_file(place)
-    try:
+    with _named(path):
         if place.suffix == ".safetensors":
-            count = _tensors_of(place)
-            if factory is None:
+            count = tensor_count(place)
+            if factory is None and not state:
                 raise CheckpointError(needs_factory(count))
         elif zipfile.is_zipfile(place) and is_exported(place):
             with opened(place) as stream:
                 vet_exported(Archive(stream))
         else:
             with opened(place) as stream:
-                _vet_model(_program(stream), factory, trust, key)
-    except CheckpointError as error:
-        text = str(error)
-        raise CheckpointError(text if text.startswith(f"{path}: ") else f"{path}: {text}") from (
-            error.__cause__
-        )
+                _vet_model(_program(stream), factory, trust, key, state)
 
 
 def vet_pickle(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> None:
     """Raise CheckpointError for a file of inputs or data that may not be opened as a whole."""
+    check_file(Path(path))
+    with _named(path), opened(Path(path)) as stream:
+        _check_names(_program(stream), trust)
+
+
+def vet_safetensors(path: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError for a safetensors file whose header is not what the file holds."""
+    check_file(Path(path))
+    with _named(path):
+        tensor_count(Path(path))
+
+
+@contextmanager
+def _named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Put the path before what is wrong with its file."""
     try:
-        with opened(Path(path)) as stream:
-            _check_names(_program(stream), trust)
+        yield
     except CheckpointError as error:
         text = str(error)
         raise CheckpointError(text if text.startswith(f"{path}: ") else f"{path}: {text}") from (
@@ -92,10 +101,10 @@ def _program(stream: IO[bytes]) -> Program:
 
 
 def _vet_model(
-    program: Program, factory: str | None, trust: Sequence[str], key: str | None
+    program: Program, factory: str | None, trust: Sequence[str], key: str | None, state: bool
 ) -> None:
     found = find_state(program.root, key)
-    if found is not None and factory is not None:
+    if found is not None and (factory is not None or (state and not is_module(found[1]))):
         return
     try:
         _check_names(program, trust)
@@ -126,19 +135,3 @@ def used_names(nodes: Sequence[Node]) -> list[Name]:
     used = {id(node.function) for node in nodes if isinstance(node, Made)}
     used |= {id(value) for node in nodes for value in node.held()}
     return [node for node in nodes if isinstance(node, Name) and id(node) in used]
-
-
-def _tensors_of(path: Path) -> int:
-    """Return how many tensors a safetensors file has, by its header."""
-    with opened(path) as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > min(_LONGEST_HEADER, path.stat().st_size - 8):
-            raise CheckpointError("is no readable safetensors file (its header is too long)")
-        data = stream.read(length)
-    try:
-        header: Any = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError("is no readable safetensors file (its header)") from error
-    if not isinstance(header, dict):
-        raise CheckpointError("is no readable safetensors file (its header)")
-    return len(header.keys() - {"__metadata__"})
