@@ -24,7 +24,7 @@ from rewrite.progress import Announced
 from rewrite.protocol import Applied, Pass, apply_pass, find_sites
 from rewrite.report import PassReport, Report
 from rewrite.runtime.copying import copy_model
-from rewrite.runtime.infer_inputs import has_certain_rank, infer_example_inputs
+from rewrite.runtime.infer_inputs import has_certain_rank, infer_inputs
 from rewrite.runtime.inputs import ExampleCall, Inputs
 from rewrite.runtime.leaves import tensors
 from rewrite.snapshot import Snapshot, take_snapshot
@@ -166,11 +166,12 @@ def _inputs(
         if found is not None:
             return found, ("verified on the first batch of the calibration data",)
 
-    inferred = infer_example_inputs(model, quick=True)
-    if inferred is None:
-        return None, ("no input is known, so nothing was run or compared; pass an example input",)
-    shapes = ", ".join("×".join(map(str, x.shape)) for x in inferred if hasattr(x, "shape"))
-    return Inputs.of(inferred), (f"no input was given: verified on a random one of shape {shapes}",)
+    inferred = infer_inputs(model, quick=True)
+    if inferred.inputs is None:
+        return None, (f"{inferred.missing}; so nothing was run or compared: pass an example input",)
+    inputs = Inputs.of(inferred.inputs)
+    shapes = str(inputs).replace("x", "×")
+    return inputs, (f"no input was given: verified on a random one of shape {shapes}",)
 
 
 @dataclass(frozen=True)

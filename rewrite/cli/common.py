@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+    from rewrite.runtime.infer_inputs import Inferred
+
 
 OK, FAILED, USAGE, NOTHING = 0, 1, 2, 3
 
@@ -151,13 +153,11 @@ def calibration_data(reference: str, model: nn.Module, **form: Any) -> Iterable[
     return open_calibration(reference, model, read=load_pickle, **form)
 
 
-def or_inferred(options: argparse.Namespace, model: nn.Module, inputs: Any) -> Any:
-    """Return the inputs that were given, or else ones that are made up; None if none are known."""
-    if inputs is not None:
-        return inputs
-    from rewrite.runtime.infer_inputs import infer_example_inputs
+def or_inferred(options: argparse.Namespace, model: nn.Module, inputs: Any) -> Inferred:
+    """Return the inputs that were given, or else ones that are made up, if any are known."""
+    from rewrite.runtime.infer_inputs import Inferred, infer_inputs
 
-    return infer_example_inputs(model, options.seed)
+    return infer_inputs(model, options.seed) if inputs is None else Inferred(inputs)
 
 
 def write_report(options: argparse.Namespace, found: Reported, page: str | None = None) -> None:

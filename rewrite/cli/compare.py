@@ -42,13 +42,13 @@ def run_compare(options: argparse.Namespace) -> int:
 
     check_report(options, options.model, options.other)
     before = load_model(options, options.model)
-    inputs: Any = or_inferred(options, before, example_inputs(options, before))
-    given = None if inputs is None else Inputs.of(inputs)
+    inferred = or_inferred(options, before, example_inputs(options, before))
+    given = None if inferred.inputs is None else Inputs.of(inferred.inputs)
     found = side_by_side(before, load_model(options, options.other), given, options.seed)
     _write(options, found)
     if not options.quiet:
         if given is None:
-            print("no input is known, so nothing was run; pass --input")
+            print(f"{inferred.missing}; so nothing was run: pass --input")
         for line in found.tables():
             console().print(line)
     return OK

@@ -186,7 +186,7 @@ def _page(
     check = result.report.verification
     given = inputs
     if check is None or check.runs is None:
-        given = or_inferred(options, model, inputs)
+        given = or_inferred(options, model, inputs).inputs
     return result.report.to_html(model, result.model, given, own_provenance(options.model))
 
 

@@ -23,16 +23,19 @@ def run_signal(
     Raises:
         OptionError: no input is known.
     """
-    inputs = or_inferred(options, model, inputs)
-    if inputs is None:
-        raise OptionError("--signal runs the model; pass --input, such as 8x3x224x224")
+    inferred = or_inferred(options, model, inputs)
+    if inferred.inputs is None:
+        raise OptionError(
+            f"--signal runs the model; {inferred.missing}; pass --input, such as 8x3x224x224"
+        )
+    batch = inferred.inputs
     with ProgressLine(enabled=not options.quiet) as progress:
         progress("one forward and one backward")
-        measured = signal(model, inputs, seed=options.seed, progress=progress)
+        measured = signal(model, batch, seed=options.seed, progress=progress)
     if options.plot is not None:
         before = None
         if options.before is not None:
-            before = signal(load_model(options, options.before), inputs, seed=options.seed)
+            before = signal(load_model(options, options.before), batch, seed=options.seed)
         measured.plot(options.plot, before=before)
     write_report(options, measured)
     return OK

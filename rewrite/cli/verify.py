@@ -153,8 +153,8 @@ def _verify_models(options: argparse.Namespace) -> tuple[Verification, str | Non
     if found.runs is not None:
         modules = of_runs(before, after, found.runs)
     else:
-        inputs = or_inferred(options, before, inputs)
-        given = None if inputs is None else Inputs.of(inputs)
+        known_inputs = or_inferred(options, before, inputs).inputs
+        given = None if known_inputs is None else Inputs.of(known_inputs)
         modules = side_by_side(before, after, given, options.seed)
     known = own_provenance(options.model, options.other)
     title = f"{shown_path(options.other)} held to {shown_path(options.model)}"
@@ -220,10 +220,12 @@ def _write_node_data(options: argparse.Namespace) -> None:
         graph, reference = reference, graph
     model = load_model(options, reference).eval()
     given = _named_inputs(options) or example_inputs(options, model)
-    inputs: Any = or_inferred(options, model, given)
-    if inputs is None:
-        raise OptionError("--node-data runs both; pass --input, such as 1x3x224x224")
-    errors = node_errors(graph, model, inputs, options.seed)
+    inferred = or_inferred(options, model, given)
+    if inferred.inputs is None:
+        raise OptionError(
+            f"--node-data runs both; {inferred.missing}; pass --input, such as 1x3x224x224"
+        )
+    errors = node_errors(graph, model, inferred.inputs, options.seed)
     write_bytes(options.node_data, node_data(errors).encode())
 
 

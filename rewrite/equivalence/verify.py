@@ -38,7 +38,7 @@ from rewrite.equivalence.rounding import identical
 from rewrite.equivalence.verification import JUDGED, Case, Level, Verification
 from rewrite.errors import VerificationError, one_line
 from rewrite.outcomes import Contract, as_choice
-from rewrite.runtime.infer_inputs import infer_example_inputs
+from rewrite.runtime.infer_inputs import infer_inputs
 from rewrite.runtime.inputs import ExampleCall, Inputs, batches_for, call, device_of
 from rewrite.runtime.modes import evaluating, isolated
 from rewrite.runtime.tree import Tree
@@ -192,13 +192,13 @@ def _given(
     # An equality shows on a small image; an agreement is measured at the size of use.
     small = level is Level.QUICK and contract in JUDGED
     with evaluating(model), isolated(model):
-        inferred = infer_example_inputs(model, seed, quick=small)
-    if inferred is None:
+        inferred = infer_inputs(model, seed, quick=small)
+    if inferred.inputs is None:
         raise VerificationError(
-            f"{type(model).__name__}: no input is known that it runs on; pass --input 1x3x224x224 "
+            f"{type(model).__name__}: {inferred.missing}; pass --input 1x3x224x224 "
             "(example_inputs=(x,) in Python)"
         )
-    return [("inferred", Inputs.of(inferred).to(device))]
+    return [("inferred", Inputs.of(inferred.inputs).to(device))]
 
 
 def _observe(

@@ -7,7 +7,6 @@ and one more step with the cache of the first.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,14 +14,13 @@ import torch
 from torch import nn
 
 from rewrite.errors import OptionError, one_line
-from rewrite.observe.image_calls import images_in_text, marks
-from rewrite.runtime.inputs import ExampleCall, Inputs, call, device_of, dtype_of
+from rewrite.observe.image_calls import images_in_text
+from rewrite.runtime.configured.maker import InputMaker, forward_arguments
+from rewrite.runtime.inputs import ExampleCall, Inputs, call
 from rewrite.runtime.leaves import leaves
 from rewrite.runtime.modes import evaluating, isolated
 
-_LENGTH = 8
 _PADDED = 3
-_VOCABULARY = 64
 _CACHES = ("past_key_values", "cache", "cache_params")
 """What the cache of a first call is called in its output, and in the arguments of the next."""
 
@@ -75,7 +73,7 @@ def default_calls(model: nn.Module, seed: int = 0) -> tuple[ExampleCall, ...]:
     generator = torch.Generator().manual_seed(seed)
     calls: list[ExampleCall] = []
     with evaluating(model), isolated(model):
-        made = _InputMaker(model, config, generator)
+        made = InputMaker(model, config, generator)
         output = None
         for both in (False, True):  # some models of text and images want both
             made.both = both
@@ -88,16 +86,16 @@ def default_calls(model: nn.Module, seed: int = 0) -> tuple[ExampleCall, ...]:
         generates = "input_ids" in first
         calls.append(ExampleCall("prefill" if generates else "one sample", Inputs((), first)))
         two = made.inputs(2) or {}
-        if generates and "attention_mask" in _parameters(model):
+        if generates and "attention_mask" in forward_arguments(model):
             mask = torch.ones_like(two["input_ids"])
             mask[0, :_PADDED] = 0
             two = {**two, "attention_mask": mask}
-        if _tried(model, two) is not None:
+        if _taken(model, two):
             name = "padded mask, batch 2" if "attention_mask" in two else "batch 2"
             calls.append(ExampleCall(name, Inputs((), two)))
         calls += _image_calls(model, config, first)
         calls += _token_type_calls(model, first)
-        if generates and "pixel_values" in _parameters(model) and "pixel_values" not in first:
+        if generates and "pixel_values" in forward_arguments(model) and "pixel_values" not in first:
             tried = images_in_text(model, first["input_ids"], generator)
             shown = next((each for each in tried if _tried(model, each) is not None), None)
             if shown is not None:
@@ -118,7 +116,7 @@ def _image_calls(model: nn.Module, config: Any, first: dict[str, Any]) -> Iterat
         return
     if any(hasattr(module, "interpolate_pos_encoding") for module in model.modules()):
         wider = {**first, "pixel_values": nn.functional.pad(image, (0, patch, 0, patch))}
-        if "interpolate_pos_encoding" in _parameters(model):
+        if "interpolate_pos_encoding" in forward_arguments(model):
             wider["interpolate_pos_encoding"] = True
         if _tried(model, wider) is not None:
             yield ExampleCall("larger image", Inputs((), wider))
@@ -136,7 +134,7 @@ def _token_type_calls(model: nn.Module, first: dict[str, Any]) -> Iterator[Examp
     An encoder has types without being asked (BERT).
     """
     text = first.get("input_ids")
-    if text is None or "token_type_ids" not in _parameters(model):
+    if text is None or "token_type_ids" not in forward_arguments(model):
         return
     if any(hasattr(module, "token_type_embeddings") for module in model.modules()):
         return
@@ -163,8 +161,23 @@ def refusal_of(model: nn.Module, call_: ExampleCall) -> str | None:
         try:
             call(model, call_.inputs.clone())
         except Exception as error:  # noqa: BLE001 - a forward may raise anything
-            return f"{call_.name}: the model refuses it: {one_line(error)}"
+            if not _wants_values(error):
+                return f"{call_.name}: the model refuses it: {one_line(error)}"
     return None
+
+
+def _taken(model: nn.Module, keywords: dict[str, Any]) -> bool:
+    """Return whether a model takes a call, as far as that shows without values."""
+    try:
+        call(model, Inputs((), keywords).clone())
+    except Exception as error:  # noqa: BLE001 - what a model refuses is not one of its calls
+        return _wants_values(error)
+    return True
+
+
+def _wants_values(error: Exception) -> bool:
+    """Return whether a forward failed because its tensors have no values: an export asks none."""
+    return isinstance(error, RuntimeError) and "cannot be called on meta tensors" in str(error)
 
 
 def _tried(model: nn.Module, keywords: dict[str, Any]) -> Any:
@@ -174,92 +187,10 @@ def _tried(model: nn.Module, keywords: dict[str, Any]) -> Any:
         return None
 
 
-def _parameters(model: nn.Module) -> set[str]:
-    """Return the names of a forward's arguments; of a wrapper's that passes all on, the inner's."""
-    held = inspect.signature(model.forward).parameters
-    passes_on = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in held.values())
-    inner = next(iter(model.children()), None)
-    return _parameters(inner) if passes_on and inner is not None else set(held)
-
-
-class _InputMaker:
-    """Makes the inputs that every use of a model gives, by the names of its arguments.
-
-    Args:
-        model: the model.
-        config: its configuration, which tells sizes.
-        generator: draws them.
-        both: whether a model of text and images gets both.
-    """
-
-    def __init__(
-        self, model: nn.Module, config: Any, generator: torch.Generator, both: bool = False
-    ) -> None:
-        self.config, self.generator, self.both = config, generator, both
-        self.names = _parameters(model)
-        self.main = getattr(model, "main_input_name", "input_ids")
-        self.device, self.dtype = device_of(model), dtype_of(model)
-
-    def inputs(self, batch: int) -> dict[str, Any] | None:
-        """Return inputs of a batch; None where nothing is known of what the model takes."""
-        config, main, names = self.config, self.main, self.names
-        found: dict[str, Any] = {}
-        if main == "pixel_values" and main in names:
-            found[main] = self._floats(batch, *_image_shape(config))
-        elif main == "input_features" and main in names:
-            found[main] = self._floats(batch, *_feature_shape(config))
-        elif main == "input_values" and main in names:
-            patches = hasattr(config, "num_mel_bins") and hasattr(config, "max_length")
-            shape = (config.max_length, config.num_mel_bins) if patches else (1600,)
-            found[main] = self._floats(batch, *shape)
-        elif "input_ids" in names:
-            found["input_ids"] = self._tokens(batch, _LENGTH)
-        else:
-            return None
-        if self.both and "pixel_values" in names and "input_ids" in names:
-            found.setdefault("input_ids", self._tokens(batch, _LENGTH))
-            found.setdefault("pixel_values", self._floats(batch, *_image_shape(config)))
-        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
-            found["decoder_input_ids"] = self._tokens(batch, 5)
-        return found
-
-    def _tokens(self, batch: int, length: int) -> torch.Tensor:
-        text = getattr(self.config, "text_config", None) or self.config
-        size = getattr(text, "vocab_size", None) or _VOCABULARY
-        low = 3 if size > 8 else 0
-        ids = torch.randint(low, size, (batch, length), generator=self.generator)
-        if taken := marks(self.config):  # a token that stands for an image wants the image
-            plain = next((n for n in range(low, size) if n not in taken), low)
-            ids[torch.isin(ids, torch.tensor(sorted(taken)))] = plain
-        return ids.to(self.device)
-
-    def _floats(self, batch: int, *shape: int) -> torch.Tensor:
-        drawn = torch.randn(batch, *shape, generator=self.generator)
-        return drawn.to(self.device, self.dtype)
-
-
-def _image_shape(config: Any) -> tuple[int, ...]:
-    vision = getattr(config, "vision_config", None) or config
-    size = getattr(vision, "image_size", None) or 64
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
-    frames = getattr(vision, "num_frames", None)  # a film
-    return *((int(frames),) if frames else ()), int(channels), int(height), int(width)
-
-
-def _feature_shape(config: Any) -> tuple[int, int]:
-    bins = getattr(config, "num_mel_bins", None) or 80
-    frames = getattr(config, "max_source_positions", None)
-    if getattr(config, "model_type", "") == "whisper" and frames:
-        return int(bins), 2 * int(frames)
-    width = getattr(config, "input_feat_per_channel", None) or bins
-    return 32, int(getattr(config, "feature_projection_input_dim", None) or width)
-
-
 def _cache_step(
     model: nn.Module, first: dict[str, Any], output: Any, generator: torch.Generator
 ) -> dict[str, Any] | None:
-    names = _parameters(model)
+    names = forward_arguments(model)
     name = next((n for n in _CACHES if n in names and getattr(output, n, None) is not None), None)
     if name is None:
         return None

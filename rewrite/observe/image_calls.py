@@ -8,7 +8,6 @@ norms unseen, and the code that merges both streams on lines that no call took.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,14 +17,7 @@ from torch import Tensor, nn
 from rewrite.runtime.inputs import device_of, dtype_of
 from rewrite.runtime.leaves import tensors
 
-_MARKS = re.compile(r"(image|video|audio|vision)\w*_token(_id|_index)$")
 _BEFORE = 4
-
-
-def marks(config: Any) -> frozenset[int]:
-    """Return the tokens that stand for an image, a video or a sound in a text."""
-    found = (value for key, value in vars(config).items() if _MARKS.search(key))
-    return frozenset(value for value in found if isinstance(value, int))
 
 
 def images_in_text(model: nn.Module, ids: Tensor, generator: torch.Generator) -> Iterator[Any]:

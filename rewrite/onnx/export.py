@@ -32,7 +32,7 @@ from rewrite.onnx.file import LARGE
 from rewrite.onnx.report import OnnxVerification
 from rewrite.onnx.verify import verify_onnx
 from rewrite.runtime.copying import copy_model
-from rewrite.runtime.infer_inputs import infer_example_inputs
+from rewrite.runtime.infer_inputs import infer_inputs
 from rewrite.runtime.inputs import Inputs, device_of
 from rewrite.runtime.tree import Tree
 from rewrite.weights.weight_norm import remove_weight_norm, weight_normed
@@ -135,13 +135,15 @@ def _drops(module: nn.Module) -> bool:
 
 
 def _inputs(model: nn.Module, example_inputs: Any, seed: int) -> Inputs:
-    found = infer_example_inputs(model, seed) if example_inputs is None else example_inputs
-    if found is None:
+    if example_inputs is not None:
+        return Inputs.of(example_inputs).to(device_of(model))
+    inferred = infer_inputs(model, seed)
+    if inferred.inputs is None:
         raise ExportError(
-            f"{type(model).__name__}: no input is known that it runs on; pass --input 1x3x224x224 "
+            f"{type(model).__name__}: {inferred.missing}; pass --input 1x3x224x224 "
             "(example_inputs=(x,) in Python)"
         )
-    return Inputs.of(found).to(device_of(model))
+    return Inputs.of(inferred.inputs).to(device_of(model))
 
 
 def _baked(model: nn.Module, notes: list[str]) -> nn.Module:

@@ -9,6 +9,7 @@ https://arxiv.org/abs/2310.01225; Neyshabur et al. 2015, https://arxiv.org/abs/1
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from rewrite.rescaling.folded import FoldedTensors, fold_on_paper
 from rewrite.rescaling.path_algebra import Largest, PathAlgebra, PowerSum
 from rewrite.rescaling.path_forward import PathForward
 from rewrite.runtime.copying import copy_model
-from rewrite.runtime.infer_inputs import infer_example_inputs
+from rewrite.runtime.infer_inputs import infer_inputs
 from rewrite.runtime.inputs import Inputs, call, device_of
 from rewrite.runtime.modes import evaluating, isolated
 from rewrite.runtime.tree import Tree
@@ -156,12 +157,16 @@ def _algebra(p: float) -> PathAlgebra:
 def _inputs(model: nn.Module, given: Any) -> Inputs:
     if given is None:
         with evaluating(model):
-            given = infer_example_inputs(model, quick=True)
-    if given is None:
-        raise OptionError(
-            "no input is known; pass example_inputs, such as torch.zeros(1, 3, 32, 32)"
-        )
-    inputs = Inputs.of(given)
+            inferred = infer_inputs(model, quick=True)
+        if inferred.inputs is None:
+            raise OptionError(
+                f"{inferred.missing}; pass example_inputs, such as torch.zeros(1, 3, 32, 32)"
+            )
+        found = Inputs.of(inferred.inputs)
+        bound = inspect.signature(model.forward).bind(*found.args, **found.kwargs)
+        inputs = Inputs(bound.args, bound.kwargs)
+    else:
+        inputs = Inputs.of(given)
     if inputs.kwargs:
         raise OptionError("a path norm takes positional inputs; pass a tensor or a tuple")
     return inputs

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
+from rewrite.errors import one_line
+from rewrite.runtime.configured.maker import configured_inputs
 from rewrite.runtime.inputs import Inputs, call, device_of, dtype_of
 from rewrite.runtime.modes import evaluating, isolated
 
@@ -22,22 +25,56 @@ _SIZES = (64, 128, 224, 256, 299, 384, 512)
 _SAMPLES = 4000
 
 
-def infer_example_inputs(
-    model: nn.Module, seed: int = 0, quick: bool = False
-) -> tuple[Any, ...] | None:
-    """Return positional inputs that `model` runs on, or None if none was found.
+ExampleInputs = tuple[Any, ...] | dict[str, Any]
+"""Positional inputs, or keywords."""
 
-    Read off, in order: the input size that timm or transformers record in the model, the channels
-    of the first convolution, the features of the first linear layer, the entries of the first
-    embedding. Every candidate is tried by running the model; `quick` tries small images first.
+
+@dataclass(frozen=True)
+class Inferred:
+    """What was found for a model that came without an input.
+
+    Attributes:
+        inputs: positional inputs, or keywords; None where the model refuses all that were tried.
+        refusals: what it said to those that it refused before, one line each.
+    """
+
+    inputs: ExampleInputs | None
+    refusals: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> str:
+        """Say that no input is known, and what the model said to the first that was tried."""
+        if not self.refusals:
+            return "no input is known"
+        others = len(self.refusals) - 1
+        more = f" (and refuses {others} more)" if others else ""
+        return f"no input is known: {self.refusals[0]}{more}"
+
+
+def infer_inputs(model: nn.Module, seed: int = 0, quick: bool = False) -> Inferred:
+    """Return inputs that `model` runs on, and what it said to those that it refused.
+
+    Read off, in order: what the configuration and the forward of a transformers model take, the
+    input size that timm records in the model, the channels of the first convolution, the features
+    of the first linear layer, the entries of the first embedding. Every candidate is tried by
+    running the model; `quick` tries small images first.
     """
     generator = torch.Generator().manual_seed(seed)
-    for candidate in _candidates(model, quick):
-        value = candidate(generator).to(device_of(model))
-        with contextlib.suppress(Exception), evaluating(model), isolated(model):
-            call(model, Inputs((value,)))
-            return (value,)
-    return None
+    refusals = []
+    device = device_of(model)
+    others = ((candidate(generator).to(device),) for candidate in _candidates(model, quick))
+    tried: Iterator[ExampleInputs] = chain(configured_inputs(model, generator), others)
+    for given in tried:
+        inputs = Inputs.of(given)
+        with evaluating(model), isolated(model):
+            try:
+                call(model, inputs)
+            except Exception as error:  # noqa: BLE001 - a forward may raise anything
+                names = f"{' and '.join(inputs.kwargs)} " if inputs.kwargs else ""
+                refusals.append(f"given {names}{inputs}, the model says: {one_line(error)}")
+                continue
+        return Inferred(given, tuple(refusals))
+    return Inferred(None, tuple(refusals))
 
 
 def has_certain_rank(model: nn.Module) -> bool:

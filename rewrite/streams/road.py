@@ -9,7 +9,7 @@ from rewrite.errors import CaptureError
 from rewrite.graph.captured import Captured
 from rewrite.observe.evidence import Evidence, observe
 from rewrite.outcomes import Site, Skip
-from rewrite.runtime.infer_inputs import infer_example_inputs
+from rewrite.runtime.infer_inputs import infer_inputs
 from rewrite.runtime.inputs import ExampleCall, Inputs
 from rewrite.streams.plan import StreamOptions, StreamPlan, StreamPlanner
 
@@ -49,13 +49,13 @@ def _evidence(captured: Captured) -> Evidence | None:
     if not calls and inputs is not None:
         calls = (ExampleCall("example input", inputs),)
     if not calls:
-        inferred = infer_example_inputs(captured.model, quick=True)
-        if inferred is None:
+        inferred = infer_inputs(captured.model, quick=True)
+        if inferred.inputs is None:
             captured.notes.append(
-                "no input is known, so no stream was found: give an example input"
+                f"{inferred.missing}; so no stream was found: give an example input"
             )
             return None
-        calls = (ExampleCall("an input that was made up", Inputs.of(inferred)),)
+        calls = (ExampleCall("an input that was made up", Inputs.of(inferred.inputs)),)
     try:
         evidence = observe(captured.model, calls)
     except CaptureError as error:

@@ -1,0 +1,1 @@
+"""Inputs of models that say in a configuration what they take."""
