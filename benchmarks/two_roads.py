@@ -124,7 +124,8 @@ def section(rows: Sequence[Row]) -> str:
         "`python -m benchmarks.two_roads`: one architecture of every family of timm and "
         "torchvision that normalizes by its input, random weights and affine parts, an example "
         "input. How many of its LayerNorms and RMSNorms fold where the forward is traced, where "
-        "the example call is observed, and in `convert`, which uses both; and how many only the second folds.",
+        "the example call is observed, and in `convert`, which uses both; and how many only the "
+        "second folds.",
         "",
         f"{len(done)} architectures, {sum(r['norms'] for r in done)} norms: traced "
         f"{sum(r['traced'] for r in done)}, observed {sum(r['observed'] for r in done)}, both "
