@@ -10,7 +10,8 @@ from torch import nn
 
 import rewrite
 from rewrite.observe.calls import default_calls
-from rewrite.observe.image_calls import images_in_text, marks
+from rewrite.observe.image_calls import images_in_text
+from rewrite.runtime.configured.maker import marks
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
