@@ -22,6 +22,7 @@ from rewrite.observe.evidence import Evidence
 from rewrite.observe.export import ObservedCall
 from rewrite.observe.flow import Flow, Read
 from rewrite.observe.labels import Unfollowed
+from rewrite.observe.new_bias import adds_new_bias
 from rewrite.observe.norms import Expression, ObservedNorm, expression_of, norms_of
 from rewrite.observe.spellings import FORM, op_name, shape_of
 from rewrite.outcomes import Declined
@@ -267,9 +268,9 @@ class ObservedPlanner:
         names = {read.bias[0] if read.bias else None for _, read in reads}
         if names == {None} and all(read.bare for _, read in reads):
             module = self.captured.module(layer)
-            standard = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and is_plain(module)
+            standard = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
             same = standard and module.weight is self.captured.tensor(_ref(tensor))
-            if not same or module.bias is not None:
+            if not same or module.bias is not None or not _takes_bias(module, reads[0][1]):
                 raise Unfollowed(f"{layer} has no bias to take up a shift, and cannot be given one")
             return f"{layer}.bias", False
         if len(names) != 1 or None in names:
@@ -287,6 +288,15 @@ class ObservedPlanner:
 
     def _shape(self, tensor: str) -> torch.Size:
         return self.captured.tensor(_ref(tensor)).shape
+
+
+def _takes_bias(layer: nn.Module, read: Read) -> bool:
+    """Return whether a layer without a bias adds one that it gets."""
+    if is_plain(layer):
+        return True
+    value = next((n for n in read.node.all_input_nodes if n is not read.operand.node), None)
+    shape = None if value is None else shape_of(value)
+    return shape is not None and adds_new_bias(layer, shape)
 
 
 def _ref(name: str) -> TensorRef:

@@ -80,7 +80,8 @@ def observed_outcomes(
         return
     sites = {outcome.target for outcome in traced if isinstance(outcome, Site)}
     traced_whole = not _untraced(captured)
-    options = replace(options, strict_code=traced_whole)
+    # What all hidden states hold is known where a model was asked for them, and named.
+    options = replace(options, strict_code=traced_whole and evidence.wider is None)
     decided = [item for item in decide(captured, evidence, options) if item[0] not in sites]
     folds = {target for target, _, decision in decided if isinstance(decision, ObservedFold)}
     decided = [

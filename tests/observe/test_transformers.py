@@ -92,3 +92,26 @@ def test_experts_as_transformers_makes_them_fold(capsys: pytest.CaptureFixture[s
     assert result.report.ok and len(result.report.changes) == 3
     assert "fake" not in capsys.readouterr().err
     assert "save_pretrained" not in str(result.report)  # what every such model has
+
+
+def test_a_norm_that_only_another_call_returns_folds_where_the_model_is_traced_whole() -> None:
+    """OpenAI's GPT can be traced; what it returns with all hidden states is observed, and named."""
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    model = made("OpenAIGPTLMHeadModel", **sizes)
+    result = rewrite.convert(model, FoldNorm(untie=True))
+    (change,) = [c for c in result.report.changes if c.target == "transformer.h.0.ln_2"]
+    assert result.report.ok and "['hidden_states'][1]" in change.note
+    strict = rewrite.convert(model, FoldNorm(untie=True, strict_outputs=True)).report
+    assert not strict.changes
+
+
+def test_a_linear_layer_that_writes_its_product_itself_gets_a_bias() -> None:
+    model = made(
+        "FalconForCausalLM", vocab_size=64, hidden_size=32, num_hidden_layers=1,
+        num_attention_heads=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    result = rewrite.convert(model, "fold")
+    assert result.report.ok
+    assert "transformer.h.0.input_layernorm" in {c.target for c in result.report.changes}
+    layer = result.model.get_submodule("transformer.h.0.self_attention.query_key_value")
+    assert type(layer).__name__ == "FalconLinear" and bool(layer.bias.any())
