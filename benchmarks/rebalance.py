@@ -124,11 +124,16 @@ def quantization(crops: int) -> Iterator[tuple[object, ...]]:
 
 def quantizations(subject: Any) -> Iterator[tuple[object, ...]]:
     """Yield a row a way to prepare one model."""
-    from passes import FoldNorm
+    from passes import ClipChannels, FoldNorm
 
     ways: dict[str, list[Any]] = {
         "fold": [FoldNorm()],
         "fold, rebalance equalize": [FoldNorm(), Rebalance("equalize")],
+        "fold, clip channels, rebalance equalize": [
+            FoldNorm(),
+            ClipChannels(),
+            Rebalance("equalize"),
+        ],
         "fold, rebalance equalize, clipped relu": [FoldNorm(), Rebalance("equalize", "relu")],
         "fold, rebalance l2, clipped relu": [FoldNorm(), Rebalance("l2", "relu")],
     }

@@ -5,6 +5,7 @@ from passes.bn_to_in import BatchNormToInstanceNorm
 from passes.bn_to_ln import BatchNormToLayerNorm
 from passes.bn_to_sync_bn import BatchNormToSyncBatchNorm
 from passes.bn_to_weight_norm import BatchNormToWeightNorm
+from passes.clip_channels import ClipChannels
 from passes.fold import FoldNorm
 from passes.freeze_bn import FreezeBatchNorm
 from passes.ln_to_rms import LayerNormToRMSNorm
@@ -26,6 +27,7 @@ __all__ = [
     "BatchNormToLayerNorm",
     "BatchNormToSyncBatchNorm",
     "BatchNormToWeightNorm",
+    "ClipChannels",
     "FoldNorm",
     "FreezeBatchNorm",
     "LayerNormToRMSNorm",

@@ -29,6 +29,8 @@ from rewrite.rescaling.clipped import Clip, clips
 from rewrite.rescaling.plan import OBJECTIVES, Rescaling, describe, plan_rescaling
 from rewrite.rescaling.scales import Scales
 
+_ONE_BOUND = "one bound for all channels lets no scale pass; clip-channels gives each its own"
+
 BALANCED = 1e-4
 """Largest |log d| of channels that are left alone: float32 rounds a balanced network by less."""
 
@@ -44,7 +46,9 @@ class Rebalance(Pass):
       2. Residual streams with one scale a channel; branches; concatenations, each part its own.
       3. With `absorb_bias`: biases of batch norms above three deviations go into the next layer;
          the contract is then `approximate`.
-      4. With `clipped=relu`: ReLU6, Hardtanh and clamp from 0 become ReLU first. That is another
+      4. Tensors with one number a channel that are added to a value, and bounds of `clip-channels`:
+         they are scaled with the channel.
+      5. With `clipped=relu`: ReLU6, Hardtanh and clamp from 0 become ReLU first. That is another
          function, and the contract is then `approximate`.
 
     Declines: channels that reach an input, an output, code that was not traced, an activation that
@@ -86,8 +90,10 @@ class Rebalance(Pass):
             yield Skip("", f"{self.objective} objective", reason)
             return
         clipped: list[Clip] = []
-        for clip in clips(captured) if self.clipped == "relu" else ():
-            if clip.refusal:
+        for clip in clips(captured):
+            if self.clipped != "relu":
+                yield Skip(clip.target, clip.what, _ONE_BOUND)
+            elif clip.refusal:
                 yield Skip(clip.target, clip.what, clip.refusal)
             else:
                 clipped.append(clip)

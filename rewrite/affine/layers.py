@@ -8,6 +8,8 @@
     product  y = W*x + c        c: a bias that other lines compute (BEiT joins those of q and v).
                                 The product is a kernel without bias on its input side alone, and
                                 the shift that it absorbs is added to c
+    vector   y = x + b, min(x, b)       b: a tensor of the model beside a value that is scaled; it
+                                takes a scale on its output side alone, with the value
 
 Maps are collected as two short vectors a layer and side. A weight is computed once, from all of
 them, when the ledger is written: it is rounded once, whatever was folded into it.
@@ -44,7 +46,7 @@ class Layer:
 
     Attributes:
         name: the qualified name to report.
-        kind: "kernel", "norm" or "gain", as in the module's docstring.
+        kind: "kernel", "norm", "gain" or "vector", as in the module's docstring.
         node: one of its calls.
         module: the qualified name of its module; None for a functional call.
         axis: of the channels that it writes, counted from the end where the rank is known.
@@ -58,7 +60,7 @@ class Layer:
     """
 
     name: str
-    kind: Literal["kernel", "norm", "gain"]
+    kind: Literal["kernel", "norm", "gain", "vector"]
     node: Node
     module: str | None
     axis: int

@@ -78,10 +78,15 @@ class Ledger:
                 write(layer, attr, tensor)
 
     def new_tensors(self, layer: Layer) -> dict[str, Tensor]:
-        """Return the new weight of a layer, and its bias if it has or needs one, rounded once."""
-        like = layer.weight or layer.mean
+        """Return the new weight of a layer, if it has one, and its bias if it has or needs one.
+
+        Each is rounded once.
+        """
+        like = layer.weight or layer.mean or layer.bias
         assert like is not None
         dtype = self._read(like).dtype
+        if layer.kind == "vector":
+            return {"bias": self.exact(layer, "bias").to(dtype)}
         if layer.kind == "kernel":
             new = {"weight": self._kernel(layer, None)}
         else:
@@ -102,6 +107,11 @@ class Ledger:
                 self._read(layer.weight), bias, layer.layout,
                 self._output.get(layer.key), self._input.get(layer.key),
             )  # fmt: skip
+        if layer.kind == "vector":
+            assert layer.bias is not None
+            held = self._read(layer.bias).detach().double()
+            scale = self._output[layer.key].scale.to(held.device)
+            return held * scale.view(held.shape)
         affine = self.affine(layer)
         scale, shift = affine.scale, affine.shift
         if layer.mean is not None and layer.var is not None:

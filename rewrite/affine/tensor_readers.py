@@ -35,11 +35,11 @@ class TensorReaders:
         if layer.module is not None:
             return self._captured.calls(layer.module)
         assert layer.weight is not None
-        return tuple(dict.fromkeys(self._computing(layer.weight.name)))
+        return tuple(dict.fromkeys(self.lines(layer.weight.name)))
 
-    def _computing(self, name: str) -> list[Node]:
-        """Return the readers of a tensor that ask for more than its type or device."""
-        return [node for node in self._readers.get(name, ()) if not asks_for_its_form(node)]
+    def lines(self, name: str) -> tuple[Node, ...]:
+        """Return the lines that read a tensor themselves, for more than its type or device."""
+        return tuple(node for node in self._readers.get(name, ()) if not asks_for_its_form(node))
 
     def refusal(self, layer: Layer) -> str | None:
         """Return why the tensors of `layer` must not change, or None, whoever calls it."""

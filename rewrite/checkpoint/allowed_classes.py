@@ -53,7 +53,8 @@ _PLAIN = frozenset(
 
 OWN = frozenset(
     {
-        *("Centre", "ChannelAffine", "ChannelLayerNorm", "ChannelMix", "MeanOnlyBatchNorm"),
+        *("Centre", "ChannelAffine", "ChannelClip", "ChannelLayerNorm", "ChannelMix"),
+        "MeanOnlyBatchNorm",
         *("ShiftedRMSNorm", "WeightNorm", "WeightStandardization"),
     }
 )

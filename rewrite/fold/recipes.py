@@ -5,7 +5,7 @@
     merge      parallel branches that become one convolution
     observed   a norm's affine part, and the tensors that read it in observed calls
     stream     a residual stream in another basis, and the tensors that write to it and read it
-    tensors    weight norms put on or taken off, and weights drawn anew (`TensorRecipe`)
+    tensors    weight norms put on or taken off, weights drawn anew, new tensors of one number
 
 A recipe names tensors as a state dict does. `rewrite.fold.executor` runs it; what a report holds of
 it is JSON, which version 0.1 can read as well.
@@ -33,6 +33,8 @@ from rewrite.init.draw_recipe import DRAWN, DrawnTensors
 from rewrite.observe.recipe import KIND, ReaderRecipe
 from rewrite.observe.stream_recipe import KIND as STREAM
 from rewrite.observe.stream_recipe import StreamRecipe
+from rewrite.weights.constant_recipe import KIND as CONSTANT
+from rewrite.weights.constant_recipe import ConstantRecipe
 from rewrite.weights.tensor_recipe import TensorRecipe
 from rewrite.weights.weight_norm_recipe import (
     ADDED,
@@ -161,6 +163,7 @@ _TENSOR_RECIPES: Mapping[str, Callable[[Data], TensorRecipe]] = {
     ADDED: AddedWeightNorm.from_data,
     REMOVED: RemovedWeightNorm.from_data,
     DRAWN: DrawnTensors.from_data,
+    CONSTANT: ConstantRecipe.from_data,
 }
 """The recipes of single tensors, by what a report calls them."""
 

@@ -55,7 +55,7 @@ class Requirements:
 
 def narrowest(layers: Iterable[Layer], read: Callable[[TensorRef], Tensor]) -> torch.dtype:
     """Return the type with the fewest bits among those of the layers' tensors; else float64."""
-    refs = [layer.weight or layer.mean for layer in layers]
+    refs = [layer.weight or layer.mean or layer.bias for layer in layers]
     dtypes = {read(ref).dtype for ref in refs if ref is not None}
     floating = [dtype for dtype in dtypes if dtype.is_floating_point]
     return max(floating, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)

@@ -5,7 +5,7 @@ stays readable when a definition moves.
 """
 
 from rewrite.nn.mean_only import MeanOnlyBatchNorm
-from rewrite.nn.modules import ChannelAffine, ChannelLayerNorm, ChannelMix
+from rewrite.nn.modules import ChannelAffine, ChannelClip, ChannelLayerNorm, ChannelMix
 from rewrite.nn.streams import Centre, ShiftedRMSNorm
 from rewrite.nn.weight_norm import WeightNorm
 from rewrite.nn.weight_standardization import WeightStandardization
@@ -13,6 +13,7 @@ from rewrite.nn.weight_standardization import WeightStandardization
 __all__ = [
     "Centre",
     "ChannelAffine",
+    "ChannelClip",
     "ChannelLayerNorm",
     "ChannelMix",
     "MeanOnlyBatchNorm",
@@ -24,6 +25,7 @@ __all__ = [
 for _kind in (
     Centre,
     ChannelAffine,
+    ChannelClip,
     ChannelLayerNorm,
     ChannelMix,
     MeanOnlyBatchNorm,

@@ -44,6 +44,35 @@ class ChannelAffine(nn.Module):
         return str(self.weight.numel())
 
 
+class ChannelClip(nn.Module):
+    """Clip each channel between 0 and a bound of its own.
+
+        y[n, c, p] = min(max(x[n, c, p], 0), bound[c])
+
+    With one bound for all it is a ReLU6; a channel may be scaled together with its bound.
+
+    Input and output: (*, C, ...), the shape of `bound` from the end, any floating dtype.
+
+    Args:
+        bound: floating, of shape (C,), (C, 1), (C, 1, 1), ...: C is the axis of the channels,
+            counted from the end.
+    """
+
+    bound: Tensor
+
+    def __init__(self, bound: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("bound", bound)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the clipped `input`."""
+        return torch.minimum(input.relu(), self.bound.type_as(input))
+
+    def extra_repr(self) -> str:
+        """Show the number of channels."""
+        return str(self.bound.numel())
+
+
 class ChannelMix(nn.Module):
     """Mix the channels (axis 1) within blocks of n consecutive ones, by a map of low rank k.
 

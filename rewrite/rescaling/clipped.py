@@ -6,14 +6,16 @@ min(max(x, 0), c)  →  max(x, 0)      another function where x > c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
 from rewrite.graph.operators import activation_of
 from rewrite.graph.traits import argument, call_of
+from rewrite.nn.modules import ChannelClip
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +25,14 @@ class Clip:
     Attributes:
         target: the module, or that whose forward holds the line.
         what: it in a few words.
+        high: the bound c.
         nodes: its calls.
         refusal: why it cannot become a ReLU, or "".
     """
 
     target: str
     what: str
+    high: float
     nodes: tuple[Node, ...]
     refusal: str = ""
 
@@ -41,19 +45,24 @@ class Clip:
         else:
             captured.editor.substitute(node, nn.ReLU(), "relu")
 
+    def bound(self, captured: Editable, bound: Tensor) -> str:
+        """Put a clip with a bound a channel in its place, and return its name."""
+        return captured.editor.substitute(self.nodes[0], ChannelClip(bound), "clip")
+
 
 def clips(captured: Captured) -> list[Clip]:
     """Return every clipping activation that is 0 below 0, in data-flow order."""
     found: list[Clip] = []
     seen: set[Node] = set()
     for node in captured.nodes():
-        what = _clips(captured, node)
-        if what is None or node in seen:
+        clipped = _clips(captured, node)
+        if clipped is None or node in seen:
             continue
+        what, high = clipped
         calls = captured.call_sites(node)
         seen.update(calls)
         target = str(node.target) if node.op == "call_module" else captured.owner(node)
-        found.append(Clip(target, what, calls, _refusal(captured, node)))
+        found.append(Clip(target, what, high, calls, _refusal(captured, node)))
     return found
 
 
@@ -64,20 +73,25 @@ def _refusal(captured: Captured, node: Node) -> str:
     return captured.lines.refusal(node) or ""
 
 
-def _clips(captured: Captured, node: Node) -> str | None:
-    """Return what a node clips, in words, or None."""
+def _clips(captured: Captured, node: Node) -> tuple[str, float] | None:
+    """Return what a node clips, in words, and its bound, or None."""
     activation = activation_of(captured, node)
     if activation is not None and activation.name == "relu6":
-        return "ReLU6"
+        return "ReLU6", 6.0
     if activation is not None and activation.name == "hardtanh":
         if node.op == "call_module":
             module = captured.module(str(node.target))
-            low = getattr(module, "min_val", -1.0)
+            low, high = getattr(module, "min_val", -1.0), getattr(module, "max_val", 1.0)
         else:
             low = argument(node, 1, "min_val", -1.0)
-        return "Hardtanh from 0" if low == 0 else None
+            high = argument(node, 2, "max_val", 1.0)
+        return _from_zero("Hardtanh from 0", low, high)
     call = call_of(captured, node)
-    if call is None or call.name != "clamp" or call.get("min") != 0:
+    if call is None or call.name != "clamp":
         return None
-    high = call.get("max")
-    return "clamp from 0" if isinstance(high, int | float) and high > 0 else None
+    return _from_zero("clamp from 0", call.get("min"), call.get("max"))
+
+
+def _from_zero(what: str, low: Any, high: Any) -> tuple[str, float] | None:
+    numbers = isinstance(low, int | float) and isinstance(high, int | float)
+    return (what, float(high)) if numbers and low == 0 and high > 0 else None

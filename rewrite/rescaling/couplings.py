@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rewrite.affine.layers import Layer
 from rewrite.graph.captured import Captured
-from rewrite.rescaling.scales import ScaledLayer, Scales
+from rewrite.rescaling.scaled_operations import ScaledLayer
+from rewrite.rescaling.scales import Scales
 
 _BLOCK = 1 << 22
 """Weights that are turned into float64 at a time."""

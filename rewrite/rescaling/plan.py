@@ -19,7 +19,8 @@ from rewrite.graph.captured import Captured
 from rewrite.rescaling.balance import Balance, Balanced
 from rewrite.rescaling.couplings import Measure, couplings
 from rewrite.rescaling.path_kappa import PathCurvature, ones_of
-from rewrite.rescaling.scales import ScaledLayer, ScaleGroup, Scales
+from rewrite.rescaling.scaled_operations import ScaledLayer
+from rewrite.rescaling.scales import ScaleGroup, Scales
 
 OBJECTIVES = ("path", "l2", "equalize")
 
@@ -50,7 +51,8 @@ class Rescaling:
             return torch.tensor([place.get(root, -1) for root in roots])
 
         edits = [
-            Edit(w.layer, Side.OUTPUT, index(w.writes), True, False, False) for w in group.writers
+            Edit(w.layer, Side.OUTPUT, index(w.writes), True, False, False)
+            for w in (*group.writers, *group.beside)
         ]
         edits += [
             Edit(r.layer, Side.INPUT, index(r.reads), True, False, True) for r in group.readers

@@ -4,6 +4,7 @@
     y = γ n(x)   γ → D_out γ                        any norm: its input keeps its scale
     y = f(x)     f(d x) = d f(x): relu, pooling     one scale before and behind
     y = x + z    one scale for all three            all of a residual stream has one a channel
+    y = x + b    b a tensor of the model: scaled as x is (`rewrite.rescaling.scaled_operations`)
     y = [x, z]   each its own part
     y = x g      g a gate or a constant: x and y share, g keeps its scale
 
@@ -14,213 +15,18 @@ its scales.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from rewrite.affine.channel_map import ChannelMap, DeclinedError, Direction
-from rewrite.affine.laws import Constraints
+from rewrite.affine.channel_map import ChannelMap
 from rewrite.affine.layers import Layer
 from rewrite.affine.planner import Planner
-from rewrite.affine.slices import Parts
 from rewrite.graph.captured import Captured
-from rewrite.graph.traits import Call, Trait, call_of
-
-_SUMS = frozenset({"add", "sub", "rsub", "maximum", "minimum"})
-
-
-class Units:
-    """Labels of channels, united as it is found that they share a scale.
-
-    A label is an integer; the united ones have one root. A root may be fixed: its scale is 1.
-    """
-
-    def __init__(self) -> None:
-        self._parents: list[int] = []
-        self._reasons: dict[int, str] = {}
-
-    def new(self, count: int) -> Tensor:
-        """Return labels of channels that nothing is known of, int64."""
-        start = len(self._parents)
-        self._parents.extend(range(start, start + count))
-        return torch.arange(start, start + count)
-
-    def root(self, label: int) -> int:
-        """Return the root of a label."""
-        parents = self._parents
-        while parents[label] != label:
-            parents[label] = parents[parents[label]]
-            label = parents[label]
-        return label
-
-    def roots(self, labels: Tensor) -> Tensor:
-        """Return the roots of many labels."""
-        return torch.tensor([self.root(label) for label in labels.tolist()], dtype=torch.int64)
-
-    def unite(self, one: Tensor, other: Tensor) -> None:
-        """Let each channel of one value share the scale of the other's at its position."""
-        for a, b in zip(one.tolist(), other.tolist(), strict=True):
-            a, b = self.root(a), self.root(b)
-            if a != b:
-                self._parents[b] = a
-                if (reason := self._reasons.pop(b, None)) is not None:
-                    self._reasons.setdefault(a, reason)
-
-    def fix(self, labels: Tensor, reason: str) -> None:
-        """Let the scales of channels be 1; the first reason is kept."""
-        for label in set(labels.tolist()):
-            self._reasons.setdefault(self.root(label), reason)
-
-    def reason(self, label: int) -> str | None:
-        """Return why the scale of a label is 1, or None if it is free."""
-        return self._reasons.get(self.root(label))
-
-
-class ScaledOperations:
-    """What operations without weights make of the labels of their inputs.
-
-    Args:
-        planner: what is known of the operations of the model.
-        units: where labels are united and fixed.
-        known: the labels of each value that was visited.
-        clipped: calls of clipping activations that become ReLU.
-    """
-
-    def __init__(
-        self,
-        planner: Planner,
-        units: Units,
-        known: Mapping[Node, ChannelMap],
-        clipped: frozenset[Node],
-    ) -> None:
-        self._captured = planner.captured
-        self._called = planner.called
-        self._rules = planner.context.rules
-        self._ranks = planner.context.ranks
-        self._parts = Parts(self._captured, self._ranks)
-        self._units = units
-        self._known = known
-        self._clipped = clipped
-
-    def result(self, node: Node, inputs: list[Node]) -> ChannelMap | None:
-        """Return the labels of what a call returns, or None; what it does not scale is fixed.
-
-        Args:
-            node: the call.
-            inputs: those of its inputs that have labels.
-        """
-        inputs = [value for value in inputs if not self._rules.reads_only_shape(node, value)]
-        if not inputs:
-            return None
-        try:
-            return self._through(node, inputs)
-        except DeclinedError as declined:
-            for value in inputs:
-                self._units.fix(self._known[value].index, str(declined))
-            return None
-
-    def _through(self, node: Node, inputs: list[Node]) -> ChannelMap:
-        first, call = self._known[inputs[0]], call_of(self._captured, node)
-        if node in self._clipped or (call is not None and _keeps(call)):
-            return first
-        if call is not None and call.name in _SUMS:
-            return self._sum(call, inputs)
-        if call is not None and call.name in ("mul", "div"):
-            return self._product(call, inputs)
-        joined = self._parts.join(node)
-        if joined is not None:
-            return self._join(node, *joined)
-        if len(inputs) > 1:
-            raise DeclinedError(f"{self._called(node)} combines values in a way not followed", node)
-        part = self._parts.part(node, first, Direction.FORWARD)
-        if part is not None:
-            return part
-        if call is not None and call.name == "pixel_shuffle":
-            first = self._shuffled(call, first)
-        found = self._rules.around(node, inputs[0], first, Constraints(True, lambda ways: 0))
-        if node not in found:
-            raise DeclinedError(f"{self._called(node)} does not pass a scale on", node)
-        return found[node]
-
-    def _sum(self, call: Call, inputs: list[Node]) -> ChannelMap:
-        called = self._called(call.node)
-        if any(operand not in self._known for operand in (call.operand, call.get("other"))):
-            raise DeclinedError(f"{called} adds something whose scale is fixed", call.node)
-        first, *others = (self._known[value] for value in inputs)
-        for other in others:
-            if not _alike(first, other):
-                raise DeclinedError(f"{called} adds values whose channels lie differently")
-            self._units.unite(first.index, other.index)
-        if self._ranks.size(call.node, first.axis) not in (None, len(first.index)):
-            raise DeclinedError(f"{called} broadcasts the channels", call.node)
-        return first
-
-    def _product(self, call: Call, inputs: list[Node]) -> ChannelMap:
-        node, called = call.node, self._called(call.node)
-        if len(inputs) > 1 or call.operand is call.get("other"):
-            raise DeclinedError(f"{called} multiplies or divides two computed values", node)
-        if call.name == "div" and call.operand is not inputs[0]:
-            raise DeclinedError(f"{called} divides by a computed value", node)
-        if call.get("rounding_mode") is not None:
-            raise DeclinedError(f"{called} rounds", node)
-        found = self._known[inputs[0]]
-        if self._ranks.size(node, found.axis) != len(found.index):
-            raise DeclinedError(f"{called} may broadcast the channels (pass example_inputs)", node)
-        return found
-
-    def _join(self, node: Node, parts: list[Node], axis: int) -> ChannelMap:
-        """Put the labels of the parts one behind the other; what has none keeps its scale."""
-        called = self._called(node)
-        known = [self._known[part] for part in parts if part in self._known]
-        if axis >= 0 or any(part.axis >= 0 or part.spread for part in known):
-            raise DeclinedError(
-                f"how the channels lie in {called} is unknown (pass example_inputs)", node
-            )
-        if axis != known[0].axis:
-            if len(known) < len(parts) or not all(_alike(known[0], other) for other in known):
-                raise DeclinedError(f"{called} stacks values whose scales are fixed", node)
-            for other in known[1:]:
-                self._units.unite(known[0].index, other.index)
-            return known[0]
-        labels = [self._labels(node, part, axis) for part in parts]
-        return known[0].moved(axis, torch.cat(labels))
-
-    def _labels(self, node: Node, part: Node, axis: int) -> Tensor:
-        """Return the labels of one part of a concatenation."""
-        found = self._known.get(part)
-        if found is not None and found.axis == axis:
-            return found.index
-        size = self._ranks.size(part, axis)
-        if found is not None or size is None:
-            raise DeclinedError(
-                f"how the channels lie in {part.name}, a part of {self._called(node)}, is unknown",
-                node,
-            )
-        fixed = self._units.new(size)
-        self._units.fix(fixed, f"{part.name} has a fixed scale")
-        return fixed
-
-    def _shuffled(self, call: Call, given: ChannelMap) -> ChannelMap:
-        """Let the channels that a pixel shuffle makes one of share a scale."""
-        factor = call.get("upscale_factor")
-        if not isinstance(factor, int) or len(given.index) % factor**2:
-            raise DeclinedError("a pixel shuffle by an unknown factor", call.node)
-        rows = given.index.view(-1, factor**2)
-        for column in range(1, factor**2):
-            self._units.unite(rows[:, 0], rows[:, column])
-        return given.moved(given.axis, self._units.roots(given.index))
-
-
-@dataclass(eq=False)
-class ScaledLayer:
-    """One layer, and the label of each channel that it reads and writes."""
-
-    layer: Layer
-    reads: Tensor
-    writes: Tensor
+from rewrite.rescaling.scaled_operations import ScaledLayer, ScaledOperations, Units
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,12 +37,14 @@ class ScaleGroup:
         target: the first layer that writes them.
         units: the roots of their free scales, in the order of its channels.
         writers, readers: the layers that would change, in data-flow order.
+        beside: tensors that are scaled as these channels are.
     """
 
     target: str
     units: Tensor
     writers: tuple[ScaledLayer, ...]
     readers: tuple[ScaledLayer, ...]
+    beside: tuple[ScaledLayer, ...] = ()
 
 
 class Scales:
@@ -267,6 +75,10 @@ class Scales:
             dtype=torch.int64,
         )
 
+    def channels(self, node: Node) -> ChannelMap | None:
+        """Return how the channels of a value lie, and their labels; None if it is not followed."""
+        return self._maps.get(node)
+
     def groups(self) -> Iterator[ScaleGroup]:
         """Yield the groups of free channels, in data-flow order of their first writers."""
         layers = tuple(self.layers.values())
@@ -292,7 +104,12 @@ class Scales:
                 )
                 for side in (writes, reads)
             )
-            yield ScaleGroup(first.layer.name, torch.tensor(list(units)), writers, readers)
+            beside = tuple(
+                vector
+                for vector in self._operations.vectors
+                if not units.keys().isdisjoint(_free(self.free(vector.writes)))
+            )
+            yield ScaleGroup(first.layer.name, torch.tensor(list(units)), writers, readers, beside)
 
     def refused(self) -> Iterator[tuple[Layer, str]]:
         """Yield every layer of which no output may be scaled, and why.
@@ -386,14 +203,5 @@ class Scales:
         return None
 
 
-def _keeps(call: Call) -> bool:
-    """Return whether a call keeps the channels of its operand where they are, or parts them."""
-    return call.name == "abs" or Trait.SPLITS in call.operation.traits
-
-
 def _free(roots: Tensor) -> dict[int, None]:
     return dict.fromkeys(root for root in roots.tolist() if root >= 0)
-
-
-def _alike(one: ChannelMap, other: ChannelMap) -> bool:
-    return (one.axis, len(one.index), one.spread) == (other.axis, len(other.index), other.spread)

@@ -244,7 +244,7 @@ def test_relu6_keeps_its_channels_and_says_so() -> None:
     result = rebalanced(model, x, objective="l2")
     assert [change.target for change in result.report.changes] == ["2"]
     reasons = {skip.target: skip.reason for skip in result.report.skips}
-    assert "ReLU6" in reasons["0"]
+    assert "ReLU6" in reasons["0"] and "clip-channels" in reasons["1"]
     assert error(model, result.model, x) < RIGHT
 
 
@@ -347,7 +347,7 @@ class Declined(nn.Module):
         if self.kind == "tanh":
             y = torch.tanh(y)
         if self.kind == "constant":
-            y = torch.relu(y + self.scale)
+            y = torch.relu(y + 0.5)
         if self.kind == "product":
             y = y * y
         if self.kind == "input":
@@ -447,3 +447,34 @@ def test_an_architecture_of_torchvision_keeps_its_function_and_takes_a_replay(
     assert error(before, other, x) < 1e-12
     moved = [k for k, v in other.state_dict().items() if not torch.equal(v, before.state_dict()[k])]
     assert len(moved) > 40
+
+
+class Beside(nn.Module):
+    """A parameter of one number a channel that is added to a value, or read elsewhere too."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.shift = nn.Parameter(torch.randn(1 if kind == "one number" else 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = torch.maximum(y, -1 * self.shift) if self.kind == "computed" else y - self.shift
+        y = self.b(torch.relu(y))
+        return y + self.shift[:2] if self.kind == "read twice" else y
+
+
+@pytest.mark.parametrize(
+    ("kind", "scaled"),
+    [("plain", 1), ("read twice", 0), ("one number", 0), ("computed", 0)],
+)
+def test_a_tensor_beside_a_value_is_scaled_with_it(kind: str, scaled: int) -> None:
+    torch.manual_seed(0)
+    model, x = Beside(kind).double(), torch.randn(5, 3, dtype=torch.float64)
+    unbalance_(model.a)
+    before = model.shift.detach().clone()
+    result = rewrite.convert(model, [Rebalance("equalize")], example_inputs=(x,))
+    assert len(result.report.changes) == scaled
+    assert torch.equal(before, result.model.shift) is (scaled == 0)
+    assert error(model, result.model, x) < RIGHT
