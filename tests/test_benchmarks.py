@@ -1,10 +1,11 @@
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import _process, _table
+from benchmarks import _optional, _process, _table
 
 PAGE = "# Page\n\n<!-- begin a -->\nold\n<!-- end a -->\n\n<!-- begin b -->\nkeep\n<!-- end b -->\n"
 
@@ -52,3 +53,24 @@ def test_a_failed_command_is_an_error_with_its_output(tmp_path):
 def test_ratios_are_taken_to_the_first_row():
     runs = {"floor": [_process.Run(2.0, 4.0, 100.0)], "ours": [_process.Run(3.0, 4.4, 150.0)]}
     assert _process.rows(runs)[1] == ["ours", "3.00", "1.50", "4.40", "1.10", "150", "1.50"]
+
+
+NEEDING = ["transformer_folds", "transformer_peers", "folder_families", "real_transformers",
+           "observe_time"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEEDING)
+def test_a_benchmark_without_its_package_ends_with_one_line(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for module in [held for held in sys.modules if held.startswith("benchmarks.transformer")]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    assert str(caught.value).endswith("needs transformers: pip install transformers")
+
+
+def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
+    (tmp_path / "broken_package.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        _optional.required("broken_package")

@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
+from benchmarks._optional import required
 from benchmarks.transformer_families import decoders, others
+
+transformers = required("transformers")
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "n_embd": 32, "d_model": 32, "dim": 32, "n_embed": 32,
