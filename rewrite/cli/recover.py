@@ -34,14 +34,11 @@ _CHOICES = {
 _NUMBERS: dict[str, tuple[type, str]] = {
     "epochs": (int, "passes over the data (default 1)"),
     "rate": (float, "learning rate of a batch of 32; scaled linearly"),
-    "batch_size": (int, "samples of a micro-batch (default 32)"),
+    "batch_size": (int, "samples of a micro-batch (default 8)"),
     "accumulate": (int, "micro-batches of a step (default 1)"),
     "weight_decay": (float, "normalized decay of the matrices of layers (default 0.05)"),
     "temperature": (float, "of the soft targets (default 2)"),
-    "features": (
-        float,
-        "weight of the features at the swapped norms (default 0); not after keep=function",
-    ),
+    "features": (float, "weight of the features at the swapped norms (default 0)"),
     "label_weight": (float, "share of the labels in the loss (default 0.5)"),
     "warmup": (float, "share of the steps in which the rate rises (default 0.1)"),
     "evaluations": (int, "how often agreement is measured (default 10)"),

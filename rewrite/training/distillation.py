@@ -47,8 +47,15 @@ class Distillation(nn.Module):
         teacher: Tensor,
         student_features: Sequence[Tensor] = (),
         teacher_features: Sequence[Tensor] = (),
+        variances: Sequence[float] | None = None,
     ) -> Tensor:
         """Return the loss of two outputs (N, K, *), and of features (N, *) in the same order.
+
+        Args:
+            student, teacher: outputs.
+            student_features, teacher_features: what else is matched.
+            variances: of the teacher's features, from more samples than these, so that losses of
+                parts add up to that of the whole batch; None takes those of this batch.
 
         Raises:
             OptionError: the shapes of student and teacher differ.
@@ -64,8 +71,10 @@ class Distillation(nn.Module):
         loss = F.kl_div(own, soft, reduction="sum", log_target=True) / positions
         loss = loss * self.temperature**2
         if self.features:
-            parts = zip(student_features, teacher_features, strict=True)
-            loss = loss + self.features * samples * sum(relative_error(s, t) for s, t in parts)
+            known = [None] * len(student_features) if variances is None else variances
+            parts = zip(student_features, teacher_features, known, strict=True)
+            errors = sum(relative_error(s, t, variance) for s, t, variance in parts)
+            loss = loss + self.features * samples * errors
         return loss / samples if self.reduction == "mean" else loss
 
     def extra_repr(self) -> str:
@@ -73,8 +82,10 @@ class Distillation(nn.Module):
         return f"temperature={self.temperature}, features={self.features}"
 
 
-def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return ‖student − teacher‖² / ‖teacher − mean(teacher)‖² over a batch, a scalar."""
+def relative_error(student: Tensor, teacher: Tensor, variance: float | None = None) -> Tensor:
+    """Return the mean of (student − teacher)² over `variance`; None is the teacher's here."""
     fixed = teacher.detach()
-    spread = (fixed - fixed.mean()).square().sum()
-    return (student - fixed).square().sum() / spread.clamp_min(1e-12)
+    known = (
+        (fixed - fixed.mean()).square().mean() if variance is None else fixed.new_tensor(variance)
+    )
+    return (student - fixed).square().mean() / known.clamp_min(1e-12)

@@ -22,10 +22,11 @@ from torch import nn
 from rewrite.errors import OptionError
 from rewrite.runtime.copying import copy_model
 from rewrite.swap.anchor import Recentering
+from rewrite.training.features import Pair, aligned, swapped_norms
 from rewrite.training.held_out import HeldOut
 from rewrite.training.label_smoothing import OnlineLabelSmoothing, check_labels
 from rewrite.training.loop_state import LoopState, interrupts, load_state, save_state
-from rewrite.training.objective import Objective, swapped_norms
+from rewrite.training.objective import Objective
 from rewrite.training.options import RATES, REFERENCE_BATCH, RecoverOptions
 from rewrite.training.parameter_groups import normalized_decay, parameter_groups
 from rewrite.training.recovered import Recovered
@@ -116,12 +117,10 @@ class _Recovery:
         self.fitted = fitted
         self.teacher = copy_model(teacher).eval().requires_grad_(False).to(accelerator.device)
         self.held = HeldOut.of(self.teacher, held)
-        first = self.held.outputs[0]
-        classes = first.shape[1] if first.dim() >= 2 and first.shape[1] > 1 else None
-        self.objective = Objective(options, self.teacher, classes)
+        self.objective = Objective(options, self.teacher, self.held.outputs)
         self.notes: list[str] = []
-        if options.labels and classes is not None:
-            self._check_labels(classes)
+        if options.labels and self.objective.classes is not None:
+            self._check_labels(self.objective.classes)
         world = accelerator.num_processes
         self.per_epoch = step_count(fitted, options.batch_size, options.accumulate, world)
         self.total = self.per_epoch * options.epochs
@@ -256,9 +255,7 @@ class _Recovery:
 
     def _prepare(self) -> None:
         options, accelerator = self.options, self.accelerator
-        self.pairs = swapped_norms(self.student, self.teacher) if options.features else []
-        if options.features and not self.pairs:
-            raise OptionError("features: the student has no norm in the place of a BatchNorm")
+        self.pairs = self._features() if options.features else []
         self.student.train()
         for module in self.student.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -278,6 +275,18 @@ class _Recovery:
         self.state = LoopState(self.student, self.objective.target, recentering, plan)
         if self.objective.target is not None:
             self.objective.target.to(accelerator.device)
+
+    def _features(self) -> list[Pair]:
+        pairs = swapped_norms(self.student, self.teacher)
+        if not pairs:
+            raise OptionError("features: the student has no norm in the place of a BatchNorm")
+        pairs, notes = aligned(pairs, self.student, self.teacher, self.fitted)
+        self.notes += notes
+        if not pairs:
+            raise OptionError(
+                "features: no swapped norm has the channels of the teacher's: train without"
+            )
+        return pairs
 
     def _check_labels(self, classes: int) -> None:
         assert self.fitted.labels is not None
