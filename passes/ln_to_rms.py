@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from rewrite.graph.captured import Captured
+from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.editable import Editable
 from rewrite.nn import Centre, ShiftedRMSNorm
 from rewrite.outcomes import Change, Contract, Site, Skip
@@ -89,7 +89,7 @@ def _exchange(captured: Editable, name: str) -> bool:
     """Put an RMSNorm in place of a LayerNorm; return whether its bias went."""
     old = captured.module(name)
     assert isinstance(old, nn.LayerNorm)
-    shifted = old.bias is not None and _may_be_nonzero(old.bias)
+    shifted = old.bias is not None and _may_be_nonzero(captured.values(TensorRef(name, "bias")))
     new: nn.Module
     if shifted:
         new = ShiftedRMSNorm(old.normalized_shape[0], old.eps)

@@ -87,8 +87,11 @@ class Rebalance(Pass):
         """Yield every group of channels in data-flow order, and the activations that would go."""
         if empty := next((n for n, p in captured.model.named_parameters() if p.is_meta), None):
             reason = f"{empty} is on the meta device: scales are chosen by values"
-            yield Skip("", f"{self.objective} objective", reason)
-            return
+            if captured.numbers is not None and (self.objective == "path" or self.absorb_bias):
+                reason = "its scales are chosen by what the model computes: convert it in memory"
+            if captured.numbers is None or self.objective == "path" or self.absorb_bias:
+                yield Skip("", f"{self.objective} objective", reason)
+                return
         clipped: list[Clip] = []
         for clip in clips(captured):
             if self.clipped != "relu":

@@ -160,6 +160,7 @@ def apply_pass(
     calibration: Iterable[Any] | None = None,
     selection: Selection | None = None,
     calls: Sequence[ExampleCall] = (),
+    numbers: Callable[[str], Tensor] | None = None,
 ) -> Applied:
     """Apply one pass to `model` in place and return its changes and skips.
 
@@ -170,11 +171,13 @@ def apply_pass(
         calibration: batches for passes that fit to data.
         selection: which sites are wanted; all of them without one.
         calls: calls that may be observed, where a forward cannot be traced.
+        numbers: what a tensor on the meta device holds, by its name: a model without values.
 
     Raises:
         PassError: the pass itself failed; the cause is chained.
     """
     captured = capture(model, example_inputs, calls)
+    captured.numbers = numbers
     sites, skips = find_sites(pass_, captured, selection)
     try:
         changes = pass_.rewrite_all(captured, sites, calibration) if sites else []

@@ -92,9 +92,16 @@ class Ledger:
         else:
             new = {"weight": self.exact(layer, "weight").to(dtype)}
         shift = self.exact(layer, "bias")
-        if layer.bias is not None or self._keeps_zero_bias or bool(shift.any()):
+        if layer.bias is not None or self._keeps_zero_bias or self._shifts(layer, shift):
             new["bias"] = shift.to(dtype if layer.bias is None else self._read(layer.bias).dtype)
         return new
+
+    def _shifts(self, layer: Layer, shift: Tensor) -> bool:
+        """Return whether a new bias is not zero; by the maps alone where tensors have no values."""
+        if not shift.is_meta:
+            return bool(shift.any())
+        maps = (self._input.get(layer.key), self._output.get(layer.key))
+        return any(m is not None and (m.shift.is_meta or m.adds) for m in maps)
 
     def exact(self, layer: Layer, attr: str) -> Tensor:
         """Return the new weight or bias of a layer in float64, before it is rounded."""

@@ -67,7 +67,9 @@ def run_recipes(recipes: Sequence[Recipe], store: TensorStore, exact: Exact | No
                     unrounded[name] = _promise(own, layer, attr)
     for recipe in recipes:
         for name, value in recipe.neutral.items() if isinstance(recipe, FoldRecipe) else ():
-            store.set(name, torch.full_like(store.get(name), value))
+            old = store.get(name)
+            store.set(name, torch.full_like(old, value))
+            unrounded[name] = partial(torch.full, old.shape, value, dtype=torch.float64)
     for recipe in merges:
         unrounded |= run_merge(recipe, store, unrounded)
     if exact is not None:

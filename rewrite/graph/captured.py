@@ -59,6 +59,7 @@ class Captured:
         example_calls, example_inputs: calls that may be observed, and what it was captured on.
         observed: what the calls showed (`rewrite.observe`), once somebody asked.
         unobserved: why they could not be observed, or "".
+        numbers: what a tensor without values (meta) holds, by its name, where that can be asked.
     """
 
     model: nn.Module
@@ -72,6 +73,7 @@ class Captured:
     example_inputs: Inputs | None = None
     observed: Any = field(default=None, repr=False)
     unobserved: str = ""
+    numbers: Callable[[str], torch.Tensor] | None = field(default=None, repr=False)
 
     # -- modules ------------------------------------------------------------------------------
 
@@ -201,6 +203,17 @@ class Captured:
         value = getattr(self.module(ref.owner), ref.attr)
         assert isinstance(value, torch.Tensor), f"{ref.name} is no tensor"
         return value
+
+    def values(self, ref: TensorRef) -> torch.Tensor:
+        """Return the tensor that `ref` names with its values, wherever they are.
+
+        It is read from the shards of a checkpoint folder, where the model has none; without them
+        it is on the meta device.
+        """
+        tensor = self.tensor(ref)
+        if tensor.is_meta and self.numbers is not None:
+            return self.numbers(ref.name)
+        return tensor
 
     def tied(self, ref: TensorRef) -> tuple[TensorRef, ...]:
         """Return every other place that holds the same tensor, or a view of the same storage."""

@@ -107,7 +107,7 @@ def measure_of(captured: Captured, objective: str) -> Measure:
     def tensor(layer: Layer, attr: str) -> Tensor:
         ref = layer.weight if attr == "weight" else layer.bias
         assert ref is not None
-        return captured.tensor(ref)
+        return captured.values(ref)
 
     if objective == "path":
         ones = ones_of(captured)

@@ -195,7 +195,7 @@ class Scales:
         if reason is not None:
             return reason
         assert layer.weight is not None
-        weight = self.captured.tensor(layer.weight)
+        weight = self.captured.values(layer.weight)
         if weight.dtype not in (torch.float32, torch.float64):
             return f"{layer.name} is stored in {weight.dtype}, which rounds a scaled weight"
         if weight.device.type == "meta" or not bool(weight.isfinite().all()):

@@ -9,7 +9,7 @@ toolkit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,14 +19,17 @@ from torch import Tensor
 
 from rewrite.errors import ContractError
 from rewrite.hub.folder import CheckpointFolder, open_folder
+from rewrite.hub.safetensors_file import DTYPES
 from rewrite.hub.structure import structure_of
+from rewrite.observe.recipe import ReaderRecipe
+from rewrite.observe.stream_recipe import StreamRecipe
 from rewrite.pipeline import Result
 from rewrite.progress import counted
 from rewrite.protocol import Pass
 from rewrite.report import Report
 from rewrite.sharded.plan import FolderPlan, plan_folder
 from rewrite.sharded.proof import Proof, prove
-from rewrite.sharded.recipes import run
+from rewrite.sharded.recipes import Step, run
 from rewrite.sharded.staging import check_target, staged_folder
 from rewrite.sharded.writer import FolderWriter
 
@@ -104,9 +107,9 @@ def _write(
 ) -> Exact:
     """Write the new folder into `stage`; return what each new tensor is before it is rounded."""
     exact = Exact(folder, plan)
-    with FolderWriter(folder, stage, plan.made, plan.config) as writer:
-        for recipe in counted(plan.recipes, say, "rewriting"):
-            run(recipe, _FolderStore(folder, plan, writer), exact)
+    with FolderWriter(folder, stage, plan.made, plan.gone, plan.config) as writer:
+        for step in counted(plan.steps, say, "rewriting"):
+            run(step, _FolderStore(folder, plan, writer, step, dict(exact)), exact)
         writer.copy_rest(say)
         writer.write_rest()
     return exact
@@ -114,20 +117,39 @@ def _write(
 
 @dataclass(frozen=True)
 class _FolderStore:
-    """What is read of the old folder and written into the new one, by the names of the model."""
+    """What a step reads and writes, by the names of the model.
+
+    Attributes:
+        folder, plan, writer: the old folder, what is planned, and the new folder.
+        step: what is run.
+        before: what earlier steps wrote, before it was rounded.
+    """
 
     folder: CheckpointFolder
     plan: FolderPlan
     writer: FolderWriter
+    step: Step
+    before: Mapping[str, Callable[[], Tensor]]
 
     def get(self, name: str) -> Tensor:
-        return self.folder.read(self.plan.structure.stored.get(name, name))
+        """Return a tensor as it is before the step.
+
+        Observed recipes take a matrix that was written before as it was before it was rounded, and
+        need no more of it here than its type.
+        """
+        place = self.plan.structure.stored.get(name, name)
+        observed = all(isinstance(r, ReaderRecipe | StreamRecipe) for r in self.step)
+        if name in self.before and not (observed and len(self.plan.made_of(name).shape) > 1):
+            return self.before[name]().to(DTYPES[self.plan.made_of(name).dtype])
+        return self.folder.read(place)
 
     def set(self, name: str, tensor: Tensor) -> None:
-        self.writer.put(self.plan.place(name), tensor)
+        """Write a tensor, if the new folder has it."""
+        if self.plan.place(name) in self.plan.made:
+            self.writer.put(self.plan.place(name), tensor)
 
     def delete(self, name: str) -> None:
-        """Do nothing: the configuration of the new folder says which tensors there are."""
+        """Do nothing: the plan says which tensors the new folder has not."""
 
 
 class Exact(dict[str, Callable[[], Tensor]]):
@@ -150,7 +172,8 @@ class Exact(dict[str, Callable[[], Tensor]]):
     def placed(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """Yield the name in the new folder of each written tensor, and how to compute it."""
         for name, compute in self.items():
-            yield self._plan.place(name), compute
+            if (place := self._plan.place(name)) in self._plan.made:
+                yield place, compute
 
 
 def _report(plan: FolderPlan, notes: Sequence[str], proof: Proof | None) -> Report:

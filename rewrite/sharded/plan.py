@@ -4,36 +4,34 @@
                                 -> the configuration under which the class holds the result
 
 Nothing is written before all of this is known. A class of the folder is loaded by its
-configuration, so a norm keeps a weight (of ones) where the class says so, and a bias may appear
-only where the configuration can ask for one.
+configuration, so a norm keeps a weight (of ones) where the class says so, and a tensor may appear
+or go only where the configuration can say so. A site whose result no class can hold is left alone.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rewrite import registry
 from rewrite.errors import CheckpointError, OptionError
-from rewrite.fold.recipes import from_data
 from rewrite.hub.folder import CheckpointFolder
-from rewrite.hub.safetensors_file import DTYPES, type_name
-from rewrite.hub.structure import Structure, build, persistent
-from rewrite.observe.recipe import KIND, ReaderRecipe
-from rewrite.observe.stream_recipe import KIND as STREAM
+from rewrite.hub.safetensors_file import type_name
+from rewrite.hub.structure import Structure
+from rewrite.observe.calls import known_calls
 from rewrite.observe.stream_recipe import StreamRecipe
-from rewrite.outcomes import Change
-from rewrite.pipeline import convert
+from rewrite.outcomes import Contract, Selection
 from rewrite.protocol import Pass
-from rewrite.report import Report
-from rewrite.sharded.recipes import FolderRecipe, run, unmet
-
-_BIAS_FLAGS = ("attention_bias", "mlp_bias", "use_bias", "bias", "qkv_bias", "add_bias_linear")
-"""What configurations call the wish for biases."""
+from rewrite.report import PassReport, Report
+from rewrite.runtime.inputs import ExampleCall
+from rewrite.sharded.configuration import Holding, Wanted, find_holding, present
+from rewrite.sharded.dry_run import ShapeStore, Touched, adds_bias
+from rewrite.sharded.on_meta import apply_on_meta, recipes_of
+from rewrite.sharded.recipes import FolderRecipe, Step, steps_of, unmet
+from rewrite.sharded.values import FolderValues
 
 
 @dataclass(frozen=True)
@@ -50,21 +48,32 @@ class FolderPlan:
 
     Attributes:
         structure: the model on meta, as the folder has it.
-        recipes: what is run, in order.
+        steps: what is run, in order.
         made: the tensors that are written, by their name in the new folder.
+        passing: those that a step writes and a later one takes away, by that name.
+        gone: the tensors of the old folder that the new one has not.
         config: the new configuration.
         report: what the passes did and what they left alone.
+        contract: the weakest of the passes that changed something.
     """
 
     structure: Structure
-    recipes: Sequence[FolderRecipe]
+    steps: Sequence[Step]
     made: Mapping[str, Made]
+    passing: Mapping[str, Made]
+    gone: frozenset[str]
     config: Mapping[str, Any]
     report: Report
+    contract: Contract
 
     def place(self, name: str) -> str:
         """Return the name in the new folder of a tensor of the model."""
         return name if name in self.made else self.structure.stored.get(name, name)
+
+    def made_of(self, name: str) -> Made:
+        """Return type and shape of a tensor of the model that a step writes."""
+        place = self.place(name)
+        return self.made[place] if place in self.made else self.passing[place]
 
 
 def plan_folder(
@@ -74,206 +83,173 @@ def plan_folder(
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
 ) -> FolderPlan:
-    """Decide everything; read no tensor.
+    """Decide everything; read no tensor but those whose values a pass asks for.
 
     Raises:
-        OptionError: a pass whose changes cannot be run tensor by tensor.
+        OptionError: a pass whose changes cannot be run tensor by tensor, or none of whose changes
+            the class of the folder can hold.
         CheckpointError: a tensor that is read or written is not in the folder as it has to be.
     """
-    left: dict[str, str] = {}
+    chosen = registry.as_passes(passes)
+    calls = known_calls(structure.model, None, None)
+    selections = [Selection(tuple(only), tuple(skip)) for _ in chosen]
     while True:
-        plan = _planned(folder, structure, passes, only, (*skip, *left))
-        wrong = _weighted(folder, plan)
-        if wrong:
-            left |= dict.fromkeys(wrong, "a norm of it has a weight that is not one: fold it first")
-            continue
-        if plan.config:
-            break
-        # The class cannot hold the result: the sites that add a bias are left alone.
-        adding = {c.target for c in plan.report.changes if _adds_bias(c.recipe)}
-        if not adding:
+        draft = _Draft(folder, structure, calls)
+        wrong: dict[tuple[int, str], str] = {}
+        for number, pass_ in enumerate(chosen):
+            wrong = draft.add(number, pass_, selections[number])
+            if wrong:
+                break
+        holding = None
+        if not wrong:
+            holding = draft.holding()
+            wrong = draft.broken(holding)
+        if holding is not None and not wrong:
+            return draft.finished(holding, chosen)
+        if not wrong:
             kind = type(structure.model).__name__
             raise CheckpointError(f"{folder.path}: no configuration of {kind} holds the result")
-        left |= dict.fromkeys(adding, "a bias would appear that its class cannot be asked for")
-    return replace(plan, report=_with_reasons(plan.report, left))
+        for (number, target), reason in wrong.items():
+            old = selections[number]
+            selections[number] = replace(old, left_out={**old.left_out, target: reason})
+        _check_something_is_left(folder, draft, wrong)
 
 
-def _planned(
-    folder: CheckpointFolder, structure: Structure, passes: Any, only: Any, skip: Any
-) -> FolderPlan:
-    report = convert(structure.model, passes, only=only, skip=skip, verify=False).report
-    recipes: list[FolderRecipe] = []
-    for change in report.changes:
-        known = change.recipe.get("do") in (KIND, STREAM)
-        recipe = from_data(change.recipe) if known else None
-        if isinstance(recipe, StreamRecipe):
-            _check_map(change, structure)
-            recipes.append(recipe)
-        elif isinstance(recipe, ReaderRecipe):
-            recipes.append(_kept(recipe))
-        else:
-            raise OptionError(
-                f"{change.target}: its change cannot be run tensor by tensor; load the model and "
-                "convert it in memory"
-            )
-    made = _dry_run(folder, structure, recipes)
-    config = _config(folder, structure, made)
-    return FolderPlan(structure, recipes, made, config or {}, report)
+def _check_something_is_left(
+    folder: CheckpointFolder, draft: _Draft, wrong: Mapping[tuple[int, str], str]
+) -> None:
+    """Raise OptionError where the class of a folder can hold no change of a stream at all."""
+    sites = [(number, change.target) for number, change, _ in draft.sites]
+    streams = [site for site, (_, _, r) in zip(sites, draft.sites, strict=True)
+               if isinstance(r, StreamRecipe)]  # fmt: skip
+    if streams and set(sites) == wrong.keys() and all("RMSNorm" in r for r in wrong.values()):
+        target, reason = next(iter(wrong.items()))
+        raise OptionError(f"{folder.path}: {target[1]}: {reason}")
 
 
-def _kept(recipe: ReaderRecipe) -> ReaderRecipe:
-    """Return a recipe whose norm keeps its tensors: its class is told by the configuration."""
-    if not recipe.gone:
-        return recipe
-    neutral = {recipe.weight: (1.0 - recipe.offset) / recipe.factor}
-    if recipe.bias is not None:
-        neutral[recipe.bias] = 0.0
-    return replace(recipe, neutral=neutral, gone=())
-
-
-def _dry_run(
-    folder: CheckpointFolder, structure: Structure, recipes: Sequence[FolderRecipe]
-) -> dict[str, Made]:
-    """Run the recipes on tensors without numbers; return what they write."""
-    edits = [edit for r in recipes if isinstance(r, ReaderRecipe) for edit in r.edits]
-    new = {edit["into"] for edit in edits if _is_untied(folder, structure, edit)}
-    store = _ShapeStore(folder, structure, new)
-    for recipe in recipes:
-        run(recipe, store)
-    return {name: Made(type_name(t.dtype), tuple(t.shape)) for name, t in store.held.items()}
-
-
-class _ShapeStore:
-    """The tensors of a folder without their numbers; what is written stands beside them.
+class _Draft:
+    """The steps of the passes so far, and what they touch.
 
     Args:
         folder: the old folder.
-        structure: which tensor of the folder each name of the model stands for.
-        new: the names that get a tensor of their own, where they shared one.
+        structure: its model on meta, which is not changed.
+        calls: those that may be observed.
     """
 
-    def __init__(self, folder: CheckpointFolder, structure: Structure, new: set[str]) -> None:
-        self.held: dict[str, Tensor] = {}
-        self._folder, self._structure, self._new = folder, structure, new
+    def __init__(
+        self, folder: CheckpointFolder, structure: Structure, calls: Sequence[ExampleCall]
+    ) -> None:
+        self.sites: list[tuple[int, Any, FolderRecipe]] = []
+        self._folder, self._structure, self._calls = folder, structure, calls
+        self._model: nn.Module = structure.model
+        self._store = ShapeStore(folder, structure)
+        self._steps: list[Step] = []
+        self._touched: list[Touched] = []
+        self._owners: list[list[tuple[int, str]]] = []
+        self._reports: list[PassReport] = []
+        self._notes: list[str] = []
 
-    def get(self, name: str) -> Tensor:
-        """Return a tensor on the meta device.
+    def _values(self, count: int | None = None) -> FolderValues:
+        """Return the values of tensors before a step; after all of them without a number."""
+        written = [touched.written for touched in self._touched]
+        return FolderValues(self._folder, self._structure, self._steps[:count], written[:count])
 
-        Raises:
-            CheckpointError: there is none, or it is of a type that is not computed with.
-        """
-        if self._place(name) in self.held:
-            return self.held[self._place(name)]
-        stored = self._structure.stored.get(name, name)
-        if not self._folder.holds(stored):
-            raise CheckpointError(
-                f"{self._folder.path}: has no tensor {name}, which the plan reads"
-            )
-        entry = self._folder.entry(stored)
-        if entry.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{self._folder.path}: {stored} is of type {entry.dtype}, which is not computed "
-                "with"
-            )
-        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+    def add(self, number: int, pass_: Pass, selection: Selection) -> dict[tuple[int, str], str]:
+        """Plan one pass more; return the sites that cannot stay, with the reason."""
+        applied, report = apply_on_meta(pass_, self._model, selection, self._calls, self._values())
+        recipes = recipes_of(applied)
+        self._notes += [note for note in applied.notes if note not in self._notes]
+        self._reports.append(report)
+        for places in steps_of(recipes):
+            step = tuple(recipes[place] for place in places)
+            owners = [(number, applied.changes[place].target) for place in places]
+            if (name := unmet(step, self._values())) is not None:
+                return dict.fromkeys(owners, f"{name} is not what the norm needs: fold it first")
+            self._steps.append(step)
+            self._touched.append(self._store.run(step))
+            self._owners.append(owners)
+        self.sites += [(number, c, r) for c, r in zip(applied.changes, recipes, strict=True)]
+        self._model = applied.model
+        return {}
 
-    def set(self, name: str, tensor: Tensor) -> None:
-        """Remember a tensor that is written."""
-        self.held[self._place(name)] = tensor
+    def holding(self) -> Holding | None:
+        """Return the configuration under which the class holds the result, None without one."""
+        return find_holding(self._folder, self._structure, self._wanted())
 
-    def delete(self, name: str) -> None:
-        """Do nothing: the configuration says which tensors there are."""
+    def _wanted(self) -> Wanted:
+        gone = self._gone()
+        names = present(self._structure) | self._store.held.keys()
+        left = frozenset(name for name in names if self._store.place(name) not in self._store.gone)
+        return Wanted(left - gone, self._appeared(), gone, frozenset(self._exchanged()))
 
-    def _place(self, name: str) -> str:
-        return name if name in self._new else self._structure.stored.get(name, name)
+    def _gone(self) -> frozenset[str]:
+        gone = {name for touched in self._touched for name in touched.gone}
+        return frozenset(n for n in gone if self._store.place(n) in self._store.gone)
 
+    def _appeared(self) -> frozenset[str]:
+        appeared = {name for touched in self._touched for name in touched.appeared}
+        return frozenset(name for name in appeared if name in self._store.held)
 
-def _is_untied(folder: CheckpointFolder, structure: Structure, edit: Mapping[str, Any]) -> bool:
-    """Return whether an edit gives a layer its own copy of a tensor that it shares.
+    def _exchanged(self) -> dict[str, tuple[int, str]]:
+        """Return the norms that have to become RMSNorms, and the site that says so."""
+        found: dict[str, tuple[int, str]] = {}
+        for number, change, recipe in self.sites:
+            if isinstance(recipe, StreamRecipe) and recipe.map["kind"] == "centre":
+                found |= dict.fromkeys(recipe.norms, (number, change.target))
+        return found
 
-    Raises:
-        CheckpointError: the folder keeps the shared tensor under the name of that layer.
-    """
-    place = structure.stored.get(edit["into"])
-    shared = {name for name, stored in structure.stored.items() if stored == place}
-    if place is None or shared <= {edit["into"], *edit["aliases"]}:
-        return False
-    if place == edit["into"]:
-        raise CheckpointError(
-            f"{folder.path}: {place} is what its other layers share, too; load the model and "
-            "convert it in memory"
-        )
-    return True
+    def broken(self, holding: Holding | None) -> dict[tuple[int, str], str]:
+        """Return the sites whose result the class cannot hold, with the reason."""
+        if holding is not None:
+            return self._shifted(holding)
+        kind = type(self._structure.model).__name__
+        exchanged = self._exchanged()
+        if exchanged:
+            reason = f"no configuration of {kind} asks for RMSNorms, so no folder can hold it"
+            return dict.fromkeys(exchanged.values(), reason)
+        wrong: dict[tuple[int, str], str] = {}
+        for touched, owners, step in zip(self._touched, self._owners, self._steps, strict=True):
+            new = sorted(touched.appeared - self._structure.stored.keys())
+            if any(map(adds_bias, step)):
+                reason = "a bias would appear that its class cannot be asked for"
+            elif new:
+                reason = f"{new[0]} would appear, which no configuration of {kind} holds"
+            elif touched.gone:
+                name = min(touched.gone)
+                reason = f"{name} would go, and every configuration of {kind} holds it"
+            else:
+                continue
+            wrong |= dict.fromkeys(owners, reason)
+        return wrong
 
+    def _shifted(self, holding: Holding) -> dict[tuple[int, str], str]:
+        """Return the sites that would lose a bias which is not zero."""
+        wrong = {}
+        exchanged, values = self._exchanged(), self._values()
+        for name in sorted(holding.rms):
+            bias = f"{name}.bias"
+            if self._folder.holds(self._store.place(bias)) and bool(values(bias).any()):
+                reason = f"{bias} is not zero, and RMSNorms of its class have none: fold it first"
+                wrong[exchanged[name]] = reason
+        return wrong
 
-def _config(
-    folder: CheckpointFolder, structure: Structure, made: Mapping[str, Made]
-) -> dict[str, Any] | None:
-    """Return the configuration under which the class holds the result, None without one."""
-    own = dict(folder.config)
-    appeared = [name for name in made if not folder.holds(name)]
-    if not appeared:
-        return own
-    if any(name in structure.stored for name in appeared):
-        own["tie_word_embeddings"] = False
-    names = {*_present(structure), *made}
-    flags = [flag for flag in _BIAS_FLAGS if own.get(flag) is False]
-    for count in range(len(flags) + 1):
-        for chosen in itertools.combinations(flags, count):
-            config = {**own, **dict.fromkeys(chosen, True)}
-            model = build(folder, config, meta_buffers=True)
-            tensors = {
-                **dict(model.named_parameters(remove_duplicate=False)), **persistent(model)
-            }  # fmt: skip
-            groups: dict[int, set[str]] = {}
-            for name, tensor in tensors.items():
-                groups.setdefault(id(tensor), set()).add(name)
-            if all(group & names for group in groups.values()) and set(appeared) <= set(tensors):
-                return config
-    return None
-
-
-def _present(structure: Structure) -> set[str]:
-    """Return the names of a model that stand in its folder: one of those that share a tensor."""
-    first = {place: name for name, place in reversed(list(structure.stored.items()))}
-    return {place if place in structure.stored else name for place, name in first.items()}
-
-
-def _adds_bias(recipe: Mapping[str, Any]) -> bool:
-    edits = recipe.get("edits", ())
-    return any(edit.get("shifts") and not edit["has_bias"] for edit in edits)
-
-
-def _check_map(change: Change, structure: Structure) -> None:
-    """Refuse a stream that was centred: its norms are of another class."""
-    if change.recipe["map"]["kind"] == "centre":
-        kind = type(structure.model).__name__
-        raise OptionError(
-            f"{change.target}: no configuration of {kind} asks for RMSNorms, so no folder can "
-            "hold the result; load the model and convert it in memory"
-        )
-
-
-def _weighted(folder: CheckpointFolder, plan: FolderPlan) -> set[str]:
-    """Return the sites that rely on a norm without weight where the folder has one."""
-
-    def read(name: str) -> Tensor:
-        return folder.read(plan.structure.stored.get(name, name))
-
-    changes = list(plan.report.changes)
-    return {changes[place].target for place in unmet(plan.recipes, read)}
+    def finished(self, holding: Holding, chosen: Sequence[Pass]) -> FolderPlan:
+        """Return the plan."""
+        dropped = {self._store.place(f"{name}.bias") for name in holding.rms}
+        every = {name: _made(tensor) for name, tensor in self._store.ever.items()}
+        kept = self._store.held.keys() - dropped
+        made = {name: held for name, held in every.items() if name in kept}
+        passing = {name: held for name, held in every.items() if name not in kept}
+        gone = {n for n in self._store.gone | dropped if self._folder.holds(n)} - made.keys()
+        numbers = {number for number, _, _ in self.sites}
+        contracts = [pass_.contract for n, pass_ in enumerate(chosen) if n in numbers]
+        order = list(Contract)
+        return FolderPlan(
+            self._structure, tuple(self._steps), made, passing, frozenset(gone), holding.config,
+            Report(tuple(self._reports), tuple(self._notes)),
+            max(contracts, key=order.index, default=Contract.EXACT),
+        )  # fmt: skip
 
 
-def _with_reasons(report: Report, left: Mapping[str, str]) -> Report:
-    """Return the report with the true reason of what was left alone here."""
-    parts = tuple(
-        replace(
-            part,
-            skips=tuple(
-                replace(skip, reason=left[skip.target]) if skip.target in left else skip
-                for skip in part.skips
-            ),
-        )
-        for part in report.passes
-    )
-    return replace(report, passes=parts)
+def _made(tensor: Tensor) -> Made:
+    return Made(type_name(tensor.dtype), tuple(tensor.shape))

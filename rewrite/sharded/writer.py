@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class FolderWriter:
         folder: the old one.
         stage: an empty folder.
         made: what will be written, by name.
+        gone: what the new folder has not.
         config: the new configuration.
     """
 
@@ -46,17 +47,21 @@ class FolderWriter:
         folder: CheckpointFolder,
         stage: Path,
         made: Mapping[str, Made],
+        gone: Collection[str],
         config: Mapping[str, Any],
     ) -> None:
         self._folder, self._stage, self._config = folder, stage, config
         self._made = dict(_parts_of(folder, made))
+        parts = [folder.merged[n].parts if n in folder.merged else (n,) for n in gone]
+        self._gone = {name for each in parts for name in each}
         self._files: dict[str, int] = {}
         self._entries: dict[str, tuple[str, int, Entry]] = {}
-        self._places = dict(folder.places)
+        self._places = {n: shard for n, shard in folder.places.items() if n not in self._gone}
 
     def __enter__(self) -> FolderWriter:
         for shard in self._folder.shards:
-            self._open(shard, self._contents(shard))
+            if (contents := self._contents(shard)) or self._folder.index is None:
+                self._open(shard, contents)
         new = {name: made for name, made in self._made.items() if name not in self._folder.places}
         if new and self._folder.index is not None:
             self._open(NEW_SHARD, {name: _sized(made) for name, made in new.items()})
@@ -70,6 +75,8 @@ class FolderWriter:
         """Return what a shard of the new folder holds, in the order of the old one."""
         found = {}
         for name, entry in self._folder.shards[shard].entries.items():
+            if name in self._gone:
+                continue
             made = self._made.get(name)
             found[name] = (entry.dtype, entry.shape, entry.size) if made is None else _sized(made)
         if self._folder.index is None:
@@ -111,6 +118,8 @@ class FolderWriter:
         step = Countdown(progress, "copying", len(shards))
         for shard, old in shards.items():
             step(shard)
+            if shard not in self._files:
+                continue  # all of its tensors are gone
             source = os.open(old.path, os.O_RDONLY)
             try:
                 for begin, length, at in self._runs(shard):
@@ -123,7 +132,7 @@ class FolderWriter:
         old = self._folder.shards[shard]
         runs: list[tuple[int, int, int]] = []
         for name, entry in old.entries.items():
-            if name in self._made or not entry.size:
+            if name in self._made or name in self._gone or not entry.size:
                 continue
             _, data, mine = self._entries[name]
             begin, at = old.data + entry.begin, data + mine.begin

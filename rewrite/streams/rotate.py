@@ -58,7 +58,7 @@ class RotatePlanner(StreamPlanner):
                 continue
             name, wanted = norm.weight.tensor, (1.0 - norm.weight.offset) / norm.weight.factor
             owner, _, attr = name.rpartition(".")
-            tensor = self.captured.tensor(TensorRef(owner, attr))
+            tensor = self.captured.values(TensorRef(owner, attr))
             if tensor.device.type != "meta" and not bool((tensor == wanted).all()):
                 raise Unfollowed(
                     f"{self.name_of(values, norm)} has a weight that is not one: fold it first"
