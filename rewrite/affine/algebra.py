@@ -224,7 +224,7 @@ def absorbed_bias(
     old = weight.detach()
     shift = torch.zeros(layout.out_channels(old), dtype=torch.float64, device=old.device)
     if bias is not None:
-        shift = shift + bias.detach().double()
+        shift = shift + bias.detach().double().to(old.device)
     if input_side is not None and bool(input_side.shift.any()):
         shift = shift + shift_through(old, layout, input_side.shift.to(old.device))
     if output_side is not None:

@@ -144,7 +144,7 @@ def _norm_refusal(
         return "has no affine part, and its statistics depend on the input"
     if (reader := planner.reader(layer, calls)) is not None:
         return reader
-    if layer.mean is not None and captured.tensor(layer.mean).is_meta:
+    if layer.mean is not None and captured.numbers is None and captured.tensor(layer.mean).is_meta:
         return "has no values (it is on the meta device)"
     return ""
 

@@ -70,6 +70,8 @@ def run_recipes(recipes: Sequence[Recipe], store: TensorStore, exact: Exact | No
             old = store.get(name)
             store.set(name, torch.full_like(old, value))
             unrounded[name] = partial(torch.full, old.shape, value, dtype=torch.float64)
+        for name in recipe.gone if isinstance(recipe, FoldRecipe) else ():
+            store.delete(name)
     for recipe in merges:
         unrounded |= run_merge(recipe, store, unrounded)
     if exact is not None:
@@ -110,7 +112,8 @@ def _enter(recipe: FoldRecipe, ledger: Ledger, store: TensorStore) -> None:
     def why() -> str:
         return culprit(origin, lambda ref: store.get(ref.name)) if isinstance(origin, Layer) else ""
 
-    _check(recipe.target, recipe.requirements, affine, dtype, why)
+    if not affine.scale.is_meta:
+        _check(recipe.target, recipe.requirements, affine, dtype, why)
     if isinstance(origin, Layer):
         ledger.forget(origin)
     for move in recipe.moves:

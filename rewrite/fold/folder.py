@@ -98,7 +98,7 @@ class Folder:
         self.captured = captured
         self.compensate = compensate
         self.planner = Planner(captured, clone_shared=unshare, bake=bake, products=products)
-        self.ledger = Ledger(captured.tensor)
+        self.ledger = Ledger(captured.values)
 
     def fold_at(self, source: Source, affine: Affine) -> Fold | Declined:
         """Fold `affine`, a map that no node of the model computes, at `source`."""
@@ -144,7 +144,7 @@ class Folder:
 
     def _blame(self, source: Source, reason: str) -> str:
         """Return a reason with the tensor at fault, where it is one of a norm."""
-        why = "" if source.layer is None else culprit(source.layer, self.captured.tensor)
+        why = "" if source.layer is None else culprit(source.layer, self.captured.values)
         return f"{reason}: {why}" if why else reason
 
     def _uneditable(self, source: Source) -> str | None:

@@ -57,6 +57,7 @@ class FoldRecipe:
         moves: which layers absorb which part.
         aliases: other names of those layers' modules, by the name of the layer.
         neutral: what becomes of the tensors of a norm that has to keep them: all ones, all zeros.
+        gone: the tensors that go, where a store is to be told so.
     """
 
     target: str
@@ -65,6 +66,7 @@ class FoldRecipe:
     moves: tuple[Move, ...]
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     neutral: Mapping[str, float] = field(default_factory=dict)
+    gone: tuple[str, ...] = ()
 
     def layers(self) -> tuple[Layer, ...]:
         """Return the layers that absorb something."""

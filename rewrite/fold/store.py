@@ -86,12 +86,18 @@ class ModelStore:
                         self._unnamed[name] = (layer, attr)
 
     def get(self, name: str) -> Tensor:
-        """Return a tensor of the model."""
+        """Return a tensor of the model; a vector with its values, wherever those are."""
         owner, _, attr = name.rpartition(".")
-        return self.captured.tensor(TensorRef(owner, attr))
+        tensor = self.captured.tensor(TensorRef(owner, attr))
+        return self.captured.values(TensorRef(owner, attr)) if tensor.ndim <= 1 else tensor
 
     def set(self, name: str, tensor: Tensor) -> None:
-        """Give a layer its new tensor; one that is meant at single calls gets it in `finish`."""
+        """Give a layer its new tensor; one that is meant at single calls gets it in `finish`.
+
+        A model without values stays without.
+        """
+        if self.captured.numbers is not None:
+            tensor = tensor.to("meta")
         if name in self._unnamed:
             layer, attr = self._unnamed[name]
             if layer.call is not None and layer.module is not None:

@@ -42,8 +42,32 @@ if TYPE_CHECKING:
 _NOT_TRACED = "is not called in any traced forward"
 
 
+class HasValues:
+    """What holds tensors, and may be told what those without values (meta) hold.
+
+    Attributes:
+        numbers: returns such a tensor by its name: it is read from a checkpoint folder.
+    """
+
+    numbers: Callable[[str], torch.Tensor] | None = None
+
+    def tensor(self, ref: TensorRef) -> torch.Tensor:
+        """Return the tensor that `ref` names."""
+        raise NotImplementedError
+
+    def values(self, ref: TensorRef) -> torch.Tensor:
+        """Return the tensor that `ref` names with its values, wherever they are.
+
+        Without `numbers` one that has none is on the meta device.
+        """
+        tensor = self.tensor(ref)
+        if tensor.is_meta and self.numbers is not None:
+            return self.numbers(ref.name)
+        return tensor
+
+
 @dataclass(eq=False)
-class Captured:
+class Captured(HasValues):
     """A captured model as evidence: it answers questions, and nothing of it edits.
 
     `capture` returns an `Editable`, which is one with an editor; `find` gets the evidence alone.
@@ -59,7 +83,6 @@ class Captured:
         example_calls, example_inputs: calls that may be observed, and what it was captured on.
         observed: what the calls showed (`rewrite.observe`), once somebody asked.
         unobserved: why they could not be observed, or "".
-        numbers: what a tensor without values (meta) holds, by its name, where that can be asked.
     """
 
     model: nn.Module
@@ -73,7 +96,6 @@ class Captured:
     example_inputs: Inputs | None = None
     observed: Any = field(default=None, repr=False)
     unobserved: str = ""
-    numbers: Callable[[str], torch.Tensor] | None = field(default=None, repr=False)
 
     # -- modules ------------------------------------------------------------------------------
 
@@ -203,17 +225,6 @@ class Captured:
         value = getattr(self.module(ref.owner), ref.attr)
         assert isinstance(value, torch.Tensor), f"{ref.name} is no tensor"
         return value
-
-    def values(self, ref: TensorRef) -> torch.Tensor:
-        """Return the tensor that `ref` names with its values, wherever they are.
-
-        It is read from the shards of a checkpoint folder, where the model has none; without them
-        it is on the meta device.
-        """
-        tensor = self.tensor(ref)
-        if tensor.is_meta and self.numbers is not None:
-            return self.numbers(ref.name)
-        return tensor
 
     def tied(self, ref: TensorRef) -> tuple[TensorRef, ...]:
         """Return every other place that holds the same tensor, or a view of the same storage."""

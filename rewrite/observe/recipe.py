@@ -113,7 +113,9 @@ class ReaderRecipe:
                 write(name, new)
                 unrounded[name] = partial(scaled, torch.float64)
         for name, neutral in self.neutral.items():
-            write(name, torch.full_like(read(name), neutral))
+            old = read(name)
+            write(name, torch.full_like(old, neutral))
+            unrounded[name] = partial(torch.full, old.shape, neutral, dtype=torch.float64)
 
 
 def exact(

@@ -6,7 +6,7 @@ says which one is not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rewrite.errors import CheckpointError
+from rewrite.fold.recipes import FoldRecipe
 from rewrite.hub.folder import CheckpointFolder
 from rewrite.hub.safetensors_file import DTYPES
 from rewrite.hub.structure import Structure
@@ -43,6 +44,8 @@ class ShapeStore:
         folder: the old folder.
         structure: which tensor of the folder each name of the model stands for.
 
+    A fold is told the values of vectors: whether a bias appears depends on them.
+
     Attributes:
         held: what was written, by its name in the new folder.
         ever: the same, with what was taken away again.
@@ -57,15 +60,21 @@ class ShapeStore:
         self._new: set[str] = set()
         self._written: set[str] = set()
         self._deleted: set[str] = set()
+        self._values: Callable[[str], Tensor] | None = None
 
-    def run(self, step: Step) -> Touched:
+    def run(self, step: Step, values: Callable[[str], Tensor]) -> Touched:
         """Run one step; return what it touched.
+
+        Args:
+            step: it.
+            values: returns a tensor as it is before the step, by its name in the model.
 
         Raises:
             CheckpointError: a tensor that it reads is not in the folder as it has to be.
         """
         self._new |= _untied(self._folder, self._structure, step)
         self._written, self._deleted = set(), set()
+        self._values = values if any(isinstance(r, FoldRecipe) for r in step) else None
         run(step, self)
         kept = {self.place(name) for name in self._written}
         gone = {name for name in self._deleted if self.place(name) not in kept}
@@ -81,7 +90,7 @@ class ShapeStore:
             CheckpointError: there is none, or it is of a type that is not computed with.
         """
         if self.place(name) in self.held:
-            return self.held[self.place(name)]
+            return self._told(name, self.held[self.place(name)])
         stored = self._structure.stored.get(name, name)
         if not self._folder.holds(stored) or self.place(name) in self.gone:
             raise CheckpointError(
@@ -93,11 +102,15 @@ class ShapeStore:
                 f"{self._folder.path}: {stored} is of type {entry.dtype}, which is not computed "
                 "with"
             )
-        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+        empty = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+        return self._told(name, empty)
+
+    def _told(self, name: str, empty: Tensor) -> Tensor:
+        return empty if self._values is None or empty.ndim > 1 else self._values(name)
 
     def set(self, name: str, tensor: Tensor) -> None:
         """Remember a tensor that is written."""
-        self.held[self.place(name)] = self.ever[self.place(name)] = tensor
+        self.held[self.place(name)] = self.ever[self.place(name)] = tensor.to("meta")
         self._written.add(name)
 
     def delete(self, name: str) -> None:

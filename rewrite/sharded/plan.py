@@ -122,7 +122,7 @@ def _check_something_is_left(
     sites = [(number, change.target) for number, change, _ in draft.sites]
     streams = [site for site, (_, _, r) in zip(sites, draft.sites, strict=True)
                if isinstance(r, StreamRecipe)]  # fmt: skip
-    if streams and set(sites) == wrong.keys() and all("RMSNorm" in r for r in wrong.values()):
+    if streams and set(sites) == wrong.keys() and all("asks for" in r for r in wrong.values()):
         target, reason = next(iter(wrong.items()))
         raise OptionError(f"{folder.path}: {target[1]}: {reason}")
 
@@ -149,10 +149,10 @@ class _Draft:
         self._reports: list[PassReport] = []
         self._notes: list[str] = []
 
-    def _values(self, count: int | None = None) -> FolderValues:
-        """Return the values of tensors before a step; after all of them without a number."""
-        written = [touched.written for touched in self._touched]
-        return FolderValues(self._folder, self._structure, self._steps[:count], written[:count])
+    def _values(self) -> FolderValues:
+        """Return the values of tensors as they are after the steps so far."""
+        written = tuple(touched.written for touched in self._touched)
+        return FolderValues(self._folder, self._structure, tuple(self._steps), written)
 
     def add(self, number: int, pass_: Pass, selection: Selection) -> dict[tuple[int, str], str]:
         """Plan one pass more; return the sites that cannot stay, with the reason."""
@@ -165,8 +165,9 @@ class _Draft:
             owners = [(number, applied.changes[place].target) for place in places]
             if (name := unmet(step, self._values())) is not None:
                 return dict.fromkeys(owners, f"{name} is not what the norm needs: fold it first")
+            values = self._values()
             self._steps.append(step)
-            self._touched.append(self._store.run(step))
+            self._touched.append(self._store.run(step, values))
             self._owners.append(owners)
         self.sites += [(number, c, r) for c, r in zip(applied.changes, recipes, strict=True)]
         self._model = applied.model

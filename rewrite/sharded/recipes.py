@@ -62,12 +62,14 @@ def _fold_kept(recipe: FoldRecipe, change: Change) -> FoldRecipe:
     """Return a fold whose batch norm stays, with statistics and weights that do nothing."""
     norm = recipe.origin
     gone = {key for key, new in change.keys.items() if new is None}
-    if not isinstance(norm, Layer) or not gone:
-        return recipe
+    if not isinstance(norm, Layer):
+        return replace(recipe, gone=tuple(gone))
     values = {"weight": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0 - norm.eps}
     held = {key: ref for key in values if (ref := getattr(norm, key)) is not None}
     neutral = {ref.name: values[key] for key, ref in held.items() if ref.name in gone}
-    return replace(recipe, neutral={**recipe.neutral, **neutral})
+    counts = {key for key in gone if key.endswith("num_batches_tracked")}
+    rest = gone - neutral.keys() - counts
+    return replace(recipe, neutral={**recipe.neutral, **neutral}, gone=tuple(rest))
 
 
 def steps_of(recipes: Sequence[FolderRecipe]) -> list[tuple[int, ...]]:
