@@ -32,7 +32,7 @@ from rewrite.progress import Countdown
 from rewrite.runtime.configured.maker import InputMaker
 from rewrite.runtime.float64 import KeepFloat64
 from rewrite.sharded.plan import FolderPlan
-from rewrite.sharded.recipes import layers_of, maps_of
+from rewrite.sharded.recipes import FolderRecipe, layers_of, maps_of
 from rewrite.weights.tensor_recipe import Computed
 
 _ROUNDINGS = 4
@@ -82,7 +82,10 @@ def prove(
     cases: list[Case] = []
     with torch.no_grad(), KeepFloat64():
         try:
-            blocks, apart = _comparable(blocks_of(old), plan)
+            # Weights that are drawn anew compute what they did in no block.
+            drawn = plan.contract is Contract.REDEFINING
+            recipes = [recipe for step in plan.steps for recipe in step]
+            blocks, apart = _comparable([] if drawn else blocks_of(old), recipes)
             with _streamed(old, reads[0]), _streamed(new, reads[1]):
                 with _beside(old, new, blocks, maps_of(plan.steps), cases, say):
                     expected = old(**inputs)
@@ -118,7 +121,7 @@ def prove(
         )
     count = f"{len(cases) - 1} block{'' if len(cases) == 2 else 's'}"
     note = f"{count} and the output compared in float64, one module in memory"
-    left = f"compared in the output only, since a map crosses their border: {', '.join(apart)}"
+    left = f"compared in the output only, since a map at its border moved: {', '.join(apart)}"
     return Proof(verification, (note, *((left,) if apart else ())))
 
 
@@ -297,17 +300,16 @@ def _logits(output: Any) -> Any:
     return output[0] if not isinstance(output, Tensor) else output
 
 
-def _comparable(blocks: Sequence[str], plan: FolderPlan) -> tuple[list[str], list[str]]:
+def _comparable(
+    blocks: Sequence[str], recipes: Sequence[FolderRecipe]
+) -> tuple[list[str], list[str]]:
     """Return the blocks that compute what they did, and those whose border a map crosses.
 
     A post-norm block ends in its norm: where that goes into a reader outside, the block returns
-    another value, and a block that holds the reader wants another. Weights that are drawn anew
-    compute what they did nowhere.
+    another value, and a block that holds the reader wants another.
     """
-    if plan.contract is Contract.REDEFINING:
-        return [], []
     apart: dict[str, None] = {}
-    for names in layers_of(plan.steps):
+    for names in layers_of(recipes):
         for block in blocks:
             inside = [name.startswith(f"{block}.") for name in names]
             if any(inside) and not all(inside):

@@ -123,10 +123,10 @@ def maps_of(steps: Sequence[Step]) -> list[StreamMap]:
     return [stream_map(r.map) for step in steps for r in step if isinstance(r, StreamRecipe)]
 
 
-def layers_of(steps: Sequence[Step]) -> list[set[str]]:
+def layers_of(recipes: Sequence[FolderRecipe]) -> list[set[str]]:
     """Return the layers or tensors between which each map is moved, by name."""
     found = []
-    for recipe in (recipe for step in steps for recipe in step):
+    for recipe in recipes:
         if isinstance(recipe, ReaderRecipe):
             found.append({recipe.weight, *(str(edit["weight"]) for edit in recipe.edits)})
         elif isinstance(recipe, FoldRecipe):
