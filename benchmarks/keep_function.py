@@ -146,28 +146,38 @@ def efficientnet_lite(crops: int = 10) -> Subject:
     return photo_subject("efficientnet-lite0", model, crops)
 
 
-def photo_subject(name: str, model: nn.Module, crops: int, folder: Path | None = None) -> Subject:
-    """Return a classifier of ImageNet with the photos of `foolbox`."""
+def photo_views(crops: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return random crops of the photos of `foolbox`, their centers, and the labels of those."""
     from PIL import Image
 
-    model.eval()
     files = sorted((folder_of("foolbox") / "data").glob("imagenet_*.jpg"))
     labels = torch.tensor([int(file.stem.rpartition("_")[2]) for file in files])
     photos = [Image.open(file).convert("RGB") for file in files]
     random = np.random.RandomState(1)
     centers = normalized([center_crop(photo) for photo in photos])
     views = normalized([random_crop(p, random) for p in photos for _ in range(crops)])
-    before = outputs(model, views)
+    return views, centers, labels
+
+
+def photo_subject(name: str, model: nn.Module, crops: int, folder: Path | None = None) -> Subject:
+    """Return a classifier of ImageNet with the photos of `foolbox`."""
+    views, centers, labels = photo_views(crops)
+    before = outputs(model.eval(), views)
 
     def score(changed: nn.Module) -> dict[str, float]:
         after = outputs(changed, views)
         same = (after.argmax(1) == before.argmax(1)).double().mean()
         right = (outputs(changed, centers).argmax(1) == labels).sum()
-        error = (after - before).norm() / (before - before.mean(0)).norm()
-        return {"agreement": 100 * float(same), "right of 20": float(right), "error": float(error)}
+        error = relative_error(before, after)
+        return {"agreement": 100 * float(same), "right of 20": float(right), "error": error}
 
     calibration = calibration_crops() if folder is None else crops_of(folder)
     return Subject(name, "agreement", model, views[:2], [calibration], score)
+
+
+def relative_error(before: Tensor, after: Tensor) -> float:
+    """Return ‖after - before‖ in units of how the outputs differ from input to input."""
+    return float((after - before).norm() / (before - before.mean(0)).norm())
 
 
 def calibration_crops(count: int = 96) -> Tensor:

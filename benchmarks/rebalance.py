@@ -2,7 +2,8 @@
 
     python -m benchmarks.rebalance equality [NAME ...] [--write]   the quick tier, or those named
     python -m benchmarks.rebalance equality --results FILE         goes on where FILE ends
-    python -m benchmarks.rebalance quantize [--write]              MobileNetV2, EfficientNet-Lite0
+    python -m benchmarks.rebalance quantize [--write]              MobileNetV2, EfficientNet-Lite0,
+                                                                   a thin ResNet-50
     python -m benchmarks.rebalance time [--write]                  a ResNet-50 of torchvision
 
 equality: in float64, the largest output difference relative to the largest output, for each
@@ -10,9 +11,10 @@ objective; how many groups are scaled, how many on a second run, and the same di
 `apply-map` has repeated the scales on another checkpoint (parameters and norms drawn anew), where
 they leave that one's function alone. An architecture without any ReLU has no groups.
 
-quantize: weights rounded to 256 levels a tensor, symmetric; norms folded; the top-1 agreement with
-the original on random crops of the photos of `foolbox` (`benchmarks.keep_function`). The rows with
-ReLU replace ReLU6.
+quantize: kernels rounded to 8 bits a tensor, symmetric between -max and max or asymmetric (Nagel et
+al.); norms folded; the top-1 agreement with the original on random crops of the photos of `foolbox`
+(`benchmarks.keep_function`), and the change of the logits in units of how they differ from photo to
+photo. The rows with ReLU replace ReLU6, those with clipped channels do not.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,24 +103,37 @@ def noted(results: Path | None) -> list[tuple[object, ...]]:
     return [tuple(json.loads(line)) for line in results.read_text(encoding="utf-8").splitlines()]
 
 
-def quantized(model: nn.Module, bits: int = 8) -> nn.Module:
-    """Return a copy whose kernels are rounded to 2^bits levels between -max and max, a tensor."""
-    result = copy_model(model)
+def symmetric(weight: Tensor, bits: int = 8) -> Tensor:
+    """Return a tensor rounded to 2^bits - 1 levels between -max and max."""
     levels = 2 ** (bits - 1) - 1
+    step = weight.abs().max() / levels
+    return (weight / step).round().clamp(-levels, levels) * step
+
+
+def asymmetric(weight: Tensor, bits: int = 8) -> Tensor:
+    """Return a tensor rounded to 2^bits levels between its least and its largest, 0 among them."""
+    low, high = weight.min().clamp(max=0), weight.max().clamp(min=0)
+    step = (high - low) / (2**bits - 1)
+    zero = (-low / step).round()
+    return ((weight / step).round() + zero).clamp(0, 2**bits - 1).sub(zero) * step
+
+
+def quantized(model: nn.Module, rounded: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Return a copy whose kernels are rounded, a tensor at a time."""
+    result = copy_model(model)
     with torch.no_grad():
         for module in result.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                weight = module.weight
-                step = weight.abs().max() / levels
-                module.weight = nn.Parameter((weight / step).round().clamp(-levels, levels) * step)
+                module.weight = nn.Parameter(rounded(module.weight))
     return result
 
 
 def quantization(crops: int) -> Iterator[tuple[object, ...]]:
     """Yield a row a model and a way to prepare it: agreement without and with 8 bits a tensor."""
+    from benchmarks import open_nsfw
     from benchmarks.keep_function import efficientnet_lite, mobilenet
 
-    for make in (mobilenet, efficientnet_lite):
+    for make in (mobilenet, efficientnet_lite, open_nsfw.subject):
         yield from quantizations(make(crops=crops))
 
 
@@ -141,12 +156,11 @@ def quantizations(subject: Any) -> Iterator[tuple[object, ...]]:
         model = copy_model(subject.model)
         for item in passes_:
             model = apply_pass(item, model, (subject.example,)).model
-        plain, rounded = subject.score(model), subject.score(quantized(model))
-        print(subject.name, name, plain, rounded, flush=True)
-        yield (
-            subject.name, name, f"{plain['agreement']:.0f} %", f"{rounded['agreement']:.0f} %",
-            f"{rounded['right of 20']:.0f}",
-        )  # fmt: skip
+        scores = [subject.score(model)]
+        scores += [subject.score(quantized(model, way)) for way in (symmetric, asymmetric)]
+        print(subject.name, name, scores, flush=True)
+        agreements = (f"{score['agreement']:.1f} %" for score in scores)
+        yield (subject.name, name, *agreements, *(f"{s['error']:.2f}" for s in scores[1:]))
 
 
 def times() -> Iterator[tuple[object, ...]]:
@@ -195,11 +209,13 @@ def main() -> None:
         title = "Rebalancing leaves the function alone"
     elif options.what == "quantize":
         heads = (
-            "ImageNet weights",
+            "trained weights",
             "prepared by",
             "agreement",
-            "with 8 bits a tensor",
-            "right of 20",
+            "8 bits, symmetric",
+            "asymmetric",
+            "error, symmetric",
+            "asymmetric",
         )
         rows, title = list(quantization(options.crops)), "Weights of 8 bits a tensor"
     else:
