@@ -8,7 +8,7 @@ weight belongs to a convolution in front of a norm. The floor holds the loaded m
 nothing; `copy.deepcopy` is what a conversion costs that copies first. `keep="affine"` replaces the
 norms alone; the default also moves their statistics into the convolutions before them, whose
 weights then exist twice: the original's, which stays as it was, and the result's. The command has
-no use for the original and consumes it.
+no use for the original and consumes it; the row before it is the same in Python.
 """
 
 import subprocess
@@ -62,6 +62,7 @@ BODIES = {
     'load, `convert`, `keep="affine"`': CONVERT.format("keep='affine'", ""),
     "load, `convert`": CONVERT.format("", ""),
     "load, `convert` with an example input": CONVERT.format("", EXAMPLE),
+    "the same with `consume=True`": CONVERT.format("", f"{EXAMPLE}, consume=True"),
     "the command `rewrite convert --bn-to-gn model.pt`": (
         'rewrite.cli.main.main(["convert", "--bn-to-gn", "--force", "--quiet", "model.pt"])'
     ),

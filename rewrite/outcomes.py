@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -106,6 +106,12 @@ class Selection:
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, only: str | Iterable[str], skip: str | Iterable[str]) -> Selection:
+        """Return the sites that patterns choose; one pattern may be given as it is."""
+        one, other = ((p,) if isinstance(p, str) else tuple(p) for p in (only, skip))
+        return cls(one, other)
 
     def refusal(self, target: str) -> str | None:
         """Return why `target` is not wanted, or None if it is."""

@@ -69,8 +69,8 @@ def convert(
     example_inputs: Any = None,
     example_calls: Sequence[Any] | None = None,
     calibration: Iterable[Any] | None = None,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
+    only: str | Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     verify: bool = True,
     check: bool = True,
     seed: int = 0,
@@ -93,8 +93,8 @@ def convert(
             transformers is called as its users call it: with and without a padded mask, with a
             cache, with a batch of two.
         calibration: batches for passes that fit to data.
-        only: shell patterns on qualified names; what matches none is left alone.
-        skip: shell patterns; what matches one is left alone, also where `only` matches.
+        only: one shell pattern on qualified names, or several; what matches none is left alone.
+        skip: patterns likewise; what matches one is left alone, also where `only` matches.
         verify: whether to run both models and check each pass's contract.
         check: whether a broken contract is an error; without, `report.ok` says it.
         seed: of everything random here.
@@ -127,7 +127,7 @@ def convert(
         inputs, evidence, runs and inputs is not None, verify, calibration, seed,
         progress or (lambda _: None), calls,
     )  # fmt: skip
-    selection = Selection(tuple(only), tuple(skip))
+    selection = Selection.of(only, skip)
     before: nn.Module = model
     reports: list[PassReport] = []
     for pass_ in chosen:

@@ -13,6 +13,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import models
+import rewrite
 from passes import BatchNormToGroupNorm
 from rewrite.errors import OptionError, PassError
 from rewrite.graph.captured import Captured
@@ -71,6 +72,16 @@ def test_a_graph_module_has_no_orphans_after_a_line_of_it_changed() -> None:
 )
 def test_selection(selection: Selection, reason: str | None) -> None:
     assert selection.refusal("layer1.0.bn1") == reason
+
+
+def test_a_pattern_given_as_a_text_is_one_pattern() -> None:
+    """Its characters would be patterns of their own, and "*" match everything."""
+    model, inputs = models.build("residual")
+    report = rewrite.convert(model, "fold", example_inputs=inputs, only="nothing.*").report
+    assert not report.changes and report.skips
+    report = rewrite.convert(model, "fold", example_inputs=inputs, skip="nothing.*").report
+    assert report.changes
+    assert Selection.of("a.*", ["b", "c"]) == Selection(("a.*",), ("b", "c"))
 
 
 def test_touched_names_the_target_and_every_alias() -> None:

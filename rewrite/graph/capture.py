@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from rewrite.errors import CaptureError
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
 from rewrite.runtime.inputs import ExampleCall, Inputs
@@ -28,7 +29,12 @@ def capture(
 
     Returns:
         The captured model. What cannot be traced is in `opaque`, with the reason.
+
+    Raises:
+        CaptureError: `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"a {type(model).__name__} is no torch.nn.Module: pass a model")
     tree = Tree(model)
     inputs = None if example_inputs is None else Inputs.of(example_inputs)
     regions, opaque, error = trace_regions(tree, inputs)

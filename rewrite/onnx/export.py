@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -24,13 +24,14 @@ from torch import nn
 
 from rewrite import __version__
 from rewrite.equivalence.verification import Level
-from rewrite.errors import ExportError, VerificationError, system_reason
+from rewrite.errors import ExportError, OptionError, VerificationError, system_reason
 from rewrite.files import atomic_path, check_writable, scratch_folder, together
 from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.onnx.exporters import Exporter, ExportRequest, export_program
 from rewrite.onnx.file import LARGE
 from rewrite.onnx.report import OnnxVerification
 from rewrite.onnx.verify import verify_onnx
+from rewrite.outcomes import as_choice
 from rewrite.runtime.copying import copy_model
 from rewrite.runtime.infer_inputs import infer_inputs
 from rewrite.runtime.inputs import Inputs, device_of
@@ -61,7 +62,7 @@ def export(
     metadata: Mapping[str, str] | None = None,
     exporter: Exporter = "dynamo",
     verify: bool = True,
-    level: Level = Level.QUICK,
+    level: Level | str = Level.QUICK,
     overwrite: bool = True,
     seed: int = 0,
 ) -> OnnxVerification:
@@ -79,13 +80,17 @@ def export(
         metadata: written into the file beside versions: the source, the passes, the contract.
         exporter: "dynamo", on torch.export, or "torchscript", which traces what that refuses.
         verify: whether to verify the file against the model.
-        level: how thoroughly.
+        level: how thoroughly, quick or thorough.
         overwrite: whether an existing file may be replaced.
         seed: of everything random.
 
     Raises:
         ExportError: the model cannot be exported as it is, or the exporter fails.
+        OptionError: no such exporter or level.
     """
+    level = as_choice(Level, level, "level")
+    if exporter not in get_args(Exporter):
+        raise OptionError(f"exporter is {exporter!r}; pass {', '.join(get_args(Exporter))}")
     target = check_writable(path, overwrite=overwrite)
     check_exportable(model)
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))

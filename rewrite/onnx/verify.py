@@ -39,7 +39,7 @@ from rewrite.onnx.report import Check, OnnxVerification
 from rewrite.onnx.runtime import LEVELS, Feed, as_tensor, run, session
 from rewrite.onnx.structure import check_sizes, structure_problems
 from rewrite.onnx.values import record_graph
-from rewrite.outcomes import Contract
+from rewrite.outcomes import Contract, as_choice
 from rewrite.runtime.inputs import Inputs
 from rewrite.runtime.modes import evaluating
 
@@ -52,7 +52,7 @@ def verify_onnx(
     calibration: Iterable[Any] | None = None,
     contract: Contract | str = Contract.EXACT_IN_EVAL,
     tolerance: float | None = None,
-    level: Level = Level.THOROUGH,
+    level: Level | str = Level.THOROUGH,
     expect: Mapping[str, int] | None = None,
     expect_no: Iterable[str] = (),
     repro: str | Path | None = None,
@@ -75,9 +75,10 @@ def verify_onnx(
 
     Raises:
         VerificationError: the file cannot be read or run, or the inputs do not fit it.
-        OptionError: an unknown contract, or a tolerance with one that has none.
+        OptionError: an unknown contract or level, or a tolerance with one that has none.
     """
     begin = time.perf_counter()
+    level = as_choice(Level, level, "level")
     parity = Parity(_tolerance(contract, tolerance))
     opened = open_onnx(path)
     checks = [*_structure(opened), *_check_operator_counts(opened, expect or {}, expect_no)]
@@ -134,11 +135,7 @@ def _tolerance(contract: Contract | str, tolerance: float | None) -> float | Non
     Raises:
         OptionError: there is no such contract, or it has no tolerance.
     """
-    try:
-        asked = Contract(contract)
-    except ValueError:
-        known = ", ".join(c.value for c in Contract)
-        raise OptionError(f"unknown contract {contract!r}; known are {known}") from None
+    asked = as_choice(Contract, contract, "contract")
     if asked in (Contract.APPROXIMATE, Contract.REDEFINING):
         return math.inf if tolerance is None else tolerance
     if tolerance is not None:

@@ -39,8 +39,8 @@ def convert_checkpoint(
     target: str | Path,
     passes: Pass | type[Pass] | str | Sequence[Pass | type[Pass] | str],
     *,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
+    only: str | Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     verify: bool = True,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
@@ -54,8 +54,8 @@ def convert_checkpoint(
         source: a folder with `config.json` and safetensors, of a class of transformers.
         target: where the new folder goes; it may not exist.
         passes: as for `convert`; passes whose changes can be run tensor by tensor.
-        only: shell patterns on qualified names; what matches none is left alone.
-        skip: shell patterns; what matches one is left alone.
+        only: one shell pattern on qualified names, or several; what matches none is left alone.
+        skip: patterns likewise; what matches one is left alone.
         verify: whether to run both checkpoints block by block and compare.
         seed: of the input that both are run on.
         progress: called with the name of each step as it begins.
@@ -94,8 +94,8 @@ def plan_checkpoint(
     source: str | Path,
     passes: Pass | type[Pass] | str | Sequence[Pass | type[Pass] | str],
     *,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
+    only: str | Sequence[str] = (),
+    skip: str | Sequence[str] = (),
 ) -> Report:
     """Return what `convert_checkpoint` would do; nothing is read but the heads of files."""
     structure = structure_of(open_folder(source))

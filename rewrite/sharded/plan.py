@@ -80,8 +80,8 @@ def plan_folder(
     folder: CheckpointFolder,
     structure: Structure,
     passes: Pass | type[Pass] | str | Sequence[Pass | type[Pass] | str],
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
+    only: str | Sequence[str] = (),
+    skip: str | Sequence[str] = (),
 ) -> FolderPlan:
     """Decide everything; read no tensor but those whose values a pass asks for.
 
@@ -92,7 +92,7 @@ def plan_folder(
     """
     chosen = registry.as_passes(passes)
     calls = known_calls(structure.model, None, None)
-    selections = [Selection(tuple(only), tuple(skip)) for _ in chosen]
+    selections = [Selection.of(only, skip) for _ in chosen]
     while True:
         draft = _Draft(folder, structure, calls)
         wrong: dict[tuple[int, str], str] = {}

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 
 import models
 from passes import BatchNormToGroupNorm, FoldNorm
+from rewrite.errors import CaptureError
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.operators import norm_of
@@ -517,3 +518,8 @@ def test_exported_programs_are_rewritten_like_the_eager_model(name: str):
         )
         again = torch.export.export(exported.model, inputs).module()
         torch.testing.assert_close(again(*inputs), exported.model(*inputs), rtol=0, atol=0)
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"a str is no torch\.nn\.Module"):
+        capture("resnet18")  # type: ignore[arg-type]  # the mistake that is tested

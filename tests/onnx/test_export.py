@@ -13,7 +13,7 @@ from torchvision.models import resnet18
 
 import models
 from rewrite.equivalence.verification import Level
-from rewrite.errors import CheckpointError, ExportError
+from rewrite.errors import CheckpointError, ExportError, OptionError
 from rewrite.onnx.export import check_exportable, export
 from rewrite.onnx.feeds import dynamic_axes
 from rewrite.onnx.file import open_onnx
@@ -234,6 +234,14 @@ def test_a_trace_keeps_names_and_dynamic_axes(tmp_path):
     assert dynamic_axes(opened) == {"x": {0: "batch", 2: "height", 3: "width"}}
     owners = {scope_of(node) for node in opened.model.graph.node if node.op_type == "Conv"}
     assert owners == {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+
+
+@pytest.mark.parametrize("options", [{"level": "nonsense"}, {"exporter": "nonsense"}])
+def test_an_unknown_level_or_exporter_is_refused_before_anything_is_done(tmp_path, net, options):
+    (name,) = options
+    with pytest.raises(OptionError, match=f"{name} is 'nonsense'; pass (quick|dynamo), t"):
+        export(net, tmp_path / "net.onnx", **options)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("opset", [-1, 3, 99])

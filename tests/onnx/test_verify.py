@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from rewrite.equivalence.verification import Level
-from rewrite.errors import VerificationError
+from rewrite.errors import OptionError, VerificationError
 from rewrite.onnx.verify import verify_onnx
 
 
@@ -391,6 +391,15 @@ def test_integers_fed_as_floats_are_one_clear_line(tmp_path):
     assert verify_onnx(path).ok
     with pytest.raises(VerificationError, match="takes int64, not float32; write --input 3:int64"):
         verify_onnx(path, None, (torch.ones(3),))
+
+
+def test_a_level_may_be_a_text_and_an_unknown_one_is_refused(tmp_path, net):
+    path = saved(tmp_path, graph(net))
+    for level in ("thorough", Level.THOROUGH, "quick", Level.QUICK):
+        names = [check.name for check in verify_onnx(path, net, X, level=level).checks]
+        assert ("optimization levels" in names) == (level == "thorough")
+    with pytest.raises(OptionError, match="level is 'nonsense'; pass quick, thorough"):
+        verify_onnx(path, net, X, level="nonsense")
 
 
 def test_another_number_of_outputs_is_one_clear_line(tmp_path, net):
