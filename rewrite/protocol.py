@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from torch.nn.parameter import is_lazy
+
 from rewrite.errors import OptionError, PassError, RewriteError
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
@@ -179,6 +181,7 @@ def apply_pass(
     captured = capture(model, example_inputs, calls)
     captured.numbers = numbers
     sites, skips = find_sites(pass_, captured, selection)
+    shapes = _shapes(model)
     try:
         changes = pass_.rewrite_all(captured, sites, calibration) if sites else []
         captured.editor.commit()
@@ -186,7 +189,10 @@ def apply_pass(
         raise
     except Exception as error:
         raise PassError(f"{pass_.name}: {error}") from error
-    done = tuple(_complete(captured, change) for change in _with_forwards(captured, changes))
+    done = tuple(
+        _with_shapes(_complete(captured, change), shapes)
+        for change in _with_forwards(captured, changes)
+    )
     touched = frozenset(name for change in done for name in change.touched)
     notes = (*captured.notes, *captured.code.other_entries(touched))
     return Applied(captured.model, done, tuple(skips), notes, captured.exact)
@@ -234,3 +240,29 @@ def _complete(captured: Captured, change: Change) -> Change:
         elif owner in captured.tree.names:
             touched.update(dict.fromkeys(join(alias, attr) for alias in captured.aliases(owner)))
     return replace(change, touched=tuple(touched))
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Return the shape of every tensor of floating point, by its name."""
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    return {name: list(t.shape) for name, t in tensors if t.is_floating_point() and not is_lazy(t)}
+
+
+def _with_shapes(change: Change, shapes: Mapping[str, list[int]]) -> Change:
+    """Return `change` with the shapes of what its recipe names: tensors, and those of modules."""
+    named = _strings(change.recipe)
+    read = {n: s for n, s in shapes.items() if {n, n.rpartition(".")[0] or n} & named}
+    return replace(change, recipe={**change.recipe, "shapes": read}) if read else change
+
+
+def _strings(data: Any) -> set[str]:
+    """Return every text in plain data."""
+    if isinstance(data, str):
+        return {data}
+    parts = data.values() if isinstance(data, Mapping) else data
+    if not isinstance(parts, Iterable):
+        return set()
+    return {text for part in parts if not isinstance(part, int | float) for text in _strings(part)}

@@ -3,10 +3,13 @@
     y = c * x,  y = x / c,  y = a x + b c      c: one value per channel, made of parameters
     y = d + v c x,  y = d + v x / c            addcmul, addcdiv: d and c such values
     y = x + w (c - x)                          lerp
+    y[..c..] = x[..c..] v[c]                   einsum "nchw,c->nchw"
 
-A constant is a parameter or buffer, or what a forward computes from those alone (torchvision's
-FrozenBatchNorm2d reshapes four buffers and combines them). It is evaluated in float64. A
-tensor that a forward writes into is none.
+What else combines a value with a constant per channel is declined with its name, so that it leaves
+a skip: `maximum`, a power, a product of matrices, a function that nobody knows. A constant is a
+parameter or buffer, or what a forward computes from those alone (torchvision's FrozenBatchNorm2d
+reshapes four buffers and combines them). It is evaluated in float64. A tensor that a forward
+writes into is none.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from rewrite.affine.algebra import Affine
-from rewrite.affine.laws import cast_refusal
+from rewrite.affine.laws import calls_layer, cast_refusal
 from rewrite.graph.captured import Captured
 from rewrite.graph.effects import changes_in_place
 from rewrite.graph.ranks import Ranks
@@ -31,6 +34,25 @@ from rewrite.outcomes import Declined
 
 _FUSED = ("addcmul", "addcdiv", "lerp")
 """A product and a sum in one call, of three operands."""
+
+_NO_COMBINATION = (
+    Trait.LAYER | Trait.MOVES | Trait.JOINS | Trait.SPLITS | Trait.ASKS | Trait.CASTS
+    | Trait.LIKE_SECOND
+)  # fmt: skip
+"""Layers, and what reads of the one operand no number, or none together with the other's."""
+
+_DOES = {
+    "maximum": "takes the larger of the value and the constant",
+    "minimum": "takes the smaller of the value and the constant",
+    "max": "takes the larger of the value and the constant",
+    "min": "takes the smaller of the value and the constant",
+    "clamp": "bends the value at the constant", "clamp_min": "bends the value at the constant",
+    "clamp_max": "bends the value at the constant", "prelu": "bends the value at zero",
+    "pow": "takes a power", "where": "chooses between the value and the constant",
+    "floor_divide": "rounds its quotient", "remainder": "rounds its quotient",
+    "fmod": "rounds its quotient",
+}  # fmt: skip
+"""What known operations do that is no product and no sum."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +77,12 @@ class Constants:
         self._ranks = ranks or Ranks(captured)
         self._values: dict[Node, Tensor | None] = {}
         self._constant: set[Node] = set()
+        self._not_evaluated: dict[Node, str] = {}
         for node in captured.nodes():
             if self._is_constant(node):
                 self._constant.add(node)
+            elif reason := self._why_not_evaluated(node):
+                self._not_evaluated[node] = reason
 
     def _is_constant(self, node: Node) -> bool:
         if node.op == "get_attr":
@@ -74,8 +99,28 @@ class Constants:
             return False
         return not changes_in_place(self._captured, node)
 
+    def _why_not_evaluated(self, node: Node) -> str:
+        """Return why what depends on tensors of the model alone is no constant, or ""."""
+        if node.op == "get_attr":
+            return f"the forward writes {node.target} or makes it anew, so it is no constant"
+        inputs = node.all_input_nodes
+        if node.op not in ("call_function", "call_method") or not inputs:
+            return ""
+        if not all(source in self._constant or source in self._not_evaluated for source in inputs):
+            return ""
+        for source in inputs:
+            if source in self._not_evaluated:
+                return self._not_evaluated[source]
+        name = function_name(node) or node.target
+        return f"the constant is computed by {name}, which folding does not evaluate"
+
     def value(self, node: Node) -> Tensor | None:
         """Return the float64 value of a constant, or None if `node` is none or has no value."""
+        value = self._computed(node)
+        return value if value is not None and value.is_floating_point() else None
+
+    def _computed(self, node: Node) -> Tensor | None:
+        """Return the value of a constant: float64, or the integers of an index."""
         if node not in self._constant:
             return None
         if node not in self._values:
@@ -85,7 +130,7 @@ class Constants:
     def _evaluate(self, node: Node) -> Tensor | None:
         if node.op == "get_attr":
             return self._attribute(node)
-        values = {source: self.value(source) for source in node.all_input_nodes}
+        values = {source: self._computed(source) for source in node.all_input_nodes}
         if any(value is None for value in values.values()):
             return None
         if has(node, Trait.CASTS):
@@ -104,9 +149,9 @@ class Constants:
         if held is None:
             owner, _, attr = str(node.target).rpartition(".")
             held = getattr(self._captured.module(owner), attr, None)
-        if not isinstance(held, Tensor) or not held.is_floating_point() or held.is_meta:
+        if not isinstance(held, Tensor) or held.is_meta:
             return None
-        return held.detach().double()
+        return held.detach().double() if held.is_floating_point() else held.detach()
 
     def roots(self, node: Node) -> set[str]:
         """Return the names of the parameters and buffers that a constant is made of."""
@@ -129,31 +174,74 @@ class Constants:
             return None
         constants = [n for n in node.all_input_nodes if n in self._constant]
         others = [n for n in node.all_input_nodes if n not in self._constant]
-        if constants and others and named(node, *_FUSED):
-            return self._fused(node, constants, others)
-        if len(constants) != 1 or len(others) != 1:
-            return None
-        value, operand = self.value(constants[0]), others[0]
-        if value is None:
-            return None
         call = call_of(self._captured, node)
+        if not constants or not others:
+            return self._computed_otherwise(call, others)
+        if named(node, *_FUSED):
+            return self._fused(node, constants, others)
+        if calls_layer(self._captured, node) or (call and call.operation.traits & _NO_COMBINATION):
+            return None
+        if len(constants) > 1 or len(others) > 1:
+            return self._of_several(node, constants, others)
+        value = self.value(constants[0])
+        if value is None:
+            return None if call is None else self._without_value(call, constants[0])
+        return self._of_one(node, call, constants[0], others[0], value)
+
+    def _of_one(
+        self, node: Node, call: Call | None, constant: Node, operand: Node, value: Tensor
+    ) -> ChannelConstant | Declined | None:
+        """Return how a call combines one value and one constant."""
         axes = [axis for axis in range(value.dim()) if value.shape[axis] > 1]
         if len(axes) != 1:
             return _of_other_shape(call, value)
         if call is None:
-            return Declined(
-                f"{function_name(node) or node.target} is not an operation that folding knows",
-                (node,),
-            )
-        affine = self._affine(call, constants[0], value.flatten())
-        if affine is None or isinstance(affine, Declined):
-            return affine
+            return _unknown(node)
         axis = axes[0] - value.dim()
+        if call.name == "einsum":
+            found = _diagonal_axis(node, operand, value, axes[0])
+            if found is None:
+                return Declined("is a product of matrices, or sums over an axis", (node,))
+            axis, affine = found, Affine(value.flatten(), torch.zeros_like(value.flatten()))
+        else:
+            made = self._affine(call, constant, value.flatten())
+            if isinstance(made, Declined):
+                return made
+            affine = made
         if (reason := self._unfit(call, operand, value, axis)) is not None:
             return Declined(reason, (node,))
-        roots = self.roots(constants[0])
+        roots = self.roots(constant)
         root = next(iter(roots)) if len(roots) == 1 else None
         return ChannelConstant(node, operand, axis, affine, root)
+
+    def _of_several(self, node: Node, constants: list[Node], others: list[Node]) -> Declined | None:
+        """Return why a call of several values or constants is no map, if one is per channel."""
+        values = [value for c in constants if (value := self.value(c)) is not None]
+        if not any(sum(size > 1 for size in value.shape) == 1 for value in values):
+            return None
+        call = call_of(self._captured, node)
+        if call is None:
+            return _unknown(node)
+        if call.name in _DOES:
+            return Declined(_DOES[call.name], (node,))
+        several = "two values with the constant" if len(others) > 1 else "several constants"
+        return Declined(f"combines {several} in one call", (node,))
+
+    def _computed_otherwise(self, call: Call | None, others: list[Node]) -> Declined | None:
+        """Return why a product or a sum with tensors that have no known value is not folded."""
+        made = [node for node in others if node in self._not_evaluated]
+        if len(others) != 2 or len(made) != 1 or not _is_arithmetic(call):
+            return None
+        return Declined(self._not_evaluated[made[0]], ())
+
+    def _without_value(self, call: Call, constant: Node) -> Declined | None:
+        """Return why a product or a sum with a constant that has no float64 value stays."""
+        if not _is_arithmetic(call):
+            return None
+        if self._computed(constant) is not None:
+            return Declined("the constant is not of floating point", ())
+        roots = ", ".join(sorted(self.roots(constant)))
+        return Declined(f"the constant has no value that is known ({roots})", ())
 
     def _fused(
         self, node: Node, constants: list[Node], others: list[Node]
@@ -162,7 +250,7 @@ class Constants:
         call = call_of(self._captured, node)
         values = {constant: self.value(constant) for constant in constants}
         if call is None or any(value is None for value in values.values()):
-            return None
+            return Declined("one of its constants has no value that is known", ())
         if len(others) > 1:
             return Declined("combines two values with the constant in one call", (node,))
         affine = _fused_affine(call, others[0], values)
@@ -182,15 +270,14 @@ class Constants:
             node, others[0], axis, Affine(scale.flatten(), shift.flatten()), root
         )
 
-    def _affine(self, call: Call, constant: Node, value: Tensor) -> Affine | Declined | None:
-        """Return the map of a call, None if it is no such operation."""
+    def _affine(self, call: Call, constant: Node, value: Tensor) -> Affine | Declined:
+        """Return the map of a call, or what it does instead."""
         one, zero = torch.ones_like(value), torch.zeros_like(value)
         if (terms := call.terms()) is not None and len(call.node.args) < 3:
             (first, a), (second, b) = terms
             scale, weight = (a, b) if second is constant else (b, a)
-            if constant not in (first, second):
-                return None
-            return Affine(one * scale, value * weight)
+            if constant in (first, second):
+                return Affine(one * scale, value * weight)
         if call.name == "mul":
             return Affine(value, zero)
         if call.name == "div":
@@ -199,9 +286,10 @@ class Constants:
             if call.operand is constant:
                 return Declined("divides a constant by the value", (call.node,))
             return Affine(value.reciprocal(), zero)
-        if call.name in ("floor_divide", "remainder", "fmod"):
-            return Declined("rounds its quotient", (call.node,))
-        return None
+        if Trait.CONTRACTS in call.operation.traits:
+            return Declined("is a product of matrices, or sums over an axis", (call.node,))
+        does = _DOES.get(call.name, "neither multiplies by the constant nor adds it")
+        return Declined(does, (call.node,))
 
     def _unfit(self, call: Call, operand: Node, value: Tensor, axis: int) -> str | None:
         """Return why a value is more than one channel for each number, or is written into."""
@@ -225,9 +313,40 @@ class Constants:
 
 def _of_other_shape(call: Call | None, value: Tensor) -> Declined | None:
     """Return why a product or a sum with a constant is no map per channel, None for other calls."""
-    if call is None or not (call.terms() is not None or call.name in ("mul", "div")):
+    return _of_shape(value) if _is_arithmetic(call) else None
+
+
+def _is_arithmetic(call: Call | None) -> bool:
+    return call is not None and bool(call.terms() is not None or call.name in ("mul", "div"))
+
+
+def _unknown(node: Node) -> Declined:
+    name = function_name(node) or node.target
+    return Declined(f"{name} is not an operation that folding knows", (node,))
+
+
+def _diagonal_axis(node: Node, operand: Node, value: Tensor, place: int) -> int | None:
+    """Return the axis, from the end, that an einsum scales by the axis `place` of a constant.
+
+    None where it is no such product: "nchw,c->nchw" is one, "nchw,c->nhw" sums over the channels.
+    """
+    equation, *given = node.args
+    operands = given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given
+    if not isinstance(equation, str) or len(operands) != 2:
         return None
-    return _of_shape(value)
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    labels = inputs.split(",")
+    if not arrow or len(labels) != 2:
+        return None
+    ours, theirs = labels if operands[0] is operand else reversed(labels)
+    letters = ours.replace("...", "")
+    if ours != output or len(set(letters)) < len(letters) or len(theirs) != value.dim():
+        return None
+    label = theirs[place]
+    if not set(theirs) <= set(letters) or len(set(theirs)) < len(theirs) or label not in letters:
+        return None
+    behind = ours.partition(label)[2]
+    return None if "..." in behind else -1 - len(behind)
 
 
 def _of_shape(value: Tensor) -> Declined:

@@ -257,7 +257,7 @@ def _is_floating(captured: Captured, value: Any) -> bool | None:
             held = getattr(captured.module(ref.owner), ref.attr, None)
             return held.is_floating_point() if isinstance(held, torch.Tensor) else None
         read = (user for user in value.users if user.all_input_nodes[:1] == [value])
-        if any(_is_layer(captured, node) for node in (value, *read)):
+        if any(calls_layer(captured, node) for node in (value, *read)):
             return True
         call = call_of(captured, value)
         if call is None or call.operation.traits & (Trait.CASTS | Trait.ROUNDS | Trait.ASKS):
@@ -266,7 +266,8 @@ def _is_floating(captured: Captured, value: Any) -> bool | None:
     return None
 
 
-def _is_layer(captured: Captured, node: Node) -> bool:
+def calls_layer(captured: Captured, node: Node) -> bool:
+    """Return whether `node` calls a convolution, a linear layer or a norm."""
     if conv_of(captured, node) is not None or linear_of(captured, node) is not None:
         return True
     return norm_of(captured, node) is not None

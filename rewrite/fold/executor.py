@@ -255,8 +255,11 @@ def set_finite(store: TensorStore, name: str, tensor: Tensor) -> None:
     """Set a tensor.
 
     Raises:
-        CheckpointError: it holds NaN or infinity in its dtype.
+        CheckpointError: it holds NaN or infinity in its dtype, or its dtype is none of numbers with
+            a fraction.
     """
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{name} is stored in {tensor.dtype}, which would round its weights")
     if not tensor.is_meta and not _is_finite(tensor):
         raise CheckpointError(f"{name} would hold values that are not finite in {tensor.dtype}")
     store.set(name, tensor)

@@ -90,7 +90,8 @@ def evaluate(data: Any, read: Callable[[str], Tensor]) -> Any:
     if not isinstance(data, Mapping):
         return data
     if "key" in data:
-        return read(data["key"]).detach().double()
+        held = read(data["key"]).detach()
+        return held.double() if held.is_floating_point() else held
     if "literal" in data:
         return torch.tensor(data["literal"], dtype=torch.float64)
     if "slice" in data:

@@ -73,9 +73,10 @@ def constant_link(captured: Captured, constant: ChannelConstant) -> Link:
     others = [n for n in node.all_input_nodes if n is not constant.operand]
     row = operation(node)
     target = constant.root or captured.owner(node)
-    if row is not None and row.name in ("add", "sub", "mul", "div") and len(others) == 1:
+    name = None if row is None else {"einsum": "mul"}.get(row.name, row.name)
+    if name in ("add", "sub", "mul", "div") and len(others) == 1:
         made = expression(others[0], captured.region_of(node).constants)
-        data = {"is": "constant", "target": target, "operation": row.name, "value": made}
+        data = {"is": "constant", "target": target, "operation": name, "value": made}
         if made is not None and _repeats(captured, data, constant.affine):
             return Link(data)
     reason = "is computed in a way that the map of keys does not repeat"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rewrite.errors import CheckpointError, one_line
@@ -30,6 +31,7 @@ def apply_recipes(
         CheckpointError: a key is missing, or the checkpoint breaks what the fold relied on.
     """
     recipes = list(recipes)
+    check_tensors(recipes, state)
     normed = {name for recipe in recipes for name in recipe.get("weight_normed", ())}
     store = StateDictStore(fit_weight_norm_keys(state, normed))
     run_recipes([from_data(recipe) for recipe in recipes], store)
@@ -37,6 +39,35 @@ def apply_recipes(
     for key in set(drop) - written:
         store.delete(key)
     return store.state
+
+
+def check_tensors(recipes: Iterable[Data], state: Mapping[str, Tensor]) -> None:
+    """Hold the tensors that recipes read to what they were in the first model: shapes and numbers.
+
+    A tensor that is missing is told of by whoever reads it; reports of version 0.1 list no shapes.
+
+    Raises:
+        CheckpointError: a tensor has another shape, is not of floating point, or has a value that
+            is not finite.
+    """
+    shapes = {name: shape for one in recipes for name, shape in one.get("shapes", {}).items()}
+    for name, shape in shapes.items():
+        if name not in state:
+            continue
+        held = state[name]
+        if not isinstance(held, Tensor):
+            raise CheckpointError(f"{name} is a {type(held).__name__}, no tensor")
+        if list(held.shape) != list(shape):
+            got, wanted = ("x".join(map(str, s)) or "one number" for s in (held.shape, shape))
+            raise CheckpointError(f"{name} is {got}, in the model of the report {wanted}")
+        if held.dtype not in _WEIGHTS or held.layout is not torch.strided or held.is_meta:
+            kind = "meta" if held.is_meta else f"{held.dtype}, {held.layout}"
+            raise CheckpointError(f"{name} holds no numbers of floating point ({kind})")
+        if not bool(held.isfinite().all()):
+            raise CheckpointError(f"{name} holds values that are not finite")
+
+
+_WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def apply_report(report: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -84,6 +115,7 @@ def _applied(report: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str
                 old for old, new in change["keys"].items()
                 if new is None or (renames and new != old)
             ]  # fmt: skip
+        check_tensors(swaps, result)
         result = apply_recipes(recipes, drop, apply_swaps(swaps, result))
         result = {moved.get(key, key): tensor for key, tensor in result.items()}
     return result

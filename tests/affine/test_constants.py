@@ -291,3 +291,153 @@ def test_a_constant_that_is_written_into_by_one_call_stays() -> None:
     model = IntoTheShift().double().eval()
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     assert not apply_pass(FoldNorm(), copy.deepcopy(model), (x,)).changes
+
+
+class Contracted(Scaled):
+    """A product per channel, spelled as an einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(4) + 0.5)
+
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.einsum("nchw, c -> nchw", y, self.gamma)
+
+
+class ContractedBehind(Contracted):
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.einsum("c,...chw->...chw", self.gamma, y)
+
+
+class ContractedOfAList(Contracted):
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.functional.einsum("nchw,c->nchw", [y, self.gamma])
+
+
+class Indexed(Scaled):
+    """Rows of a table, chosen by a buffer of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(6, 1, 1) + 0.5)
+        self.register_buffer("rows", torch.tensor([5, 0, 0, 3]))
+
+    def lines(self, y: Tensor) -> Tensor:
+        return y * self.gamma[self.rows]
+
+
+@pytest.mark.parametrize("kind", [Contracted, ContractedBehind, ContractedOfAList, Indexed])
+def test_other_spellings_of_a_product_fold(kind: type[Scaled]) -> None:
+    applied = fold(kind)
+    assert len(applied.changes) == 1 and not applied.skips
+
+
+class Summed(Contracted):
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.einsum("nchw,c->nhw", y, self.gamma)[:, None].expand(-1, 4, -1, -1)
+
+
+class Permuted(Contracted):
+    """The output's axes are in another order: the scale is not of what stands there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(5) + 0.5)
+
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.einsum("nchw,h->ncwh", y, self.gamma)
+
+
+class Traced(Contracted):
+    """Of the channels as rows and columns, the diagonal."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x).mean((2, 3))
+        return torch.einsum("cc,c->c", y.T @ y, self.gamma)
+
+
+class Larger(Scaled):
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.maximum(self.gamma, y)
+
+
+class Power(Scaled):
+    def lines(self, y: Tensor) -> Tensor:
+        return y.abs() ** self.gamma
+
+
+class Clamped(Scaled):
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.clamp(y, -self.gamma, self.gamma)
+
+
+class Chosen(Scaled):
+    def lines(self, y: Tensor) -> Tensor:
+        return torch.where(y > 0, y, self.gamma)
+
+
+class Softened(Scaled):
+    """Made of parameters, by an operation that is not evaluated ahead of time."""
+
+    def lines(self, y: Tensor) -> Tensor:
+        return y * torch.softmax(self.gamma, 0)
+
+
+class Counted(Scaled):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.gamma
+        self.register_buffer("gamma", torch.arange(1, 5).view(4, 1, 1))
+
+
+class Written(Scaled):
+    """The constant is another one at the next call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.gamma
+        self.register_buffer("gamma", torch.ones(4, 1, 1))
+
+    def lines(self, y: Tensor) -> Tensor:
+        self.gamma.add_(1)
+        return y * self.gamma
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Summed, "is a product of matrices, or sums over an axis"),
+        (Permuted, "is a product of matrices, or sums over an axis"),
+        (Traced, "is a product of matrices, or sums over an axis"),
+        (Larger, "takes the larger of the value and the constant"),
+        (Power, "takes a power"),
+        (Clamped, "bends the value at the constant"),
+        (Chosen, "chooses between the value and the constant"),
+        (Softened, "the constant is computed by softmax, which folding does not evaluate"),
+        (Counted, "the constant is not of floating point"),
+        (Written, "the forward writes gamma or makes it anew, so it is no constant"),
+    ],
+)
+def test_what_else_is_done_with_a_constant_leaves_its_reason(
+    kind: type[Scaled], reason: str
+) -> None:
+    applied = fold(kind)
+    assert not applied.changes
+    assert [reason in skip.reason for skip in applied.skips] == [True], applied.skips
+
+
+class Multiplied(Scaled):
+    """A layer whose weight is a bare parameter is a layer, and joined tokens are no product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 4, 1, 1)), nn.Parameter(torch.randn(4))
+
+    def lines(self, y: Tensor) -> Tensor:
+        y = nn.functional.conv2d(y, self.weight, self.bias)
+        return torch.cat([y, self.gamma.expand(2, 4, 1, 5)], 2)
+
+
+def test_a_layer_and_a_concatenation_are_no_candidates() -> None:
+    applied = fold(Multiplied)
+    assert not applied.changes and not applied.skips

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,107 @@ def test_a_report_of_another_pass_is_refused() -> None:
     result = rewrite.convert(model, [FreezeBatchNorm()], example_inputs=inputs, verify=False)
     with pytest.raises(CheckpointError, match="no recipe"):
         apply_report(json.loads(result.report.to_json()), model.state_dict())
+
+
+def spoiled(tensor: Tensor, how: str) -> Tensor:
+    """Return a tensor that is no longer what the first model had there."""
+    if how in ("nan", "inf"):
+        tensor = tensor.clone()
+        tensor.view(-1)[1] = float(how)
+        return tensor
+    return {
+        "longer": lambda t: torch.cat([t, t]), "one row": lambda t: t[:1].clone(),
+        "one number": lambda t: t.view(-1)[0].clone(), "more axes": lambda t: t[None].clone(),
+        "integers": lambda t: t.to(torch.int64), "bytes": lambda t: t.to(torch.int8),
+        "truths": lambda t: t.bool(), "complex": lambda t: t.to(torch.complex64),
+        "eight bits": lambda t: t.to(torch.float8_e4m3fn), "sparse": lambda t: t.to_sparse(),
+    }[how](tensor)  # fmt: skip
+
+
+SHAPES, KINDS = ("longer", "one row", "one number", "more axes"), (
+    "integers", "bytes", "truths", "complex", "eight bits", "sparse",
+)  # fmt: skip
+READ = (
+    "norm.running_var", "norm.running_mean", "norm.weight", "norm.bias", "conv.weight", "conv.bias",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pooled() -> tuple[Any, dict[str, Tensor]]:
+    """A report whose plan needs positive scales, and the state dict that it was made of."""
+    model = models.randomize_norms_(Pooled().eval())
+    model.norm.weight.data.abs_()
+    report, _ = report_of(model, (torch.randn(1, 3, 8, 8),))
+    assert len(report["passes"][0]["changes"]) == 1
+    return report, model.state_dict()
+
+
+@pytest.mark.parametrize("how", [*SHAPES, *KINDS, "nan", "inf", "missing"])
+@pytest.mark.parametrize("key", READ)
+def test_a_tensor_that_is_none_of_the_first_model_is_refused_by_name(
+    pooled: tuple[Any, dict[str, Tensor]], key: str, how: str
+) -> None:
+    report, state = pooled
+    wrong = {name: tensor for name, tensor in state.items() if name != key}
+    if how != "missing":
+        wrong[key] = spoiled(state[key], how)
+    told = "the checkpoint has no " if how == "missing" else ""
+    why = {"nan": "not finite", "inf": "not finite", "missing": "of another model"}.get(how, "")
+    why = why or ("in the model of the report" if how in SHAPES else "no numbers of floating point")
+    with pytest.raises(CheckpointError, match=rf"^{told}{re.escape(key)}\b.*{why}"):
+        apply_report(report, wrong)
+    apply_report(report, state)
+
+
+@pytest.mark.parametrize("how", [*SHAPES, *KINDS, "nan", "inf"])
+def test_what_a_swap_reads_is_held_to_the_first_model_too(how: str) -> None:
+    model = models.randomize_norms_(Pooled().eval())
+    result = rewrite.convert(model, "bn-to-gn{num_groups=2}", verify=False)
+    report, state = json.loads(result.report.to_json()), model.state_dict()
+    assert apply_report(report, state).keys() == result.model.state_dict().keys()
+    for key in READ:
+        with pytest.raises(CheckpointError, match=rf"^{re.escape(key)} (is|holds) "):
+            apply_report(report, {**state, key: spoiled(state[key], how)})
+
+
+def test_a_report_without_shapes_writes_no_weight_as_integers(
+    pooled: tuple[Any, dict[str, Tensor]],
+) -> None:
+    """Reports of version 0.1 list none."""
+    report, state = json.loads(json.dumps(pooled[0])), pooled[1]
+    for change in report["passes"][0]["changes"]:
+        del change["recipe"]["shapes"]
+    apply_report(report, state)
+    with pytest.raises(CheckpointError, match=r"conv\.weight is stored in torch\.int8"):
+        apply_report(report, {**state, "conv.weight": state["conv.weight"].to(torch.int8)})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("norm.running_var", -1.0, "norm.running_var is negative (-1"),
+        ("norm.running_var", float("nan"), "norm.running_var holds values that are not finite"),
+        ("norm.weight", 0.0, "norm.weight holds 0"),
+        ("conv.weight", float("inf"), "conv.weight holds values that are not finite"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_the_command_refuses_a_spoiled_checkpoint_by_name_and_writes_nothing(
+    pooled: tuple[Any, dict[str, Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    key: str, value: float, told: str, suffix: str,
+) -> None:  # fmt: skip
+    report, state = pooled
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    state[key].view(-1)[1] = value
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    torch.save(state, tmp_path / "other.pt")
+    out = tmp_path / f"out.{suffix}"
+    assert (
+        main(["apply-map", *map(str, (tmp_path / "report.json", tmp_path / "other.pt", out))]) == 2
+    )
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.pt", "report.json"]
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
