@@ -69,7 +69,7 @@ class ChannelConstant:
     root: str | None
 
 
-class Constants:
+class _Evaluated:
     """The values of a captured model that depend on parameters and buffers alone."""
 
     def __init__(self, captured: Captured, ranks: Ranks | None = None) -> None:
@@ -158,6 +158,10 @@ class Constants:
         if node.op == "get_attr":
             return {str(node.target)}
         return {name for source in node.all_input_nodes for name in self.roots(source)}
+
+
+class Constants(_Evaluated):
+    """What the calls of a captured model do with such values."""
 
     def channel_constant(self, node: Node) -> ChannelConstant | None:
         """Return what `node` does to each channel, if it scales or shifts it by a constant."""
