@@ -22,11 +22,11 @@ from torch import nn
 from rewrite.errors import OptionError
 from rewrite.runtime.copying import copy_model
 from rewrite.swap.anchor import Recentering
+from rewrite.training.distillation import Objective
 from rewrite.training.features import Pair, aligned, swapped_norms
 from rewrite.training.held_out import HeldOut
 from rewrite.training.label_smoothing import OnlineLabelSmoothing, check_labels
 from rewrite.training.loop_state import LoopState, interrupts, load_state, save_state
-from rewrite.training.objective import Objective
 from rewrite.training.options import RATES, REFERENCE_BATCH, RecoverOptions
 from rewrite.training.parameter_groups import normalized_decay, parameter_groups
 from rewrite.training.recovered import Recovered

@@ -8,8 +8,8 @@ import models
 import rewrite
 from rewrite.errors import OptionError
 from rewrite.training import recover
+from rewrite.training.distillation import Objective
 from rewrite.training.features import Pair, aligned, swapped_norms
-from rewrite.training.objective import Objective
 from rewrite.training.options import RecoverOptions
 from rewrite.training.samples import Samples, read_samples
 
