@@ -64,7 +64,8 @@ class Change:
     single tensors that came or went.
     `keys` maps old state-dict keys to new ones (None: the key is gone). `metrics` are numbers a
     pass measured at this site. `recipe` is what it takes to repeat the change on the state dict of
-    another checkpoint (`rewrite.fold.recipes`), as plain data.
+    another checkpoint (`rewrite.fold.recipes`), as plain data; `shapes` are those of the tensors
+    that it names, to which another checkpoint is held.
     """
 
     target: str
@@ -75,6 +76,7 @@ class Change:
     keys: Mapping[str, str | None] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    shapes: Mapping[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,7 @@ def _with_shapes(change: Change, shapes: Mapping[str, list[int]]) -> Change:
     """Return `change` with the shapes of what its recipe names: tensors, and those of modules."""
     named = _strings(change.recipe)
     read = {n: s for n, s in shapes.items() if {n, n.rpartition(".")[0] or n} & named}
-    return replace(change, recipe={**change.recipe, "shapes": read}) if read else change
+    return replace(change, shapes=read)
 
 
 def _strings(data: Any) -> set[str]:

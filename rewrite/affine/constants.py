@@ -106,6 +106,8 @@ class _Evaluated:
         inputs = node.all_input_nodes
         if node.op not in ("call_function", "call_method") or not inputs:
             return ""
+        if function_name(node) == "getattr" and node.args[1] in ("dtype", "device"):
+            return ""  # it says nothing of numbers
         if not all(source in self._constant or source in self._not_evaluated for source in inputs):
             return ""
         for source in inputs:
@@ -145,19 +147,26 @@ class _Evaluated:
         return result if isinstance(result, Tensor) else None
 
     def _attribute(self, node: Node) -> Tensor | None:
+        held = self._held(node)
+        if held is None or held.is_meta:
+            return None
+        return held.detach().double() if held.is_floating_point() else held.detach()
+
+    def _held(self, node: Node) -> Tensor | None:
         held = self._captured.region_of(node).constants.get(str(node.target))
         if held is None:
             owner, _, attr = str(node.target).rpartition(".")
             held = getattr(self._captured.module(owner), attr, None)
-        if not isinstance(held, Tensor) or held.is_meta:
-            return None
-        return held.detach().double() if held.is_floating_point() else held.detach()
+        return held if isinstance(held, Tensor) else None
+
+    def _reads(self, node: Node) -> set[Node]:
+        if node.op == "get_attr":
+            return {node}
+        return {read for source in node.all_input_nodes for read in self._reads(source)}
 
     def roots(self, node: Node) -> set[str]:
         """Return the names of the parameters and buffers that a constant is made of."""
-        if node.op == "get_attr":
-            return {str(node.target)}
-        return {name for source in node.all_input_nodes for name in self.roots(source)}
+        return {str(read.target) for read in self._reads(node)}
 
 
 class Constants(_Evaluated):
@@ -196,22 +205,17 @@ class Constants(_Evaluated):
         self, node: Node, call: Call | None, constant: Node, operand: Node, value: Tensor
     ) -> ChannelConstant | Declined | None:
         """Return how a call combines one value and one constant."""
-        axes = [axis for axis in range(value.dim()) if value.shape[axis] > 1]
+        axes = _long_axes(value)
         if len(axes) != 1:
-            return _of_other_shape(call, value)
+            return _of_shape(value) if _is_arithmetic(call) else None
         if call is None:
             return _unknown(node)
         axis = axes[0] - value.dim()
-        if call.name == "einsum":
-            found = _diagonal_axis(node, operand, value, axes[0])
-            if found is None:
-                return Declined("is a product of matrices, or sums over an axis", (node,))
+        affine = self._affine(call, constant, value.flatten())
+        if call.name == "einsum" and (found := _diagonal_axis(node, operand, value, axes[0])):
             axis, affine = found, Affine(value.flatten(), torch.zeros_like(value.flatten()))
-        else:
-            made = self._affine(call, constant, value.flatten())
-            if isinstance(made, Declined):
-                return made
-            affine = made
+        if isinstance(affine, Declined):
+            return affine
         if (reason := self._unfit(call, operand, value, axis)) is not None:
             return Declined(reason, (node,))
         roots = self.roots(constant)
@@ -221,7 +225,10 @@ class Constants(_Evaluated):
     def _of_several(self, node: Node, constants: list[Node], others: list[Node]) -> Declined | None:
         """Return why a call of several values or constants is no map, if one is per channel."""
         values = [value for c in constants if (value := self.value(c)) is not None]
-        if not any(sum(size > 1 for size in value.shape) == 1 for value in values):
+        counts = {len(_long_axes(value)) for value in values}
+        if function_name(node) in ("addmm", "baddbmm") and max(counts, default=0) > 1:
+            return None  # a linear layer: what is added is its bias
+        if 1 not in counts:
             return None
         call = call_of(self._captured, node)
         if call is None:
@@ -244,8 +251,10 @@ class Constants(_Evaluated):
             return None
         if self._computed(constant) is not None:
             return Declined("the constant is not of floating point", ())
-        roots = ", ".join(sorted(self.roots(constant)))
-        return Declined(f"the constant has no value that is known ({roots})", ())
+        held = {str(read.target): self._held(read) for read in self._reads(constant)}
+        empty = ", ".join(sorted(n for n, t in held.items() if t is not None and t.is_meta))
+        # Else it is a part of a table, such as that of rotary embeddings, and not one a channel.
+        return Declined(f"the constant has no value that is known ({empty})", ()) if empty else None
 
     def _fused(
         self, node: Node, constants: list[Node], others: list[Node]
@@ -315,13 +324,12 @@ class Constants(_Evaluated):
         return None
 
 
-def _of_other_shape(call: Call | None, value: Tensor) -> Declined | None:
-    """Return why a product or a sum with a constant is no map per channel, None for other calls."""
-    return _of_shape(value) if _is_arithmetic(call) else None
-
-
 def _is_arithmetic(call: Call | None) -> bool:
     return call is not None and bool(call.terms() is not None or call.name in ("mul", "div"))
+
+
+def _long_axes(value: Tensor) -> list[int]:
+    return [axis for axis in range(value.dim()) if value.shape[axis] > 1]
 
 
 def _unknown(node: Node) -> Declined:

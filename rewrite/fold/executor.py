@@ -29,9 +29,7 @@ from rewrite.fold.requirements import Requirements, culprit, narrowest
 from rewrite.graph.captured import TensorRef
 from rewrite.observe.recipe import ReaderRecipe
 from rewrite.observe.stream_recipe import StreamRecipe
-from rewrite.weights.tensor_recipe import Exact as Exact
-from rewrite.weights.tensor_recipe import TensorRecipe
-from rewrite.weights.tensor_recipe import TensorStore as TensorStore
+from rewrite.weights.tensor_recipe import Exact, TensorRecipe, TensorStore
 
 
 def run_recipes(recipes: Sequence[Recipe], store: TensorStore, exact: Exact | None = None) -> None:
@@ -245,7 +243,8 @@ class _Finite:
         return self.store.get(name)
 
     def set(self, name: str, tensor: Tensor) -> None:
-        set_finite(self.store, name, tensor)
+        _check_finite(name, tensor)
+        self.store.set(name, tensor)
 
     def delete(self, name: str) -> None:
         self.store.delete(name)
@@ -260,11 +259,13 @@ def set_finite(store: TensorStore, name: str, tensor: Tensor) -> None:
     """
     if not tensor.is_floating_point():
         raise CheckpointError(f"{name} is stored in {tensor.dtype}, which would round its weights")
-    if not tensor.is_meta and not _is_finite(tensor):
-        raise CheckpointError(f"{name} would hold values that are not finite in {tensor.dtype}")
+    _check_finite(name, tensor)
     store.set(name, tensor)
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def _check_finite(name: str, tensor: Tensor) -> None:
     # The sum reads the tensor once; if it is finite, so is every value.
-    return math.isfinite(tensor.sum(dtype=torch.float32)) or bool(tensor.isfinite().all())
+    if tensor.is_meta or math.isfinite(tensor.sum(dtype=torch.float32)):
+        return
+    if not bool(tensor.isfinite().all()):
+        raise CheckpointError(f"{name} would hold values that are not finite in {tensor.dtype}")

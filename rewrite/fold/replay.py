@@ -13,6 +13,8 @@ from rewrite.fold.executor import run_recipes
 from rewrite.fold.recipes import Data, from_data
 from rewrite.fold.store import StateDictStore
 from rewrite.fold.swap_recipe import apply_swaps
+from rewrite.init.draw_recipe import DRAWN
+from rewrite.observe.recipe import KIND as OBSERVED
 from rewrite.observe.stream_recipe import KIND as STREAM
 from rewrite.weights.weight_norm_keys import fit_weight_norm_keys
 
@@ -31,7 +33,6 @@ def apply_recipes(
         CheckpointError: a key is missing, or the checkpoint breaks what the fold relied on.
     """
     recipes = list(recipes)
-    check_tensors(recipes, state)
     normed = {name for recipe in recipes for name in recipe.get("weight_normed", ())}
     store = StateDictStore(fit_weight_norm_keys(state, normed))
     run_recipes([from_data(recipe) for recipe in recipes], store)
@@ -41,8 +42,8 @@ def apply_recipes(
     return store.state
 
 
-def check_tensors(recipes: Iterable[Data], state: Mapping[str, Tensor]) -> None:
-    """Hold the tensors that recipes read to what they were in the first model: shapes and numbers.
+def check_tensors(changes: Iterable[Data], state: Mapping[str, Tensor]) -> None:
+    """Hold the tensors that changes read to what they were in the first model: shapes and numbers.
 
     A tensor that is missing is told of by whoever reads it; reports of version 0.1 list no shapes.
 
@@ -50,7 +51,13 @@ def check_tensors(recipes: Iterable[Data], state: Mapping[str, Tensor]) -> None:
         CheckpointError: a tensor has another shape, is not of floating point, or has a value that
             is not finite.
     """
-    shapes = {name: shape for one in recipes for name, shape in one.get("shapes", {}).items()}
+    shapes: dict[str, list[int]] = {}
+    finite: set[str] = set()
+    for change in changes:
+        held_to = change.get("shapes", {})
+        shapes |= held_to
+        if change["recipe"]["do"] not in _JUDGE_NUMBERS:
+            finite |= held_to.keys()
     for name, shape in shapes.items():
         if name not in state:
             continue
@@ -59,13 +66,18 @@ def check_tensors(recipes: Iterable[Data], state: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{name} is a {type(held).__name__}, no tensor")
         if list(held.shape) != list(shape):
             got, wanted = ("x".join(map(str, s)) or "one number" for s in (held.shape, shape))
-            raise CheckpointError(f"{name} is {got}, in the model of the report {wanted}")
+            raise CheckpointError(
+                f"{name} is {got}, in the model of the report {wanted}: it is of another model"
+            )
         if held.dtype not in _WEIGHTS or held.layout is not torch.strided or held.is_meta:
             kind = "meta" if held.is_meta else f"{held.dtype}, {held.layout}"
             raise CheckpointError(f"{name} holds no numbers of floating point ({kind})")
-        if not bool(held.isfinite().all()):
+        if name in finite and not bool(held.isfinite().all()):
             raise CheckpointError(f"{name} holds values that are not finite")
 
+
+_JUDGE_NUMBERS = (OBSERVED, DRAWN)
+"""Recipes that say more of a number that is not finite themselves, or read no number."""
 
 _WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -115,7 +127,7 @@ def _applied(report: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str
                 old for old, new in change["keys"].items()
                 if new is None or (renames and new != old)
             ]  # fmt: skip
-        check_tensors(swaps, result)
+        check_tensors(part["changes"], result)
         result = apply_recipes(recipes, drop, apply_swaps(swaps, result))
         result = {moved.get(key, key): tensor for key, tensor in result.items()}
     return result

@@ -13,10 +13,10 @@ from torch import nn
 from torch.fx import Node
 
 from rewrite.errors import CaptureError
+from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.observe.export import ObservedCall, export_call
 from rewrite.observe.flow import Follower
 from rewrite.observe.spellings import FORM, contraction_of, op_name, shape_of
-from rewrite.runtime.copying import copy_model
 from rewrite.runtime.inputs import ExampleCall, Inputs
 
 
@@ -30,8 +30,7 @@ def adds_new_bias(layer: nn.Module, shape: tuple[int, ...]) -> bool:
     if not isinstance(layer, nn.Linear) or layer.bias is not None:
         return False
     held = layer.weight
-    given = copy_model(layer)
-    given.bias = nn.Parameter(torch.zeros(len(held), dtype=held.dtype, device=held.device))
+    given = TensorWriter().copied(layer, {"bias": held.new_zeros(len(held))})
     value = torch.zeros(shape, dtype=held.dtype, device=held.device)
     try:
         observed = export_call(given, ExampleCall("with a bias", Inputs((value,))))

@@ -124,11 +124,7 @@ class Net(nn.Module):
         ("norm.running_var", float("nan"), r"norm\.running_var holds values that are not finite"),
         ("norm.running_mean", float("inf"), r"norm\.running_mean holds values that are not finite"),
         ("norm.weight", float("nan"), r"norm\.weight holds values that are not finite"),
-        (
-            "conv.weight",
-            float("nan"),
-            r"conv\.weight (would hold|holds) values that are not finite",
-        ),
+        ("conv.weight", float("nan"), r"conv\.weight holds values that are not finite"),
     ],
 )
 def test_a_checkpoint_without_a_map_is_refused_by_name(key, value, reason) -> None:

@@ -170,7 +170,7 @@ def test_a_report_without_shapes_writes_no_weight_as_integers(
     """Reports of version 0.1 list none."""
     report, state = json.loads(json.dumps(pooled[0])), pooled[1]
     for change in report["passes"][0]["changes"]:
-        del change["recipe"]["shapes"]
+        del change["shapes"]
     apply_report(report, state)
     with pytest.raises(CheckpointError, match=r"conv\.weight is stored in torch\.int8"):
         apply_report(report, {**state, "conv.weight": state["conv.weight"].to(torch.int8)})
