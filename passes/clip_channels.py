@@ -89,7 +89,7 @@ def _shape(captured: Captured, scales: Scales, clip: Clip) -> tuple[tuple[int, .
         if lies is None or lies.axis >= 0 or lies.spread:
             return (), "how its channels lie is unknown (pass example_inputs)"
         shapes.add(_aligned(lies))
-        if (reader := _reads_later(scales, captured, node)) is not None:
+        if (reader := _reads_later(captured, node)) is not None:
             return (), f"it writes in place, and {reader.name} reads its input later (out-of-place)"
     if len(shapes) > 1:
         return (), "its calls see different channels"
@@ -100,7 +100,7 @@ def _aligned(lies: ChannelMap) -> tuple[int, ...]:
     return (len(lies.index), *(1,) * (-lies.axis - 1))
 
 
-def _reads_later(scales: Scales, captured: Captured, node: Node) -> Node | None:
+def _reads_later(captured: Captured, node: Node) -> Node | None:
     """Return what reads the memory that a call writes in place, after it; None if nothing does."""
     for written in writes(captured, node):
         for reader, _ in captured.effects.memory(node).later_readers(node, written):

@@ -23,7 +23,7 @@ from rewrite.fold.branches.find import Branches
 from rewrite.fold.branches.kernel import Merge
 from rewrite.fold.branches.merge import merge_site
 from rewrite.fold.candidates import Source, sources
-from rewrite.fold.executor import Exact, run_recipes
+from rewrite.fold.executor import run_recipes
 from rewrite.fold.folder import Fold, Folder
 from rewrite.fold.input_norm import InputNorm, fold_input, parse_input_norm
 from rewrite.fold.observed import carry_out
@@ -38,6 +38,7 @@ from rewrite.observe.road import ObservedSite, observed_outcomes
 from rewrite.outcomes import Change, Contract, Declined, Site, Skip
 from rewrite.protocol import Pass
 from rewrite.weights.baking import Baked, bake
+from rewrite.weights.tensor_recipe import Exact
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from rewrite.errors import CaptureError, CheckpointError, OptionError, PassError
-from rewrite.fold.executor import Exact, run_recipes
+from rewrite.fold.executor import run_recipes
 from rewrite.fold.recipes import FoldRecipe
 from rewrite.fold.store import ModelStore
 from rewrite.graph.captured import Captured
@@ -28,6 +28,7 @@ from rewrite.rescaling.bias_absorption import bias_absorptions
 from rewrite.rescaling.clipped import Clip, clips
 from rewrite.rescaling.plan import OBJECTIVES, Rescaling, describe, plan_rescaling
 from rewrite.rescaling.scales import Scales
+from rewrite.weights.tensor_recipe import Exact
 
 _ONE_BOUND = "one bound for all channels lets no scale pass; clip-channels gives each its own"
 
@@ -86,10 +87,12 @@ class Rebalance(Pass):
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
         """Yield every group of channels in data-flow order, and the activations that would go."""
         if empty := next((n for n, p in captured.model.named_parameters() if p.is_meta), None):
-            reason = f"{empty} is on the meta device: scales are chosen by values"
-            if captured.numbers is not None and (self.objective == "path" or self.absorb_bias):
+            reason = ""
+            if captured.numbers is None:
+                reason = f"{empty} is on the meta device: scales are chosen by values"
+            elif self.objective == "path" or self.absorb_bias:
                 reason = "its scales are chosen by what the model computes: convert it in memory"
-            if captured.numbers is None or self.objective == "path" or self.absorb_bias:
+            if reason:
                 yield Skip("", f"{self.objective} objective", reason)
                 return
         clipped: list[Clip] = []

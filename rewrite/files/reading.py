@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -28,3 +31,12 @@ def no_file(path: str | os.PathLike[str]) -> str:
     except (OSError, ValueError):
         return ""
     return f"is {_KINDS[kind]}, not a file" if kind in _KINDS else ""
+
+
+def named_twice(pairs: Sequence[tuple[str, Any]]) -> str | None:
+    """Return the key that an object of a JSON file has most often, None if each stands once.
+
+    A reader of JSON keeps the last of two keys of one name.
+    """
+    name, count = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 0)
+    return name if count > 1 else None

@@ -10,10 +10,11 @@ from torch.fx import Node
 
 from rewrite.affine.layers import Layer
 from rewrite.errors import CheckpointError
-from rewrite.fold.executor import Exact, names_of
+from rewrite.fold.executor import names_of
 from rewrite.fold.recipes import AffineRecipe, FoldRecipe, MergeRecipe, Recipe
 from rewrite.graph.captured import TensorRef
 from rewrite.graph.editable import Editable
+from rewrite.weights.tensor_recipe import Exact
 
 
 class StateDictStore:

@@ -7,7 +7,6 @@ tensor that the index names is found in its shard, once, before anything else ha
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from rewrite.errors import CheckpointError, system_reason
-from rewrite.files import no_file
+from rewrite.files import named_twice, no_file
 from rewrite.hub.merged import Merged
 from rewrite.hub.safetensors_file import Entry, SafetensorsFile, open_safetensors
 
@@ -156,11 +155,9 @@ def _check_index(
 
 def _json(path: Path) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        if (twice := named_twice(pairs)) is not None:
             raise CheckpointError(f"{path}: names {twice} twice")
-        return found
+        return dict(pairs)
 
     if wrong := no_file(path):
         raise CheckpointError(f"{path}: {wrong}")

@@ -18,13 +18,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from rewrite.affine.layers import Layer
-from rewrite.fold.executor import TensorStore, run_recipes
+from rewrite.fold.executor import run_recipes
 from rewrite.fold.recipes import FoldRecipe, from_data
 from rewrite.observe.recipe import ReaderRecipe
 from rewrite.observe.stream_matrices import StreamMap, stream_map
 from rewrite.observe.stream_recipe import StreamRecipe
 from rewrite.outcomes import Change
-from rewrite.weights.tensor_recipe import TensorRecipe
+from rewrite.weights.tensor_recipe import TensorRecipe, TensorStore
 
 FolderRecipe = FoldRecipe | ReaderRecipe | StreamRecipe | TensorRecipe
 """What a folder can be rewritten by."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class FolderValues:
             if name in self.written[number]:
                 if (value := constant(self.steps[number], name)) is not None:
                     return torch.full_like(self._before(number, name), value)
-                store = _One(name, lambda other, number=number: self._before(number, other))  # type: ignore[misc]
+                store = _One(name, partial(self._before, number))
                 run(self.steps[number], store)
                 assert store.made is not None
                 return store.made

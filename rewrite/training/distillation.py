@@ -156,6 +156,6 @@ class Objective:
             loss = loss + self.options.features * sum(relative_error(*part) for part in features)
             loss = len(batch) * loss
         if self.target is None or batch.labels is None:
-            return loss  # type: ignore[no-any-return]
+            return loss  # type: ignore[no-any-return]  # sum() of tensors
         weight = self.options.label_weight
         return (1 - weight) * loss + weight * self.target(own[0], batch.labels)  # type: ignore[no-any-return]

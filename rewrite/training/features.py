@@ -84,7 +84,7 @@ def aligned(
     parameter = next(student.parameters())
     numbers = torch.arange(min(_SAMPLES, len(samples)))
     with evaluating(student, teacher), torch.no_grad():
-        for index in numbers.split(_CHUNK):  # type: ignore[no-untyped-call]
+        for index in numbers.split(_CHUNK):  # type: ignore[no-untyped-call]  # torch leaves it untyped
             batch = samples.take(index).to(parameter.device, parameter.dtype)
             _, own = run_noted(student, batch, [pair.own for pair in pairs])
             _, other = run_noted(teacher, batch, [pair.other for pair in pairs])

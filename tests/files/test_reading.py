@@ -6,7 +6,7 @@ import os
 import socket
 from pathlib import Path
 
-from rewrite.files import no_file
+from rewrite.files import named_twice, no_file
 
 
 def test_what_a_path_is(tmp_path: Path) -> None:
@@ -22,3 +22,8 @@ def test_what_a_path_is(tmp_path: Path) -> None:
     assert no_file("/dev/zero") == "is a device, not a file"
     for name in ("file", "link", "nothing", "x" * 5000, "a\0b"):
         assert no_file(tmp_path / name) == ""
+
+
+def test_a_key_that_stands_twice_is_named() -> None:
+    assert named_twice([("a", 1), ("b", 2), ("a", 3)]) == "a"
+    assert named_twice([("a", 1), ("b", 1)]) is None and named_twice([]) is None

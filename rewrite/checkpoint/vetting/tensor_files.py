@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from rewrite.checkpoint.archive import opened
 from rewrite.errors import CheckpointError
+from rewrite.files import named_twice
 
 _LONGEST_HEADER = 100_000_000
 """How long the header may be; the library says the same."""
@@ -76,8 +76,6 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+    if (twice := named_twice(pairs)) is not None:
         raise CheckpointError(f"names {twice!r} twice")
-    return found
+    return dict(pairs)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from rewrite.fold.branches.kernel import Merge, place_of
-from rewrite.fold.executor import Exact, run_merge
+from rewrite.fold.executor import run_merge
 from rewrite.fold.recipes import MergeRecipe, TermRecipe
 from rewrite.fold.store import ModelStore
 from rewrite.graph.captured import Captured
@@ -17,6 +17,7 @@ from rewrite.graph.editable import Editable
 from rewrite.graph.spellings import function_name, is_getitem
 from rewrite.graph.traits import Trait, has, named
 from rewrite.outcomes import Change
+from rewrite.weights.tensor_recipe import Exact
 
 _CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
