@@ -94,7 +94,7 @@ def observed_outcomes(
     for outcome in traced:
         # A product with the weight of a norm is that norm: its class stays, on this road.
         norm = outcome.target.removesuffix(".weight").removesuffix(".bias")
-        if norm not in (folds if isinstance(outcome, Site) else known):
+        if norm not in folds and (isinstance(outcome, Site) or norm not in known):
             yield outcome
     for target, before, decision in decided:
         if isinstance(decision, ObservedFold):
