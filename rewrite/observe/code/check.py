@@ -16,6 +16,7 @@ refused, with that line. Decorators that pass on whatever they are given are pas
 from __future__ import annotations
 
 import ast
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +26,11 @@ from torch import nn
 from torch.fx import Node
 
 from rewrite.graph.captured import Captured
-from rewrite.observe.code.fields import Fields, Untaken
+from rewrite.observe.code.fields import Untaken
+from rewrite.observe.code.names import Others
 from rewrite.observe.code.reader import FunctionReader
-from rewrite.observe.code.syntax import Fixed, Function, function_at
+from rewrite.observe.code.state import Other, Returned
+from rewrite.observe.code.syntax import Fixed, Function, definition, function_at
 from rewrite.observe.evidence import Evidence
 from rewrite.observe.export import CodeLine, ObservedCall, in_torch
 from rewrite.observe.spellings import op_name, shape_of
@@ -102,6 +105,10 @@ class MapPlan(Protocol):
         """The modules that no line may call which no observed call took."""
 
     @property
+    def notes(self) -> list[str]:
+        """What a user has to know of it."""
+
+    @property
     def sites(self) -> Sequence[tuple[ObservedCall, Called]]:
         """The calls at which the map begins."""
 
@@ -119,14 +126,17 @@ class CodeCheck:
     fold: MapPlan
     _made: dict[str, list[tuple[int, int, str]]] = field(default_factory=dict)
     _owners: list[str] = field(default_factory=list)
+    _given: dict[str, None] = field(default_factory=dict)
     _mapped: set[tuple[str, int]] = field(default_factory=set)
     _absorbed: dict[tuple[str, int], set[str]] = field(default_factory=dict)
     _done: dict[
-        tuple[tuple[str, int], frozenset[str], tuple[CodeLine, ...], Fixed], tuple[bool, Fields]
+        tuple[tuple[str, int], frozenset[str], tuple[CodeLine, ...], Fixed, Others], Returned
     ] = field(default_factory=dict)
 
     def check(self, strict: bool = False) -> None:
         """Refuse the fold if code that no call took reads its values; if `strict`, returns them.
+
+        Arguments of the model that stand for its values are noted with the plan.
 
         Raises:
             Untaken: it does; the line is named.
@@ -146,8 +156,10 @@ class CodeCheck:
         self._owners = list(owners)
         self._check_siblings()
         for chain in {self.index.outside(o.stack(s.node)) for o, s in self.fold.sites}:
-            if chain and self.inner(chain)[0] and strict:
+            if chain and self.inner(chain, others=_arguments).held and strict:
                 raise Untaken("the model may return it for other arguments")
+        for name in self._given:
+            self.fold.notes.append(f"{name} has to come from the new model where it is given")
 
     def _note(self, line: CodeLine, node: Node, owner: str) -> None:
         """Note how many axes the values have at least that a line makes and reads, and for whom."""
@@ -186,16 +198,18 @@ class CodeCheck:
         self,
         chain: tuple[CodeLine, ...],
         fixed: Callable[[Function], Fixed] = lambda _: frozenset(),
-    ) -> tuple[bool, Fields]:
+        others: Callable[[Function], Others] = lambda _: frozenset(),
+    ) -> Returned:
         """Read the function of the first line of `chain`, in which the norm is called there.
 
-        `fixed`: which parameters of that function have known values.
+        `fixed`: which parameters of that function have known values; `others`: which may be other
+        values than the one that is followed.
         """
         found = function_at(chain[0].file, chain[0].number)
         if found is None:
             raise Untaken(f"the code at {chain[0]} cannot be read")
         function = Function(chain[0].file, *found)
-        return self.read(function, frozenset(), chain, fixed(function))
+        return self.read(function, frozenset(), chain, fixed(function), others(function))
 
     def read(
         self,
@@ -203,20 +217,26 @@ class CodeCheck:
         tainted: frozenset[str],
         chain: tuple[CodeLine, ...] = (),
         fixed: Fixed = frozenset(),
-    ) -> tuple[bool, Fields]:
+        others: Others = frozenset(),
+    ) -> Returned:
         """Read a function whose parameters `tainted` hold the value; does it return it, where?
 
-        Its parameters `fixed` are at their defaults.
+        Its parameters `fixed` are at their defaults, and `others` may be other values.
         """
-        key = (function.key, tainted, chain, fixed)
+        key = (function.key, tainted, chain, fixed, others)
         if key not in self._done:
             if len(self._done) > _READ_AT_MOST:
                 raise Untaken("its code is too long to be followed")
-            self._done[key] = (True, None)  # while it is being read: a recursion hands it on
-            reader = FunctionReader(self, function, set(tainted), chain, fixed)
+            self._done[key] = Returned(True)  # while it is being read: a recursion hands it on
+            reader = FunctionReader(self, function, set(tainted), chain, fixed, others)
             reader.block(function.node.body)
-            self._done[key] = (reader.returns, reader.fields if reader.returns else None)
+            fields = reader.fields if reader.returns else None
+            self._done[key] = Returned(reader.returns, fields, reader.instead)
         return self._done[key]
+
+    def note_given(self, name: str) -> None:
+        """Note that an argument of the model stands for the value, and is given by its caller."""
+        self._given[name] = None
 
     def modules(self, function: Function) -> list[nn.Module]:
         """Return the modules whose forward a function may be a part of."""
@@ -224,13 +244,24 @@ class CodeCheck:
 
     def _instances(self, function: Function) -> list[str]:
         if not function.inside and function.first == "self":  # a forward that is set from outside
-            return list(dict.fromkeys(owner for _, _, owner in self._made_in(function)))
+            made = [owner for _, _, owner in self._made_in(function)]
+            return list(dict.fromkeys([*filter(self._runs(function), self._owners), *made]))
         return [
             name
             for name in self._owners
             if name in self.captured.tree.names
             and function.inside in {k.__name__ for k in type(self.captured.module(name)).__mro__}
         ]
+
+    def _runs(self, function: Function) -> Callable[[str], bool]:
+        """Return what says whether a function is the forward of the module of some name."""
+
+        def runs(name: str) -> bool:
+            module = self.captured.tree.names.get(name)
+            code = getattr(inspect.unwrap(getattr(module, "forward", None)), "__code__", None)  # type: ignore[arg-type]
+            return code is not None and definition(code) is function.node
+
+        return runs
 
     def reader_names(self, function: Function) -> set[str]:
         """Return the children of those modules on the way to a reader, or to the norm."""
@@ -287,6 +318,14 @@ class CodeCheck:
                     function = Function(line.file, *held)
                     found[function.key] = function
         return list(found.values())
+
+
+def _arguments(function: Function) -> Others:
+    """Return the arguments of a model: what its callers give."""
+    args = function.node.args
+    loose = [a.arg for a in (args.vararg, args.kwarg) if a is not None]
+    place = f"{function.file.rpartition('/')[2]}:{function.node.lineno}"
+    return frozenset((name, Other(place, name)) for name in (*function.parameters[1:], *loose))
 
 
 def _span(node: ast.stmt) -> range:

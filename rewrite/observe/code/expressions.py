@@ -12,7 +12,9 @@ import ast
 
 from rewrite.observe.code import fields as words
 from rewrite.observe.code.fields import ANYWHERE, FORM, Untaken, excludes
-from rewrite.observe.code.names import FunctionNames
+from rewrite.observe.code.names import Others
+from rewrite.observe.code.others import OtherValues
+from rewrite.observe.code.state import behind, either
 from rewrite.observe.code.syntax import (
     Fixed,
     Function,
@@ -30,19 +32,22 @@ from rewrite.observe.code.syntax import (
 )
 
 
-class ExpressionReader(FunctionNames):
+class ExpressionReader(OtherValues):
     """Reads expressions of one function, given the names that hold the value."""
 
     def value(self, node: ast.expr, statement: ast.stmt) -> bool:
         """Return whether an expression may hold the value; refuse what no call took."""
         self._check_calls(node, statement)
         self.of_calls = []
+        self.returned, self.parts = {}, {}
         span = range(node.lineno, (node.end_lineno or node.lineno) + 1)
         reaches = bool(self.chain) and self.chain[0].number in span
         self.reaching = self._reaching_call(node) if reaches else None
+        calls = [part for part in ast.walk(node) if isinstance(part, ast.Call)]
+        self.only_call = calls[0] if len(calls) == 1 else None
         held = self._evaluate(node, statement)
         if reaches and self.reaching is None and not self._given_to_layers(node):
-            held |= self._reached()
+            held |= self._reached(node)
         return held
 
     def _given_to_layers(self, node: ast.expr) -> bool:
@@ -58,13 +63,17 @@ class ExpressionReader(FunctionNames):
         found = [c for c in calls if self.check.reaches(self.function, path_of(c.func), self.chain)]
         return found[0] if len(found) == 1 else None
 
-    def _reached(self) -> bool:
+    def _reached(self, node: ast.expr) -> bool:
         """Return whether what the norm is called by returns its value."""
         if len(self.chain) == 1:
-            return self._whole()
-        returned, fields = self.check.inner(self.chain[1:], self._known_where_it_is_reached)
-        self.of_calls += [fields] * returned
-        return returned
+            return self._whole(node)
+        returned = self.check.inner(
+            self.chain[1:], self._known_where_it_is_reached, self._others_where_it_is_reached
+        )
+        self.of_calls += [returned.fields] * returned.held
+        if returned.held:
+            self.returned[node] = returned.other
+        return returned.held
 
     def _check_calls(self, node: ast.expr, statement: ast.stmt) -> None:
         """Refuse a call of a reader on a line that no call took."""
@@ -98,6 +107,8 @@ class ExpressionReader(FunctionNames):
             return self._if_expression(node, statement)
         if isinstance(node, ast.BinOp | ast.UnaryOp | ast.Compare):
             return self._operation(node, statement)
+        if isinstance(node, ast.BoolOp):
+            return self._bool_operation(node, statement)
         if isinstance(node, ast.Subscript):
             self._evaluate(node.slice, statement)
             held = self._evaluate(node.value, statement)
@@ -111,7 +122,7 @@ class ExpressionReader(FunctionNames):
             return held
         if isinstance(node, ast.NamedExpr):
             held = self._evaluate(node.value, statement)
-            self.bind(node.target, node.value, held, statement)
+            self.bind(node.target, node.value, held, statement, self.other(node.value, statement))
             return held
         if isinstance(node, ast.Lambda):
             if self.holds(node.body):
@@ -121,8 +132,17 @@ class ExpressionReader(FunctionNames):
             for generator in node.generators:
                 held = self._evaluate(generator.iter, statement)
                 self.bind(generator.target, None, held, statement)
-        parts = [self._evaluate(n, statement) for n in children(node)]
-        return any(parts)
+        parts = {part: self._evaluate(part, statement) for part in children(node)}
+        self.parts |= parts
+        return any(parts.values())
+
+    def _bool_operation(self, node: ast.BoolOp, statement: ast.stmt) -> bool:
+        """Read the parts of `and` and `or`: what follows the first may not be evaluated."""
+        held = [self._evaluate(node.values[0], statement)]
+        before = self.state()
+        held += [self._evaluate(part, statement) for part in node.values[1:]]
+        self.enter(behind([before, self.state()]))
+        return any(held)
 
     def _if_expression(self, node: ast.IfExp, statement: ast.stmt) -> bool:
         known = self.decided(node.test)
@@ -143,6 +163,11 @@ class ExpressionReader(FunctionNames):
         fitting = call is not None and fits(function, name)
         return self._known_arguments(function, call) if fitting and call else frozenset()
 
+    def _others_where_it_is_reached(self, function: Function) -> Others:
+        """Return the parameters of the function that the norm is reached in, if given others."""
+        fixed = self._known_where_it_is_reached(function)
+        return self.others_in(function, self.reaching or self.only_call, fixed)
+
     def _known_arguments(self, function: Function, call: ast.Call) -> Fixed:
         """Return the parameters of a function whose values are known in a call of it."""
         values = {n: self.known_value(e) for n, e in given_expressions(function, call).items()}
@@ -160,6 +185,9 @@ class ExpressionReader(FunctionNames):
             isinstance(op, ast.Is | ast.IsNot) for op in node.ops
         ):
             return False
+        for part, held in zip(children(node), parts, strict=True):
+            if held:
+                self.check_alone(part, statement)
         self._need_taken(node, statement)
         return self.check.moves(self.function.file, statement)
 
@@ -171,7 +199,7 @@ class ExpressionReader(FunctionNames):
             fields = self.fields_of(keyword.value) if held and keyword.arg is None else None
             named |= words.spread(fields) or {keyword.arg: held}
         if node is self.reaching:
-            return self._reached()
+            return self._reached(node)
         path = path_of(node.func)
         func = node.func
         receiver = isinstance(func, ast.Attribute) and self._evaluate(func.value, statement)
@@ -183,13 +211,15 @@ class ExpressionReader(FunctionNames):
         if receiver and name in FORM:
             return False
         if name in words.KEEPS and isinstance(node.func, ast.Attribute):
-            self.bind(node.func.value, node.func.value, True, statement)
+            self._kept(node.func.value, name, node, statement)
             return False
         if len(path) == 1 and (name[:1].isupper() or name in words.COLLECTS):
-            return self._whole()  # an object that carries outputs
+            self.of_calls.append(None)  # an object that carries outputs
+            return True
+        self._check_given(node, given, receiver, statement)
         untaken = not self.taken(statement)
         if untaken and selects_rows(node, self.check.rank_of(self.function)):
-            return self._whole()
+            return self._whole(node)
         inner = functions_named(self.function, name) if untaken and len(path) == 1 else []
         if not inner and not self._need_taken(node, statement):
             return False
@@ -200,17 +230,54 @@ class ExpressionReader(FunctionNames):
         ]
         if not inner:
             moves = self.check.moves(self.function.file, statement) or not self.taken(statement)
-            return moves and self._whole()
-        read = [
-            self.check.read(f, bound(f, node, given, named), (), self._known_arguments(f, node))
-            for f in inner
-        ]
-        self.of_calls += [fields for returned, fields in read if returned]
-        return any(returned for returned, _ in read)
+            return moves and self._whole(node)
+        return self._read(inner, node, given, named)
 
-    def _whole(self) -> bool:
+    def _read(
+        self,
+        functions: list[Function],
+        node: ast.Call,
+        given: list[bool],
+        named: dict[str | None, bool],
+    ) -> bool:
+        """Read the functions that a call may run; return whether one returns the value."""
+        found = []
+        for function in functions:
+            fixed = self._known_arguments(function, node)
+            others = self.others_in(function, node, fixed)
+            held = bound(function, node, given, named)
+            found.append(self.check.read(function, held, (), fixed, others))
+        returned = [each for each in found if each.held]
+        self.of_calls += [each.fields for each in returned]
+        if returned:
+            self.returned[node] = either(*(each.other for each in returned))
+        return bool(returned)
+
+    def _kept(self, holder: ast.expr, name: str, node: ast.Call, statement: ast.stmt) -> None:
+        """Note that a collection grows by the value, or by something beside it."""
+        if name in ("update", "setdefault") and not self.taken(statement):
+            fields = self.of_name.get(holder.id) if isinstance(holder, ast.Name) else None
+            keys = [ANYWHERE if k.arg is None else k.arg for k in node.keywords]
+            keys += [ANYWHERE] * len(node.args)
+            if self.mentions(holder) and not all(excludes(fields, key) for key in keys):
+                self.refuse(statement)
+        self.bind(holder, holder, True, statement)
+
+    def _check_given(
+        self, node: ast.Call, given: list[bool], receiver: bool, statement: ast.stmt
+    ) -> None:
+        """Refuse to give a call what may be the value or another one."""
+        read = [part for part, held in zip(node.args, given, strict=True) if held]
+        read += [k.value for k in node.keywords if self.may(k.value)]
+        if receiver and isinstance(node.func, ast.Attribute):
+            read.append(node.func.value)
+        for part in read:
+            self.check_alone(part, statement)
+
+    def _whole(self, node: ast.expr) -> bool:
         """Note that what a call returns may be the value itself."""
         self.of_calls.append(None)
+        self.returned[node] = None
         return True
 
     def _need_taken(self, node: ast.expr, statement: ast.stmt) -> bool:

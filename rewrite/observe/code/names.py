@@ -18,10 +18,10 @@ from rewrite.observe.code.fields import (
     FORM,
     Fields,
     Untaken,
-    excludes,
     fields_of_dict,
     joined,
 )
+from rewrite.observe.code.state import Other, Returned, State
 from rewrite.observe.code.syntax import (
     Fixed,
     Function,
@@ -32,6 +32,9 @@ from rewrite.observe.code.syntax import (
     path_of,
 )
 from rewrite.observe.export import CodeLine
+
+Others = frozenset[tuple[str, Other]]
+"""Parameters that may be another value than the one that is followed."""
 
 
 class Surroundings(Protocol):
@@ -70,16 +73,27 @@ class Surroundings(Protocol):
         tainted: frozenset[str],
         chain: tuple[CodeLine, ...] = (),
         fixed: Fixed = frozenset(),
-    ) -> tuple[bool, Fields]:
+        others: Others = frozenset(),
+    ) -> Returned:
         """Read a function whose parameters `tainted` hold the value; does it return it, where?
 
-        Its parameters `fixed` are at their defaults.
+        Its parameters `fixed` are at their defaults, and `others` may be other values.
         """
 
     def inner(
-        self, chain: tuple[CodeLine, ...], fixed: Callable[[Function], Fixed] = ...
-    ) -> tuple[bool, Fields]:
+        self,
+        chain: tuple[CodeLine, ...],
+        fixed: Callable[[Function], Fixed] = ...,
+        others: Callable[[Function], Others] = ...,
+    ) -> Returned:
         """Read the function in which the norm is called, further in; does it return its value?"""
+
+    def note_given(self, name: str) -> None:
+        """Note that an argument of the model stands for the value, and is given by its caller."""
+
+
+def _is_stored(node: ast.Name) -> bool:
+    return isinstance(node.ctx, ast.Store)
 
 
 class FunctionNames:
@@ -89,6 +103,8 @@ class FunctionNames:
         names: those that may hold the value.
         of_name: per name, the fields in which an object holds it; None: it may be the value itself.
         known: per name, the constant that it is.
+        others: per name, another value that it may hold.
+        bound: the names that it binds anywhere.
         of_calls: the fields of what the calls of the expression returned that is read now.
     """
 
@@ -100,11 +116,26 @@ class FunctionNames:
         self.names = names
         self.chain = chain
         self.known: dict[str, Any] = {}
+        self.others: dict[str, Other] = {}
         self.reaching: ast.Call | None = None
         self.of_name: dict[str, Fields] = {}
         self.of_calls: list[Fields] = []
+        self.bound = {
+            *function.parameters,
+            *(n.id for n in ast.walk(function.node) if isinstance(n, ast.Name) and _is_stored(n)),
+        }
         self.modules = check.modules(function)
         self.readers = check.reader_names(function)
+
+    def state(self) -> State:
+        """Return what is known at this line."""
+        return State(self.names, self.of_name, self.known, self.others).copy()
+
+    def enter(self, state: State) -> None:
+        """Go on with what is known at another line."""
+        own = state.copy()
+        self.names, self.of_name = own.names, own.of_name
+        self.known, self.others = own.known, own.others
 
     def fields_of(self, node: ast.expr) -> Fields:
         """Return in which fields an object holds the value; None if it may be anywhere."""
@@ -189,29 +220,3 @@ class FunctionNames:
     def at(self, node: ast.stmt | ast.expr) -> str:
         """Return where a piece of code stands."""
         return f"{self.function.file.rpartition('/')[2]}:{node.lineno}"
-
-    def bind(self, target: ast.expr, value: ast.expr | None, held: bool, node: ast.stmt) -> None:
-        """Note what a target holds after an assignment of `value`, or of a part of something."""
-        if isinstance(target, ast.Name):
-            fields = self.fields_of(value) if value is not None and held else None
-            grows = value is target and fields is not None  # by a method that keeps the value
-            self.of_name[target.id] = frozenset({ANYWHERE}) if grows else fields
-            self.known.pop(target.id, None)
-            (self.names.add if held else self.names.discard)(target.id)
-        elif isinstance(target, ast.Tuple | ast.List):
-            values: Sequence[ast.expr | None] = [None] * len(target.elts)
-            starred = any(isinstance(part, ast.Starred) for part in target.elts)
-            if isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts) and not starred:
-                values = value.elts
-            known = value is not None and held and not starred
-            fields = self.fields_of(value) if known and value is not None else None
-            for place, (part, own) in enumerate(zip(target.elts, values, strict=True)):
-                mine = self.may(own) if own else held and not excludes(fields, str(place))
-                self.bind(part, own, mine, node)
-        elif isinstance(target, ast.Starred):
-            self.bind(target.value, None, held, node)
-        elif isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name) and held:
-            self.names.add(target.value.id)
-            self.of_name[target.value.id] = None
-        elif held:
-            raise Untaken(f"{self.at(node)} keeps it as {ast.unparse(target)}")

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from typing import Any
 
 from rewrite.observe.code.expressions import ExpressionReader
-from rewrite.observe.code.fields import ANYWHERE, Fields, Untaken, joined, merged
-from rewrite.observe.code.names import Surroundings
+from rewrite.observe.code.fields import ANYWHERE, Fields, Untaken, joined
+from rewrite.observe.code.names import Others, Surroundings
+from rewrite.observe.code.state import Other, State, behind, either
 from rewrite.observe.code.syntax import Fixed, Function, path_of
 from rewrite.observe.export import CodeLine
+
+_LEAVES = ast.Return | ast.Raise | ast.Continue | ast.Break
 
 
 class FunctionReader(ExpressionReader):
@@ -26,6 +28,7 @@ class FunctionReader(ExpressionReader):
     Attributes:
         returns: whether it may return the value.
         fields: in which fields of what it returns.
+        instead: another value that it may return instead.
     """
 
     def __init__(
@@ -35,23 +38,22 @@ class FunctionReader(ExpressionReader):
         names: set[str],
         chain: tuple[CodeLine, ...],
         fixed: Fixed = frozenset(),
+        others: Others = frozenset(),
     ) -> None:
         super().__init__(check, function, names, chain)
         self.known = dict(fixed)
+        self.others = {name: other for name, other in others if name not in names}
         self.returns = False
         self.fields: Fields = frozenset()
+        self.instead: Other | None = None
+        self._left: list[list[State]] = []
 
     def block(self, statements: Sequence[ast.stmt]) -> bool:
         """Read statements in their order; return whether the last of them is never passed."""
         for statement in statements:
-            if isinstance(statement, ast.If):
-                if self._if(statement):
-                    return True
-                continue
-            if self._cannot_run(statement):
+            if not isinstance(statement, ast.If) and self._cannot_run(statement):
                 return True
-            self._statement(statement)
-            if isinstance(statement, ast.Return | ast.Raise | ast.Continue | ast.Break):
+            if self._statement(statement) or isinstance(statement, _LEAVES):
                 return True
         return False
 
@@ -67,84 +69,156 @@ class FunctionReader(ExpressionReader):
                     return True
         return False
 
-    def _statement(self, node: ast.stmt) -> None:
-        if isinstance(node, ast.For | ast.While | ast.With | ast.Try):
-            self._compound(node)
+    def _statement(self, node: ast.stmt) -> bool:
+        """Read a statement; return whether no way through it goes on."""
+        if isinstance(node, ast.If):
+            return self._if(node)
+        if isinstance(node, ast.For | ast.While):
+            return self._loop(node)
+        if isinstance(node, ast.With):
+            return self._with(node)
+        if isinstance(node, ast.Try):
+            return self._try(node)
+        if isinstance(node, ast.Match):
+            return self._match(node)
+        if isinstance(node, ast.Break | ast.Continue):
+            self._left[-1].append(self.state())
         elif isinstance(node, ast.Return):
-            if node.value is not None and self.value(node.value, node):
-                self.returns = True
-                self.fields = joined([self.fields, self.fields_of(node.value)])
+            self._return(node)
         elif isinstance(node, ast.Assign):
             held = self.value(node.value, node)
-            known = self.known_value(node.value)
+            known, other = self.known_value(node.value), self.other(node.value, node)
             for target in node.targets:
-                self.bind(target, node.value, held, node)
+                self.bind(target, node.value, held, node, other)
                 if isinstance(target, ast.Name):
                     self.known.update((target.id, value) for value in known)
-        elif isinstance(node, ast.AnnAssign | ast.AugAssign) and node.value is not None:
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
             held = self.value(node.value, node)
-            if isinstance(node, ast.AugAssign):
-                grows = self.is_collection(node.target) or self.is_collection(node.value)
-                held = self._augmented(node, held)
-                self.bind(node.target, None, held, node)
-                if grows and isinstance(node.target, ast.Name):
-                    self.of_name[node.target.id] = frozenset({ANYWHERE})
-            else:
-                self.bind(node.target, node.value, held, node)
+            self.bind(node.target, node.value, held, node, self.other(node.value, node))
+        elif isinstance(node, ast.AugAssign):
+            self._augmented(node)
         elif isinstance(node, ast.Expr):
             self.value(node.value, node)
-        elif isinstance(node, ast.FunctionDef):
-            if self.holds(node):
-                raise Untaken(f"{self.at(node)} keeps it in a function")
         elif isinstance(node, ast.Delete):
             self.names -= {t.id for t in node.targets if isinstance(t, ast.Name)}
+        elif not isinstance(node, ast.Assert | ast.Raise) and self.holds(node):
+            raise Untaken(f"{self.at(node)} keeps it in a function")
+        return False
+
+    def _return(self, node: ast.Return) -> None:
+        if node.value is None:
+            return
+        held = self.value(node.value, node)
+        if held:
+            self.returns = True
+            self.fields = joined([self.fields, self.fields_of(node.value)])
+        other = self.other(node.value, node)
+        collects = isinstance(node.value, ast.Tuple | ast.List | ast.Dict)
+        if other is None and not held and collects and not self.taken(node):
+            other = Other(self.at(node))
+        self.instead = either(self.instead, other)
 
     def _if(self, node: ast.If) -> bool:
         """Read both branches, or the one that the model has decided on; is neither ever left?"""
         self.value(node.test, node)
         known = self.decided(node.test)
-        before, fields, constants = set(self.names), dict(self.of_name), dict(self.known)
-        after: list[tuple[set[str], dict[str, Fields]]] = []
-        left: list[dict[str, Any]] = []
+        before = self.state()
+        after: list[State] = []
         for wanted, body in ((True, node.body), (False, node.orelse)):
             if known is not None and known is not wanted:
                 continue
-            self.names, self.of_name, self.known = set(before), dict(fields), dict(constants)
+            self.enter(before)
             if not self.block(body):
-                after.append((self.names, self.of_name))
-                left.append(self.known)
-        self.of_name = merged(after)
-        self.names = set().union(*(names for names, _ in after))
-        self.known = {
-            name: value
-            for name, value in (left[0] if left else constants).items()
-            if all(name in other and other[name] == value for other in left)
-        }
+                after.append(self.state())
+        self.enter(behind(after))
         return not after
 
-    def _compound(self, node: ast.For | ast.While | ast.With | ast.Try) -> None:
+    def _with(self, node: ast.With) -> bool:
+        for item in node.items:
+            held = self.value(item.context_expr, node)
+            if item.optional_vars is not None:
+                self.bind(item.optional_vars, None, held, node, Other(self.at(node)))
+        return self.block(node.body)
+
+    def _loop(self, node: ast.For | ast.While) -> bool:
+        """Read the body of a loop twice: what it leaves is there when it begins again."""
+        self._forget(node)
+        surely = isinstance(node, ast.For) and self._runs(node)
+        for _ in range(2):
+            if isinstance(node, ast.For):
+                held = self.value(node.iter, node)
+            else:
+                self.value(node.test, node)
+            before = self.state()
+            if isinstance(node, ast.For):
+                self.bind(node.target, None, held, node, None if held else Other(self.at(node)))
+            self._left.append([])
+            ended = self.block(node.body)
+            after = self._left.pop() + ([] if ended else [self.state()])
+            self.enter(behind(after if surely and after else [before, *after]))
+        return self.block(node.orelse)
+
+    def _runs(self, node: ast.For) -> bool:
+        """Return whether a loop over what the model holds runs: it ran in some call."""
+        named = {n.id for n in ast.walk(node.iter) if isinstance(n, ast.Name)}
+        words = {"enumerate", "zip", "range", "len", "reversed", "list", "tuple"}
+        took = any(
+            self.taken(n) for n in ast.walk(node) if isinstance(n, ast.stmt) and n is not node
+        )
+        return self.function.first in named and named <= {self.function.first, *words} and took
+
+    def _try(self, node: ast.Try) -> bool:
+        self._forget(node)
+        before = self.state()
+        ended = self.block(node.body)
+        after = [] if ended else [self.state()]
+        somewhere = behind([before, self.state()])
+        if after and self.block(node.orelse):
+            after = []
+        elif after:
+            after = [self.state()]
+        for handler in node.handlers:
+            self.enter(somewhere)
+            if not self.block(handler.body):
+                after.append(self.state())
+        self.enter(behind(after or [somewhere]))
+        return self.block(node.finalbody) or not after
+
+    def _match(self, node: ast.Match) -> bool:
+        held = self.value(node.subject, node)
+        before = self.state()
+        after = [before]
+        for case in node.cases:
+            self.enter(before)
+            for part in ast.walk(case.pattern):
+                for name in (getattr(part, "name", None), getattr(part, "rest", None)):
+                    if name is not None:
+                        self.bind(ast.Name(name, ast.Store()), None, held, node)
+            if case.guard is not None:
+                self.value(case.guard, node)
+            if not self.block(case.body):
+                after.append(self.state())
+        self.enter(behind(after))
+        return False
+
+    def _forget(self, node: ast.For | ast.While | ast.Try) -> None:
+        """Forget the constants of names that a statement with a body binds."""
         for part in ast.walk(node):
             if isinstance(part, ast.Name) and not isinstance(part.ctx, ast.Load):
                 self.known.pop(part.id, None)
-        if isinstance(node, ast.For):
-            held = self.value(node.iter, node)
-            self.bind(node.target, None, held, node)
-        elif isinstance(node, ast.While):
-            self.value(node.test, node)
-        bodies = [node.body, getattr(node, "orelse", []), getattr(node, "finalbody", [])]
-        bodies += [handler.body for handler in getattr(node, "handlers", [])]
-        for _ in range(2 if isinstance(node, ast.For | ast.While) else 1):
-            before, fields = set(self.names), dict(self.of_name)
-            for body in bodies:
-                self.block(body)
-            self.of_name = merged([(before, fields), (self.names, self.of_name)])
-            if isinstance(node, ast.For | ast.While):
-                self.names |= before
 
-    def _augmented(self, node: ast.AugAssign, held: bool) -> bool:
+    def _augmented(self, node: ast.AugAssign) -> None:
+        held = self.value(node.value, node)
+        grows = self.is_collection(node.target) or self.is_collection(node.value)
         old = isinstance(node.target, ast.Name) and node.target.id in self.names
-        if (held or old) and (self.is_collection(node.value) or self.is_collection(node.target)):
-            return True  # a list of outputs
-        if (held or old) and not self.taken(node):
-            self.refuse(node)
-        return old or (held and self.check.moves(self.function.file, node))
+        if (held or old) and grows:
+            held = True  # a list of outputs
+        elif held or old:
+            if not self.taken(node):
+                self.refuse(node)
+            self.check_alone(node.value if held else node.target, node)
+            held = old or self.check.moves(self.function.file, node)
+        shown = held or (self.taken(node) and self.check.moves(self.function.file, node))
+        self.bind(node.target, None, held, node, None if shown else Other(self.at(node)))
+        if grows and isinstance(node.target, ast.Name):
+            self.of_name[node.target.id] = frozenset({ANYWHERE})

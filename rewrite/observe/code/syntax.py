@@ -18,7 +18,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +162,7 @@ def methods_reach(modules: Sequence[nn.Module], name: str) -> frozenset[str]:
         while pending:
             method = getattr(kind, pending.pop(), None)
             code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
-            body = None if code is None else _definition(code)
+            body = None if code is None else definition(code)
             if body is None or body.name in seen or not body.args.args:
                 continue
             seen.add(body.name)
@@ -174,7 +174,7 @@ def methods_reach(modules: Sequence[nn.Module], name: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def _definition(code: CodeType) -> ast.FunctionDef | None:
+def definition(code: CodeType) -> ast.FunctionDef | None:
     """Return the definition that some code was compiled from; its decorators stand above it."""
     later = [
         function
@@ -210,6 +210,13 @@ def _value(node: ast.expr, module: nn.Module | None, first: str, names: Mapping[
 
 
 def _attribute(node: ast.Attribute, module: nn.Module | None, first: str) -> Any:
+    value = _held(node, module, first)
+    if value is None or isinstance(value, bool | int | float | str | nn.Module):
+        return value is not None if isinstance(value, nn.Module) else value
+    raise Undecided
+
+
+def _held(node: ast.Attribute, module: nn.Module | None, first: str) -> Any:
     path = [node.attr]
     held: ast.expr = node.value
     while isinstance(held, ast.Attribute):
@@ -224,9 +231,7 @@ def _attribute(node: ast.Attribute, module: nn.Module | None, first: str) -> Any
         if not hasattr(value, name):
             raise Undecided
         value = getattr(value, name)
-    if value is None or isinstance(value, bool | int | float | str | nn.Module):
-        return value is not None if isinstance(value, nn.Module) else value
-    raise Undecided
+    return value
 
 
 def _any_or_all(
@@ -248,11 +253,11 @@ def _any_or_all(
 def _compared(
     node: ast.Compare, module: nn.Module | None, first: str, names: Mapping[str, Any]
 ) -> bool:
-    left, right = (
-        _value(node.left, module, first, names),
-        _value(node.comparators[0], module, first, names),
-    )
-    operator = node.ops[0]
+    operator, compared = node.ops[0], node.left
+    identity = isinstance(operator, ast.Is | ast.IsNot) and isinstance(compared, ast.Attribute)
+    is_tensor = identity and isinstance(_held(compared, module, first), Tensor)
+    left = True if is_tensor else _value(compared, module, first, names)
+    right = _value(node.comparators[0], module, first, names)
     if isinstance(operator, ast.Is | ast.Eq):
         return bool(left is right if isinstance(operator, ast.Is) else left == right)
     if isinstance(operator, ast.IsNot | ast.NotEq):
@@ -306,18 +311,17 @@ def bound(
 ) -> frozenset[str]:
     """Return the parameters of a function that get the value in a call."""
     args = function.node.args
-    positional = [a.arg for a in (*args.posonlyargs, *args.args)]
-    skip = 1 if positional[:1] == ["self"] else 0
+    positional = _positional(function, call)
     found: set[str] = set()
     starred = any(isinstance(a, ast.Starred) for a in call.args)
     if starred and any(given):
-        found.update(positional[skip:])
-    for name, held in zip(positional[skip:], given, strict=False):
+        found.update(positional)
+    for name, held in zip(positional, given, strict=False):
         if held:
             found.add(name)
     for key, held in named.items():
         if held and key is None:
-            found.update(function.parameters[skip:])
+            found.update(n for n in function.parameters if n in positional or n != function.first)
         elif held and key is not None:
             found.add(
                 key if key in function.parameters else (args.kwarg.arg if args.kwarg else key)
@@ -332,7 +336,7 @@ def left_at_default(function: Function, call: ast.Call) -> Fixed:
         k.arg is None for k in call.keywords
     ):
         return frozenset()
-    positional = _positional(function)
+    positional = _positional(function, call)
     given = {*positional[: len(call.args)], *(k.arg for k in call.keywords)}
     defaults = dict(zip(positional[::-1], args.defaults[::-1], strict=False))
     defaults |= {a.arg: d for a, d in zip(args.kwonlyargs, args.kw_defaults, strict=True) if d}
@@ -347,14 +351,16 @@ def given_expressions(function: Function, call: ast.Call) -> dict[str, ast.expr]
     """Return the expression that a call gives for each parameter that it names or places."""
     if any(isinstance(a, ast.Starred) for a in call.args):
         return {}
-    placed = dict(zip(_positional(function), call.args, strict=False))
+    placed = dict(zip(_positional(function, call), call.args, strict=False))
     return placed | {k.arg: k.value for k in call.keywords if k.arg in function.parameters}
 
 
-def _positional(function: Function) -> list[str]:
+def _positional(function: Function, call: ast.Call) -> list[str]:
+    """Return the parameters that the positional arguments of a call are given to."""
     args = function.node.args
     names = [a.arg for a in (*args.posonlyargs, *args.args)]
-    return names[1:] if names[:1] == ["self"] else names
+    plain = isinstance(call.func, ast.Name) and call.func.id == function.node.name
+    return names[1:] if names[:1] == ["self"] and not plain else names
 
 
 def selects_rows(node: ast.expr, rank: int) -> bool:
