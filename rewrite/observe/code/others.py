@@ -41,6 +41,8 @@ class OtherValues(FunctionNames):
         """Return another value that an expression may be, beside the one that is followed."""
         if node is None or isinstance(node, _NO_VALUE):
             return None
+        if isinstance(node, ast.BinOp) and self.adds_collections(node):
+            return None
         if isinstance(node, ast.Name):
             return self._other_of_name(node)
         if isinstance(node, ast.NamedExpr | ast.Starred | ast.Await):
