@@ -325,7 +325,9 @@ def _arguments(function: Function) -> Others:
     args = function.node.args
     loose = [a.arg for a in (args.vararg, args.kwarg) if a is not None]
     place = f"{function.file.rpartition('/')[2]}:{function.node.lineno}"
-    return frozenset((name, Other(place, name)) for name in (*function.parameters[1:], *loose))
+    return frozenset(
+        (name, Other(place, name, True)) for name in (*function.parameters[1:], *loose)
+    )
 
 
 def _span(node: ast.stmt) -> range:

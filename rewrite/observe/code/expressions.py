@@ -14,6 +14,7 @@ from rewrite.observe.code import fields as words
 from rewrite.observe.code.fields import ANYWHERE, FORM, Untaken, excludes
 from rewrite.observe.code.names import Others
 from rewrite.observe.code.others import OtherValues
+from rewrite.observe.code.rows import selects_rows
 from rewrite.observe.code.state import behind, either
 from rewrite.observe.code.syntax import (
     Fixed,
@@ -28,7 +29,6 @@ from rewrite.observe.code.syntax import (
     left_at_default,
     methods_reach,
     path_of,
-    selects_rows,
 )
 
 
@@ -216,20 +216,23 @@ class ExpressionReader(OtherValues):
         if len(path) == 1 and (name[:1].isupper() or name in words.COLLECTS):
             self.of_calls.append(None)  # an object that carries outputs
             return True
-        self._check_given(node, given, receiver, statement)
         untaken = not self.taken(statement)
         if untaken and selects_rows(node, self.check.rank_of(self.function)):
+            self._check_given(node, given, receiver, statement)
             return self._whole(node)
         inner = functions_named(self.function, name) if untaken and len(path) == 1 else []
         if not inner and not self._need_taken(node, statement):
             return False
         if self.check.absorbs(self.function, statement, path or [name]):
+            self._check_given(node, given, receiver, statement)
             return False
         inner = inner or [
             f for f in self.check.callees(self.function.file, statement) if fits(f, name)
         ]
         if not inner:
             moves = self.check.moves(self.function.file, statement) or not self.taken(statement)
+            if moves:
+                self._check_given(node, given, receiver, statement)
             return moves and self._whole(node)
         return self._read(inner, node, given, named)
 

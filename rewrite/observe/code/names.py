@@ -120,8 +120,10 @@ class FunctionNames:
         self.reaching: ast.Call | None = None
         self.of_name: dict[str, Fields] = {}
         self.of_calls: list[Fields] = []
+        args = function.node.args
         self.bound = {
             *function.parameters,
+            *(a.arg for a in (args.vararg, args.kwarg) if a is not None),
             *(n.id for n in ast.walk(function.node) if isinstance(n, ast.Name) and _is_stored(n)),
         }
         self.modules = check.modules(function)

@@ -39,6 +39,8 @@ class OtherValues(FunctionNames):
 
     def other(self, node: ast.expr | None, statement: ast.stmt) -> Other | None:
         """Return another value that an expression may be, beside the one that is followed."""
+        if isinstance(node, ast.Constant) and node.value is None:
+            return Other(self.at(node), nothing=True)
         if node is None or isinstance(node, _NO_VALUE):
             return None
         if isinstance(node, ast.BinOp) and self.adds_collections(node):
@@ -123,7 +125,7 @@ class OtherValues(FunctionNames):
         One that the caller of the model gives is noted: it has to come from the new model.
         """
         other = self.other(node, statement)
-        if other is None:
+        if other is None or (other.nothing and not other.given):
             return
         if other.given:
             self.check.note_given(other.given)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rewrite.observe.code.expressions import ExpressionReader
 from rewrite.observe.code.fields import ANYWHERE, Fields, Untaken, joined
 from rewrite.observe.code.names import Others, Surroundings
-from rewrite.observe.code.state import Other, State, behind, either
+from rewrite.observe.code.state import NotNone, Other, State, behind, either
 from rewrite.observe.code.syntax import Fixed, Function, path_of
 from rewrite.observe.export import CodeLine
 
@@ -42,7 +43,11 @@ class FunctionReader(ExpressionReader):
     ) -> None:
         super().__init__(check, function, names, chain)
         self.known = dict(fixed)
-        self.others = {name: other for name, other in others if name not in names}
+        self.others = dict(others)
+        for name in names:
+            other = self.others.get(name)
+            if other is None or (other.given and not other.nothing):
+                self.known[name] = NotNone()
         self.returns = False
         self.fields: Fields = frozenset()
         self.instead: Other | None = None
@@ -128,10 +133,24 @@ class FunctionReader(ExpressionReader):
             if known is not None and known is not wanted:
                 continue
             self.enter(before)
+            self._narrow(node.test, wanted)
             if not self.block(body):
                 after.append(self.state())
         self.enter(behind(after))
         return not after
+
+    def _narrow(self, test: ast.expr, wanted: bool) -> None:
+        """Note behind `if x is None` that x is not None where the test failed."""
+        if not isinstance(test, ast.Compare) or not isinstance(test.left, ast.Name):
+            return
+        none = isinstance(right := test.comparators[0], ast.Constant) and right.value is None
+        fails = isinstance(test.ops[0], ast.IsNot if wanted else ast.Is)
+        other = self.others.get(test.left.id)
+        if none and fails and other is not None and other.nothing:
+            if other.given:
+                self.others[test.left.id] = replace(other, nothing=False)
+            else:
+                del self.others[test.left.id]
 
     def _with(self, node: ast.With) -> bool:
         for item in node.items:

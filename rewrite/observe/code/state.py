@@ -11,7 +11,7 @@ A reader that takes a map up may be fed by the value alone, so both have to be k
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rewrite.observe.code.fields import Fields, merged
@@ -24,10 +24,21 @@ class Other:
     Attributes:
         place: the line that puts it there.
         given: the argument of the model that it is, or "".
+        nothing: whether it may be None, which no layer takes.
     """
 
     place: str
     given: str = ""
+    nothing: bool = False
+
+    @property
+    def is_value(self) -> bool:
+        """Whether code of the model may have put a value there."""
+        return not self.given and not self.nothing
+
+
+class NotNone:
+    """What is known of a parameter that holds the value: it is not None."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +91,13 @@ def behind(branches: Sequence[State]) -> State:
 
 
 def either(*found: Other | None) -> Other | None:
-    """Return one of several other values: one that no caller of the model gives comes first."""
+    """Return what several other values are together: a value of the model's code comes first."""
     held = [other for other in found if other is not None]
-    return next((other for other in held if not other.given), held[0] if held else None)
+    for other in held:
+        if other.is_value:
+            return other
+    given = next((other for other in held if other.given), held[0] if held else None)
+    return given and replace(given, nothing=any(other.nothing for other in held))
 
 
 def _either(branches: Iterable[Mapping[str, Other]]) -> dict[str, Other]:

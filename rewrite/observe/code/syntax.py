@@ -20,6 +20,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rewrite.observe.code.state import NotNone
+
 
 @dataclass(frozen=True, eq=False)
 class Function:
@@ -187,7 +189,7 @@ def definition(code: CodeType) -> ast.FunctionDef | None:
 def _value(node: ast.expr, module: nn.Module | None, first: str, names: Mapping[str, Any]) -> Any:
     if isinstance(node, ast.Constant):
         return node.value
-    if isinstance(node, ast.Name) and node.id in names:
+    if isinstance(node, ast.Name) and not isinstance(names.get(node.id, NotNone()), NotNone):
         return names[node.id]
     if isinstance(node, ast.IfExp):
         chosen = node.body if _value(node.test, module, first, names) else node.orelse
@@ -250,13 +252,22 @@ def _any_or_all(
     return not deciding
 
 
+def _is_something(
+    node: ast.expr, module: nn.Module | None, first: str, names: Mapping[str, Any]
+) -> bool:
+    """Return whether an expression is a tensor, or a value that is followed: it is not None."""
+    if isinstance(node, ast.Attribute):
+        return isinstance(_held(node, module, first), Tensor)
+    return isinstance(node, ast.Name) and isinstance(names.get(node.id), NotNone)
+
+
 def _compared(
     node: ast.Compare, module: nn.Module | None, first: str, names: Mapping[str, Any]
 ) -> bool:
-    operator, compared = node.ops[0], node.left
-    identity = isinstance(operator, ast.Is | ast.IsNot) and isinstance(compared, ast.Attribute)
-    is_tensor = identity and isinstance(_held(compared, module, first), Tensor)
-    left = True if is_tensor else _value(compared, module, first, names)
+    operator, asked = node.ops[0], node.left
+    if isinstance(operator, ast.Is | ast.IsNot) and _is_something(asked, module, first, names):
+        asked = ast.Constant(True)
+    left = _value(asked, module, first, names)
     right = _value(node.comparators[0], module, first, names)
     if isinstance(operator, ast.Is | ast.Eq):
         return bool(left is right if isinstance(operator, ast.Is) else left == right)
@@ -361,36 +372,6 @@ def _positional(function: Function, call: ast.Call) -> list[str]:
     names = [a.arg for a in (*args.posonlyargs, *args.args)]
     plain = isinstance(call.func, ast.Name) and call.func.id == function.node.name
     return names[1:] if names[:1] == ["self"] and not plain else names
-
-
-def selects_rows(node: ast.expr, rank: int) -> bool:
-    """Return whether an expression chooses among the rows of a value and leaves its last axis.
-
-    Args:
-        node: `take_along_dim(x, i, dim=1)`, `x[:, i]`, `x[:, i, :]` and the like.
-        rank: how many axes the value has at least.
-    """
-    if isinstance(node, ast.Subscript):
-        parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        plain = not any(isinstance(p, ast.Starred) or _is_ellipsis(p) for p in parts)
-        last = parts[-1]
-        whole = isinstance(last, ast.Slice) and (last.lower, last.upper, last.step) == (None,) * 3
-        return plain and (len(parts) < rank or (len(parts) == rank and whole))
-    if isinstance(node, ast.Call) and path_of(node.func)[-1:] in (
-        ["take_along_dim"],
-        ["index_select"],
-    ):
-        given = [k.value for k in node.keywords if k.arg == "dim"]
-        return (
-            bool(given)
-            and isinstance(given[0], ast.Constant)
-            and (isinstance(given[0].value, int) and 0 <= given[0].value < rank - 1)
-        )
-    return False
-
-
-def _is_ellipsis(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and node.value is Ellipsis
 
 
 def has_call(node: ast.expr) -> bool:
