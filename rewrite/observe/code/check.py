@@ -16,7 +16,6 @@ refused, with that line. Decorators that pass on whatever they are given are pas
 from __future__ import annotations
 
 import ast
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +29,14 @@ from rewrite.observe.code.fields import Untaken
 from rewrite.observe.code.names import Others
 from rewrite.observe.code.reader import FunctionReader
 from rewrite.observe.code.state import Other, Returned
-from rewrite.observe.code.syntax import Fixed, Function, definition, function_at
+from rewrite.observe.code.syntax import (
+    Fixed,
+    Function,
+    code_of,
+    definition,
+    forward_of,
+    function_at,
+)
 from rewrite.observe.evidence import Evidence
 from rewrite.observe.export import CodeLine, ObservedCall, in_torch
 from rewrite.observe.spellings import op_name, shape_of
@@ -154,12 +160,21 @@ class CodeCheck:
                     place = (stack[-1].file, stack[-1].number)
                     self._absorbed.setdefault(place, set()).add(op_name(read.node))
         self._owners = list(owners)
-        self._check_siblings()
+        _check_siblings(self.captured, self.index, self.fold.layers)
+        for observed, site in self.fold.sites:
+            if not self.index.outside(observed.stack(site.node)):
+                _check_readable(self.captured, observed.owners(site.node))
         for chain in {self.index.outside(o.stack(s.node)) for o, s in self.fold.sites}:
             if chain and self.inner(chain, others=_arguments).held and strict:
                 raise Untaken("the model may return it for other arguments")
         for name in self._given:
             self.fold.notes.append(f"{name} has to come from the new model where it is given")
+
+    def _running(self, function: Function) -> Iterator[str]:
+        """Yield the modules around the values whose forward a function is."""
+        for name in self._owners:
+            if forward_of(self.captured.tree.names.get(name)) is function.node:
+                yield name
 
     def _note(self, line: CodeLine, node: Node, owner: str) -> None:
         """Note how many axes the values have at least that a line makes and reads, and for whom."""
@@ -180,17 +195,6 @@ class CodeCheck:
     def _values(self) -> Iterator[tuple[ObservedCall, Node]]:
         for observed, flow in self.fold.flows:
             yield from ((observed, node) for node in flow.labels)
-
-    def _check_siblings(self) -> None:
-        """Refuse a reader that is one item of several, of which calls chose only some."""
-        for layer in self.fold.layers:
-            parent = layer.rpartition(".")[0]
-            holder = self.captured.tree.names.get(parent)
-            if not isinstance(holder, nn.ModuleDict | nn.ModuleList):
-                continue
-            for name, _ in holder.named_children():
-                if f"{parent}.{name}" not in self.index.ran:
-                    raise Untaken(f"{parent} also holds {name}, which no call chose")
 
     # -- what the reader of a function asks -----------------------------------------------------
 
@@ -245,23 +249,13 @@ class CodeCheck:
     def _instances(self, function: Function) -> list[str]:
         if not function.inside and function.first == "self":  # a forward that is set from outside
             made = [owner for _, _, owner in self._made_in(function)]
-            return list(dict.fromkeys([*filter(self._runs(function), self._owners), *made]))
+            return list(dict.fromkeys([*self._running(function), *made]))
         return [
             name
             for name in self._owners
             if name in self.captured.tree.names
             and function.inside in {k.__name__ for k in type(self.captured.module(name)).__mro__}
         ]
-
-    def _runs(self, function: Function) -> Callable[[str], bool]:
-        """Return what says whether a function is the forward of the module of some name."""
-
-        def runs(name: str) -> bool:
-            module = self.captured.tree.names.get(name)
-            code = getattr(inspect.unwrap(getattr(module, "forward", None)), "__code__", None)  # type: ignore[arg-type]
-            return code is not None and definition(code) is function.node
-
-        return runs
 
     def reader_names(self, function: Function) -> set[str]:
         """Return the children of those modules on the way to a reader, or to the norm."""
@@ -277,13 +271,19 @@ class CodeCheck:
         """Return whether a call by that name is how the norm is reached, along a chain of lines."""
         if not path:
             return False
-        if path[0] == function.first and len(path) > 1:
-            places = (".".join(filter(None, (o, *path[1:]))) for o in self._instances(function))
-            targets = self.fold.targets
-            if any(t == place or t.startswith(f"{place}.") for place in places for t in targets):
-                return True
         below = function_at(chain[1].file, chain[1].number) if len(chain) > 1 else None
+        if path[0] == function.first and len(path) > 1:
+            places = [".".join(filter(None, (o, *path[1:]))) for o in self._instances(function)]
+            if any(self._leads_to(place, below) for place in places):
+                return True
         return below is not None and below[0].name == path[-1]
+
+    def _leads_to(self, place: str, below: tuple[ast.FunctionDef, str] | None) -> bool:
+        """Return whether a target is in a module, and the next line, if any, in its forward."""
+        own = forward_of(self.captured.tree.names.get(place))
+        if own is not None and own.args.vararg is None and (below is None or own is not below[0]):
+            return False
+        return any(t == place or t.startswith(f"{place}.") for t in self.fold.targets)
 
     def taken(self, file: str, node: ast.stmt) -> bool:
         """Return whether a call made a value, or called a module, on a line of a statement."""
@@ -300,6 +300,10 @@ class CodeCheck:
             return True
         names = set().union(*(self._absorbed.get((function.file, n), ()) for n in _span(node)))
         return bool(path) and path[-1] in names
+
+    def reads_on(self, file: str, node: ast.stmt) -> bool:
+        """Return whether a layer that takes the map up reads it on a line of a statement."""
+        return any((file, number) in self._absorbed for number in _span(node))
 
     def is_layer(self, function: Function, path: Sequence[str]) -> bool:
         """Return whether a call by that name is one of a layer that reads the value."""
@@ -318,6 +322,26 @@ class CodeCheck:
                     function = Function(line.file, *held)
                     found[function.key] = function
         return list(found.values())
+
+
+def _check_readable(captured: Captured, owners: Iterable[str]) -> None:
+    """Refuse a call without a line, in code of the model that is in no file."""
+    for module in (captured.tree.names.get(name) for name in owners):
+        code = code_of(module)
+        if code is not None and not in_torch(code.co_filename) and definition(code) is None:
+            raise Untaken(f"the code of {type(module).__name__} is in no file")
+
+
+def _check_siblings(captured: Captured, index: CodeIndex, layers: Iterable[str]) -> None:
+    """Refuse a reader that is one item of several, of which calls chose only some."""
+    for layer in layers:
+        parent = layer.rpartition(".")[0]
+        holder = captured.tree.names.get(parent)
+        if not isinstance(holder, nn.ModuleDict | nn.ModuleList):
+            continue
+        for name, _ in holder.named_children():
+            if f"{parent}.{name}" not in index.ran:
+                raise Untaken(f"{parent} also holds {name}, which no call chose")
 
 
 def _arguments(function: Function) -> Others:

@@ -61,6 +61,9 @@ class Surroundings(Protocol):
     def absorbs(self, function: Function, node: ast.stmt, path: Sequence[str]) -> bool:
         """Return whether what a call by that name returns is the output of a layer that reads."""
 
+    def reads_on(self, file: str, node: ast.stmt) -> bool:
+        """Return whether a layer that takes the map up reads it on a line of a statement."""
+
     def is_layer(self, function: Function, path: Sequence[str]) -> bool:
         """Return whether a call by that name is one of a layer that reads the value."""
 

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rewrite.observe.code.state import NotNone
+from rewrite.observe.export import in_torch
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +175,17 @@ def methods_reach(modules: Sequence[nn.Module], name: str) -> frozenset[str]:
                     found.add(part.attr)
                     pending.append(part.attr)
     return frozenset(found)
+
+
+def code_of(module: nn.Module | None) -> CodeType | None:
+    """Return the code of a module's forward, without what is wrapped around it."""
+    return getattr(inspect.unwrap(getattr(module, "forward", None)), "__code__", None)  # type: ignore[arg-type]
+
+
+def forward_of(module: nn.Module | None) -> ast.FunctionDef | None:
+    """Return the definition of a module's forward, if it is in a file and not torch's own."""
+    code = code_of(module)
+    return None if code is None or in_torch(code.co_filename) else definition(code)
 
 
 def definition(code: CodeType) -> ast.FunctionDef | None:
@@ -371,7 +383,9 @@ def _positional(function: Function, call: ast.Call) -> list[str]:
     args = function.node.args
     names = [a.arg for a in (*args.posonlyargs, *args.args)]
     plain = isinstance(call.func, ast.Name) and call.func.id == function.node.name
-    return names[1:] if names[:1] == ["self"] and not plain else names
+    static = any(path_of(d) == ["staticmethod"] for d in function.node.decorator_list)
+    is_method = names[:1] == ["self"] or (function.inside and not static)
+    return names[1:] if is_method and not plain else names
 
 
 def has_call(node: ast.expr) -> bool:

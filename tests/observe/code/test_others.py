@@ -259,6 +259,25 @@ def test_other_values_beside_it_stop_nothing(forward: Any) -> None:
             assert torch.allclose(model(X, flag), result.model(X, flag), rtol=0, atol=1e-12)
 
 
+def test_code_that_is_in_no_file_is_refused() -> None:
+    """A class from a prompt: nothing can be said of the lines that no call took."""
+    source = """
+class Typed(Base):
+    @untraceable
+    def forward(self, x, flag=0):
+        h = self.norm(self.embed(x))
+        if flag:
+            h = self.other(x)
+        return self.head(h)
+"""
+    known: dict[str, Any] = {"Base": Model, "untraceable": untraceable, "__name__": __name__}
+    exec(source, known)  # noqa: S102 - as a prompt does
+    model = known["Typed"](nn.LayerNorm(16)).double().eval()
+    nn.init.uniform_(model.norm.weight, 0.5, 1.5)
+    result = rewrite.convert(model, FoldNorm(), example_inputs=X)
+    assert not result.report.changes and result.report.skips
+
+
 def given(self: Any, x: Tensor, hidden: Tensor | None = None) -> Any:
     if hidden is None:
         hidden = self.norm(self.embed(x))
