@@ -271,7 +271,7 @@ class Typed(Base):
         return self.head(h)
 """
     known: dict[str, Any] = {"Base": Model, "untraceable": untraceable, "__name__": __name__}
-    exec(source, known)  # noqa: S102 - as a prompt does
+    exec(source, known)
     model = known["Typed"](nn.LayerNorm(16)).double().eval()
     nn.init.uniform_(model.norm.weight, 0.5, 1.5)
     result = rewrite.convert(model, FoldNorm(), example_inputs=X)
