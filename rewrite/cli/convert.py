@@ -163,6 +163,7 @@ def _recovered(
         return result
     from rewrite.cli.recover import open_data
     from rewrite.distributed import rank_and_world
+    from rewrite.progress import ProgressLine
     from rewrite.training.recover import recover
 
     if rank_and_world()[1] > 1:
@@ -170,7 +171,10 @@ def _recovered(
             "--recover runs in one process; use `accelerate launch -m rewrite recover`"
         )
     data = open_data(options.recover, model, labels=False)
-    trained = recover(result.model, model, data, seed=options.seed)
+    with ProgressLine(enabled=not options.quiet) as progress:
+        trained = recover(result.model, model, data, seed=options.seed, progress=progress)
+    if trained.interrupted:
+        raise KeyboardInterrupt
     notes = [f"recovered: {trained.before}; after {len(trained.steps)} steps {trained.after}"]
     notes += [trained.stopped] if trained.stopped else []
     report = replace(result.report, notes=(*result.report.notes, *notes))

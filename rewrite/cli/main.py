@@ -1,7 +1,8 @@
 """The command line: arguments in, text and exit codes out. torch is imported only to do work.
 
 Exit codes: 0 done and verified; 1 a contract or a verification failed; 2 wrong usage or unreadable
-input; 3 nothing to rewrite; 130 interrupted, and nothing was written.
+input; 3 nothing to rewrite; 130 interrupted, and nothing was written
+(by `recover` that had begun to train: the best state).
 """
 
 from __future__ import annotations

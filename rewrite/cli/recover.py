@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewrite.cli.common import (
     FAILED,
+    INTERRUPTED,
     MODEL_HELP,
     OK,
     add_model_arguments,
@@ -120,7 +121,8 @@ def finish(options: argparse.Namespace, recovered: Recovered[nn.Module], output:
         recovered.plot(options.plot)
     write_report(options, recovered)
     if not recovered.ok:
-        return complain(f"{recovered.stopped}; wrote the best state to {output}", FAILED)
+        code = INTERRUPTED if recovered.interrupted else FAILED
+        return complain(f"{recovered.stopped}; wrote the best state to {output}", code)
     return OK
 
 

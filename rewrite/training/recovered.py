@@ -88,6 +88,11 @@ class Recovered(Generic[Model]):
         """Whether the training came to its end, or stopped because nothing improved any more."""
         return not self.stopped or self.stopped.startswith("no better")
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether somebody stopped it (Ctrl-C)."""
+        return self.stopped.startswith("interrupted")
+
     def to_json(self) -> str:
         """Return everything but the model as JSON."""
         held = {name: asdict(getattr(self, name)) for name in ("before", "after")}

@@ -1,5 +1,7 @@
 """Ctrl-C at any moment of any command: one line, exit code 130, and no new file; or it is done.
 
+`recover` that has begun to train writes the best state that it had.
+
 One process imports everything and forks a child for each trial, which is interrupted after a random
 share of the time that the command takes when it is left alone.
 """
@@ -15,12 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import models
 import rewrite
+from rewrite.cli.main import main
 
 COMMANDS = {
     "convert": "convert --fold model.pt -o out.pt --html out.html --report out.json",
@@ -50,8 +54,6 @@ def forked(arguments: list[str], folder: Path, after: float | None) -> tuple[int
             for stream, name in ((1, os.devnull), (2, str(log))):
                 os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
             os.chdir(folder)
-            from rewrite.cli.main import main
-
             code = main(arguments)
         finally:
             sys.stderr.flush()
@@ -93,8 +95,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         layers += [nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
     rewrite.save(models.randomize_norms_(model).eval(), folder / "model.pt")
-    import numpy as np
-
     np.save(folder / "data.npy", torch.randn(64, 3, 32, 32).numpy())
     environment = {
         **os.environ,
@@ -123,14 +123,52 @@ def test_an_interrupted_command_says_so_in_one_line_and_writes_nothing(
         if code == 0:  # it came too late: the files had got their names, all of them
             assert left == made
             continue
-        assert (code, left) == (130, []), said
-        assert said.splitlines()[-1].startswith("rewrite: interrupted"), said
+        assert code == 130, said
+        last = said.splitlines()[-1]
+        assert last.startswith("rewrite: interrupted"), said
+        kept = name == "recover" and last.endswith("; wrote the best state to out.pt")
+        assert left == (made if kept else []), said
+
+
+@pytest.mark.parametrize("command", ["recover", "convert"])
+def test_an_interrupted_training_writes_its_best_state_and_a_conversion_nothing(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    model = models.randomize_norms_(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 4))).eval()
+    path, data, out = tmp_path / "model.pt", tmp_path / "data.npy", tmp_path / "out.pt"
+    rewrite.save(model, path)
+    np.save(data, torch.randn(64, 3, 8, 8).numpy())
+    monkeypatch.setattr("rewrite.progress.ProgressLine.__call__", interrupt_at_step_3)
+    arguments = {
+        "recover": ["recover", path, "--teacher", path, "--data", data, "-o", out, "--epochs", 9],
+        "convert": ["convert", path, "--bn-to-gn", "--recover", data, "-o", out],
+    }[command]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main([str(word) for word in arguments]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    said = capsys.readouterr().err.splitlines()[-1]
+    if command == "recover":
+        assert said == f"rewrite: interrupted after step 3; wrote the best state to {out}"
+        assert rewrite.load(out).state_dict().keys() == model.state_dict().keys()
+    else:
+        assert said == "rewrite: interrupted; nothing was written" and not out.exists()
+
+
+def interrupt_at_step_3(_: object, line: str) -> None:
+    if line.startswith("step 3 "):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 if __name__ == "__main__":
     import matplotlib.pyplot  # noqa: F401
 
-    import rewrite.cli.main
     import rewrite.training.recover
 
     sys.stdout.write(json.dumps(trials(Path(sys.argv[1]))))
