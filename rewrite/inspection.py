@@ -26,6 +26,7 @@ from rewrite.observe.road import evidence_of
 from rewrite.observe.spellings import FORM, MOVES, SAME, op_name, shape_of
 from rewrite.protocol import find_sites
 from rewrite.runtime.inputs import Inputs
+from rewrite.text.tables import Rows, merged
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -76,7 +77,10 @@ class Inspection:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     def tables(self, *, verbose: bool = False) -> Iterator[RenderableType]:
-        """Yield what to print, as rich renderables."""
+        """Yield what to print; rows that are alike but for their numbers are one.
+
+        With `verbose` all rows.
+        """
         from rich.text import Text
 
         dtypes = ", ".join(f"{name} ({count})" for name, count in self.dtypes.items())
@@ -99,24 +103,24 @@ class Inspection:
                 for n in self.norms
             ]
             head = ("module", "norm", "channels", "fed by", "read by", "statistics", "calls")
-            yield _table("Normalizations", head, rows)
+            yield Rows(head, merged(rows, verbose=verbose), "Normalizations")
         others = [name for name in self.regions if name]
         yield Text(
             f"{len(self.regions)} traced region{'' if len(self.regions) == 1 else 's'}"
             + (f": {', '.join(others)}" if others else "")
         )
         if self.opaque:
-            columns = ("module", "stopped the tracer", "at")
-            rows_ = [
+            where = ("module", "stopped the tracer", "at")
+            opaque = [
                 (o["name"] or "(root)", o["reason"] or "", o["source"] or "") for o in self.opaque
             ]
-            yield _table(
-                "Opaque modules (their children are captured on their own)", columns, rows_
-            )
+            title = "Opaque modules (their children are captured on their own)"
+            yield Rows(where, merged(opaque, verbose=verbose), title)
         found = [
             (p.name, p.contract, str(p.sites), str(p.skips), _most(p.reasons)) for p in self.passes
         ]
-        yield _table("Passes", ("pass", "contract", "sites", "left alone", "why"), found)
+        columns = ("pass", "contract", "sites", "left alone", "why")
+        yield Rows(columns, found, "Passes", prose=True)
 
 
 def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
@@ -258,15 +262,3 @@ def _most(reasons: dict[str, int]) -> str:
 
 def _numel(tensor: Any) -> int:
     return 0 if is_lazy(tensor) else int(tensor.numel())
-
-
-def _table(title: str, head: tuple[str, ...], rows: Any) -> RenderableType:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in head:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table

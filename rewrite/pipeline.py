@@ -22,7 +22,7 @@ from rewrite.outcomes import Contract, Selection
 from rewrite.preconditions import check_convertible, why_not_run
 from rewrite.progress import Announced
 from rewrite.protocol import Applied, Pass, apply_pass, find_sites
-from rewrite.report import PassReport, Report
+from rewrite.report import PassReport, Report, advice
 from rewrite.runtime.copying import copy_model
 from rewrite.runtime.infer_inputs import has_certain_rank, infer_inputs
 from rewrite.runtime.inputs import ExampleCall, Inputs
@@ -138,6 +138,7 @@ def convert(
     whole = reports[-1].verification
     if len(reports) > 1:
         whole = work.verify_whole(model, before, chosen, reports)
+    notes = (*notes, *advice(whole, notes, of_users=shown))
     result: Result[Model] = Result(before, Report(tuple(reports), notes, whole))  # type: ignore[arg-type]
     if check and not result.report.ok:
         raise ContractError(f"{result.report.failure}; check=False returns the result", result)

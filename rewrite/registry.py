@@ -18,7 +18,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from rewrite.errors import OptionError
-from rewrite.suggest import did_you_mean
+from rewrite.text.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from rewrite.protocol import Pass

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from rewrite.alike import group_alike
-from rewrite.outcomes import Change, Skip
+from rewrite.outcomes import Change, Contract, Skip
+from rewrite.text.alike import group_alike
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -190,6 +190,40 @@ class Report:
             for shown in self.tables():
                 console.print(shown)
         return printed.get()
+
+
+_LOW = 0.95
+"""Below which a swap that keeps a model approximately has lost enough to say what helps."""
+
+
+def advice(
+    verification: Verification | None, notes: Sequence[str], *, of_users: bool
+) -> tuple[str, ...]:
+    """Return what to do about a low agreement, in a sentence, or nothing.
+
+    Args:
+        verification: of a whole conversion.
+        notes: what is said already; a pass that measured on held-out data knows better.
+        of_users: whether it ran on inputs of the user, and not on made-up ones.
+    """
+    if verification is None or verification.contract is not Contract.APPROXIMATE:
+        return ()
+    if any("held-out" in note for note in notes):
+        return ()
+    share = verification.agreement
+    if share is None:
+        share = verification.cosine
+    if share is None or share >= _LOW:
+        return ()
+    if not of_users:
+        return (
+            "agreement is low on a random input, where it says little: measure on your own data "
+            "(--input FILE, --calibration DATA)",
+        )
+    return (
+        "agreement is low: --keep function --calibration DATA fits to unlabelled data, "
+        "`rewrite recover` trains on it",
+    )
 
 
 def _rows(rows: Sequence[tuple[str, ...]], verbose: bool) -> Iterator[tuple[Any, ...]]:

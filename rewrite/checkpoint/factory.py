@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from rewrite.checkpoint.closest import closest_model
 from rewrite.errors import CheckpointError
+from rewrite.text.suggest import how_to_install
 
 FACTORY_NAME = re.compile(
     r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_][\w.]*)(?P<kwargs>\(.*\))?", re.S
@@ -37,7 +39,10 @@ def build_named(reference: str, seed: int | None = None) -> nn.Module:
         raise CheckpointError(f"{reference}: {error}") from error
     except (Exception, SystemExit) as error:
         message = " ".join(str(error).split())
-        raise CheckpointError(f"{reference}: raised {type(error).__name__}: {message}") from error
+        hint = how_to_install(error) or closest_model(match["module"], match["name"])
+        raise CheckpointError(
+            f"{reference}: raised {type(error).__name__}: {message}{hint}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"{reference}: returned a {type(model).__name__}, not an nn.Module")
     return model.eval()

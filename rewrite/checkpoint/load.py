@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from rewrite.checkpoint.check_loaded import check_loaded
+from rewrite.checkpoint.closest import closest_reference
 from rewrite.checkpoint.exported.program import load_exported
 from rewrite.checkpoint.factory import FACTORY_NAME, build_named
 from rewrite.checkpoint.pickler import write_model
@@ -106,7 +107,10 @@ def load(
         return model
     match = FACTORY_NAME.fullmatch(reference)
     if match is None or path.suffix in (".pt", ".pth", ".pt2", ".safetensors", ".ckpt"):
-        raise CheckpointError(f"{reference}: no such file, and no name like torchvision:resnet18")
+        raise CheckpointError(
+            f"{reference}: no such file, and no name like torchvision:resnet18"
+            f"{closest_reference(reference)}"
+        )
     if factory is not None:
         raise CheckpointError(f"{reference}: a name needs no factory ({factory})")
     return build_named(reference, seed).to(map_location)

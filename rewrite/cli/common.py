@@ -195,7 +195,8 @@ def console() -> Console:
     """Return the console that everything is printed on; wide where it is no terminal."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    wide = None if sys.stdout.isatty() else 140
+    return Console(width=wide, highlight=False, markup=False)
 
 
 def _written_reports(options: argparse.Namespace) -> Iterable[tuple[str, str | None]]:
@@ -208,12 +209,20 @@ def _is_report(name: str) -> bool:
     """Say whether a file is an earlier report, which a new one may replace."""
     place = Path(name)
     try:
-        if place.suffix.lower() != ".json" or place.stat().st_size > 64 << 20:
+        if place.stat().st_size > 64 << 20:
+            return False
+        if place.suffix.lower() in (".html", ".htm"):
+            return _OWN_PAGE in place.read_text(encoding="utf-8")[:_HEAD]
+        if place.suffix.lower() != ".json":
             return False
         content = json.loads(place.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and "provenance" in content
+    return isinstance(content, dict) and ("provenance" in content or set(content) == _NODE_DATA)
+
+
+_OWN_PAGE, _HEAD = '<meta name="generator" content="rewrite">', 500
+_NODE_DATA = {"results", "gradient"}
 
 
 def _is_same_file(one: str, other: str) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewrite.cli.common import (
     OK,
     add_model_arguments,
-    console,
     example_inputs,
     load_model,
     own_provenance,
+    write_report,
 )
 
 if TYPE_CHECKING:
@@ -38,30 +39,28 @@ def run_compare(options: argparse.Namespace) -> int:
     """Compare, print the modules that differ, and write what the options name."""
     from rewrite.cli.common import check_report, or_inferred
     from rewrite.equivalence.side_by_side import side_by_side
+    from rewrite.progress import ProgressLine
     from rewrite.runtime.inputs import Inputs
 
     check_report(options, options.model, options.other)
-    before = load_model(options, options.model)
-    inferred = or_inferred(options, before, example_inputs(options, before))
-    given = None if inferred.inputs is None else Inputs.of(inferred.inputs)
-    found = side_by_side(before, load_model(options, options.other), given, options.seed)
-    _write(options, found)
-    if not options.quiet:
-        if given is None:
-            print(f"{inferred.missing}; so nothing was run: pass --input")
-        for line in found.tables():
-            console().print(line)
+    with ProgressLine(enabled=not options.quiet) as progress:
+        progress("loading")
+        before = load_model(options, options.model)
+        after = load_model(options, options.other)
+        progress("looking for an input that fits")
+        inferred = or_inferred(options, before, example_inputs(options, before))
+        given = None if inferred.inputs is None else Inputs.of(inferred.inputs)
+        found = side_by_side(before, after, given, options.seed, progress)
+        page = _page(options, found) if options.html else None
+    if given is None and not options.quiet:
+        print(f"{inferred.missing}; so nothing was run: pass --input", file=sys.stderr)
+    write_report(options, found, page)
     return OK
 
 
-def _write(options: argparse.Namespace, found: SideBySide) -> None:
-    from rewrite.files import write_bytes
+def _page(options: argparse.Namespace, found: SideBySide) -> str:
+    from rewrite.html.pages import comparison_page
 
-    if options.report:
-        write_bytes(options.report, found.to_json().encode())
-    if options.html:
-        from rewrite.html.pages import comparison_page
-
-        known = own_provenance(options.model, options.other)
-        title = f"{Path(options.model).name} and {Path(options.other).name}"
-        write_bytes(options.html, comparison_page(found, known, title).render().encode())
+    known = own_provenance(options.model, options.other)
+    title = f"{Path(options.model).name} and {Path(options.other).name}"
+    return comparison_page(found, known, title).render()

@@ -25,7 +25,7 @@ from rewrite.cli.common import (
 )
 from rewrite.cli.pass_flags import PassFlags, add_pass_flags
 from rewrite.errors import OptionError
-from rewrite.suggest import did_you_mean
+from rewrite.text.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -144,10 +144,11 @@ def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool
             progress("saving")
             save_model(options, options.model, result.model, output)
     write_report(options, result.report, page)
-    if code == OK and not options.quiet and options.dry_run:
+    silent = options.quiet or options.json
+    if code == OK and not silent and options.dry_run:
         print("nothing written (--dry-run)")
     if exported is not None:
-        if not options.quiet:
+        if not silent:
             for table in exported.tables():
                 console().print(table)
         if not exported.ok:

@@ -36,9 +36,7 @@ def run_convert_folder(options: argparse.Namespace, chosen: Sequence[Pass]) -> i
         if report is not None:
             check_writable(report)
     source = Path(options.model)
-    target = (
-        Path(options.output) if options.output else source.with_name(f"{source.name}.rewritten")
-    )
+    target = Path(options.output) if options.output else _beside(source)
     with ProgressLine(enabled=not options.quiet) as progress:
         if options.dry_run:
             found = plan_checkpoint(source, chosen, only=options.only, skip=options.skip)
@@ -55,6 +53,12 @@ def run_convert_folder(options: argparse.Namespace, chosen: Sequence[Pass]) -> i
         if options.allow_noop:
             return OK
         return complain("nothing to rewrite; nothing was written", NOTHING)
-    if options.dry_run and not options.quiet:
+    if options.dry_run and not (options.quiet or options.json):
         print("nothing written (--dry-run)")
     return OK
+
+
+def _beside(source: Path) -> Path:
+    """Return where a converted folder goes by itself: beside it, wherever the shell stands."""
+    own = source if source.name not in ("", "..") else source.resolve()
+    return own.with_name(f"{own.name}.rewritten")

@@ -52,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if "_ARGCOMPLETE" in os.environ:
                 complete(_parser(os.environ.get("COMP_LINE", "").split()[1:]))
             parser = _parser(argv)
+            if not argv:
+                parser.print_help(sys.stderr)
+                return USAGE
             options = parser.parse_args(argv)
             _finish_interrupted(options)
             check_places(options)
@@ -152,11 +155,12 @@ def _rare_collection() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> Parser:
     parser = Parser(
         prog="rewrite",
         description="Rewrite trained PyTorch models, prove the result, and export it.",
     )
+    parser.given = argv
     parser.add_argument("--version", action="version", version=f"rewrite {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     convert.add_parsers(commands, argv)

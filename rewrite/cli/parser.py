@@ -17,35 +17,77 @@ from __future__ import annotations
 import argparse
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rewrite import registry
 from rewrite.errors import OptionError
-from rewrite.suggest import did_you_mean
+from rewrite.text.suggest import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors name the flag, command or choice that is closest."""
 
+    given: Sequence[str] = ()
+    """The words of the command line, of which an error tells what was meant."""
+
     def error(self, message: str) -> NoReturn:
-        """Print the usage and one line with what was probably meant; exit with 2."""
-        super().error(message + self._hint(message))
+        """Say in one line what is wrong, and what was probably meant or where help is; leave."""
+        hint = self._hint(message)
+        place = self.prog
+        if not hint and place == "rewrite" and self.given[:1] and self.given[0][:1] != "-":
+            place = f"rewrite {self.given[0]}"
+        help_ = "" if hint else f"; {place} --help shows what it takes"
+        self.exit(2, f"{self.prog}: error: {message}{hint}{help_}\n")
 
     def _hint(self, message: str) -> str:
         if found := re.search(r"unrecognized arguments: .*?(--[\w-]+)", message):
-            return did_you_mean(found[1], self._flags())
+            return self._hint_at_flag(found[1])
+        if message.startswith("unrecognized arguments:"):
+            flags = set(self._flags())
+            meant = [f"--{word}" for word in self.given if f"--{word}" in flags]
+            return f"; did you mean {' '.join(meant)}?" if meant else ""
         if found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
             return did_you_mean(found[1], re.findall(r"[\w-]+", found[2]))
         return ""
 
+    def _hint_at_flag(self, flag: str) -> str:
+        """Name the flags of the command that are close to an unknown one, or whose flag it is."""
+        commands = self._commands()
+        used = next((word for word in self.given if word in commands), None)
+        own = self._flags() if used is None else commands[used]._option_string_actions
+        having = [
+            name for name, parser in commands.items() if flag in parser._option_string_actions
+        ]
+        if having:
+            return f"; it is a flag of {' and '.join(f'rewrite {name}' for name in having)}"
+        passes = _passes_with(flag) if used == "convert" else []
+        if passes:
+            return f"; it is an option of {' and '.join(passes)}, and stands behind it"
+        return did_you_mean(flag, own)
+
+    def _commands(self) -> Mapping[str, argparse.ArgumentParser]:
+        found: dict[str, argparse.ArgumentParser] = {}
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found |= action.choices
+        return found
+
     def _flags(self) -> Iterable[str]:
         """Yield the flags of this parser and of its commands: an unknown flag may be of either."""
-        for action in self._actions:
-            yield from action.option_strings
-            if isinstance(action, argparse._SubParsersAction):
-                for command in action.choices.values():
-                    yield from command._option_string_actions
+        yield from self._option_string_actions
+        for parser in self._commands().values():
+            yield from parser._option_string_actions
+
+
+def _passes_with(flag: str) -> list[str]:
+    """Return the flags of the passes that have an option of this flag."""
+    return [
+        f"--{name}"
+        for name in registry.entries()
+        if any(option.flag == flag for option in registry.options(registry.pass_class(name)))
+    ]
 
 
 def find_config(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:

@@ -40,6 +40,7 @@ class Comparison:
         max_rel: the largest difference relative to its tensor's largest magnitude.
         cosine: cosine similarity of all floating-point values, None without any.
         agreement: share of equal top-1 classes, None without an axis of classes.
+        predictions: how many top-1 classes were compared.
         finite: whether every floating-point value of `b` is finite.
         worst: the place of `max_rel`.
         structure: what differs in places, shapes and dtypes; not the length of an item of a list,
@@ -55,6 +56,7 @@ class Comparison:
     worst: str
     structure: tuple[str, ...]
     reasons: tuple[str, ...]
+    predictions: int = 0
 
 
 def compare(a: Any, b: Any, dtypes: bool = True) -> Comparison:
@@ -73,6 +75,7 @@ def compare(a: Any, b: Any, dtypes: bool = True) -> Comparison:
         worst=total.worst,
         structure=tuple(total.structure),
         reasons=(*total.structure, *total.values),
+        predictions=total.classified,
     )
 
 

@@ -59,7 +59,8 @@ class Findings:
 
     cases: list[Case] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
-    agreements: list[float] = field(default_factory=list)
+    agreed: float = 0.0
+    predictions: int = 0
     cosines: list[float] = field(default_factory=list)
     drift: float | None = None
     noise: float | None = None
@@ -70,7 +71,8 @@ class Findings:
     def measure(self, compared: Comparison) -> None:
         """Take the agreement of one pair of outputs into account."""
         if compared.agreement is not None:
-            self.agreements.append(compared.agreement)
+            self.agreed += compared.agreement * compared.predictions
+            self.predictions += compared.predictions
         if compared.cosine is not None:
             self.cosines.append(compared.cosine)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,6 +25,8 @@ from rewrite.runtime.float64 import in_float64, short_of_memory
 from rewrite.runtime.inputs import Inputs
 from rewrite.runtime.modes import evaluating, widen
 from rewrite.runtime.tree import Tree
+from rewrite.text.alike import Alike, group_alike
+from rewrite.text.tables import Rows
 
 ROUNDING = 1e-6
 """Relative error that storing float32 parameters explains, where it was not measured."""
@@ -95,24 +97,37 @@ class SideBySide:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     def tables(self, *, verbose: bool = False) -> Iterator[Any]:
-        """Yield what a terminal shows: the modules that differ, then the summary."""
-        from rich.table import Table
+        """Yield what a terminal shows: the modules that differ, then the summary.
+
+        Modules that differ alike are one row with the largest of their errors, unless `verbose`.
+        """
         from rich.text import Text
 
         rows = list(self.different())
-        if rows:
-            table = Table("module", "A", "B", "error", box=None, pad_edge=False)
-            for name, before, after, error in rows:
-                shown = "" if error is None else f"{error:.1e}"
-                table.add_row(*map(Text, (name or "(root)", before, after, shown)))
-            yield table
+        texts = [(name or "(root)", before, after) for name, before, after, _ in rows]
+        groups = [Alike(text, 1, (at,)) for at, text in enumerate(texts)]
+        shown = []
+        for group in groups if verbose else group_alike(texts):
+            known = [rows[at][3] for at in group.places]
+            errors = [error for error in known if error is not None]
+            name, *kinds = group.texts
+            alike = f"  {group.count} alike" if group.count > 1 else ""
+            shown.append((f"{name}{alike}", *kinds, f"{max(errors):.1e}" if errors else ""))
+        if shown:
+            yield Rows(("module", "A", "B", "error"), shown)
         yield Text(self.summary())
 
 
 def side_by_side(
-    before: nn.Module, after: nn.Module, inputs: Inputs | None, seed: int = 0
+    before: nn.Module,
+    after: nn.Module,
+    inputs: Inputs | None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> SideBySide:
     """Return both models' modules; without `inputs` neither is run, and no error is known.
+
+    `progress` is called with a line as each step begins.
 
     Raises:
         VerificationError: one of them does not run on the inputs.
@@ -126,7 +141,9 @@ def side_by_side(
         in_float64(before, after, streamed=short_of_memory(before, after)),
     ):
         try:
+            progress("running the first model in float64")
             record_a, _ = recorded(before, wide, sketch, seed)
+            progress("running the second model in float64")
             record_b, _ = recorded(after, wide, sketch, seed)
         except RewriteError:
             raise
@@ -135,6 +152,7 @@ def side_by_side(
                 f"the models do not run beside each other on this input: {one_line(error)}; "
                 "pass another --input"
             ) from error
+    progress("looking for the nearest value of each")
     return of_runs(before, after, (record_a, record_b))
 
 

@@ -55,6 +55,8 @@ class Verification:
         max_abs: the largest absolute difference over all cases (float64 for exact contracts).
         max_rel: likewise relative to the output's largest magnitude.
         agreement: share of equal top-1 classes, None where outputs have no classes.
+        predictions: how many top-1 classes were compared: a sample has one, an image of a
+            segmentation one a pixel.
         cosine: cosine similarity of the outputs.
         drift: the largest difference in the models' own dtype.
         rounding: what the rounding of stored parameters explains of `max_rel`, None where they
@@ -82,6 +84,7 @@ class Verification:
     divergence: Divergence | None = None
     seconds: float = field(default=0.0, compare=False)
     runs: tuple[Record, Record] | None = field(default=None, compare=False, repr=False)
+    predictions: int = 0
 
     @property
     def ok(self) -> bool:
@@ -107,6 +110,7 @@ class Verification:
             "max_abs": _finite(self.max_abs),
             "max_rel": _finite(self.max_rel),
             "agreement": self.agreement,
+            "predictions": self.predictions,
             "cosine": self.cosine,
             "drift": self.drift,
             "noise": self.noise,
@@ -144,13 +148,15 @@ class Verification:
         yield Text(f"{self.contract} {verdict}: {self.distance()}", "bold")
         table = Table("", "input", "shapes", "error", box=None, pad_edge=False)
         for case in self.cases:
-            mark = "[bold red]FAIL[/]" if case.failed else "" if case.skipped else "[green]ok[/]"
+            mark = Text() if case.skipped else Text("ok", "green")
+            if case.failed:
+                mark = Text("FAIL", "bold red")
             error = f"left out: {case.skipped}" if case.skipped else f"{case.max_rel:.1e}"
-            table.add_row(mark, case.name, case.inputs, error)
+            table.add_row(mark, *map(Text, (case.name, case.inputs, error)))
         yield table
-        yield from self.reasons
+        yield from map(Text, self.reasons)
         if self.divergence is not None:
-            yield str(self.divergence)
+            yield Text(str(self.divergence))
 
     def distance(self) -> str:
         """Return the distances in words: "2.1e-06, 0.8 x the noise of the original"."""
@@ -163,10 +169,17 @@ class Verification:
             ratio = self.drift / self.noise if self.noise else math.inf if self.drift else 0.0
             parts.append(f"drift {self.drift:.1e} ({ratio:.1f} x the noise of the original)")
         if self.agreement is not None:
-            parts.append(f"top-1 agreement {self.agreement:.1%}")
+            parts.append(same_top1(self.agreement, self.predictions))
         if self.cosine is not None and self.contract not in JUDGED:
             parts.append(f"cosine {self.cosine:.4f}")
         return ", ".join(parts)
+
+
+def same_top1(share: float, predictions: int) -> str:
+    """Return an agreement in words, with what agrees with what, and on how many predictions."""
+    agreed = round(share * predictions)
+    rate = f" ({share:.1%})" if agreed < predictions else ""
+    return f"same top-1 as the original: {agreed:,} of {predictions:,}{rate}"
 
 
 def _finite(value: float) -> float | None:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rewrite.alike import group_alike
 from rewrite.equivalence.side_by_side import ROUNDING
 from rewrite.equivalence.verification import JUDGED
 from rewrite.html.page import Number, Page
 from rewrite.outcomes import Contract
 from rewrite.provenance import shown_path
+from rewrite.text.alike import group_alike
 
 if TYPE_CHECKING:
     from rewrite.equivalence.side_by_side import SideBySide

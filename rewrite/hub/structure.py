@@ -91,7 +91,7 @@ def build(
         import transformers
     except ImportError as error:
         raise OptionError(
-            "a checkpoint folder needs transformers; pip install 'rewrite[transformers]'"
+            "a checkpoint folder needs transformers; pip install transformers accelerate"
         ) from error
     names = config.get("architectures") or [None]
     kind = getattr(transformers, str(names[0]), None)

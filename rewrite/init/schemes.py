@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from rewrite.errors import OptionError
 from rewrite.init.gains import gain
-from rewrite.suggest import did_you_mean
+from rewrite.text.suggest import did_you_mean
 
 # -- schemes -------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from rewrite.equivalence.compare import compare
 from rewrite.equivalence.divergence import Divergence, carried_bounds, value_noise
 from rewrite.equivalence.record import Record, Sketcher
 from rewrite.equivalence.rounding import EXPLAINS
+from rewrite.equivalence.verification import same_top1
 from rewrite.errors import VerificationError, one_line
 from rewrite.onnx.counterparts import Parting, find_parting, tied_outputs
 from rewrite.onnx.feeds import feed_of
@@ -48,7 +49,8 @@ class Parity:
     max_abs: float = 0.0
     max_rel: float = 0.0
     noise: float = 0.0
-    agreements: list[float] = field(default_factory=list)
+    agreed: float = 0.0
+    predictions: int = 0
     cosines: list[float] = field(default_factory=list)
     divergence: Divergence | None = None
     ran: int = 0
@@ -58,12 +60,11 @@ class Parity:
 
     def numbers(self) -> dict[str, Any]:
         """Return what a report carries."""
-        mean = sum(self.agreements) / len(self.agreements) if self.agreements else None
         return {
             "max_abs": self.max_abs,
             "max_rel": self.max_rel,
             "noise": self.noise,
-            "agreement": mean,
+            "agreement": self.agreed / self.predictions if self.predictions else None,
             "cosine": min(self.cosines, default=None),
             "divergence": self.divergence,
             "notes": tuple(dict.fromkeys(self.notes)),
@@ -78,7 +79,8 @@ class Parity:
         self.max_rel = max(self.max_rel, error.max_rel)
         self.noise = max(self.noise, noise)
         if error.agreement is not None:
-            self.agreements.append(error.agreement)
+            self.agreed += error.agreement * error.predictions
+            self.predictions += error.predictions
         if error.cosine is not None:
             self.cosines.append(error.cosine)
         ratio = error.max_rel / (noise + EPS)
@@ -121,8 +123,8 @@ class Parity:
             found += f", allowed {self.tolerance:.1e}" if math.isfinite(self.tolerance) else ""
         elif self.where:
             found += f", at most {self.worst:.1f} x the noise ({self.where})"
-        if self.agreements:
-            found += f", top-1 agreement {sum(self.agreements) / len(self.agreements):.1%}"
+        if self.predictions:
+            found += f", {same_top1(self.agreed / self.predictions, self.predictions)}"
         if not self.failed:
             self.checks.append(Check(label, found))
         shown = self.failed[:3]

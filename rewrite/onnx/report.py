@@ -125,6 +125,6 @@ class OnnxVerification:
             table.add_row(mark, Text(check.name), Text(check.found))
         if self.checks:
             yield table
-        yield from (f"note: {note}" for note in self.notes)
+        yield from (Text(f"note: {note}") for note in self.notes)
         if self.divergence is not None:
-            yield str(self.divergence)
+            yield Text(str(self.divergence))

@@ -21,6 +21,7 @@ from rewrite.rescaling.balance import Balance
 from rewrite.rescaling.couplings import couplings
 from rewrite.rescaling.plan import measure_of
 from rewrite.rescaling.scales import ScaleGroup, Scales
+from rewrite.text.tables import Rows
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -64,19 +65,16 @@ class BalanceReport:
 
     def tables(self, *, verbose: bool = False) -> Iterator[RenderableType]:
         """Yield what to print, as rich renderables."""
-        from rich.table import Table
         from rich.text import Text
 
         title = "Balance: the factor that would balance a channel (1: balanced)"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         heads = ("written by", "read by", "channels", "median", "largest", "dominant channels")
-        for head in heads:
-            table.add_column(head, overflow="fold")
+        rows = []
         for row in self.rows:
             shares = ", ".join(f"{channel} ({share:.0%})" for channel, share in row.dominant)
             numbers = (str(row.channels), f"{row.typical:.3g}", f"{row.worst:.3g}", shares)
-            table.add_row(*map(Text, (_names(row.writers), _names(row.readers), *numbers)))
-        yield table
+            rows.append((_names(row.writers), _names(row.readers), *numbers))
+        yield Rows(heads, rows, title, prose=True)
         kept = len(self.fixed)
         if kept and not verbose:
             yield Text(f"Layers that keep the scale of their outputs: {kept} (--report says why)")
@@ -96,7 +94,7 @@ class BalanceReport:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise OptionError("plots need matplotlib; pip install 'rewrite[plot]'") from error
+            raise OptionError("plots need matplotlib; pip install matplotlib") from error
         figure = Figure(figsize=(9, 4), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()

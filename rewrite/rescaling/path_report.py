@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from rewrite.rescaling.path_norm import RegionNorm, path_norms_by_region
+from rewrite.text.tables import Rows
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,16 +40,12 @@ class PathNormReport:
 
     def tables(self, *, verbose: bool = False) -> Iterator[RenderableType]:
         """Yield what to print, as rich renderables."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title="Path norms", title_justify="left", box=None, pad_edge=False)
-        for head in ("module", "L1", "L2", "largest path", "why none"):
-            table.add_column(head, overflow="fold")
+        heads = ("module", "L1", "L2", "largest path", "why none")
+        rows = []
         for row in self.rows:
             cells = [f"{row.norms[p]:.6g}" if row.norms else "" for p in ORDERS]
-            table.add_row(*map(Text, (row.name or "(the model)", *cells, row.reason)))
-        yield table
+            rows.append((row.name or "(the model)", *cells, row.reason))
+        yield Rows(heads, rows, "Path norms", prose=True)
 
 
 def path_norm_report(model: nn.Module, example_inputs: Any = None) -> PathNormReport:

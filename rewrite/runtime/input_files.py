@@ -12,7 +12,7 @@ from torch import nn
 from rewrite.errors import RewriteError, VerificationError, one_line, system_reason
 from rewrite.files import no_file
 from rewrite.runtime.array_files import read_arrays
-from rewrite.runtime.inputs import device_of, dtype_of
+from rewrite.runtime.inputs import device_of, dtype_of, positional_limit
 from rewrite.runtime.leaves import tensors
 
 
@@ -20,8 +20,15 @@ def parse_shapes(text: str, model: nn.Module | None = None, seed: int = 0) -> tu
     """Read "1x3x224x224" or "1x16:int64,1x3x8x8" into random inputs.
 
     Raises:
-        VerificationError: the text is not a list of shapes.
+        VerificationError: the text is not a list of shapes, or has more than the model takes.
     """
+    numbers = text.split(",")
+    taken = None if model is None else positional_limit(model)
+    if taken is not None and len(numbers) > taken and all(n.strip().isdigit() for n in numbers):
+        raise VerificationError(
+            f"--input {text}: commas stand between inputs, these are {len(numbers)}, and the model "
+            f"takes {taken}; write one as {'x'.join(n.strip() for n in numbers)}"
+        )
     generator = torch.Generator().manual_seed(seed)
     device = torch.device("cpu") if model is None else device_of(model)
     default = torch.float32 if model is None else dtype_of(model)

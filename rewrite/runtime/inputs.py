@@ -72,11 +72,12 @@ def batches_for(model: nn.Module, batch: Any) -> Inputs:
     Positional values beyond what the forward takes are left out.
     """
     inputs = Inputs.of(batch)
-    limit = _positional_limit(model)
+    limit = positional_limit(model)
     return Inputs(inputs.args[:limit], inputs.kwargs)
 
 
-def _positional_limit(model: nn.Module) -> int | None:
+def positional_limit(model: nn.Module) -> int | None:
+    """Return how many positional inputs a forward takes, or None where that is not bounded."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):

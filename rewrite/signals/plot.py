@@ -44,7 +44,7 @@ def draw_signals(signals: Mapping[str, Signal]) -> Figure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise OptionError("plots need matplotlib; pip install 'rewrite[plot]'") from error
+        raise OptionError("plots need matplotlib; pip install matplotlib") from error
     figure = Figure(figsize=(10, 8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
@@ -83,7 +83,7 @@ def _name_layers(place: Any, rows: tuple[SignalRow, ...]) -> None:
 def check_plot(path: Path) -> None:
     """Raise OptionError unless a picture can have this name, and can be drawn."""
     if find_spec("matplotlib") is None:
-        raise OptionError("plots need matplotlib; pip install 'rewrite[plot]'")
+        raise OptionError("plots need matplotlib; pip install matplotlib")
     if path.suffix.lower() not in (".png", ".svg"):
         raise OptionError(f"{path}: a plot is a .png or .svg file")
 

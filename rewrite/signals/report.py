@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
+from rewrite.text.tables import Rows
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
@@ -39,22 +41,20 @@ class Signal:
 
     def tables(self, *, verbose: bool = False) -> Iterator[RenderableType]:
         """Yield what to print, as rich renderables."""
-        from rich.table import Table
         from rich.text import Text
 
         heads = "layer call mean std saturated dead grad-std weight-grad-std jac-max jac-mean"
-        table = Table(box=None, header_style="bold")
-        for index, head in enumerate(heads.split()):
-            table.add_column(head.replace("-", " "), justify="left" if index < 2 else "right")
+        columns = tuple(head.replace("-", " ") for head in heads.split())
+        rows = []
         for row in self.rows:
             j = row.jacobian
-            table.add_row(
-                Text(row.name), row.kind, _number(row.mean), _number(row.std),
+            rows.append((
+                row.name, row.kind, _number(row.mean), _number(row.std),
                 _share(row.saturated), _share(row.dead), _number(row.grad_std),
                 _number(row.weight_grad_std), _number(j.largest if j else None),
                 _number(j.mean if j else None),
-            )  # fmt: skip
-        yield table
+            ))  # fmt: skip
+        yield Rows(columns, rows, numbers=columns[2:])
         for note in self.notes:
             yield Text(note)
 

@@ -92,7 +92,7 @@ def _accelerator(options: RecoverOptions) -> Any:
     try:
         from accelerate import Accelerator
     except ImportError as error:
-        raise OptionError("recover needs accelerate; pip install 'rewrite[train]'") from error
+        raise OptionError("recover needs accelerate; pip install accelerate") from error
     return Accelerator(mixed_precision=options.precision)
 
 

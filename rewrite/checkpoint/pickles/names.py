@@ -24,6 +24,7 @@ from rewrite.checkpoint.factory import current_folder_importable
 from rewrite.checkpoint.graph_format import SavedForward, SavedGraph, SavedParametrized
 from rewrite.checkpoint.pickles import natives, tensors
 from rewrite.errors import CheckpointError, one_line
+from rewrite.text.suggest import how_to_install
 
 
 class Use(enum.Enum):
@@ -142,5 +143,5 @@ def _find(name: str) -> Any:
             return getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:
         raise CheckpointError(
-            f"needs {name}, which cannot be imported: {one_line(error)}"
+            f"needs {name}, which cannot be imported: {one_line(error)}{how_to_install(error)}"
         ) from error

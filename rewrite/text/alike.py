@@ -12,26 +12,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
 class Alike:
-    """Rows that differ in numbers only: their merged texts, and how many there are."""
+    """Rows that differ in numbers only: their merged texts, how many there are, and which."""
 
     texts: tuple[str, ...]
     count: int
+    places: tuple[int, ...] = field(default=(), compare=False)
 
 
 def group_alike(rows: Sequence[tuple[str, ...]]) -> list[Alike]:
     """Return the rows merged where they are alike, in the order of the first of each."""
-    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(_NUMBER.sub("#", text) for text in row), []).append(row)
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault(tuple(_NUMBER.sub("#", text) for text in row), []).append(place)
     return [
-        Alike(tuple(_merged(texts) for texts in zip(*group, strict=True)), len(group))
+        Alike(
+            tuple(_merged(texts) for texts in zip(*(rows[place] for place in group), strict=True)),
+            len(group),
+            tuple(group),
+        )
         for group in groups.values()
     ]
 

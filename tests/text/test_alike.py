@@ -1,6 +1,6 @@
 """Rows that are alike but for their numbers become one, and nothing else does."""
 
-from rewrite.alike import Alike, group_alike
+from rewrite.text.alike import Alike, group_alike
 
 
 def test_runs_lists_and_ranges() -> None:
