@@ -11,14 +11,9 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import rewrite
-from rewrite.cli.common import printable
 from rewrite.cli.main import main
 
 RED = "\x1b[31mred\x1b]0;title\x07<script>alert(1)</script>"
-
-
-def test_what_commands_a_terminal_is_made_visible() -> None:
-    assert printable("γ 1\n\x1b[31m\x07\u202e") == "γ 1\n\\x1b[31m\\x07\\u202e"
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

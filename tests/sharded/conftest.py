@@ -28,9 +28,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 Make = Callable[..., Path]
 
 
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """Return how to write a folder: `make("llama", dtype=torch.bfloat16)`."""
+def maker(place: Path) -> Make:
+    """Return how to write a folder in a place: `make("llama", dtype=torch.bfloat16)`."""
 
     def made(name: str = "llama", dtype: torch.dtype = torch.float32, shard: str = "20KB") -> Path:
         kind, options = FAMILIES[name]
@@ -41,12 +40,18 @@ def make(tmp_path: Path) -> Make:
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.copy_(torch.randn_like(parameter) * 0.3 + 0.8)
-        folder = tmp_path / name
+        folder = place / name
         model.to(dtype).save_pretrained(folder, max_shard_size=shard)
         (folder / "tokenizer.json").write_text("{}")
         return folder
 
     return made
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Return how to write a folder, as `maker` does."""
+    return maker(tmp_path)
 
 
 def logits(folder: Path, seed: int = 0) -> torch.Tensor:

@@ -16,7 +16,7 @@ from passes import FoldNorm
 from rewrite.cli.main import main
 from rewrite.sharded import recipes as module
 from rewrite.sharded.writer import FolderWriter
-from tests.sharded.conftest import FAMILIES, Make, logits, transformers
+from tests.sharded.conftest import FAMILIES, Make, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -131,25 +131,6 @@ def test_nothing_to_fold_writes_nothing(make: Make) -> None:
     source = make()
     report = rewrite.convert_checkpoint(source, source.with_name("out"), "fold", only=["nothing"])
     assert not report.changes and not source.with_name("out").exists()
-
-
-def test_the_command_converts_inspects_and_loads(make: Make, capsys: Any) -> None:
-    source = make()
-    out = source.with_name("out")
-    assert main(["convert", "--fold", str(source), "-o", str(out)]) == 0
-    assert f"wrote {out}" in capsys.readouterr().out
-    assert main(["inspect", str(out)]) == 0
-    assert "LlamaForCausalLM" in capsys.readouterr().out
-    assert main(["convert", "--fold", str(source), "-o", str(out)]) == 2
-    assert "already exists" in capsys.readouterr().err
-    assert isinstance(rewrite.load(out), transformers.LlamaForCausalLM)
-
-
-def test_a_dry_run_writes_nothing(make: Make, capsys: Any) -> None:
-    source = make()
-    assert main(["convert", "--fold", "--dry-run", str(source)]) == 0
-    assert "5 rewritten" in capsys.readouterr().out
-    assert [path.name for path in source.parent.iterdir()] == [source.name]
 
 
 def broken_index(folder: Path) -> None:

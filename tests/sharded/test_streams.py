@@ -91,10 +91,3 @@ def test_a_class_that_cannot_say_rms_norm_is_declined(
     assert main(["convert", "--ln-to-rms", str(source), "-o", out]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not Path(out).exists()
-
-
-def test_from_the_command_line(make: Make) -> None:
-    source = make()
-    out = source.with_name("out")
-    assert main(["convert", "--fold", "--rotate-stream", str(source), "-o", str(out)]) == 0
-    assert relative(logits(source), logits(out)) < 1e-5

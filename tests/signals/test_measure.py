@@ -173,17 +173,3 @@ def test_what_has_no_signal():
 
     with pytest.raises(VerificationError, match="depends on"):
         signal(Constant(), torch.randn(4, 7))
-
-
-def test_from_the_command_line(tmp_path, capsys):
-    from rewrite.checkpoint.load import save
-    from rewrite.cli.main import main
-
-    path = str(save(chain(), tmp_path / "model.pt"))
-    out, picture = tmp_path / "signal.json", tmp_path / "signal.png"
-    arguments = ["--input", "4x40", "--report", str(out), "--plot", str(picture), "--before", path]
-    assert main(["inspect", "--signal", path, *arguments]) == 0
-    assert "tanh" in capsys.readouterr().out
-    assert len(json.loads(out.read_text())["rows"]) == 3
-    assert picture.exists()
-    assert main(["inspect", "--signal", path, "--input", "4x40", "--plot", "signal.gif"]) == 2

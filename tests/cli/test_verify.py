@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import rewrite
 from rewrite.cli.main import main
+from tests.cli.running import run
 
 MODEL = "torchvision:squeezenet1_1"
 SHAPE = "1x3x32x32"
@@ -148,3 +150,12 @@ def test_a_swap_that_is_held_to_equality_is_told_which_contract_it_has(tmp_path,
     assert "--contract approximate" in judged("b")
     assert "--contract" not in judged("c")
     assert "--contract" not in judged("b", "--contract", "approximate")
+
+
+def test_quiet_prints_the_line_that_failed(capsys, model_here: Path) -> None:
+    model = rewrite.load(model_here)
+    with torch.no_grad():
+        model[0].weight[0] += 0.1
+    rewrite.save(model, "other.pt")
+    code, out, err = run(capsys, "verify", "model.pt", "other.pt", "--quick", "--quiet")
+    assert ((code, out, err.count("\n")) == (1, "", 1) and "off by" in err) or "differs by" in err

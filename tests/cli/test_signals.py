@@ -1,0 +1,60 @@
+"""`rewrite inspect --signal`."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from rewrite.cli.main import main
+from tests.cli.running import run
+from tests.signals.test_measure import chain
+
+
+def test_signal_makes_up_an_input(capsys, model_here: Path) -> None:
+    code, out, _ = run(capsys, "inspect", "--signal", "model.pt")
+    assert code == 0 and "grad std" in out
+
+
+@pytest.mark.parametrize("flag", ["--signal", "--balance"])
+def test_a_plot_that_cannot_be_drawn_stops_before_the_work(
+    capsys, monkeypatch, tmp_path: Path, flag: str
+) -> None:
+    """The model does not even exist: it was not opened."""
+    place = ["inspect", flag, str(tmp_path / "none.pt"), "--plot"]
+    code, _, err = run(capsys, *place, str(tmp_path / "a.jpg"))
+    assert code == 2 and "a plot is a .png or .svg file" in err
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "rewrite.signals.plot.find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    code, _, err = run(capsys, *place, str(tmp_path / "a.svg"))
+    assert (code, err) == (2, "rewrite: plots need matplotlib; pip install matplotlib\n")
+
+
+_BAD_SIGNAL = {
+    "does not run on the input": ["--input", "2x5"],
+    "a plot is a .png or .svg file": ["--input", "2x3", "--plot", "a.gif"],
+}
+
+
+@pytest.mark.parametrize("said", _BAD_SIGNAL)
+def test_bad_input_of_signal_is_one_line_and_2(said, linears_here, capsys):
+    assert main(["inspect", "--signal", "m.pt", *_BAD_SIGNAL[said]]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_from_the_command_line(tmp_path, capsys):
+    from rewrite.checkpoint.load import save
+    from rewrite.cli.main import main
+
+    path = str(save(chain(), tmp_path / "model.pt"))
+    out, picture = tmp_path / "signal.json", tmp_path / "signal.png"
+    arguments = ["--input", "4x40", "--report", str(out), "--plot", str(picture), "--before", path]
+    assert main(["inspect", "--signal", path, *arguments]) == 0
+    assert "tanh" in capsys.readouterr().out
+    assert len(json.loads(out.read_text())["rows"]) == 3
+    assert picture.exists()
+    assert main(["inspect", "--signal", path, "--input", "4x40", "--plot", "signal.gif"]) == 2
