@@ -1,6 +1,7 @@
 """Clipping activations, which pass no scale: relu6, hardtanh from 0, clamp from 0.
 
 min(max(x, 0), c)  →  max(x, 0)      another function where x > c
+max(x, 0)                            a clamp or a threshold that is a ReLU, and passes every scale
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.fx import Node
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
 from rewrite.graph.operators import activation_of
-from rewrite.graph.traits import argument, call_of
+from rewrite.graph.traits import Call, argument, call_of
 from rewrite.nn.modules import ChannelClip
 
 
@@ -64,6 +65,19 @@ def clips(captured: Captured) -> list[Clip]:
         target = str(node.target) if node.op == "call_module" else captured.owner(node)
         found.append(Clip(target, what, high, calls, _refusal(captured, node)))
     return found
+
+
+def rectifies(call: Call) -> bool:
+    """Return whether a call is max(x, 0), spelled as a clamp or a threshold."""
+    if call.name == "threshold":
+        return _is_zero(call.get("threshold")) and _is_zero(call.get("value"))
+    if call.name not in ("clamp", "clamp_min"):
+        return False
+    return _is_zero(call.get("min")) and call.get("max") is None
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and value == 0
 
 
 def _refusal(captured: Captured, node: Node) -> str:

@@ -26,6 +26,7 @@ from torch.fx import Node
 
 from rewrite.graph.captured import Captured
 from rewrite.graph.traits import Call, Shape, Trait, argument
+from rewrite.rescaling.clipped import rectifies
 from rewrite.rescaling.path_algebra import PathAlgebra, PowerSum, Window, adaptive_counts
 
 ADDS = frozenset({"add", "sub", "rsub", "maximum", "minimum"})
@@ -51,6 +52,8 @@ def moves(call: Call) -> bool:
 def passes(call: Call) -> bool:
     """Return whether f(d x) = d f(x) for d > 0, value by value."""
     row = call.operation
+    if rectifies(call):
+        return True
     if Trait.CASTS in row.traits:
         given = (*call.node.args, *call.node.kwargs.values())
         if any(isinstance(a, torch.dtype) and not a.is_floating_point for a in given):

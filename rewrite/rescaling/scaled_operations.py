@@ -6,6 +6,7 @@ y = x + b,   y = min(x, b),   y = max(x, b)     b, a tensor of the model with on
                                                 channel, is scaled as x is: b → D b
 y = [x, z]   each its own part
 y = x g      g a gate or a constant: x and y share, g keeps its scale
+y = P x      a view, a transposition: where each label goes is read off a tensor of labels
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from rewrite.affine.slices import Parts
 from rewrite.affine.tensor_readers import TensorReaders
 from rewrite.graph.captured import Captured
 from rewrite.graph.traits import Call, Trait, call_of
+from rewrite.rescaling.clipped import rectifies
 
 _SUMS = frozenset({"add", "sub", "rsub", "maximum", "minimum"})
 
@@ -114,6 +116,8 @@ class ScaledOperations:
         self._known = known
         self._clipped = clipped
         self.vectors: list[ScaledLayer] = []
+        self.scattered: dict[Node, Tensor] = {}
+        """Labels, position by position, of values whose channels lie along several axes."""
 
     def result(self, node: Node, inputs: list[Node]) -> ChannelMap | None:
         """Return the labels of what a call returns, or None; what it does not scale is fixed.
@@ -128,9 +132,55 @@ class ScaledOperations:
         try:
             return self._through(node, inputs)
         except DeclinedError as declined:
+            if len(inputs) == 1 and self._moved(node, self._placed(inputs[0])):
+                return None
             for value in inputs:
                 self._units.fix(self._known[value].index, str(declined))
             return None
+
+    def gathered(self, node: Node, inputs: list[Node]) -> ChannelMap | None:
+        """Return the labels of a call that reads `scattered` values, once they lie along one axis.
+
+        Args:
+            node: the call.
+            inputs: those of its inputs that are scattered.
+        """
+        inputs = [value for value in inputs if not self._rules.reads_only_shape(node, value)]
+        if len(inputs) == 1 and self._moved(node, self.scattered[inputs[0]]):
+            found = along_one_axis(self.scattered[node])
+            if found is not None:
+                del self.scattered[node]
+            return found
+        for value in inputs:
+            reason = f"{self._called(node)} reads channels that lie along several axes"
+            self._units.fix(self.scattered[value].flatten(), reason)
+        return None
+
+    def _placed(self, value: Node) -> Tensor | None:
+        """Return a label for each position of a value, in its shape; None if that is unknown."""
+        found, shape = self._known[value], self._captured.shape(value)
+        if shape is None or found.axis >= 0 or found.spread:
+            return None
+        return found.index.view(-1, *(1,) * (-found.axis - 1)).expand(shape)
+
+    def _moved(self, node: Node, labels: Tensor | None) -> bool:
+        """Move labels as a view, a transposition or a copy moves values; False for other calls."""
+        call, shape = call_of(self._captured, node), self._captured.shape(node)
+        if call is None or labels is None or shape is None or shape.numel() != labels.numel():
+            return False
+        if call.name in ("view", "flatten", "unflatten"):
+            if any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
+                return False
+            self.scattered[node] = labels.reshape(shape)
+        elif call.name == "transpose":
+            self.scattered[node] = labels.transpose(call.get("dim0"), call.get("dim1"))
+        elif call.name == "permute":
+            self.scattered[node] = labels.permute(call.get("dims"))
+        elif call.name in ("contiguous", "clone"):
+            self.scattered[node] = labels
+        else:
+            return False
+        return True
 
     def _through(self, node: Node, inputs: list[Node]) -> ChannelMap:
         first, call = self._known[inputs[0]], call_of(self._captured, node)
@@ -229,9 +279,20 @@ class ScaledOperations:
         return given.moved(given.axis, self._units.roots(given.index))
 
 
+def along_one_axis(labels: Tensor) -> ChannelMap | None:
+    """Return where channels lie if labels, (batch, *axes), vary along one axis alone."""
+    rank = labels.dim()
+    varying = [a for a in range(rank) if not bool((labels == labels.narrow(a, 0, 1)).all())]
+    if len(varying) != 1 or varying[0] == 0:
+        return None
+    axis = varying[0]
+    index = labels.movedim(axis, 0).reshape(labels.shape[axis], -1)[:, 0].contiguous()
+    return ChannelMap(axis - rank, index, scale=True, shift=False)
+
+
 def _keeps(call: Call) -> bool:
     """Return whether a call keeps the channels of its operand where they are, or parts them."""
-    return call.name == "abs" or Trait.SPLITS in call.operation.traits
+    return call.name == "abs" or rectifies(call) or Trait.SPLITS in call.operation.traits
 
 
 def _alike(one: ChannelMap, other: ChannelMap) -> bool:
@@ -275,10 +336,12 @@ def vector_of(planner: Planner, call: Call, found: ChannelMap) -> Layer | None:
 
 
 def _read(captured: Captured, value: Any) -> Node | None:
-    """Return the line that reads the tensor that `value` is, cast or not."""
+    """Return the line that reads the tensor of a module that `value` is, cast or not."""
     while isinstance(value, Node) and _casts(captured, value):
         value = value.all_input_nodes[0]
-    return value if captured.ref(value) is not None else None
+    ref = captured.ref(value)
+    made = ref is not None and ref.name in captured.region_of(value).constants
+    return None if ref is None or made else value
 
 
 def _casts(captured: Captured, node: Node) -> bool:

@@ -130,19 +130,19 @@ class Scales:
         inputs = [n for n in node.all_input_nodes if n in self._maps]
         if node.op == "output" or node.op in ("placeholder", "get_attr"):
             return  # an output has readers that are unknown, and was fixed where it was made
-        layer = self.planner.layer(node)
+        operations, layer = self._operations, self.planner.layer(node)
+        scattered = [n for n in node.all_input_nodes if n in operations.scattered]
+        found = operations.gathered(node, scattered) if scattered else None
         if layer is not None:
             found = self._at_layer(layer, node, inputs)
-        elif not inputs:
-            return
-        else:
-            found = self._operations.result(node, inputs)
-        if found is None:
-            return
+        elif inputs:
+            found = operations.result(node, inputs)
+        if found is not None:
+            self._maps[node] = found
+        labels = operations.scattered.get(node) if found is None else found.index
         readers = self.captured.readers(node)
-        if not readers.known:
-            self.units.fix(found.index, readers.reason)
-        self._maps[node] = found
+        if labels is not None and not readers.known:
+            self.units.fix(labels.flatten(), readers.reason)
 
     # -- layers -------------------------------------------------------------------------------
 

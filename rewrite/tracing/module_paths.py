@@ -48,15 +48,29 @@ class ModulePaths:
 
     def _aliases(self, tree: ast.AST) -> None:
         for node in ast.walk(tree):
-            if isinstance(node, ast.Assign) and len(node.targets) == 1:
-                pairs: list[tuple[ast.AST, Path | None]] = [(node.targets[0], self.of(node.value))]
+            if isinstance(node, ast.Assign):
+                pairs = [
+                    pair for target in node.targets for pair in self._pairs(target, node.value)
+                ]
+            elif isinstance(node, ast.AnnAssign | ast.NamedExpr) and node.value is not None:
+                pairs = [(node.target, self.of(node.value))]
             elif isinstance(node, ast.For | ast.comprehension):
                 pairs = list(self._items(node.target, node.iter))
             else:
                 continue
             for target, path in pairs:
-                if isinstance(target, ast.Name) and path:
+                if isinstance(target, ast.Name) and path is not None:
                     self._names.setdefault(target.id, path)
+
+    def _pairs(self, target: ast.AST, value: ast.AST) -> Iterator[tuple[ast.AST, Path | None]]:
+        """Yield the names of an assignment, and what each of them stands for."""
+        parts = target.elts if isinstance(target, ast.Tuple | ast.List) else []
+        items = value.elts if isinstance(value, ast.Tuple | ast.List) else []
+        if parts and len(parts) == len(items):
+            for part, item in zip(parts, items, strict=True):
+                yield from self._pairs(part, item)
+        else:
+            yield target, self.of(value)
 
     def _items(self, target: ast.AST, source: ast.AST) -> Iterator[tuple[ast.AST, Path | None]]:
         """Yield the names of a loop, and the items that they stand for."""

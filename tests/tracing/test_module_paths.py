@@ -37,6 +37,9 @@ def test_expressions(expression: str, wanted: Path | None) -> None:
         ("for k, m in self.heads.items(): pass", ("heads", None)),
         ("for m in self.heads.values(): pass", ("heads", None)),
         ("for m in self.heads.keys(): pass", None), ("m = self.norm(x)", None),
+        ("m = self", ()), ("m: object = self.norm", ("norm",)), ("f(m := self.norm)", ("norm",)),
+        ("m = n = self.norm", ("norm",)), ("a, m = x, self.norm", ("norm",)),
+        ("a, m = self.norm, x", None), ("a, m = self.pair", None),
     ],
 )  # fmt: skip
 def test_names_that_code_gives(code: str, wanted: Path | None) -> None:
