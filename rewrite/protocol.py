@@ -10,8 +10,10 @@ exception.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch.nn.parameter import is_lazy
@@ -242,19 +244,23 @@ def _complete(captured: Captured, change: Change) -> Change:
     return replace(change, touched=tuple(touched))
 
 
-def _shapes(model: nn.Module) -> dict[str, list[int]]:
-    """Return the shape of every tensor of floating point, by its name."""
-    tensors = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    return {name: list(t.shape) for name, t in tensors if t.is_floating_point() and not is_lazy(t)}
+def _shapes(model: nn.Module) -> dict[str, dict[str, list[int]]]:
+    """Return the shape of every tensor of floating point, under its own and its module's name."""
+    found: dict[str, dict[str, list[int]]] = defaultdict(dict)
+    for name, tensor in chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    ):
+        if tensor.is_floating_point() and not is_lazy(tensor):
+            shape = list(tensor.shape)
+            found[name.rpartition(".")[0] or name][name] = found[name][name] = shape
+    return found
 
 
-def _with_shapes(change: Change, shapes: Mapping[str, list[int]]) -> Change:
+def _with_shapes(change: Change, shapes: Mapping[str, Mapping[str, list[int]]]) -> Change:
     """Return `change` with the shapes of what its recipe names: tensors, and those of modules."""
-    named = _strings(change.recipe)
-    read = {n: s for n, s in shapes.items() if {n, n.rpartition(".")[0] or n} & named}
+    read: dict[str, list[int]] = {}
+    for named in sorted(_strings(change.recipe) & shapes.keys()):
+        read |= shapes[named]
     return replace(change, shapes=read)
 
 
