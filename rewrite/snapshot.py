@@ -30,6 +30,10 @@ class Snapshot(nn.Module):
         self.outputs = outputs
         self.tensors = tensors
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Snapshot:
+        """Return itself: nothing changes what is remembered."""
+        return self
+
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """Return what the model answered."""
         return self.outputs

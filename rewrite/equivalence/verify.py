@@ -42,6 +42,7 @@ from rewrite.runtime.infer_inputs import infer_inputs
 from rewrite.runtime.inputs import ExampleCall, Inputs, batches_for, call, device_of
 from rewrite.runtime.modes import evaluating, isolated
 from rewrite.runtime.tree import Tree
+from rewrite.runtime.trial import expendable
 
 __all__ = ["Level", "Verification", "check_untouched", "verify"]
 
@@ -93,6 +94,8 @@ def verify(
         example_inputs, calls = calls[0].inputs, calls[1:]
     given = _given(a, example_inputs, calibration, level, contract, seed)
     given += [(each.name, each.inputs.to(device_of(a))) for each in calls]
+    # A forward may count, cache or move tensors: copies run, which share their storage.
+    a, b = expendable(a), expendable(b)
     with evaluating(a, b):
         if contract in JUDGED:
             found = judge(
@@ -192,8 +195,7 @@ def _given(
         return given
     # An equality shows on a small image; an agreement is measured at the size of use.
     small = level is Level.QUICK and contract in JUDGED
-    with evaluating(model), isolated(model):
-        inferred = infer_inputs(model, seed, quick=small)
+    inferred = infer_inputs(model, seed, quick=small)
     if inferred.inputs is None:
         raise VerificationError(
             f"{type(model).__name__}: {inferred.missing}; pass --input 1x3x224x224 "

@@ -18,7 +18,7 @@ from rewrite.observe.image_calls import images_in_text
 from rewrite.runtime.configured.maker import InputMaker, forward_arguments
 from rewrite.runtime.inputs import ExampleCall, Inputs, call
 from rewrite.runtime.leaves import leaves
-from rewrite.runtime.modes import evaluating, isolated
+from rewrite.runtime.trial import trial
 
 _PADDED = 3
 _CACHES = ("past_key_values", "cache", "cache_params")
@@ -70,40 +70,44 @@ def default_calls(model: nn.Module, seed: int = 0) -> tuple[ExampleCall, ...]:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "model_type"):
         return ()
+    with trial(model) as copied:
+        return tuple(_calls_of_users(copied, config, seed))
+
+
+def _calls_of_users(model: nn.Module, config: Any, seed: int) -> list[ExampleCall]:
     generator = torch.Generator().manual_seed(seed)
     calls: list[ExampleCall] = []
-    with evaluating(model), isolated(model):
-        made = InputMaker(model, config, generator)
-        output = None
-        for both in (False, True):  # some models of text and images want both
-            made.both = both
-            first = made.inputs(1)
-            output = None if first is None else _tried(model, first)
-            if output is not None:
-                break
-        if first is None or output is None:
-            return ()
-        generates = "input_ids" in first
-        calls.append(ExampleCall("prefill" if generates else "one sample", Inputs((), first)))
-        two = made.inputs(2) or {}
-        if generates and "attention_mask" in forward_arguments(model):
-            mask = torch.ones_like(two["input_ids"])
-            mask[0, :_PADDED] = 0
-            two = {**two, "attention_mask": mask}
-        if _taken(model, two):
-            name = "padded mask, batch 2" if "attention_mask" in two else "batch 2"
-            calls.append(ExampleCall(name, Inputs((), two)))
-        calls += _image_calls(model, config, first)
-        calls += _token_type_calls(model, first)
-        if generates and "pixel_values" in forward_arguments(model) and "pixel_values" not in first:
-            tried = images_in_text(model, first["input_ids"], generator)
-            shown = next((each for each in tried if _tried(model, each) is not None), None)
-            if shown is not None:
-                calls.append(ExampleCall("image in text", Inputs((), shown)))
-        step = _cache_step(model, first, output, generator)
-        if step is not None:
-            calls.append(ExampleCall("cache step", Inputs((), step)))
-    return tuple(calls)
+    made = InputMaker(model, config, generator)
+    output = None
+    for both in (False, True):  # some models of text and images want both
+        made.both = both
+        first = made.inputs(1)
+        output = None if first is None else _tried(model, first)
+        if output is not None:
+            break
+    if first is None or output is None:
+        return []
+    generates = "input_ids" in first
+    calls.append(ExampleCall("prefill" if generates else "one sample", Inputs((), first)))
+    two = made.inputs(2) or {}
+    if generates and "attention_mask" in forward_arguments(model):
+        mask = torch.ones_like(two["input_ids"])
+        mask[0, :_PADDED] = 0
+        two = {**two, "attention_mask": mask}
+    if _taken(model, two):
+        name = "padded mask, batch 2" if "attention_mask" in two else "batch 2"
+        calls.append(ExampleCall(name, Inputs((), two)))
+    calls += _image_calls(model, config, first)
+    calls += _token_type_calls(model, first)
+    if generates and "pixel_values" in forward_arguments(model) and "pixel_values" not in first:
+        tried = images_in_text(model, first["input_ids"], generator)
+        shown = next((each for each in tried if _tried(model, each) is not None), None)
+        if shown is not None:
+            calls.append(ExampleCall("image in text", Inputs((), shown)))
+    step = _cache_step(model, first, output, generator)
+    if step is not None:
+        calls.append(ExampleCall("cache step", Inputs((), step)))
+    return calls
 
 
 def _image_calls(model: nn.Module, config: Any, first: dict[str, Any]) -> Iterator[ExampleCall]:
@@ -157,9 +161,9 @@ def takes_hidden_states(model: nn.Module) -> bool:
 
 def refusal_of(model: nn.Module, call_: ExampleCall) -> str | None:
     """Return what a model says to an example call that it refuses, or None."""
-    with evaluating(model), isolated(model):
+    with trial(model) as copied:
         try:
-            call(model, call_.inputs.clone())
+            call(copied, call_.inputs.clone())
         except Exception as error:  # noqa: BLE001 - a forward may raise anything
             if not _wants_values(error):
                 return f"{call_.name}: the model refuses it: {one_line(error)}"

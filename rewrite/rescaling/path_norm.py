@@ -27,8 +27,9 @@ from rewrite.rescaling.path_forward import PathForward
 from rewrite.runtime.copying import copy_model
 from rewrite.runtime.infer_inputs import infer_inputs
 from rewrite.runtime.inputs import Inputs, call, device_of
-from rewrite.runtime.modes import evaluating, isolated
+from rewrite.runtime.modes import evaluating
 from rewrite.runtime.tree import Tree
+from rewrite.runtime.trial import trial
 
 
 @dataclass(frozen=True)
@@ -127,21 +128,16 @@ def _parts(
 def _observed(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """Return the positional inputs that each module is called with in one run."""
     found: dict[str, Any] = {}
-    handles = []
-    for name, module in Tree(model).modules():
+    with trial(model) as copied:
+        for name, module in Tree(copied).modules():
 
-        def note(_: nn.Module, args: Any, name: str = name) -> None:
-            if all(isinstance(value, Tensor) and value.is_floating_point() for value in args):
-                found.setdefault(name, args)
+            def note(_: nn.Module, args: Any, name: str = name) -> None:
+                if all(isinstance(value, Tensor) and value.is_floating_point() for value in args):
+                    found.setdefault(name, args)
 
-        if name:
-            handles.append(module.register_forward_pre_hook(note))
-    try:
-        with evaluating(model), isolated(model):
-            call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+            if name:
+                module.register_forward_pre_hook(note)
+        call(copied, inputs.clone())
     return found
 
 
@@ -156,8 +152,7 @@ def _algebra(p: float) -> PathAlgebra:
 
 def _inputs(model: nn.Module, given: Any) -> Inputs:
     if given is None:
-        with evaluating(model):
-            inferred = infer_inputs(model, quick=True)
+        inferred = infer_inputs(model, quick=True)
         if inferred.inputs is None:
             raise OptionError(
                 f"{inferred.missing}; pass example_inputs, such as torch.zeros(1, 3, 32, 32)"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from rewrite.runtime.closures import functions_of, rebound
 from rewrite.runtime.tree import Tree
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -20,8 +21,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def copy_model(model: Model) -> Model:
     """Return a deep copy of `model` whose tensors share storage, copy-on-write, with the original.
 
-    Structure, Python attributes and hooks are copied as by `copy.deepcopy`. Each parameter and
-    buffer is a new tensor object; its storage is duplicated only when either side is written to.
+    Structure, Python attributes and hooks are copied as by `copy.deepcopy`; a hook that holds
+    modules of the model holds those of the copy. Each parameter and buffer is a new tensor object;
+    its storage is duplicated only when either side is written to.
     Tied tensors stay tied. Python modules and TorchScript functions
     held as attributes are shared, as nothing can copy them.
     """
@@ -31,8 +33,31 @@ def copy_model(model: Model) -> Model:
     for tensor in _tensors(modules):
         if id(tensor) not in memo:
             memo[id(tensor)] = lazy_copy(tensor)
+    binders = list(_bind_functions(modules, memo))
     _copy_plain_modules(modules, memo)
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    for put_in in binders:
+        put_in(lambda value: copy.deepcopy(value, memo))
+    return copied
+
+
+def _bind_functions(
+    modules: Iterable[nn.Module], memo: dict[int, Any]
+) -> Iterator[Callable[[Callable[[Any], Any]], None]]:
+    """Enter into `memo` the hooks that hold modules of the tree; yield what binds each to a copy.
+
+    Also those that hold a tensor of it, and those that name a module by a global variable.
+    """
+    inside = {id(module) for module in modules}
+
+    def is_copied(value: Any) -> bool:
+        return id(value) in inside or (isinstance(value, torch.Tensor) and id(value) in memo)
+
+    for module in modules:
+        for function in functions_of(module):
+            if id(function) not in memo and (bound := rebound(function, is_copied)) is not None:
+                memo[id(function)], put_in = bound
+                yield put_in
 
 
 def _compiled(modules: Iterable[nn.Module]) -> Iterator[Any]:

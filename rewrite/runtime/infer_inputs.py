@@ -14,7 +14,7 @@ from torch import nn
 from rewrite.errors import one_line
 from rewrite.runtime.configured.maker import configured_inputs
 from rewrite.runtime.inputs import Inputs, call, device_of, dtype_of
-from rewrite.runtime.modes import evaluating, isolated
+from rewrite.runtime.trial import trial
 
 _FULL_SIZE = 224
 
@@ -57,7 +57,7 @@ def infer_inputs(model: nn.Module, seed: int = 0, quick: bool = False) -> Inferr
     Read off, in order: what the configuration and the forward of a transformers model take, the
     input size that timm records in the model, the channels of the first convolution, the features
     of the first linear layer, the entries of the first embedding. Every candidate is tried by
-    running the model; `quick` tries small images first.
+    running a copy of the model; `quick` tries small images first.
     """
     generator = torch.Generator().manual_seed(seed)
     refusals = []
@@ -66,9 +66,9 @@ def infer_inputs(model: nn.Module, seed: int = 0, quick: bool = False) -> Inferr
     tried: Iterator[ExampleInputs] = chain(configured_inputs(model, generator), others)
     for given in tried:
         inputs = Inputs.of(given)
-        with evaluating(model), isolated(model):
+        with trial(model) as copied:
             try:
-                call(model, inputs)
+                call(copied, inputs.clone())
             except Exception as error:  # noqa: BLE001 - a forward may raise anything
                 names = f"{' and '.join(inputs.kwargs)} " if inputs.kwargs else ""
                 refusals.append(f"given {names}{inputs}, the model says: {one_line(error)}")

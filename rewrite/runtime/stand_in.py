@@ -12,13 +12,14 @@ import functools
 import operator
 from collections import deque
 from collections.abc import Callable, Iterable
-from types import CellType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from rewrite.runtime.closures import rebound
 from rewrite.runtime.copying import lazy_copy
 from rewrite.runtime.tree import Tree
 
@@ -210,18 +211,13 @@ class _Copier:
         return {key: self.value(item) for key, item in items}
 
     def _function(self, function: FunctionType) -> Any:
-        """Return `function` itself, or one whose closure holds the copies."""
-        try:
-            held = [cell.cell_contents for cell in function.__closure__ or ()]
-        except ValueError:  # an empty cell
+        """Return `function` itself, or one that holds the copies of what it holds."""
+        bound = rebound(function, lambda value: True)
+        if bound is None:
             return function
-        if not any(isinstance(item, nn.Module | Tensor) for item in held):
-            return function
-        cells = tuple(CellType(self.value(item)) for item in held)
-        made = FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
-        )
-        made.__kwdefaults__ = function.__kwdefaults__
+        made, put_in = bound
+        self._memo[id(function)] = made
+        put_in(self.value)
         return made
 
     def _other(self, value: Any) -> Any:
