@@ -318,6 +318,3 @@ def test_splitting_holds_one_in_five_out() -> None:
 def test_options_and_their_fields() -> None:
     with pytest.raises(OptionError, match="not both"):
         recover(_student(), _teacher(), _data(), options=RecoverOptions(), epochs=2)
-
-
-# -- the command ------------------------------------------------------------------------------
