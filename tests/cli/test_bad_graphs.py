@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from rewrite.cli.main import main
-from tests.onnx.test_verify import (
+from tests.onnx.graphs import (
     BAD,
     Net,
     add_to,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import onnx
 import pytest
@@ -11,11 +9,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from rewrite.errors import OptionError, VerificationError
+from rewrite.errors import VerificationError
 from rewrite.onnx.export import export
 from rewrite.onnx.feeds import dynamic_axes, feed_of, free_sizes, resized
 from rewrite.onnx.file import open_onnx
-from rewrite.onnx.runtime import run, session
 from rewrite.onnx.verify import verify_onnx
 from rewrite.runtime.inputs import Inputs
 
@@ -130,61 +127,3 @@ def test_a_size_beyond_memory_is_known_before_anything_runs(tmp_path):
     )
     with pytest.raises(VerificationError, match="would take"):
         verify_onnx(huge)
-
-
-def test_a_loop_that_never_ends_is_stopped(tmp_path):
-    value = helper.make_tensor_value_info
-    body = helper.make_graph(
-        [
-            make("Identity", ["going"], ["still"]),
-            make("Add", ["carried", "carried"], ["doubled"]),
-        ],
-        "body",
-        [
-            value("step", TensorProto.INT64, []),
-            value("going", TensorProto.BOOL, []),
-            value("carried", TensorProto.FLOAT, [4]),
-        ],
-        [value("still", TensorProto.BOOL, []), value("doubled", TensorProto.FLOAT, [4])],
-    )
-    stored = [
-        numpy_helper.from_array(np.array(1 << 60), "trips"),
-        numpy_helper.from_array(np.array(True), "yes"),
-    ]
-    path = saved(
-        tmp_path, [make("Loop", ["trips", "yes", "x"], ["y"], body=body)], {"x": [4]}, {"y": [4]},
-        stored,
-    )  # fmt: skip
-    live = session(open_onnx(path))
-    assert 30 <= live.seconds < 31
-    short = replace(live, seconds=1)
-    with pytest.raises(VerificationError, match="did not end within 1 s and was stopped"):
-        run(short, {"x": np.ones(4, np.float32)})
-
-
-def test_a_graph_without_loops_may_take_its_time(tmp_path):
-    path = saved(tmp_path, [make("Relu", ["x"], ["y"])], {"x": [4]}, {"y": [4]})
-    live = session(open_onnx(path))
-    assert live.seconds == 600
-    (got,) = run(live, {"x": np.ones(4, np.float32)}, seconds=5)
-    assert got.tolist() == [1, 1, 1, 1]
-
-
-def test_an_approximate_graph_is_held_to_its_tolerance(tmp_path):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
-    path, x = tmp_path / "half.onnx", torch.randn(2, 8)
-    assert export(net, path, example_inputs=(x,)).ok
-    model = onnx.load(path)
-    for tensor in model.graph.initializer:
-        value = numpy_helper.to_array(tensor).astype(np.float16).astype(np.float32)
-        tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
-    onnx.save(model, path)
-    assert not verify_onnx(path, net, (x,)).ok
-    assert verify_onnx(path, net, (x,), contract="approximate", tolerance=1e-2).ok
-    assert not verify_onnx(path, net, (x,), contract="approximate", tolerance=1e-6).ok
-    assert verify_onnx(path, net, (x,), contract="approximate").max_rel > 1e-6
-    with pytest.raises(OptionError, match="--contract approximate"):
-        verify_onnx(path, net, (x,), tolerance=1e-2)
-    with pytest.raises(OptionError, match="contract is 'approximatee'; pass exact, "):
-        verify_onnx(path, net, (x,), contract="approximatee")

@@ -9,7 +9,6 @@ import models
 import rewrite
 from passes import BatchNormToLayerNorm
 from rewrite.errors import OptionError
-from rewrite.nn.modules import ChannelLayerNorm
 
 
 def model_of(*layers: nn.Module) -> nn.Sequential:
@@ -33,23 +32,6 @@ def test_over_chw_is_group_norm_with_one_group() -> None:
     expected = F.group_norm(y, 1, model[1].weight, model[1].bias, 1e-3)
     assert torch.equal(result.model(x), expected)
     assert result.report.changes[0].after == "GroupNorm(1, 8)"
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 8), (2, 3, 8, 8), (2, 3, 6, 6, 6)])
-def test_over_c_normalizes_the_channels_at_each_position(shape: tuple[int, ...]) -> None:
-    dims = len(shape) - 2
-    conv, norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"BatchNorm{dims}d")
-    model = model_of(conv(3, 8, 3), norm(8))
-    x = torch.randn(shape)
-    result = convert(model, x, over="c")
-    y = model[0](x)
-    mean, var = y.mean(1, keepdim=True), y.var(1, correction=0, keepdim=True)
-    per_channel = (1, 8, *(1,) * dims)
-    gamma, beta = model[1].weight.view(per_channel), model[1].bias.view(per_channel)
-    expected = gamma * (y - mean) / (var + model[1].eps).sqrt() + beta
-    assert torch.allclose(result.model(x), expected, atol=1e-5)
-    assert not torch.allclose(result.model(x), F.group_norm(y, 1), atol=1e-2)
-    assert type(result.model[1]) is ChannelLayerNorm
 
 
 @pytest.mark.parametrize("over", ["c", "chw"])

@@ -7,7 +7,6 @@ from torch import nn
 import models
 from passes import BatchNormToWeightNorm, FoldNorm
 from rewrite.errors import OptionError
-from rewrite.nn.mean_only import MeanOnlyBatchNorm
 from rewrite.outcomes import Skip
 from rewrite.pipeline import convert
 from rewrite.runtime.copying import copy_model
@@ -55,17 +54,6 @@ def test_replaces_norms_by_weight_norm():
     # In train mode nothing depends on the batch any more, which is the difference.
     assert torch.equal(result.model.train()(x)[:1], result.model(x[:1]))
     assert (result.model(x) - copy_model(model).train()(x)).abs().max() > 1e-3
-
-
-def test_mean_only_centres_each_batch():
-    model = net()
-    x = 2 + torch.randn(16, 3, 8, 8, dtype=torch.float64)
-    out = convert(model, [BatchNormToWeightNorm(mean_only=True)], example_inputs=(x,)).model
-    assert isinstance(out[1], MeanOnlyBatchNorm)
-    torch.testing.assert_close(out(x), model(x), rtol=0, atol=1e-12)
-    torch.testing.assert_close(out[1].bias, model[1].bias)
-    centred = nn.Sequential(out[0], out[1]).train()(x)
-    torch.testing.assert_close(centred.mean((0, 2, 3)), model[1].bias)
 
 
 def test_declines_what_fold_declines():

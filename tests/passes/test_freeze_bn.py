@@ -5,9 +5,7 @@ import torch
 from torch import nn
 
 import models
-import rewrite
 from passes import FreezeBatchNorm
-from rewrite.nn.modules import ChannelAffine
 from rewrite.protocol import apply_pass
 from rewrite.runtime.copying import copy_model
 
@@ -22,17 +20,6 @@ def test_rewrites_to_the_same_function(name: str) -> None:
     assert applied.changes
     with torch.no_grad():
         torch.testing.assert_close(applied.model(*inputs), model(*inputs), rtol=1e-11, atol=1e-11)
-
-
-def test_training_changes_nothing_in_it() -> None:
-    model = models.randomize_norms_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval())
-    x = torch.randn(4, 3, 6, 6)
-    frozen = rewrite.convert(model, [FreezeBatchNorm()], example_inputs=(x,)).model
-    expected = model(x)
-    frozen.train()
-    torch.testing.assert_close(frozen(x), expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(model.train()(x), expected, atol=1e-2)
-    assert isinstance(frozen[1], ChannelAffine) and not frozen[1].weight.requires_grad
 
 
 def test_options() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 import rewrite
 from passes import FoldNorm, LayerNormToRMSNorm
-from rewrite.nn import Centre, ShiftedRMSNorm
+from rewrite.nn import ShiftedRMSNorm
 from tests.streams.blocks import Careful, PostNorm, PreNorm, draw, error
 from tests.streams.families import untrained
 
@@ -120,29 +120,9 @@ def test_leaves_the_rest_alone() -> None:
     assert not report.changes and not report.skips  # no stream: nothing is added to anything
 
 
-def test_centre_puts_a_module_behind_a_norm_that_writes() -> None:
-    model = draw(PreNorm(embedding_norm=True))
-    (skip,) = converted(model).report.skips
-    assert "written by layer_norm in first" in skip.reason and "centre=True" in skip.reason
-    result = converted(model, centre=True)
-    assert isinstance(result.model.first[1], Centre)  # type: ignore[index]
-    assert error(model, result.model, X) < 1e-13
-    (change,) = result.report.changes
-    assert change.keys["first.weight"] == "first.0.weight"
-
-
 def test_in_training_mode_nothing_is_promised_and_the_mode_stays() -> None:
     model = draw(PreNorm()).train()
     assert converted(model).model.training
-
-
-def test_a_file_of_it_opens(tmp_path: Any) -> None:
-    result = converted(draw(PreNorm(embedding_norm=True)), centre=True)
-    assert any(isinstance(m, ShiftedRMSNorm) for m in result.model.modules())
-    norm = next(m for m in result.model.modules() if isinstance(m, ShiftedRMSNorm))
-    rewrite.save(nn.Sequential(norm, Centre()), tmp_path / "norm.pt")
-    opened = rewrite.load(tmp_path / "norm.pt")
-    assert torch.equal(opened(X), norm(X) - norm(X).mean(-1, keepdim=True))
 
 
 _SMALL = {

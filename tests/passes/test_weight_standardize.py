@@ -50,26 +50,6 @@ def test_the_function_stays_and_the_weight_is_standardized(name: str) -> None:
     assert (made(x) - model(x)).abs().max() > 1e-2
 
 
-def test_units_of_a_transposed_convolution_are_its_outputs() -> None:
-    made = _standardized(nn.Sequential(nn.ConvTranspose2d(6, 8, 3, groups=2)))[0]
-    chain = made.parametrizations.weight
-    assert chain.original0.shape == chain.original1.shape == (8,)
-    with torch.no_grad():
-        chain.original1[5] += 1.0
-        moved = made.weight - chain.original2
-    # Output 5 of 8 in two groups: the second group, its output 1, all of its three inputs.
-    changed = torch.zeros(6, 4, dtype=torch.bool)
-    changed[3:, 1] = True
-    assert torch.equal(moved.abs().amax((2, 3)) > 0.5, changed)
-
-
-def test_the_gradient_of_v_is_orthogonal_to_a_shift() -> None:
-    made = _standardized(nn.Sequential(nn.Conv2d(6, 8, 3)).double())
-    made(torch.randn(2, 6, 9, 9, dtype=torch.float64)).square().sum().backward()
-    gradient = made[0].parametrizations.weight.original2.grad
-    assert gradient.abs().max() > 1e-3 and gradient.sum((1, 2, 3)).abs().max() < 1e-10
-
-
 def test_the_whole_way(tmp_path: Path) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)
@@ -95,15 +75,6 @@ def test_folding_bakes_it(computed: str) -> None:
     x = torch.randn(2, 3, 8, 8)
     result = rewrite.convert(model, [computed, "fold"], example_inputs=(x,))
     assert result.report.ok and not parametrize.is_parametrized(result.model[0])
-
-
-def test_a_constant_unit_comes_back() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3)).double()
-    with torch.no_grad():
-        model[0].weight[0] = 0.25
-        model[0].weight[1] = 0.0
-    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    torch.testing.assert_close(_standardized(model)(x), model(x), rtol=0, atol=1e-12)
 
 
 def test_declines() -> None:

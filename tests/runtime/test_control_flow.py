@@ -10,36 +10,11 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
-from rewrite.equivalence.divergence import recorded
-from rewrite.equivalence.record import Sketcher
 from rewrite.runtime.attention import AttentionWrittenOut, attention
 from rewrite.runtime.batch_axes import find_batch_axes
 from rewrite.runtime.control_flow import branches_in_python
 from rewrite.runtime.copying import copy_model
 from rewrite.runtime.inputs import Inputs
-
-
-class Branches(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return torch.cond(
-            x.sum() > 0, lambda x: self.linear(x).relu(), lambda x: self.linear(x).tanh(), (x,)
-        )
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_a_recorder_looks_into_branches(sign):
-    torch.manual_seed(0)
-    net, x = Branches().eval(), sign * torch.rand(3, 4)
-    record, output = recorded(net, Inputs((x,)), Sketcher())
-    linear = net.linear(x)
-    assert torch.equal(output, linear.relu() if sign > 0 else linear.tanh())
-    functions = [event.function for event in record.events]
-    assert ("relu" in functions) == (sign > 0)
-    assert ("tanh" in functions) == (sign < 0)
 
 
 def test_a_loop_runs_in_python():

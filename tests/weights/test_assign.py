@@ -11,7 +11,6 @@ import rewrite
 from passes import Reinitialize
 from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.weights.assign import assign, assign_refusal
-from rewrite.weights.spectral import leading_vectors
 
 old_spectral_norm = pytest.mark.filterwarnings("ignore:.*spectral_norm.*is deprecated")
 
@@ -23,13 +22,6 @@ def value(shape=(32, 16), scale=0.5):
 
 def sigma(weight):
     return float(torch.linalg.matrix_norm(weight.detach().flatten(1).double(), 2))
-
-
-@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
-def test_the_leading_vectors_are_those_of_the_decomposition(shape):
-    matrix = value(shape)
-    u, v = leading_vectors(matrix)
-    torch.testing.assert_close(u @ matrix @ v, torch.linalg.svdvals(matrix)[0])
 
 
 class Halved(nn.Module):
@@ -46,55 +38,6 @@ class Symmetric(nn.Module):
 
     def right_inverse(self, x):
         return x.triu()
-
-
-class PowerNorm(nn.Module):
-    """A spectral norm of somebody's own: one vector, moved at each reading in train mode."""
-
-    def __init__(self, rows):
-        super().__init__()
-        self.register_buffer("u", torch.ones(rows) / rows**0.5)
-
-    def forward(self, x):
-        if self.training:
-            with torch.no_grad():
-                v = nn.functional.normalize(x.T @ self.u, dim=0)
-                self.u.copy_(nn.functional.normalize(x @ v, dim=0))
-        return x / (self.u @ x).norm()
-
-    def right_inverse(self, x):
-        return x
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(
-    "normed",
-    [
-        lambda layer: parametrizations.spectral_norm(layer),
-        pytest.param(lambda layer: nn.utils.spectral_norm(layer), marks=old_spectral_norm),
-        lambda layer: parametrize.register_parametrization(layer, "weight", PowerNorm(32)) or layer,
-    ],
-    ids=["parametrization", "old hook", "somebody's own"],
-)
-def test_a_spectral_norm_gets_the_vectors_of_the_new_weight(normed, training):
-    torch.manual_seed(0)
-    layer = normed(nn.Linear(16, 32))
-    layer.train(training)
-    for _ in range(20):
-        layer(torch.randn(4, 16))
-    note = assign(TensorWriter(), layer, "weight", value())
-    layer.eval()(torch.randn(4, 16))
-    assert abs(sigma(layer.weight) - 1) < 1e-3
-    expected = value() / sigma(value())
-    torch.testing.assert_close(layer.weight.double(), expected, rtol=2e-3, atol=1e-4)
-    assert "times what was drawn" in note
-    assert layer.training is False
-
-
-def test_a_spectral_norm_of_a_convolution_on_another_axis():
-    layer = parametrizations.spectral_norm(nn.ConvTranspose2d(4, 6, 3), dim=1).eval()
-    assign(TensorWriter(), layer, "weight", value((4, 6, 3, 3)))
-    assert abs(sigma(layer.weight.transpose(0, 1)) - 1) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""What a parameter is: a matrix of a layer, or anything else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rewrite import parameter_groups
+from tests.training.test_parameter_groups import Disguised, Tokens, _decayed
+
+
+def test_the_graph_decides_and_not_the_name() -> None:
+    model = Disguised()
+    assert _decayed(model) == {"norm_bias", "bias_norm.weight"}
+    assert set(parameter_groups(model)[1]["names"]) == {
+        "weight", "kernel", "table", "bias_norm.bias", "fc.weight", "fc.bias",
+    }  # fmt: skip
+
+
+class Branching(nn.Module):
+    """A forward that no trace follows: its code is read instead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(4, 4))
+        self.second = nn.Parameter(torch.randn(4, 4))
+        self.third = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            turned = self.first.t()
+            return x @ turned + self.second
+        return F.linear(x * self.third, self.first)
+
+
+def test_code_that_cannot_be_traced() -> None:
+    assert _decayed(Branching()) == {"first"}
+
+
+def test_layers_of_every_kind() -> None:
+    model = nn.ModuleDict(
+        {
+            "rnn": nn.LSTM(3, 4, 2, proj_size=2),
+            "cell": nn.GRUCell(3, 4),
+            "attention": nn.MultiheadAttention(4, 2, add_bias_kv=True),
+            "packed": nn.MultiheadAttention(4, 2, kdim=3, vdim=5),
+            "bilinear": nn.Bilinear(2, 3, 4),
+            "transposed": nn.ConvTranspose1d(2, 3, 3),
+            "act": nn.PReLU(4),
+            "gn": nn.GroupNorm(2, 4),
+            "rms": nn.RMSNorm(4),
+        }
+    )
+    names = dict(model.named_parameters())
+    expected = {n for n, p in names.items() if p.dim() > 1 and not n.endswith(("bias_k", "bias_v"))}
+    assert _decayed(model) == expected
+
+
+def test_a_position_table_is_an_embedding_that_no_data_looks_up() -> None:
+    assert _decayed(Tokens()) == {"words.weight"}
+
+
+class Attention(nn.Module):
+    """Queries meet keys and a bare tensor R: softmax(q kᵀ + q Rᵀ) v, unless told otherwise."""
+
+    def __init__(self, form: str, softmax: bool) -> None:
+        super().__init__()
+        self.form = form
+        self.qkv = nn.Linear(6, 18)
+        self.table = nn.Parameter(torch.randn(5, 6))
+        self.softmax = nn.Softmax(-1) if softmax else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        scores = 0.4 * (q @ k.transpose(-1, -2))
+        if self.form == "a layer beside the keys":  # in front of the product: W, not R
+            scores = (q @ self.table.T @ self.table) @ k.transpose(-1, -2)
+        else:
+            term = F.pad(q @ self.table.transpose(-1, -2), [0, 1])[..., :5]
+            scores = term if self.form == "a router" else scores + term.reshape(scores.shape)
+        if self.form == "no softmax":
+            return scores @ v
+        scores = scores.softmax(-1) if self.softmax is None else self.softmax(scores)
+        return scores @ v
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize(
+    ("form", "decays"),
+    [("positions", False), ("a router", True), ("no softmax", True),
+     ("a layer beside the keys", True)],
+)  # fmt: skip
+def test_relative_positions_that_queries_meet_do_not_decay(
+    form: str, decays: bool, softmax: bool
+) -> None:
+    model = Attention(form, softmax)
+    assert model(torch.randn(2, 5, 6)).shape == (2, 5, 6)
+    assert ("table" in _decayed(model)) == decays and "qkv.weight" in _decayed(model)
