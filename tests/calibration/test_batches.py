@@ -12,7 +12,6 @@ from passes import BatchNormToGroupNorm
 from rewrite.calibration.augment import variations
 from rewrite.calibration.batches import Batches
 from rewrite.errors import OptionError
-from rewrite.grouping.statistics import MeanStatistics
 from rewrite.runtime.inputs import Inputs
 
 
@@ -35,24 +34,6 @@ def fit(data: list[torch.Tensor], mix: int = 0) -> rewrite.Result[nn.Sequential]
 
 
 # -- sums -------------------------------------------------------------------------------------
-
-
-def test_sums_are_those_of_numpy_and_add_up() -> None:
-    means = torch.randn(20, 6, dtype=torch.float64)
-    whole, parts = MeanStatistics.zeros(6, 2), MeanStatistics.zeros(6, 2)
-    whole.add(means)
-    for part in means.split(7):
-        parts.add(part)
-    torch.testing.assert_close(parts.covariance, whole.covariance, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(whole.covariance[1], torch.cov(means[:, 3:].T, correction=0))
-    torch.testing.assert_close(whole.mean.flatten(), means.mean(0))
-    assert not torch.allclose(whole.covariance[0], whole.covariance[1])
-
-
-def test_samples_that_are_not_finite_do_not_count() -> None:
-    sums = MeanStatistics.zeros(2, 1)
-    sums.add(torch.tensor([[1.0, 2.0], [float("nan"), 0.0], [3.0, float("inf")]]))
-    assert int(sums.count) == 1 and torch.isfinite(sums.covariance).all()
 
 
 # -- batches ----------------------------------------------------------------------------------

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from scipy import integrate, stats
+from scipy import stats
 from torch import nn
-from torch.nn import functional
 
 from rewrite.errors import OptionError
 from rewrite.init.draw import draw, generator
@@ -77,62 +76,8 @@ def test_distribution(scheme, distribution):
     assert stats.kstest(sample * 1.05, distribution.cdf).pvalue < 1e-3
 
 
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
-def test_orthogonal_in_every_group(kind, groups):
-    layer = kind(6, 12, 3, groups=groups)
-    units = linear_maps(layer)[0].layout.units(drawn("orthogonal:2", layer)).flatten(2)
-    rows, columns = units.shape[1:]
-    gram = units @ units.mT if rows <= columns else units.mT @ units
-    eye = torch.eye(min(rows, columns), dtype=torch.float64).expand_as(gram)
-    torch.testing.assert_close(gram, 4 * eye, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
-def test_dirac_passes_channels_through(kind, groups):
-    layer = kind(4, 4, 3, padding=1, groups=groups, bias=False).double()
-    x = torch.randn(2, 4, 7, dtype=torch.float64)
-    layer.weight = nn.Parameter(drawn("dirac", layer))
-    assert torch.equal(layer(x), x)
-
-
-def test_dirac_of_torch():
-    layer = nn.Conv2d(6, 4, 3, groups=2)
-    expected = nn.init.dirac_(torch.empty_like(layer.weight), groups=2).double()
-    assert torch.equal(drawn("dirac", layer), expected)
-
-
 def test_zeros():
     assert not drawn("zeros", nn.Conv2d(3, 4, 2)).any()
-
-
-@pytest.mark.parametrize("name", ["linear", "relu", "tanh", "sigmoid", "selu"])
-def test_gain_of_torch(name):
-    assert gain(name) == pytest.approx(nn.init.calculate_gain(name), rel=1e-12)
-    slope = nn.init.calculate_gain("leaky_relu", 0.3)
-    assert gain("leaky_relu", 0.3) == pytest.approx(slope, rel=1e-12)
-
-
-@pytest.mark.parametrize("name", ["gelu", "silu", "elu", "hardswish", "mish", "softsign"])
-def test_gain_keeps_the_second_moment(name):
-    function = getattr(functional, name)
-    moment, _ = integrate.quad(
-        lambda z: function(torch.tensor(z)).item() ** 2 * stats.norm.pdf(z), -9, 9, limit=200
-    )
-    # The quadrature of a function with a kink is good to about 1e-4.
-    assert gain(name) == pytest.approx(1 / math.sqrt(moment), rel=3e-4)
-
-
-def test_a_weight_does_not_depend_on_the_others():
-    layer = nn.Linear(4, 4)
-    again = drawn("he", layer)
-    drawn("he", nn.Linear(7, 7))
-    assert torch.equal(drawn("he", layer), again)
-    assert not torch.equal(drawn("he", layer, seed=1), again)
-    (linear_map,) = linear_maps(layer)
-    other = draw(parse_scheme("he"), linear_map, layer.weight.shape, generator(0, "v"))
-    assert not torch.equal(other, again)
 
 
 def test_following_gain_is_used_by_he_alone():
@@ -174,18 +119,3 @@ def test_known_names_are_all_listed():
         parse_scheme(name)
     for name in activation_names():
         assert gain(name) > 0
-
-
-@pytest.mark.parametrize(
-    ("scheme", "layer", "shape", "said"),
-    [
-        ("orthogonal", nn.Linear(3, 3), (3,), "rows and columns"),
-        ("orthogonal", nn.Linear(3, 3), (0, 3), "rows and columns"),
-        ("dirac", nn.Linear(3, 3), (3, 3), "convolution"),
-        ("he", None, (3,), "linear map"),
-    ],
-)
-def test_shapes_that_have_none(scheme, layer, shape, said):
-    linear_map = linear_maps(layer)[0] if layer is not None else None
-    with pytest.raises(OptionError, match=said):
-        draw(parse_scheme(scheme), linear_map, torch.Size(shape), generator(0, "w"))

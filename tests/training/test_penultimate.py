@@ -24,12 +24,6 @@ def test_templates_keep_their_distances_and_what_is_normal_to_the_plane_is_lost(
     assert plane[0][0].abs().max() < 1e-12 < plane[1][0].abs().max()
 
 
-def test_the_picture(tmp_path: Path) -> None:
-    plane = penultimate_plane(nn.Linear(5, 3), torch.randn(9, 5), torch.arange(3).repeat(3))
-    path = plot_penultimate({"teacher": plane, "student": plane}, tmp_path / "p.svg")
-    assert "<svg" in path.read_text()
-
-
 def test_bad_input(tmp_path: Path) -> None:
     inputs, labels = torch.randn(2, 5), torch.zeros(2, dtype=torch.long)
     with pytest.raises(OptionError, match="three different"):

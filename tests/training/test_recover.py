@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import rewrite
 from rewrite.errors import CheckpointError, OptionError
-from rewrite.training import RecoverOptions, recover
-from rewrite.training.samples import read_samples, split, steps_of
+from rewrite.training import recover
 
 pytest.importorskip("accelerate")
 
@@ -107,18 +106,6 @@ def test_a_global_batch_is_one_step_however_it_is_divided() -> None:
         assert distance(results[0], results[1]) < 1e-12
         assert distance(results[0], results[3]) < 1e-12
         assert distance(results[0], results[2]) > 1e-6  # 25 samples a step are not 24
-
-
-def test_workers_read_what_one_reads() -> None:
-    samples = read_samples(_teacher(), _data(), labels=False)
-    alone = [
-        (size, parts[0].inputs.args[0]) for size, parts in steps_of(samples, 1, 0, 12, 1, (0, 1))
-    ]
-    for rank in range(3):
-        shared = list(steps_of(samples, 1, 0, 4, 1, (rank, 3)))
-        for (size, whole), (other, parts) in zip(alone, shared, strict=True):
-            assert size == other
-            assert torch.equal(whole[rank::3], torch.cat([p.inputs.args[0] for p in parts]))
 
 
 _WORKER = """
@@ -260,34 +247,6 @@ def test_outputs_without_classes() -> None:
     assert recovered.after.top1 is None and recovered.after.error < recovered.before.error / 2
 
 
-@pytest.mark.parametrize(
-    ("student", "data", "settings", "message"),
-    [
-        (nn.Linear(6, 5), _data(), {}, "the student returns .* the teacher .* not a pair"),
-        (nn.Linear(7, 4), _data(), {}, "the model rejects it"),
-        (_student(), [torch.zeros(1, 6)], {}, "1 sample; one is held out"),
-        (_student(), [], {}, "0 sample"),
-        (_student(), [torch.full((4, 6), float("nan"))], {}, "NaN or infinity"),
-        (_student(), _data(), {"labels": True}, "has no labels"),
-        (_student(), [(torch.zeros(4, 6), torch.tensor([0, 1, 2, 9]))], {"labels": True},
-         "label 9 is out of range: the model has 4 classes"),
-        (_student(), [(torch.zeros(4, 6), torch.zeros(3).long())], {"labels": True},
-         "4 samples, 3 labels"),
-        (_student(), _data(), {"epochs": 0}, "epochs is 0"),
-        (_student(), _data(), {"optimizer": "adam"}, "pass one of adamw, sgd"),
-        (_student(), _data(), {"epoch": 1}, "unexpected keyword argument 'epoch'"),
-        (_student(), _data(), {"features": 1.0}, "no norm in the place of a BatchNorm"),
-        (_student().requires_grad_(False), _data(), {}, "no trainable parameter"),
-    ],
-)  # fmt: skip
-def test_bad_input(
-    student: nn.Module, data: list[object], settings: dict[str, object], message: str
-) -> None:
-    with pytest.raises(OptionError, match=message) as raised:
-        recover(student, _teacher(), data, **settings)
-    assert "\n" not in str(raised.value)
-
-
 def test_a_class_without_samples_is_named() -> None:
     x = torch.cat(_data())
     data = [(x, torch.zeros(len(x), dtype=torch.long))]
@@ -305,16 +264,3 @@ def test_a_state_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="the state cannot be written"):
         recover(_student(), _teacher(), _data(), state=tmp_path / "file" / "state")
-
-
-def test_splitting_holds_one_in_five_out() -> None:
-    samples = read_samples(_teacher(), _data(12), labels=False)
-    fitted, held = split(samples)
-    assert (len(fitted), len(held)) == (10, 2)
-    assert torch.equal(held.inputs.args[0], samples.inputs.args[0][[4, 9]])
-    assert len(split(samples.take(torch.arange(3)))[1]) == 1
-
-
-def test_options_and_their_fields() -> None:
-    with pytest.raises(OptionError, match="not both"):
-        recover(_student(), _teacher(), _data(), options=RecoverOptions(), epochs=2)

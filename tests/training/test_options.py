@@ -1,0 +1,44 @@
+"""What `recover` can be told, checked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rewrite.errors import OptionError
+from rewrite.training import RecoverOptions, recover
+from tests.training.test_recover import _data, _student, _teacher
+
+
+@pytest.mark.parametrize(
+    ("student", "data", "settings", "message"),
+    [
+        (nn.Linear(6, 5), _data(), {}, "the student returns .* the teacher .* not a pair"),
+        (nn.Linear(7, 4), _data(), {}, "the model rejects it"),
+        (_student(), [torch.zeros(1, 6)], {}, "1 sample; one is held out"),
+        (_student(), [], {}, "0 sample"),
+        (_student(), [torch.full((4, 6), float("nan"))], {}, "NaN or infinity"),
+        (_student(), _data(), {"labels": True}, "has no labels"),
+        (_student(), [(torch.zeros(4, 6), torch.tensor([0, 1, 2, 9]))], {"labels": True},
+         "label 9 is out of range: the model has 4 classes"),
+        (_student(), [(torch.zeros(4, 6), torch.zeros(3).long())], {"labels": True},
+         "4 samples, 3 labels"),
+        (_student(), _data(), {"epochs": 0}, "epochs is 0"),
+        (_student(), _data(), {"optimizer": "adam"}, "pass one of adamw, sgd"),
+        (_student(), _data(), {"epoch": 1}, "unexpected keyword argument 'epoch'"),
+        (_student(), _data(), {"features": 1.0}, "no norm in the place of a BatchNorm"),
+        (_student().requires_grad_(False), _data(), {}, "no trainable parameter"),
+    ],
+)  # fmt: skip
+def test_bad_input(
+    student: nn.Module, data: list[object], settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message) as raised:
+        recover(student, _teacher(), data, **settings)
+    assert "\n" not in str(raised.value)
+
+
+def test_options_and_their_fields() -> None:
+    with pytest.raises(OptionError, match="not both"):
+        recover(_student(), _teacher(), _data(), options=RecoverOptions(), epochs=2)
