@@ -39,7 +39,7 @@ from rewrite.fold.replay import apply_report
 from rewrite.fold.report_file import read_report
 from rewrite.onnx.export import export
 from rewrite.onnx.verify import verify_onnx
-from rewrite.runtime.input_files import load_inputs
+from rewrite.runtime.stored.input_files import load_inputs
 
 FACTORY = 'torch.nn:Linear({"in_features": 3, "out_features": 3})'
 OPCODES = bytes(range(0x28, 0x98))

@@ -55,10 +55,10 @@ def test_no_package_has_more_than_sixteen_files() -> None:
         assert len(files) <= 16, (name, sorted(files))
 
 
-MIRRORED = ("fold", "fold/branches", "graph", "tracing", "runtime")
+MIRRORED = ("fold", "fold/branches", "graph", "tracing", "runtime", "runtime/stored")
 """Packages each of whose files has a test of its name."""
 
-ELSEWHERE = 99
+ELSEWHERE = 82
 """Files of the other packages that only tests of another name hold: the number may only fall."""
 
 

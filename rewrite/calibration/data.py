@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rewrite.distributed import rank_and_world
 from rewrite.errors import OptionError, RewriteError
 from rewrite.files import no_file
-from rewrite.runtime.array_files import read_arrays
+from rewrite.runtime.stored.array_files import read_arrays
 
 BATCH_SIZE = 16
 

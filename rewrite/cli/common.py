@@ -131,7 +131,7 @@ def example_inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, 
     """Return what --input describes, or None."""
     if options.input is None:
         return None
-    from rewrite.runtime.input_files import load_inputs, parse_shapes
+    from rewrite.runtime.stored.input_files import load_inputs, parse_shapes
 
     if Path(options.input).suffix in (".npz", ".npy", ".pt", ".pth"):
         from rewrite.checkpoint.pickles.unpickle import load_pickle
@@ -339,7 +339,7 @@ def _vet_data(_: argparse.Namespace, path: str) -> None:
     elif suffix == ".safetensors":
         vet_safetensors(path)
     elif suffix in (".npy", ".npz"):
-        from rewrite.runtime.array_files import check_arrays
+        from rewrite.runtime.stored.array_files import check_arrays
 
         try:
             check_arrays(Path(path))

@@ -137,7 +137,7 @@ def open_data(reference: str, model: nn.Module, *, labels: bool) -> Iterable[Any
         return calibration_data(reference, model)
     if path.suffix != ".npz":
         raise OptionError(f"{reference}: labels come in an .npz of two arrays, or from a factory")
-    from rewrite.runtime.array_files import read_arrays
+    from rewrite.runtime.stored.array_files import read_arrays
 
     try:
         arrays = list(read_arrays(path).values())

@@ -233,7 +233,7 @@ def _named_inputs(options: argparse.Namespace) -> dict[str, Any] | None:
     """Return the inputs of an .npz file that was saved with names, None for anything else."""
     if options.input is None or not options.input.endswith(".npz"):
         return None
-    from rewrite.runtime.input_files import load_named_inputs
+    from rewrite.runtime.stored.input_files import load_named_inputs
 
     values = load_named_inputs(options.input)
     return None if all(name.startswith("arr_") for name in values) else values

@@ -268,7 +268,7 @@ def test_python_entries_refuse_pipes_and_devices(here: Path):
     from rewrite.calibration.data import open_calibration
     from rewrite.fold.report_file import read_report
     from rewrite.onnx.verify import verify_onnx
-    from rewrite.runtime.input_files import load_inputs
+    from rewrite.runtime.stored.input_files import load_inputs
 
     model = rewrite.load("good.pt")
     readers = {

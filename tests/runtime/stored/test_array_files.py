@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rewrite.errors import VerificationError
-from rewrite.runtime.array_files import check_arrays, read_arrays
-from rewrite.runtime.input_files import load_inputs
+from rewrite.runtime.stored.array_files import check_arrays, read_arrays
+from rewrite.runtime.stored.input_files import load_inputs
 
 ARRAYS = [
     np.arange(6, dtype=np.int64).reshape(2, 3),

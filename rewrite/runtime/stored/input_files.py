@@ -11,9 +11,9 @@ from torch import nn
 
 from rewrite.errors import RewriteError, VerificationError, one_line, system_reason
 from rewrite.files import no_file
-from rewrite.runtime.array_files import read_arrays
 from rewrite.runtime.inputs import device_of, dtype_of, positional_limit
 from rewrite.runtime.leaves import tensors
+from rewrite.runtime.stored.array_files import read_arrays
 
 
 def parse_shapes(text: str, model: nn.Module | None = None, seed: int = 0) -> tuple[Any, ...]:

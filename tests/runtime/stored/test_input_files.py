@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rewrite.errors import VerificationError
-from rewrite.runtime.input_files import load_inputs, parse_shapes
+from rewrite.runtime.stored.input_files import load_inputs, parse_shapes
 
 
 def test_shapes_are_parsed():

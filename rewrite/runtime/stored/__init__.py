@@ -1,0 +1,1 @@
+"""Inputs from files: numpy arrays, saved tensors, and shapes written as text."""
