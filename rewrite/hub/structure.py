@@ -19,6 +19,7 @@ from rewrite.errors import CheckpointError, OptionError, one_line
 from rewrite.hub.experts import plain_experts
 from rewrite.hub.folder import CheckpointFolder
 from rewrite.hub.merged import Merged
+from rewrite.hub.safetensors_file import DTYPES
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Structure:
 
 
 def structure_of(folder: CheckpointFolder) -> Structure:
-    """Build the model of a folder on meta, and find each of its tensors in the folder.
+    """Build the model of a folder on meta, with its types, and find each tensor in the folder.
 
     Raises:
         CheckpointError: an unknown class, or tensors that the class does not have so.
@@ -47,6 +48,9 @@ def structure_of(folder: CheckpointFolder) -> Structure:
                 f"{folder.path}: {place} has shape {list(folder.entry(place).shape)}, and its "
                 f"configuration says {list(shape)}"
             )
+        dtype = DTYPES.get(folder.entry(place).dtype)
+        if dtype is not None and dtype.is_floating_point and held[name].is_floating_point():
+            held[name].data = held[name].data.to(dtype)  # a forward may ask for it
     return Structure(model, stored, folder)
 
 

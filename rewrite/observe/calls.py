@@ -12,13 +12,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from rewrite.errors import OptionError, one_line
 from rewrite.observe.image_calls import images_in_text
 from rewrite.runtime.configured.maker import InputMaker, forward_arguments
 from rewrite.runtime.inputs import ExampleCall, Inputs, call
-from rewrite.runtime.leaves import leaves
+from rewrite.runtime.leaves import leaves, mapped
+from rewrite.runtime.quiet import quiet_fakes
+from rewrite.runtime.stand_in import stand_in
+from rewrite.runtime.tree import Tree
 from rewrite.runtime.trial import trial
+from rewrite.tracing.dry_run import on_meta
 
 _PADDED = 3
 _CACHES = ("past_key_values", "cache", "cache_params")
@@ -185,8 +191,27 @@ def _wants_values(error: Exception) -> bool:
 
 
 def _tried(model: nn.Module, keywords: dict[str, Any]) -> Any:
+    """Return what a model makes of a call, None where it refuses it."""
     try:
         return call(model, Inputs((), keywords).clone())
+    except Exception as error:  # noqa: BLE001 - what a model refuses is not one of its calls
+        return _tried_with_fakes(model, keywords) if _wants_values(error) else None
+
+
+def _tried_with_fakes(model: nn.Module, keywords: dict[str, Any]) -> Any:
+    """Return the same of a model on meta whose forward asks for values, as an export calls it.
+
+    transformers knows a fake tensor from one on meta, and asks it less; what counts what the data
+    chose gets a number that is not known.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    fakes = stand_in(Tree(model), mode.from_tensor, mode.from_tensor)
+    given = Inputs((), keywords).map(
+        lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf
+    )
+    try:
+        with quiet_fakes(), mode:
+            return mapped(call(fakes, given), on_meta)
     except Exception:  # noqa: BLE001 - what a model refuses is not one of its calls
         return None
 
