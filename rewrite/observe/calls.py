@@ -204,16 +204,17 @@ def _tried_with_fakes(model: nn.Module, keywords: dict[str, Any]) -> Any:
     transformers knows a fake tensor from one on meta, and asks it less; what counts what the data
     chose gets a number that is not known.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     fakes = stand_in(Tree(model), mode.from_tensor, mode.from_tensor)
     given = Inputs((), keywords).map(
         lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf
     )
     try:
         with quiet_fakes(), mode:
-            return mapped(call(fakes, given), on_meta)
+            made = call(fakes, given)
     except Exception:  # noqa: BLE001 - what a model refuses is not one of its calls
         return None
+    return mapped(made, on_meta)
 
 
 def _cache_step(

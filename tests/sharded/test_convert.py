@@ -16,7 +16,11 @@ from passes import FoldNorm
 from rewrite.cli.main import main
 from rewrite.sharded import recipes as module
 from rewrite.sharded.writer import FolderWriter
+<<<<<<< HEAD
 from tests.sharded.conftest import FAMILIES, Make, logits
+=======
+from tests.sharded.conftest import FAMILIES, LLAMA, Make, logits, transformers
+>>>>>>> 4fd788d (Plan folders with a token of padding, and test that both roads fold the same of Hunyuan)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -195,3 +199,24 @@ def test_a_folder_that_is_not_right_is_one_line(
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert sorted(path.name for path in source.parent.iterdir()) == before
+
+
+def test_a_forward_that_asks_for_the_type_of_a_weight_is_planned_on_that_of_the_folder(
+    tmp_path: Path,
+) -> None:
+    """Hunyuan's router widens its input if its weight is float32: a line that bfloat16 skips."""
+    config = transformers.HunYuanMoEV1Config(
+        **{**LLAMA, "num_hidden_layers": 1, "tie_word_embeddings": False}, num_experts=2,
+        moe_topk=1, head_dim=8, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.HunYuanMoEV1ForCausalLM(config).to(torch.bfloat16)
+    for name, tensor in model.named_parameters():
+        if "norm" in name:
+            tensor.data.normal_(0.8, 0.3)
+    model.save_pretrained(tmp_path / "source")
+    report = rewrite.convert_checkpoint(tmp_path / "source", tmp_path / "out", "fold", verify=False)
+    memory = rewrite.convert(rewrite.load(tmp_path / "source"), "fold", verify=False)
+    assert [c.target for c in report.changes] == [c.target for c in memory.report.changes]
+    ours, theirs = rewrite.load(tmp_path / "out").state_dict(), memory.model.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
