@@ -16,11 +16,7 @@ from passes import FoldNorm
 from rewrite.cli.main import main
 from rewrite.sharded import recipes as module
 from rewrite.sharded.writer import FolderWriter
-<<<<<<< HEAD
-from tests.sharded.conftest import FAMILIES, Make, logits
-=======
 from tests.sharded.conftest import FAMILIES, LLAMA, Make, logits, transformers
->>>>>>> 4fd788d (Plan folders with a token of padding, and test that both roads fold the same of Hunyuan)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
