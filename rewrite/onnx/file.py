@@ -25,6 +25,9 @@ from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_t
 
 from rewrite.errors import VerificationError, one_line
 from rewrite.files import no_file
+from rewrite.onnx.vetting.expansion import check_expansion
+from rewrite.onnx.vetting.nodes import all_nodes
+from rewrite.onnx.vetting.sizes import check_static
 
 LARGE = 64 * 1024
 """From this many bytes on a weight is held beside the graph."""
@@ -57,6 +60,11 @@ class OnnxFile:
         return max(versions, default=0)
 
     @property
+    def nbytes(self) -> int:
+        """How many bytes the file and its data hold."""
+        return int(self.model.ByteSize()) + sum(value.nbytes for value in self.weights.values())
+
+    @property
     def operator_counts(self) -> dict[str, int]:
         """How often each operator occurs, subgraphs included."""
         counts = Counter(node.op_type for node in all_nodes(self.model.graph))
@@ -69,23 +77,13 @@ class OnnxFile:
         return [value for value in self.model.graph.input if value.name not in given]
 
 
-def all_nodes(graph: Any) -> Iterator[Any]:
-    """Yield every node of a graph and of the graphs inside its nodes."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from all_nodes(attribute.g)
-            for inner in attribute.graphs:
-                yield from all_nodes(inner)
-
-
 def open_onnx(path: str | Path) -> OnnxFile:
     """Read an ONNX file and its external data.
 
     Raises:
         VerificationError: it is missing, no ONNX file, or its external data is missing, of another
-            size, or outside of its folder; or a weight is NaN.
+            size, or outside of its folder; or a weight is NaN; or the graph is out of proportion
+            to the file (`rewrite.onnx.vetting`).
     """
     place = Path(path)
     if place.is_dir():
@@ -108,6 +106,7 @@ def open_onnx(path: str | Path) -> OnnxFile:
             raise VerificationError(f"{place}: holds the name {name!r}, which is no text")
         if not name.isprintable():
             raise VerificationError(f"{place}: holds the name {name!r}, which commands a terminal")
+    check_expansion(place, model)
     for tensor in _tensors(model):
         _check_form(place, tensor)
     # An unknown key of external data is a warning to onnx, and nothing to a user.
@@ -123,6 +122,7 @@ def open_onnx(path: str | Path) -> OnnxFile:
             raise VerificationError(
                 f"{place}: input {value.name} is no tensor; only graphs of tensors can be run"
             )
+    check_static(place, opened.model, opened.nbytes)
     _check_values(opened)
     return opened
 

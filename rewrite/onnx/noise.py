@@ -26,7 +26,8 @@ import torch
 from onnx import AttributeProto, TensorProto, numpy_helper
 
 from rewrite.equivalence.rounding import EXPLAINS, Perturbation
-from rewrite.onnx.file import Array, OnnxFile, all_nodes, initializer
+from rewrite.onnx.file import Array, OnnxFile, initializer
+from rewrite.onnx.vetting.nodes import all_nodes
 
 _HALF_EPS = float(np.finfo(np.float32).eps) / 2
 

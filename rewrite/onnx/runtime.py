@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from rewrite.errors import VerificationError, one_line
 from rewrite.onnx.file import OnnxFile
+from rewrite.onnx.vetting.worker import EndlessError, call, deadline
 
 Feed = dict[str, np.ndarray[Any, Any]]
 
@@ -63,38 +63,58 @@ def budget(source: OnnxFile) -> float:
     """
     if "Loop" not in source.operator_counts:
         return RUN_SECONDS
-    held = int(source.model.ByteSize()) + sum(value.nbytes for value in source.weights.values())
-    return min(RUN_SECONDS, LOOP_SECONDS + LOOP_SECONDS_A_MEGABYTE * held / 1e6)
+    return min(RUN_SECONDS, LOOP_SECONDS + LOOP_SECONDS_A_MEGABYTE * source.nbytes / 1e6)
 
 
-def session(source: OnnxFile | Path, level: str = "all") -> Session:
-    """Return a session on the CPU at an optimization level: of a graph in memory, or of a file.
+def session(source: OnnxFile, level: str = "all") -> Session:
+    """Return a session on the CPU, at an optimization level, of a graph in memory.
 
     Raises:
-        VerificationError: onnxruntime refuses the graph.
+        VerificationError: onnxruntime refuses the graph, or does not come to an end building it.
     """
+    options = _options(level)
+    weights = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(value)
+        for name, value in source.weights.items()
+    }
+    options.add_external_initializers(list(weights), list(weights.values()))
+    return _built(source, source.model.SerializeToString(), options, weights)
+
+
+def session_of_file(source: OnnxFile) -> Session:
+    """Return a session of the file itself, as it is deployed.
+
+    Raises:
+        VerificationError: onnxruntime refuses the file, or does not come to an end building it.
+    """
+    return _built(source, str(source.path), _options("all"), {})
+
+
+def _options(level: str) -> Any:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = LEVELS[level]
     options.log_severity_level = _FATAL_ONLY
     options.intra_op_num_threads = torch.get_num_threads()
     if level == "disabled":  # runs once or twice: a copy of the weights would not pay
         options.add_session_config_entry("session.disable_prepacking", "1")
-    providers = ["CPUExecutionProvider"]
+    return options
+
+
+def _built(
+    source: OnnxFile, graph: str | bytes, options: Any, weights: Mapping[str, Any]
+) -> Session:
+    def build() -> Any:
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+    what, advice = f"{source.path}: building it", "look for constants that it computes"
     try:
-        if isinstance(source, Path):
-            return Session(onnxruntime.InferenceSession(str(source), options, providers=providers))
-        weights = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(value)
-            for name, value in source.weights.items()
-        }
-        options.add_external_initializers(list(weights), list(weights.values()))
-        graph = source.model.SerializeToString()
-        live = onnxruntime.InferenceSession(graph, options, providers=providers)
+        live = call(build, deadline(source.nbytes), what, advice)
         return Session(live, weights, budget(source))
+    except EndlessError:
+        raise
     except Exception as error:
-        name = source if isinstance(source, Path) else source.path
         raise VerificationError(
-            f"{name}: onnxruntime {onnxruntime.__version__} refuses it: {_reason(error)}"
+            f"{source.path}: onnxruntime {onnxruntime.__version__} refuses it: {_reason(error)}"
         ) from error
 
 
@@ -128,20 +148,21 @@ def run(
     options = onnxruntime.RunOptions()
     options.log_severity_level = _FATAL_ONLY
     seconds = session.seconds if seconds is None else seconds
-    with ThreadPoolExecutor(1) as worker:
-        running = worker.submit(session.live.run, names, feed, options)
-        try:
-            return list(running.result(seconds))
-        except TimeoutError as error:
-            raise VerificationError(
-                f"{graph}: did not end within {seconds:.0f} s and was stopped; "
-                "look for a loop that never ends, or pass a smaller --input"
-            ) from error
-        except Exception as error:
-            shapes = ", ".join(f"{name} {v.dtype}{v.shape}" for name, v in feed.items())
-            raise VerificationError(f"{graph} refuses ({shapes}): {_reason(error)}") from error
-        finally:
-            options.terminate = True  # of a run that has ended it is nothing
+    try:
+        found = call(
+            lambda: session.live.run(names, feed, options),
+            seconds,
+            f"{graph}:" if isinstance(graph, Path) else str(graph),
+            "look for a loop that never ends, or pass a smaller --input",
+        )
+    except EndlessError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{name} {v.dtype}{v.shape}" for name, v in feed.items())
+        raise VerificationError(f"{graph} refuses ({shapes}): {_reason(error)}") from error
+    finally:
+        options.terminate = True  # of a run that has ended it is nothing
+    return list(found)
 
 
 def as_array(value: Any) -> np.ndarray[Any, Any]:

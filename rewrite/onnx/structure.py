@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from rewrite.errors import VerificationError, one_line
-from rewrite.onnx.file import LARGE, Array, OnnxFile, all_nodes, initializer
-from rewrite.runtime.float64 import free_bytes
+from rewrite.errors import one_line
+from rewrite.onnx.file import LARGE, Array, OnnxFile, initializer
+from rewrite.onnx.vetting.nodes import all_nodes, label
+from rewrite.onnx.vetting.sizes import check_values, infer
+from rewrite.onnx.vetting.worker import call, deadline
 
-_LEAST_BYTES = 1 << 30
+T = TypeVar("T")
 
 
 def structure_problems(opened: OnnxFile) -> list[str]:
     """Return what the checker and a look at the graph find wrong."""
     problems = [*_checker(opened)]
     for node in all_nodes(opened.model.graph):
-        label = node.name or f"{node.op_type} -> {', '.join(node.output)}"
+        name = label(node)
         problems += [
-            f"{label}: {node.op_type} is in training mode"
+            f"{name}: {node.op_type} is in training mode"
             for attribute in node.attribute
             if attribute.name == "training_mode" and attribute.i
         ]
         if node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]:
             flag = _constant(opened, node.input[2])
             if flag is None or bool(flag.any()):
-                problems.append(f"{label}: Dropout is in training mode")
+                problems.append(f"{name}: Dropout is in training mode")
     problems += [
         f"initializers {first} and {second} hold the same {size} bytes"
         for first, second, size in duplicates(opened)
@@ -41,7 +43,8 @@ def structure_problems(opened: OnnxFile) -> list[str]:
 
 def _checker(opened: OnnxFile) -> Iterator[str]:
     try:
-        onnx.checker.check_model(_weights_given(opened), full_check=True)
+        model = _weights_given(opened)
+        _native(opened, lambda: onnx.checker.check_model(model, full_check=True))
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         yield f"onnx.checker: {one_line(error)}"
     except UnicodeDecodeError:
@@ -78,23 +81,17 @@ def check_sizes(opened: OnnxFile, feed: Mapping[str, Array]) -> None:
             shape.dim.extend(
                 onnx.TensorShapeProto.Dimension(dim_value=size) for size in feed[value.name].shape
             )
-    try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except (onnx.shape_inference.InferenceError, RuntimeError):
-        return  # the checker tells of it
-    most = max(free_bytes() // 2, _LEAST_BYTES)
-    for value in (*inferred.graph.value_info, *inferred.graph.output):
-        kind = value.type.tensor_type
-        sizes = [dim.dim_value for dim in kind.shape.dim]
-        if not kind.elem_type or any(size <= 0 for size in sizes):
-            continue
-        needed = math.prod(sizes) * onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).itemsize
-        if needed > most:
-            raise VerificationError(
-                f"{opened.path}: value {value.name} of {'x'.join(map(str, sizes))} would take "
-                f"{needed / 2**30:.0f} GiB, and {most / 2**30:.0f} GiB are to be had; pass a "
-                "smaller --input"
-            )
+    # Without the contents of shapes first, which grow with the values that they would be taken of.
+    for data in ("unknown", "propagated"):
+        inferred = _native(opened, partial(infer, model, data=data))
+        if inferred is None:
+            return  # the checker tells of it
+        check_values(opened.path, inferred.graph)
+
+
+def _native(opened: OnnxFile, function: Callable[[], T]) -> T:
+    what = f"{opened.path}: checking it"
+    return call(function, deadline(opened.nbytes), what, "export it again, or simplify it")
 
 
 def _constant(opened: OnnxFile, name: str) -> Array | None:

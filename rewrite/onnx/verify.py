@@ -36,9 +36,10 @@ from rewrite.onnx.model_parity import Reference, against_model
 from rewrite.onnx.noise import perturbed_feed, perturbed_graph
 from rewrite.onnx.parity import Parity, against_graph, end_bound, own_noise
 from rewrite.onnx.report import Check, OnnxVerification
-from rewrite.onnx.runtime import LEVELS, Feed, as_tensor, run, session
+from rewrite.onnx.runtime import LEVELS, Feed, as_tensor, run, session, session_of_file
 from rewrite.onnx.structure import check_sizes, structure_problems
 from rewrite.onnx.values import record_graph
+from rewrite.onnx.vetting.worker import EndlessError
 from rewrite.outcomes import Contract, as_choice
 from rewrite.runtime.inputs import Inputs
 from rewrite.runtime.modes import evaluating
@@ -82,7 +83,7 @@ def verify_onnx(
     parity = Parity(_tolerance(contract, tolerance))
     opened = open_onnx(path)
     checks = [*_structure(opened), *_check_operator_counts(opened, expect or {}, expect_no)]
-    live = session(opened.path)
+    live = session_of_file(opened)
     feed = _given(opened, live, example_inputs, seed)
     first = _first(example_inputs, feed)
     sizes = list(resized(opened, first, seed))
@@ -159,6 +160,8 @@ def _given(opened: OnnxFile, live: Any, example_inputs: Any, seed: int) -> Feed:
                 check_sizes(opened, feed)
                 run(live, feed, graph=opened.path)
                 return feed
+            except EndlessError:
+                raise  # other sizes would not end either
             except VerificationError as error:
                 refused = refused or error
     except (MemoryError, ValueError) as error:

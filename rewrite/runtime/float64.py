@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
+from rewrite.memory import free_memory
 from rewrite.runtime.modes import WIDE, ModuleExchange, widen
 from rewrite.runtime.tree import Tree
 
@@ -194,15 +194,9 @@ def short_of_memory(*models: nn.Module) -> bool:
 
 def free_bytes(device: torch.device | None = None) -> int:
     """Return the memory that is free on a device; by default the computer's."""
-    if device is None:
-        device = torch.device("cpu")
-    if device.type == "cuda":
+    if device is not None and device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        # Not every system tells; a copy is then assumed to fit.
-        return 1 << 62
+    return free_memory()
 
 
 class _Compiled(nn.Module):

@@ -1,0 +1,1 @@
+"""Judge a graph by its protobuf: what it would cost, before native code sees it."""
