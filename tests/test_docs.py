@@ -167,6 +167,24 @@ def test_a_page_begins_with_a_command_and_what_it_prints(name):
     assert first.line < 40
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_imports_nothing_that_an_install_leaves_out(page):
+    """A reader has the wheel and `model.pt`: `models` and `benchmarks` are in a checkout alone."""
+    assert not _OF_A_CHECKOUT.search(BLOCK.sub(_without_setup, page.read_text(encoding="utf-8")))
+
+
+def _without_setup(block):
+    return "" if block["setup"] else block[0]
+
+
+_OF_A_CHECKOUT = re.compile(r"^(?:from|import) (?:models|benchmarks|tests)\b", re.M)
+
+
+def test_an_import_of_a_checkout_is_seen():
+    assert _OF_A_CHECKOUT.search("```python\nfrom models.digits_resnet import CHECKPOINT\n```\n")
+    assert not _OF_A_CHECKOUT.search("```python\nfrom torchvision.models import resnet18\n```\n")
+
+
 @pytest.mark.parametrize(
     ("shown", "printed", "equal"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,23 @@ ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "docs" / "recipes"
 
 
+@pytest.fixture
+def _beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand where a reader of the pages stands: in a folder that holds the model."""
+    shutil.copy(ROOT / "models" / "digits_resnet.pt", tmp_path / "model.pt")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("_beside_the_model")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mode", ["hooks", "functorch", "ew"])
 def test_opacus(mode: str) -> None:
     pytest.importorskip("opacus")
     text = (RECIPES / "opacus.md").read_text(encoding="utf-8")
     code = text.split("```python\n")[1].split("```")[0]
-    assert "MODE" in code
-    names = {"MODE": mode, "__name__": "recipe"}
+    assert 'MODE = "hooks"' in code
+    code = code.replace('MODE = "hooks"', f'MODE = "{mode}"')
+    names: dict[str, Any] = {"__name__": "recipe"}
     exec(compile(code, "opacus.md", "exec"), names)
     if mode == "hooks":
         as_one_layer = text.split("```python\n")[2].split("```")[0]
@@ -48,6 +58,7 @@ def _blocks(page: str) -> list[str]:
     return [part.split("```")[0] for part in text.split("```python\n")[1:]]
 
 
+@pytest.mark.usefixtures("_beside_the_model")
 @pytest.mark.filterwarnings("ignore")
 def test_flower_averages_by_samples() -> None:
     pytest.importorskip("flwr.server.strategy.aggregate")

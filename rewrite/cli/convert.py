@@ -203,7 +203,9 @@ def _output(options: argparse.Namespace) -> Path:
         # Of a state dict a state dict is written, in its own form.
         own = reference.suffix == ".safetensors"
         return reference.with_name(f"{reference.stem}.rewritten{'.safetensors' if own else '.pt'}")
-    return Path(options.model.rpartition(":")[2].split("(")[0] + ".rewritten.pt")
+    # A name of a library, or a path that leads nowhere, which is said when it is opened.
+    name = options.model.rpartition(":")[2].split("(")[0].rstrip("/")
+    return Path(f"{name.rpartition('/')[2]}.rewritten.pt")
 
 
 def _check_names(options: argparse.Namespace, report: Report) -> None:

@@ -97,6 +97,11 @@ class Captured(HasValues):
     observed: Any = field(default=None, repr=False)
     unobserved: str = ""
 
+    def __post_init__(self) -> None:
+        # Views share this dict (`Editable`). Until it is one of its own, it lies inside this object
+        # from Python 3.13 on, whose collector then takes what other views hold for garbage.
+        self.__dict__ = dict(self.__dict__)
+
     # -- modules ------------------------------------------------------------------------------
 
     def module(self, name: str) -> nn.Module:

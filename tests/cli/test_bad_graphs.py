@@ -235,7 +235,7 @@ WRONG_FILES = {
     data_entry("length", "abc"): "no readable place: invalid literal for int()",
     data_entry("offset", "-4"): "no readable place: External data offset must be non-negative",
     data_entry("offset", "99999999"): "too short: bytes 99999999",
-    data_entry("location", "a\0b"): "no readable place: embedded null byte",
+    data_entry("location", "a\0b"): "embedded null",
     nan_in_external_data: "first_weight: 1 of 216 values are NaN; export it again",
     nan_in_a_constant: "constant first_weight: 1 of 216 values are NaN",
     nan_in_half: "half: 1 of 2 values are NaN",

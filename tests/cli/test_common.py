@@ -96,6 +96,13 @@ def test_a_page_takes_no_other_files_place(capsys, model_here: Path) -> None:
     assert code == 2 and "--html model.pt: is model.pt" in err and model_here.read_bytes() == before
 
 
+@pytest.mark.parametrize("place", ["elsewhere/model.pt", "elsewhere/"])
+def test_a_path_that_leads_nowhere_is_said_of_the_model_not_of_the_output(capsys, place) -> None:
+    code, _, err = run(capsys, "convert", "--fold", place)
+    assert code == 2 and err.startswith(f"rewrite: {place}: no such file")
+    assert "create it" not in err
+
+
 def test_a_mistyped_file_is_found(capsys, model_here: Path) -> None:
     code, _, err = run(capsys, "inspect", "mdoel.pt")
     assert code == 2 and err.endswith("; did you mean model.pt?\n")

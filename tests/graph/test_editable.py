@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from torch import nn
 
@@ -32,3 +34,16 @@ def test_there_is_one_editor_and_what_it_does_is_seen_by_the_evidence() -> None:
     editable.editor.replace("0", new)
     assert editable.evidence.module("0") is new and editable.model[0] is new
     assert torch.equal(editable.evidence.model[0].weight, new.weight)
+
+
+def test_a_view_keeps_what_it_shares_when_the_view_it_came_from_is_garbage() -> None:
+    def view() -> Editable:
+        made = capture(nn.Sequential(nn.Linear(2, 2)))
+        first = Captured(made.model, made.tree, made.regions, made.opaque)
+        assert first.effects.written_tensors == {}  # holds `first`, which holds it: a cycle
+        return Editable.of(first)
+
+    editable = view()
+    gc.collect()
+    assert editable.effects.memory(next(iter(editable.nodes()))) is not None
+    assert [str(node.target) for node in editable.calls("0")] == ["0"]
