@@ -3,7 +3,8 @@
     .NAME.partial/whole (locked) -> written, flushed -> renamed to NAME
 
 A process of its own takes the partial folder away when the run is killed. Where that one dies too,
-the folder stays, without a lock: the next run takes it away and begins anew.
+the folder stays, without a lock: the next run takes it away. A run never resumes: it begins anew,
+and says so.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from rewrite.errors import CheckpointError, system_reason
 from rewrite.files import publish_folder, publishing, removed_if_killed
 
 _LOCK, _WHOLE = ".lock", "whole"
+_PATIENCE = 3.0
+"""Seconds to wait for the process that takes away what a killed run left."""
 
 
 def check_target(target: Path) -> None:
@@ -49,6 +53,7 @@ def staged_folder(target: Path, notes: list[str]) -> Iterator[Path]:
             kept.enter_context(removed_if_killed(stage, _LOCK))
             kept.callback(os.close, _claim(stage, notes))
             kept.callback(shutil.rmtree, stage, ignore_errors=True)
+            check_target(target)  # another process may have finished it meanwhile
             whole = stage / _WHOLE
             whole.mkdir()
             yield whole
@@ -62,29 +67,47 @@ def staged_folder(target: Path, notes: list[str]) -> Iterator[Path]:
 
 
 def _claim(stage: Path, notes: list[str]) -> int:
-    """Make the partial folder, or take over one that a killed run left; return the lock."""
-    left = stage.exists()
+    """Make the partial folder, or take over one that a killed run left; return the lock.
+
+    What takes away a folder that a killed run left has it for a moment.
+    """
+    left, deadline = False, time.monotonic() + _PATIENCE
+    while (handle := _locked(stage)) is None:
+        left = True
+        if time.monotonic() > deadline:
+            raise CheckpointError(f"{stage}: another process is writing it")
+        time.sleep(0.02)
+    held = [path for path in stage.iterdir() if path.name != _LOCK]
+    if held and not publishing.has_locks():
+        os.close(handle)
+        raise CheckpointError(f"{stage}: another process may be writing it; if not, delete it")
+    for path in held:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    cut_off = "an earlier run was cut off: begun anew"
+    notes.append(cut_off if left or held else "begun anew: no earlier run left anything to resume")
+    return handle
+
+
+def _locked(stage: Path) -> int | None:
+    """Return the lock of the partial folder; None while another process has it, or removes it."""
     stage.mkdir(exist_ok=True)
     try:
         handle = os.open(stage / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+    except FileNotFoundError:
+        return None
     except OSError:
         with contextlib.suppress(OSError):
             stage.rmdir()
         raise
     try:
         publishing.lock(handle)
-    except OSError:
+        if os.path.samestat(os.fstat(handle), (stage / _LOCK).stat()):
+            return handle
+    except OSError:  # another process has it, or removed it
         os.close(handle)
-        raise CheckpointError(f"{stage}: another process is writing it") from None
-    if left and not publishing.has_locks():
-        os.close(handle)
-        raise CheckpointError(f"{stage}: another process may be writing it; if not, delete it")
-    if left:
-        for path in stage.iterdir():
-            if path.name != _LOCK:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        notes.append("an earlier run was cut off: begun anew")
-    return handle
+        return None
+    os.close(handle)
+    return None
 
 
 def _flush(path: Path) -> None:

@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
+import rewrite
+from rewrite.cli.main import main
 from rewrite.errors import CheckpointError
+from rewrite.sharded import staging
 from rewrite.sharded.staging import staged_folder
+from tests.sharded.conftest import Make
 
 WRITER = """
 import sys, time
@@ -51,7 +55,8 @@ def test_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+def test_two_writers_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_PATIENCE", 0.0)
     with (
         staged_folder(tmp_path / "out", []),
         pytest.raises(CheckpointError, match="another process"),
@@ -89,7 +94,7 @@ def kill_once(target: Path, chance: random.Random) -> None:
     if target.exists():
         return
     again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "begun anew" not in again.stdout and len(list(target.iterdir())) == 40
+    assert "begun anew: no earlier run" in again.stdout and len(list(target.iterdir())) == 40
     assert not partial.exists()
 
 
@@ -101,4 +106,81 @@ def test_a_folder_that_was_left_all_the_same_is_begun_anew(tmp_path: Path) -> No
     with staged_folder(tmp_path / "out", notes) as stage:
         (stage / "a").write_text("a")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
-    assert "begun anew" in notes[0] and not left.exists()
+    assert notes == ["an earlier run was cut off: begun anew"] and not left.exists()
+
+
+HELD = """
+import fcntl, shutil, sys, time
+from pathlib import Path
+left = Path(sys.argv[1])
+with (left / ".lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    print("locked", flush=True)
+    sys.stdin.readline()
+    shutil.rmtree(left)
+"""
+
+
+def test_a_run_waits_for_what_takes_away_the_folder_of_a_killed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / ".out.partial"
+    (left / "whole").mkdir(parents=True)
+    (left / "whole" / "half").write_text("x")
+    command = [sys.executable, "-c", HELD, str(left)]
+    notes: list[str] = []
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as remover:
+        assert remover.stdout is not None and remover.stdout.readline() == "locked\n"
+
+        def let_go(seconds: float) -> None:
+            if remover.poll() is None:
+                remover.communicate("now\n")
+
+        monkeypatch.setattr(staging.time, "sleep", let_go)
+        with staged_folder(tmp_path / "out", notes) as stage:
+            (stage / "a").write_text("a")
+    assert notes == ["an earlier run was cut off: begun anew"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+CONVERT = """
+import sys
+from rewrite.cli.main import main
+from rewrite.sharded.writer import FolderWriter
+real, written = FolderWriter.put, []
+
+def put(writer, name, tensor):
+    real(writer, name, tensor)
+    written.append(name)
+    if len(written) == 7:
+        print("in the middle", flush=True)
+        sys.stdin.readline()
+
+FolderWriter.put = put
+sys.exit(main(["convert", "--fold", "--no-verify", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_conversion_killed_in_the_middle_leaves_nothing_and_the_next_says_that_it_begins_anew(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make()
+    out = source.with_name("out")
+    command = [sys.executable, "-c", CONVERT, str(source), "-o", str(out)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as running:
+        assert running.stdout is not None and running.stdout.readline() == "in the middle\n"
+        assert (out.parent / ".out.partial" / "whole").is_dir() and not out.exists()
+        running.kill()
+    assert not out.exists()
+    capsys.readouterr()
+    assert main(["convert", "--fold", "--no-verify", str(source), "-o", str(out)]) == 0
+    assert "begun anew" in capsys.readouterr().out
+    assert sorted(path.name for path in out.parent.iterdir()) == [source.name, "out"]
+    whole = source.with_name("whole")
+    rewrite.convert_checkpoint(source, whole, "fold", verify=False)
+    for path in whole.iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes()
