@@ -103,12 +103,6 @@ def test_a_path_that_leads_nowhere_is_said_of_the_model_not_of_the_output(capsys
     assert "create it" not in err
 
 
-def test_a_mistyped_file_is_found(capsys, model_here: Path) -> None:
-    code, _, err = run(capsys, "inspect", "mdoel.pt")
-    assert code == 2 and err.endswith("; did you mean model.pt?\n")
-    assert "did you mean" not in run(capsys, "inspect", "quite-another.pt")[2]
-
-
 def test_one_shape_written_with_commas_is_explained(capsys, model_here: Path) -> None:
     code, _, err = run(capsys, "convert", "--fold", "model.pt", "--input", "1,3,9,9")
     assert code == 2 and "these are 4, and the model takes 1; write one as 1x3x9x9\n" in err

@@ -4,7 +4,6 @@ defaults, JSON, HTML and what --quiet still says.
 
 import sys
 
-import pytest
 import torch
 from torch import nn
 
@@ -27,19 +26,6 @@ def test_a_notebook_shows_little_of_everything() -> None:
     for shown in (result, result.report, check, rewrite.signal(model, x)):
         assert len(repr(shown)) < 300 and "\n" not in repr(shown)
         assert shown._repr_html_().startswith("<")
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        ("timm:resnett18", "did you mean resnet18"),
-        ("torchvision:resnet81", "did you mean resnet"),
-        ("mobilenetv3_small_050", "did you mean timm:mobilenetv3_small_050?"),
-    ],
-)
-def test_a_mistyped_model_of_a_library_is_found(capsys, name: str, meant: str) -> None:
-    code, _, err = run(capsys, "inspect", name)
-    assert code == 2 and meant in err and err.count("\n") == 1
 
 
 def test_what_is_not_installed_is_said_with_how_to_install_it(monkeypatch, capsys) -> None:

@@ -13,7 +13,8 @@ from rewrite.onnx.feeds import dynamic_axes
 from rewrite.onnx.file import open_onnx
 from rewrite.onnx.values import scope_of
 from rewrite.onnx.verify import verify_onnx
-from tests.onnx.test_export import Loop, X
+from tests.onnx.test_export import X
+from tests.onnx.test_exporters import Loop
 
 
 def test_a_trace_holds_for_its_own_input_and_other_inputs_tell(tmp_path):

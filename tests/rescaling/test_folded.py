@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import rewrite
-from tests.rescaling.test_path_norm import ORDERS, RIGHT, block
+from tests.rescaling.paths import ORDERS, RIGHT
+from tests.rescaling.test_path_norm import block
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

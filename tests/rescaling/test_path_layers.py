@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rewrite.rescaling.path_norm import path_norms
-from tests.rescaling.test_path_norm import ORDERS, agree, conv, random_chain
+from tests.rescaling.paths import ORDERS, agree, conv, random_chain
 
 geometry = st.fixed_dictionaries(
     {

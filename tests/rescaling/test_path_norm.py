@@ -15,10 +15,7 @@ import rewrite
 from models import randomize_norms_
 from rewrite.errors import OptionError
 from rewrite.rescaling.path_norm import path_norms
-
-RIGHT, WRONG = 1e-12, 1e-3
-ORDERS = (1.0, 2.0, 3.0, math.inf)
-
+from tests.rescaling.paths import ORDERS, RIGHT, WRONG
 
 # -- batch norms ----------------------------------------------------------------------------------
 

@@ -12,11 +12,8 @@ from torch import Tensor, nn
 import rewrite
 from rewrite.errors import CaptureError
 from rewrite.rescaling.path_norm import path_norms
-from tests.rescaling.test_path_norm import ORDERS, RIGHT, Functional
-
-
-def conv(options: dict[str, int]) -> nn.Module:
-    return nn.Conv2d(2, 2, **options)
+from tests.rescaling.paths import ORDERS, RIGHT
+from tests.rescaling.test_path_norm import Functional
 
 
 def test_takes_what_is_homogeneous_in_another_spelling() -> None:
