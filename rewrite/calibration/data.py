@@ -38,7 +38,8 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 """What an image may be, whatever it is called: others start programs (EPS) or read beside them."""
 
-_MOST_PIXELS = 100_000_000
+_MOST_PIXELS = 80_000_000
+"""Fewer than those from which on pillow warns."""
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
 
