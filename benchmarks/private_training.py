@@ -7,15 +7,16 @@ Per architecture with a BatchNorm: `make_private` and one step of DP-SGD after `
 after `--bn-to-gn --out-of-place` in each mode of Opacus and as one layer (`AsOneLayer`), and after
 Opacus' own `ModuleValidator.fix`. Where a step was taken, the gradients of single samples in
 float64 are compared with those of runs with one sample. Architectures: the quick tier of the sweep,
-and a draw from all of it with a fixed seed. Weights are random. Rows are appended to
+and a draw from all of it: what has a row, and others in the order of a hash of their names, which
+stays as it is where the sweep grows. Weights are random. Rows are appended to
 private_training.jsonl; what has one is not run again, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -69,14 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def draw(count: int, exclude: Sequence[str]) -> list[str]:
-    """Return `count` architectures of the sweep that have a BatchNorm, the same at every call."""
+    """Return `count` architectures of the sweep that have a BatchNorm, those with a row first."""
     rows = map(json.loads, SWEEP.read_text(encoding="utf-8").splitlines())
-    rest = sorted(
-        {row["name"] for row in rows if row.get("norms") and row["parameters"] < 60_000_000}
-        - set(exclude)
-    )
-    rest = [name for name in rest if installed(name)]
-    return random.Random(_SEED).sample(rest, min(count, len(rest)))
+    small = {row["name"] for row in rows if row.get("norms") and row["parameters"] < 60_000_000}
+    done = dict.fromkeys(row["name"] for row in read() if row["name"] not in exclude)
+    rest = sorted(small - set(exclude) - set(done), key=_order)
+    return [*done, *(name for name in rest if installed(name))][:count]
+
+
+def _order(name: str) -> bytes:
+    return hashlib.sha256(f"{_SEED} {name}".encode()).digest()
 
 
 def read() -> list[dict[str, Any]]:

@@ -54,8 +54,9 @@ class Rebalance(Pass):
 
     Declines: channels that reach an input, an output, code that was not traced, an activation that
     is not homogeneous, or a norm that would see another scale; shared weights; weights in half
-    precision; groups that are balanced already; with `objective=path`, a network that is not
-    homogeneous as a whole.
+    precision or with values that are not finite; groups that are balanced already; channels that
+    would need a scale beyond 2^19; with `objective=path`, a network that is not homogeneous as a
+    whole.
     """
 
     name: ClassVar[str] = "rebalance"
@@ -120,7 +121,7 @@ class Rebalance(Pass):
             yield Skip(layer.name, f"{layer.channels_out} channels", reason)
         for number, group in enumerate(plan.groups):
             if _largest(plan.log_scales[number]) <= BALANCED:
-                yield Skip(group.target, describe(group), "balanced already")
+                yield Skip(group.target, describe(group), plan.unmoved(number))
             else:
                 yield Site(group.target, describe(group), group.writers[0].layer.node, plan)
 

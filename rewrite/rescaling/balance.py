@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,8 @@ class Balanced:
     """Scales, and how well they balance.
 
     Attributes:
-        log_scales: log d of every unit, float64; 0 for a unit that nothing writes or nothing reads.
+        log_scales: log d of every unit, float64; 0 for a unit that nothing writes or nothing reads,
+            or that is left alone.
         before, after: the largest |log d| of a single step, at the beginning and at the end.
         sweeps: how many rounds it took.
         loss: what is minimized, before and after; None for "equalize".
@@ -70,6 +71,7 @@ class Balance:
     Args:
         edges: the couplings; units are numbers, -1 has scale 1.
         groups: the units that may change, group by group.
+        left: units of them that keep their scale.
         largest: max instead of Σ.
         counted: whether units have a k ("path").
     """
@@ -78,6 +80,7 @@ class Balance:
         self,
         edges: Sequence[Coupling],
         groups: Sequence[Tensor],
+        left: Collection[int] = (),
         *,
         largest: bool = False,
         counted: bool = False,
@@ -86,7 +89,7 @@ class Balance:
         self._counted = counted
         self._edges = list(edges)
         self._given = torch.cat([*groups, torch.zeros(0, dtype=torch.int64)])
-        alive = _alive(self._edges)
+        alive = _alive(self._edges) - set(left)
         kept = [group[[unit in alive for unit in group.tolist()]] for group in groups]
         self._units = torch.cat([*kept, torch.zeros(0, dtype=torch.int64)])
         self._size = len(self._units)
@@ -99,7 +102,9 @@ class Balance:
         self._around = [tuple(_touching(n, part) for n in held) for part in self._slices]
         self.log_r = torch.zeros(self._size + 1, dtype=torch.float64)  # the last one stays 0
         self.count = sum(float(e.counts.sum() * e.matrix.shape[1]) for e in edges)
-        self.k = self._k() if counted else torch.zeros(self._size, dtype=torch.float64)
+        self.k = torch.zeros(self._size, dtype=torch.float64)
+        if counted:
+            self.k = _balance_of_counts(self._edges, self._writes, self._reads, self._size)
         self._totals = [float(self._rows(i).sum()) + e.constant for i, e in enumerate(edges)]
 
     def run(self, tolerance: float = 1e-10, sweeps: int = 1000) -> Balanced:
@@ -191,7 +196,10 @@ class Balance:
         k = torch.stack([self.k[part].sum() for part in self._slices])
         loops = sum(edge.constant for edge in self._edges)
         shift = shift_of_groups(between, k, self.count if self._counted else None, loops)
-        self.log_r[:-1] += shift[place[:-1]]
+        moved = self.log_r[:-1] + shift[place[:-1]]
+        if not bool((moved.abs() <= 2 * LARGEST_LOG_SCALE).all()):
+            return
+        self.log_r[:-1] = moved
         self._add_up(range(len(self._edges)))
 
     def _between_groups(self, place: Tensor) -> Tensor:
@@ -255,15 +263,19 @@ class Balance:
         numbers = [self._place.get(unit, self._size) for unit in units.flatten().tolist()]
         return torch.tensor(numbers, dtype=torch.int64).view(units.shape)
 
-    def _k(self) -> Tensor:
-        balance = torch.zeros(self._size + 1, dtype=torch.float64)
-        for i, edge in enumerate(self._edges):
-            counts = edge.counts.double()
-            into = counts.sum(2).expand(-1, edge.matrix.shape[1])
-            out = counts.squeeze(1) * edge.matrix.shape[1]
-            balance.index_add_(0, self._writes[i].flatten(), into.flatten())
-            balance.index_add_(0, self._reads[i].flatten(), -out.flatten())
-        return balance[:-1]
+
+def _balance_of_counts(
+    edges: Sequence[Coupling], writes: Sequence[Tensor], reads: Sequence[Tensor], size: int
+) -> Tensor:
+    """Return k of every unit: how many edges come into it less how many leave it."""
+    balance = torch.zeros(size + 1, dtype=torch.float64)
+    for edge, written, read in zip(edges, writes, reads, strict=True):
+        counts = edge.counts.double()
+        into = counts.sum(2).expand(-1, edge.matrix.shape[1])
+        out = counts.squeeze(1) * edge.matrix.shape[1]
+        balance.index_add_(0, written.flatten(), into.flatten())
+        balance.index_add_(0, read.flatten(), -out.flatten())
+    return balance[:-1]
 
 
 def _alive(edges: Sequence[Coupling]) -> set[int]:

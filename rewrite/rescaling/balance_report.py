@@ -18,8 +18,7 @@ from rewrite.errors import OptionError
 from rewrite.files.figure import save_figure
 from rewrite.graph.capture import capture
 from rewrite.rescaling.balance import Balance
-from rewrite.rescaling.couplings import couplings
-from rewrite.rescaling.plan import measure_of
+from rewrite.rescaling.plan import edges_of
 from rewrite.rescaling.scales import ScaleGroup, Scales
 from rewrite.text.tables import Rows
 
@@ -111,12 +110,15 @@ class BalanceReport:
 
 
 def balance_report(model: nn.Module, example_inputs: Any = None) -> BalanceReport:
-    """Return how balanced the weights of `model` are; it is neither changed nor run."""
+    """Return how balanced the weights of `model` are; it is neither changed nor run.
+
+    Raises:
+        OptionError: squares of weights overflow float64.
+    """
     captured = capture(model, example_inputs)
     scales = Scales(captured)
     groups = list(scales.groups())
-    edges = couplings(scales, measure_of(captured, "l2"), largest=False, biases=False)
-    solver = Balance(edges, [group.units for group in groups])
+    solver = Balance(edges_of(scales, "l2"), [group.units for group in groups])
     owners = {unit: group for group in groups for unit in group.units.tolist()}
     rows = tuple(_row(owners[int(units[0])], units, p, q) for units, p, q in solver.parts())
     return BalanceReport(rows, {layer.name: reason for layer, reason in scales.refused()})

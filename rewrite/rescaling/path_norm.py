@@ -63,7 +63,8 @@ def path_norm(model: nn.Module, p: float = 2, example_inputs: Any = None) -> flo
     Raises:
         CaptureError: an operation is not positively homogeneous (a tanh, a layer norm), or the
             forward cannot be traced; the message names the line.
-        OptionError: p is not positive, no input is known, or the sum overflows float64.
+        OptionError: p is not positive, no input is known, a tensor holds values that are not
+            finite, or the sum overflows float64.
     """
     return path_norms(model, (p,), example_inputs)[p]
 
@@ -83,6 +84,8 @@ def path_norms(
         found = {p: float(_run(captured, a, folded, ones)) for p, a in algebras.items()}
     for p, value in found.items():
         if not math.isfinite(value):
+            if (broken := _not_finite(model)) is not None:
+                raise OptionError(f"{broken} holds values that are not finite")
             raise OptionError(
                 f"the sum over paths for p = {p:g} overflows float64; take a smaller p"
             )
@@ -142,6 +145,12 @@ def _observed(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 
 # -- inputs ---------------------------------------------------------------------------------------
+
+
+def _not_finite(model: nn.Module) -> str | None:
+    """Return the name of a parameter or buffer that holds a NaN or an infinity."""
+    held = (*model.named_parameters(), *model.named_buffers())
+    return next((name for name, tensor in held if not bool(tensor.isfinite().all())), None)
 
 
 def _algebra(p: float) -> PathAlgebra:

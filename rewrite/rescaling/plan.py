@@ -16,8 +16,8 @@ from rewrite.fold.folder import Move
 from rewrite.fold.recipes import FoldRecipe
 from rewrite.fold.requirements import Requirements
 from rewrite.graph.captured import Captured
-from rewrite.rescaling.balance import Balance, Balanced
-from rewrite.rescaling.couplings import Measure, couplings
+from rewrite.rescaling.balance import LARGEST_LOG_SCALE, Balance, Balanced
+from rewrite.rescaling.couplings import Coupling, Measure, couplings
 from rewrite.rescaling.path_kappa import PathCurvature, ones_of
 from rewrite.rescaling.scaled_operations import ScaledLayer
 from rewrite.rescaling.scales import ScaleGroup, Scales
@@ -34,12 +34,21 @@ class Rescaling:
         groups: those that may change.
         log_scales: log d of the units of each group.
         found: how well they balance.
+        left: units that would need a scale beyond what is inverted, and keep theirs.
     """
 
     scales: Scales
     groups: tuple[ScaleGroup, ...]
     log_scales: tuple[Tensor, ...]
     found: Balanced
+    left: frozenset[int] = frozenset()
+
+    def unmoved(self, number: int) -> str:
+        """Return why a group that keeps its scales does."""
+        beyond = len(self.left & set(self.groups[number].units.tolist()))
+        if not beyond:
+            return "balanced already"
+        return f"{beyond} of them would need a scale beyond 2^19 or 2^-19"
 
     def recipe(self, number: int) -> FoldRecipe:
         """Return what it takes to rescale one group, here or on another checkpoint."""
@@ -81,18 +90,41 @@ def plan_rescaling(
         wanted: the targets of the groups that may change; all of them without it.
 
     Raises:
-        OptionError: another objective, or "path" without a known input shape.
+        OptionError: another objective, "path" without a known input shape, or numbers whose squares
+            overflow.
         CaptureError: "path", and the model is not positively homogeneous.
     """
     groups = tuple(g for g in scales.groups() if wanted is None or g.target in wanted)
     largest, counted = objective == "equalize", objective == "path"
-    measure = measure_of(scales.captured, objective)
-    edges = couplings(scales, measure, largest, biases=counted)
-    solver = Balance(edges, [group.units for group in groups], largest=largest, counted=counted)
-    found = solver.run()
+    edges = edges_of(scales, objective)
+    units = [group.units for group in groups]
+    left: frozenset[int] = frozenset()
+    while True:
+        solver = Balance(edges, units, left, largest=largest, counted=counted)
+        found = solver.run()
+        beyond = found.log_scales.abs() >= LARGEST_LOG_SCALE * (1 - 1e-9)
+        if not bool(beyond.any()):
+            break
+        left |= frozenset(torch.cat(units)[beyond].tolist())
     sizes = [len(group.units) for group in groups]
     parts = torch.split(found.log_scales, sizes) if groups else ()
-    return Rescaling(scales, groups, tuple(parts), found)
+    return Rescaling(scales, groups, tuple(parts), found, left)
+
+
+def edges_of(scales: Scales, objective: str) -> list[Coupling]:
+    """Return what an objective balances: the edges of every layer, those that it can add up.
+
+    Raises:
+        OptionError, CaptureError: as `plan_rescaling`.
+    """
+    measure = measure_of(scales.captured, objective)
+    found = []
+    for edge in couplings(scales, measure, objective == "equalize", biases=objective == "path"):
+        if bool(edge.matrix.isfinite().all()):
+            found.append(edge)
+        elif int(edge.writes.max()) >= 0 or int(edge.reads.max()) >= 0:
+            raise OptionError(f"what {objective} balances overflows float64 in {edge.name}")
+    return found
 
 
 def measure_of(captured: Captured, objective: str) -> Measure:

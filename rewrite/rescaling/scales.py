@@ -25,7 +25,8 @@ from torch.fx import Node
 from rewrite.affine.channel_map import ChannelMap
 from rewrite.affine.layers import Layer
 from rewrite.affine.planner import Planner
-from rewrite.graph.captured import Captured
+from rewrite.graph.captured import Captured, TensorRef
+from rewrite.graph.operators import norm_of
 from rewrite.rescaling.scaled_operations import ScaledLayer, ScaledOperations, Units
 
 
@@ -198,9 +199,18 @@ class Scales:
         weight = self.captured.values(layer.weight)
         if weight.dtype not in (torch.float32, torch.float64):
             return f"{layer.name} is stored in {weight.dtype}, which rounds a scaled weight"
-        if weight.device.type == "meta" or not bool(weight.isfinite().all()):
+        if weight.device.type == "meta" or not all(map(self._is_finite, self._tensors(layer))):
             return f"{layer.name} holds values that are not finite"
         return None
+
+    def _tensors(self, layer: Layer) -> Iterator[TensorRef]:
+        """Yield the tensors that a call of a layer reads."""
+        norm = norm_of(self.captured, layer.node)
+        held = () if norm is None else (norm.running_mean, norm.running_var)
+        yield from (ref for ref in (layer.weight, layer.bias, *held) if ref is not None)
+
+    def _is_finite(self, ref: TensorRef) -> bool:
+        return bool(self.captured.values(ref).isfinite().all())
 
 
 def _free(roots: Tensor) -> dict[int, None]:
