@@ -72,7 +72,7 @@ def test_a_size_that_the_input_decides_is_refused_with_the_line() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.pad(self.conv(x), (1, 0), value=x.amax())
 
-    with pytest.raises(CaptureError, match=r"test_path_norm\.py:"):
+    with pytest.raises(CaptureError, match=r"test_path_operations\.py:"):
         rewrite.path_norm(Decided(), 2, torch.zeros(1, 2, 4, 4))
 
 
