@@ -219,9 +219,11 @@ class Captured(HasValues):
     # -- tensors ------------------------------------------------------------------------------
 
     def ref(self, node: Any) -> TensorRef | None:
-        """Return the tensor that a `get_attr` node reads; None for anything else."""
+        """Return the tensor of a module that a `get_attr` node reads; None for anything else."""
         if not isinstance(node, Node) or node.op != "get_attr":
             return None
+        if node.target in self.region_of(node).constants:
+            return None  # a tensor of the code, which no module holds
         owner, _, attr = str(node.target).rpartition(".")
         return TensorRef(owner, attr)
 

@@ -102,12 +102,22 @@ class ModelCode:
 
     def _tested(self, owner: str, use: Use) -> Iterator[str]:
         if use.path is not None:
-            yield from (name for name, left in self._at(owner, use.path) if not left)
+            for place, left in self._at(owner, use.path):
+                if not left:
+                    yield place
+                    yield from self._below(place) if use.below else ()
             return
         for name, module in self._tree.modules():
             below = name != owner and (not owner or name.startswith(f"{owner}."))
             if below and isinstance(module, use.kinds):
                 yield name
+
+    def _below(self, place: str) -> Iterator[str]:
+        return (
+            name
+            for name, _ in self._tree.modules()
+            if name and (not place or name.startswith(f"{place}."))
+        )
 
     @cached_property
     def _chosen(self) -> dict[str, str]:

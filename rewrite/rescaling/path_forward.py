@@ -48,20 +48,21 @@ class Constants:
     def parameter(self, node: Node) -> TensorRef | None:
         """Return the parameter that a node reads, or None: it reads anything else."""
         ref = self._captured.ref(node) if node.op == "get_attr" else None
-        if ref is None or ref.name in self._region.constants:
+        if ref is None:
             return None
         module: nn.Module = self._captured.module(ref.owner)
         return ref if module._parameters.get(ref.attr) is not None else None
 
     def value(self, name: str) -> Any:
-        """Return what a name holds; a floating-point tensor in float64, detached."""
+        """Return a copy of what a name holds, which code may write; floats are in float64."""
         owner, _, attr = name.rpartition(".")
         value = self._region.constants.get(name)
         if value is None:
             value = getattr(self._captured.module(owner), attr)
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.detach().double()
-        return value
+        if not isinstance(value, Tensor):
+            return value
+        held = value.detach().clone()
+        return held.double() if held.is_floating_point() else held
 
 
 class PathForward:

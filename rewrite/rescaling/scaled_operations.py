@@ -339,9 +339,7 @@ def _read(captured: Captured, value: Any) -> Node | None:
     """Return the line that reads the tensor of a module that `value` is, cast or not."""
     while isinstance(value, Node) and _casts(captured, value):
         value = value.all_input_nodes[0]
-    ref = captured.ref(value)
-    made = ref is not None and ref.name in captured.region_of(value).constants
-    return None if ref is None or made else value
+    return None if captured.ref(value) is None else value
 
 
 def _casts(captured: Captured, node: Node) -> bool:

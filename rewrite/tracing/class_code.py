@@ -21,9 +21,15 @@ from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
-from torch import nn
-
-from rewrite.tracing.module_paths import ModulePaths, Path, called
+from rewrite.tracing.module_paths import (
+    ModulePaths,
+    Path,
+    called,
+    classes_of,
+    looked_at,
+    only_watches,
+    pattern_of,
+)
 
 _TENSORS = frozenset(
     {"parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "get_parameter",
@@ -36,6 +42,10 @@ _BY_NAME = frozenset({"getattr", "get_submodule"})
 
 _KINDS = frozenset({"dtype", "device", "is_cuda"})
 
+_SAYS = frozenset(
+    {"print", "warn", "debug", "info", "warning", "warning_once", "error", "critical"}
+)
+
 
 @dataclass(frozen=True)
 class Use:
@@ -47,6 +57,7 @@ class Use:
         place: "file.py:123".
         kinds: the classes that a test names.
         keys: a pattern of the names that an attribute may choose, as of a file.
+        below: whether a test looks at the modules below as well.
     """
 
     path: Path | None
@@ -54,6 +65,7 @@ class Use:
     place: str
     kinds: tuple[type, ...] = ()
     keys: str = "*"
+    below: bool = False
 
 
 @dataclass
@@ -114,7 +126,17 @@ def _read(kind: type, named: tuple[tuple[Any, ...], ...]) -> ClassCode:
             found.elsewhere += aside.stores
             found.others[name] = [*aside.calls, *(use.path for use in aside.reads if use.path)]
             found.others[name] += [use.path for use in aside.tensors if use.path is not None]
+    _once(found)
     return found
+
+
+def _once(found: ClassCode) -> None:
+    """Leave each use once: a function is read as often as its names have meanings."""
+    for name in ("tests", "reads", "tensors", "choices", "assigned", "contexts", "stores"):
+        uses: list[Use] = getattr(found, name)
+        uses[:] = dict.fromkeys(uses)
+    found.elsewhere[:] = dict.fromkeys(found.elsewhere)
+    found.calls[:] = dict.fromkeys(found.calls)
 
 
 def _functions(kind: type) -> dict[str, list[FunctionType]]:
@@ -159,22 +181,25 @@ class _Reader:
         for node in ast.walk(tree):
             for child in ast.iter_child_nodes(node):
                 self._parents[child] = node
-        self._paths.learn(tree)
-        for node in ast.walk(tree):
-            self._node(node)
+        nodes = list(ast.walk(tree))
+        for _ in self._paths.readings(tree):
+            for node in nodes:
+                self._node(node)
 
     def _use(self, node: ast.AST, path: Path | None, kinds: tuple[type, ...] = ()) -> Use:
         line = self._function.__code__.co_firstlineno + getattr(node, "lineno", 1) - 1
         return Use(path, ast.unparse(node), f"{self._file}:{line}", kinds)
 
     def _node(self, node: ast.AST) -> None:
+        if (looked := looked_at(node)) is not None:
+            self._test(node, *looked)
         if isinstance(node, ast.Call):
             self._call(node)
         elif isinstance(node, ast.Subscript):
             self._subscript(node)
         elif isinstance(node, ast.If | ast.IfExp | ast.Match):
             self._branch(node)
-        elif isinstance(node, ast.With) and not _only_watches(node):
+        elif isinstance(node, ast.With) and not only_watches(node):
             self._found.contexts.append(self._use(node.items[0].context_expr, None))
         if isinstance(node, ast.Attribute | ast.Subscript):
             self._attribute(node)
@@ -202,17 +227,7 @@ class _Reader:
     def _call(self, node: ast.Call) -> None:
         name = called(node)
         first = node.args[0] if node.args else None
-        if first is not None and name in ("isinstance", "issubclass", "hasattr", "type"):
-            inner = first.args[0] if isinstance(first, ast.Call) and first.args else first
-            path = self._paths.of(inner)
-            kinds = _classes(node.args[1], self._function.__globals__) if len(node.args) > 1 else ()
-            if name == "type" and isinstance(parent := self._parents.get(node), ast.Compare):
-                kinds = tuple(
-                    k for c in parent.comparators for k in _classes(c, self._function.__globals__)
-                )
-            if path is not None or kinds:
-                self._found.tests.append(self._use(node, path, kinds))
-        elif name == "functional_call" and first is not None and self._paths.of(first) is not None:
+        if name == "functional_call" and first is not None and self._paths.of(first) is not None:
             self._found.tensors.append(self._use(node, self._paths.of(first)))
         elif name in _BY_NAME and first is not None:
             self._by_name(node, first)
@@ -222,6 +237,60 @@ class _Reader:
                 self._found.tensors.append(self._use(node, path))
         elif isinstance(node.func, ast.Name) and self._depth < 3:
             self._enter(node)
+
+    def _test(self, node: ast.AST, looked: ast.expr, below: bool) -> None:
+        """Note a line that looks at what a module is; what is only said to somebody is none."""
+        path = self._paths.of(looked)
+        kinds: tuple[type, ...] = ()
+        scope = self._function.__globals__
+        if isinstance(node, ast.Call) and len(node.args) > 1:
+            kinds = classes_of(node.args[1], scope)
+        parent = self._parents.get(node)
+        if called(node) == "type" and isinstance(parent, ast.Compare):
+            kinds = tuple(kind for side in parent.comparators for kind in classes_of(side, scope))
+        if called(node) in ("modules", "named_modules") and self._asks_classes(node):
+            return  # those are tests of their own
+        if (path is not None or kinds) and not (below and self._is_said(node)):
+            self._found.tests.append(replace(self._use(node, path, kinds), below=below))
+
+    def _asks_classes(self, node: ast.AST) -> bool:
+        """Return whether a loop over modules picks by name, or looks at those of a class alone."""
+        holder = self._parents.get(node)
+        if called(holder or node) == "dict":
+            return True
+        if not isinstance(holder, ast.For | ast.comprehension):
+            return False
+        names = {part.id for part in ast.walk(holder.target) if isinstance(part, ast.Name)}
+        whole = holder if isinstance(holder, ast.For) else self._parents[holder]
+        asked: set[ast.AST] = set()
+        for part in ast.walk(whole):
+            if isinstance(part, ast.If | ast.IfExp) and self._is_of_class(part.test):
+                asked |= {part.test, *(part.body if isinstance(part, ast.If) else [part.body])}
+            elif isinstance(part, ast.comprehension) and any(map(self._is_of_class, part.ifs)):
+                asked |= {whole}
+            elif self._is_of_class(part):
+                asked |= {part}
+        inside = {below for part in asked for below in ast.walk(part)}
+        return all(
+            use in inside
+            for use in ast.walk(whole)
+            if isinstance(use, ast.Name) and use.id in names and isinstance(use.ctx, ast.Load)
+        )
+
+    def _is_of_class(self, test: ast.AST) -> bool:
+        """Return whether a condition is `isinstance(name, K)`, for a class that is known."""
+        if not isinstance(test, ast.Call) or called(test) != "isinstance" or len(test.args) < 2:
+            return False
+        return bool(classes_of(test.args[1], self._function.__globals__))
+
+    def _is_said(self, node: ast.AST) -> bool:
+        """Return whether a text goes into an error, an assertion or a log."""
+        parent: ast.AST | None = node
+        while parent is not None and not isinstance(parent, ast.stmt):
+            if called(parent) in _SAYS:
+                return True
+            parent = self._parents.get(parent)
+        return isinstance(parent, ast.Raise | ast.Assert)
 
     def _enter(self, node: ast.Call) -> None:
         """Read a function of the same file that is given a module."""
@@ -282,7 +351,7 @@ class _Reader:
                     self._found.tensors.append(self._use(node, path))
         elif self._holds_state(key):
             use = self._use(node, (*path, None))
-            self._found.choices.append(replace(use, keys=_pattern(key)))
+            self._found.choices.append(replace(use, keys=pattern_of(key)))
 
     def _subscript(self, node: ast.Subscript) -> None:
         if not self._holds_state(node.slice):
@@ -327,35 +396,3 @@ class _Reader:
         named = isinstance(node, ast.Attribute | ast.Name)
         path = self._paths.of(node) if named else None
         return path is not None and len(path) == 1 and path[0] != "training"
-
-
-def _only_watches(node: ast.With) -> bool:
-    """Return whether a context measures or names what runs in it, and changes nothing."""
-    return all(
-        "record_function" in (text := ast.unparse(item.context_expr)) or "profiler" in text
-        for item in node.items
-    )
-
-
-def _pattern(key: ast.expr) -> str:
-    """Return the names that an expression may make: "bn_*" of `f"bn_{self.domain}"`."""
-    if isinstance(key, ast.Constant):
-        return str(key.value)
-    if isinstance(key, ast.JoinedStr):
-        return "".join(map(_pattern, key.values))
-    if isinstance(key, ast.BinOp) and isinstance(key.op, ast.Add):
-        return _pattern(key.left) + _pattern(key.right)
-    return "*"
-
-
-def _classes(node: ast.AST, namespace: Mapping[str, Any]) -> tuple[type, ...]:
-    """Return the module classes that the second argument of `isinstance` names."""
-    parts = node.elts if isinstance(node, ast.Tuple) else [node]
-    found = []
-    for part in parts:
-        names = ast.unparse(part).split(".")
-        value: Any = namespace.get(names[0])
-        for name in names[1:]:
-            value = getattr(value, name, None)
-        found += [value] if isinstance(value, type) and issubclass(value, nn.Module) else []
-    return tuple(found)

@@ -4,28 +4,36 @@
     bn = getattr(self, "bn")                   bn is ("bn",) from there on
     for block in self.blocks:                  block is ("blocks", None): any item
 
-A name keeps the first module that the code gives it.
+A name that stands for one module here and for another there is read once for each.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
 
 Path = tuple[str | None, ...]
 """Attributes and keys below `self`; None for a key that the code does not spell."""
+
+_READINGS = 8
+"""How many modules one name may stand for (`node = node.next` has no end)."""
 
 
 class ModulePaths:
     """The names of one function that stand for modules; `given` are those of its arguments."""
 
     def __init__(self, given: Mapping[str, Path]) -> None:
-        self._names: dict[str, Path] = dict(given)
+        self._names: dict[str, list[Path]] = {name: [path] for name, path in given.items()}
+        self._reading = 0
 
     def of(self, node: ast.AST) -> Path | None:
         """Return what an expression stands for; None where that is nothing below `self`."""
         if isinstance(node, ast.Name):
-            return self._names.get(node.id)
+            paths = self._names.get(node.id)
+            return None if paths is None else paths[min(self._reading, len(paths) - 1)]
         if isinstance(node, ast.Attribute):
             path = self.of(node.value)
             return None if path is None else (*path, node.attr)
@@ -41,10 +49,14 @@ class ModulePaths:
             return None if path is None else (*path, key)
         return None
 
-    def learn(self, tree: ast.AST) -> None:
-        """Add the names that the code of the function itself gives to modules."""
-        for _ in range(2):  # an alias of an alias
-            self._aliases(tree)
+    def readings(self, tree: ast.AST) -> Iterator[int]:
+        """Add the names that the code itself gives to modules; go through what they stand for."""
+        while self._reading < max(map(len, self._names.values()), default=1):
+            for _ in range(2):  # an alias of an alias
+                self._aliases(tree)
+            yield self._reading
+            self._reading += 1
+        self._reading = 0
 
     def _aliases(self, tree: ast.AST) -> None:
         for node in ast.walk(tree):
@@ -60,7 +72,9 @@ class ModulePaths:
                 continue
             for target, path in pairs:
                 if isinstance(target, ast.Name) and path is not None:
-                    self._names.setdefault(target.id, path)
+                    paths = self._names.setdefault(target.id, [])
+                    if path not in paths and len(paths) < _READINGS:
+                        paths.append(path)
 
     def _pairs(self, target: ast.AST, value: ast.AST) -> Iterator[tuple[ast.AST, Path | None]]:
         """Yield the names of an assignment, and what each of them stands for."""
@@ -96,8 +110,73 @@ class ModulePaths:
         yield target, None if path is None else (*path, None)
 
 
+def looked_at(node: ast.AST) -> tuple[ast.expr, bool] | None:
+    """Return an expression that code looks at (what it is or has), and whether below it as well.
+
+    `type(m)`, `dir(m)` and `match m:` look at one module; `str(m)`, `f"{m}"` and `m.apply(f)` look
+    at all below it. None for other code.
+    """
+    if isinstance(node, ast.Match):
+        return node.subject, False
+    if isinstance(node, ast.FormattedValue):
+        return node.value, True
+    if not isinstance(node, ast.Call):
+        return None
+    name = called(node)
+    if name in ("apply", "modules", "named_modules") and isinstance(node.func, ast.Attribute):
+        return node.func.value, True
+    if not node.args:
+        return None
+    first: ast.expr = node.args[0]
+    if called(node.func) in ("attrgetter", "methodcaller"):
+        return first, True
+    if name not in _LOOKS_AT or not isinstance(node.func, ast.Name):
+        return None
+    inner = first.args[0] if isinstance(first, ast.Call) and first.args else first
+    return inner, _LOOKS_AT[name]
+
+
+_LOOKS_AT = {
+    "isinstance": False, "issubclass": False, "hasattr": False, "type": False, "dir": False,
+    "vars": False, "str": True, "repr": True, "format": True, "ascii": True,
+}  # fmt: skip
+"""What looks at a module, and whether at all below it."""
+
+
 def called(node: ast.AST) -> str:
     """Return the last name of what a call calls; "" for anything else."""
     if not isinstance(node, ast.Call):
         return ""
     return str(getattr(node.func, "id", getattr(node.func, "attr", "")))
+
+
+def pattern_of(key: ast.expr) -> str:
+    """Return the names that an expression may make: "bn_*" of `f"bn_{self.domain}"`."""
+    if isinstance(key, ast.Constant):
+        return str(key.value)
+    if isinstance(key, ast.JoinedStr):
+        return "".join(map(pattern_of, key.values))
+    if isinstance(key, ast.BinOp) and isinstance(key.op, ast.Add):
+        return pattern_of(key.left) + pattern_of(key.right)
+    return "*"
+
+
+def classes_of(node: ast.AST, namespace: Mapping[str, Any]) -> tuple[type, ...]:
+    """Return the module classes that the second argument of `isinstance` names."""
+    parts = node.elts if isinstance(node, ast.Tuple) else [node]
+    found = []
+    for part in parts:
+        names = ast.unparse(part).split(".")
+        value: Any = namespace.get(names[0])
+        for name in names[1:]:
+            value = getattr(value, name, None)
+        found += [value] if isinstance(value, type) and issubclass(value, nn.Module) else []
+    return tuple(found)
+
+
+def only_watches(node: ast.With) -> bool:
+    """Return whether a context measures or names what runs in it, and changes nothing."""
+    return all(
+        "record_function" in (text := ast.unparse(item.context_expr)) or "profiler" in text
+        for item in node.items
+    )

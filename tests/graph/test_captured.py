@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
+import rewrite
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured, TensorRef
 
@@ -185,3 +187,29 @@ def test_a_tensor_is_fixed_unless_a_forward_writes_it_or_makes_it() -> None:
         captured = capture(kind())
         reads = [n for n in captured.nodes() if n.op == "get_attr"]
         assert reads and all(captured.is_fixed(node) is fixed for node in reads), kind
+
+
+class Warm(nn.Module):
+    """Multiplies by a tensor of its code, that no module holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 4)
+        self.outer = {"weight": torch.randn(4, 4), "bias": torch.randn(4)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.outer["bias"]
+        y = F.linear(self.norm(x), self.outer["weight"], bias)
+        return self.head(F.layer_norm(y, (4,), bias, bias))
+
+
+def test_a_tensor_of_the_code_is_no_tensor_of_a_module() -> None:
+    model = Warm().eval()
+    nn.init.uniform_(model.norm.weight, 0.5, 1.5)
+    captured = capture(model, (torch.randn(2, 4),))
+    reads = [node for node in captured.nodes() if node.op == "get_attr"]
+    assert reads and all(captured.ref(node) is None for node in reads)
+    result = rewrite.convert(model, "fold", example_inputs=torch.randn(2, 4))
+    assert not result.report.changes and result.report.skips
+    x = torch.randn(3, 4)
+    assert torch.equal(result.model(x), model(x))

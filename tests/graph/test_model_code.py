@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections import deque
 from dataclasses import dataclass
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -140,7 +142,89 @@ class Closed(Base):
         return self.head(self.apply_norm(self.conv(x)))
 
 
+class NameOfTheType(Base):
+    """The name stands for another module first."""
+
+    def forward(self, x: Tensor) -> Any:
+        for layer in (self.conv, self.bn):
+            x = layer(x)
+        y = self.head(x)
+        for layer in self.children():
+            y = y * (3 if type(layer).__name__.startswith("Batch") else 1)
+        return y
+
+
+class NameInAComprehension(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = nn.Sequential(nn.Identity())
+        self.inner = nn.ModuleList([self.conv, self.bn])
+
+    def forward(self, x: Tensor) -> Any:
+        for m in self.outer:
+            x = m(x)
+        y = self.head(self.bn(self.conv(x)))
+        return y * sum(type(m).__name__ == "BatchNorm2d" for m in self.inner)
+
+
+class AsText(Base):
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.bn(self.conv(x))) * (2 if "BatchNorm" in str(self.bn) else 1)
+
+
+class WholeAsText(Base):
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.bn(self.conv(x))) * (2 if "Batch" in repr(self) else 1)
+
+
+class Formatted(Base):
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.bn(self.conv(x))) * len(f"{self.bn}")
+
+
+class Matched(Base):
+    def forward(self, x: Tensor) -> Any:
+        y = self.bn(self.conv(x))
+        match self.bn:
+            case nn.BatchNorm2d():
+                y = y * 3
+        return self.head(y)
+
+
+class Listed(Base):
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.bn(self.conv(x))) * (2 if "running_mean" in dir(self.bn) else 1)
+
+
+class Variables(Base):
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.bn(self.conv(x))) * len(vars(self.bn)["_buffers"])
+
+
+class Getter(Base):
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.bn(self.conv(x))) * attrgetter("eps")(self.bn)
+
+
+class Applies(Base):
+    def forward(self, x: Tensor) -> Any:
+        seen: list[str] = []
+        self.apply(lambda module: seen.append(type(module).__name__))
+        return self.head(self.bn(self.conv(x))) * seen.count("BatchNorm2d")
+
+
+class LoopsOverAll(Base):
+    def forward(self, x: Tensor) -> Any:
+        for _, module in self.named_modules():
+            x = x * getattr(module, "eps", 2.0)
+        return self.head(self.bn(self.conv(x)))
+
+
 HELD = {
+    NameOfTheType: "type(layer)", NameInAComprehension: "type(m)", AsText: "str(self.bn)",
+    WholeAsText: "repr(self)", Formatted: "{self.bn}", Matched: "match self.bn",
+    Listed: "dir(self.bn)", Variables: "vars(self.bn)", Getter: "attrgetter('eps')(self.bn)",
+    Applies: "self.apply(", LoopsOverAll: "self.named_modules()",
     IsInstance: "isinstance(self.bn", IsInstanceInALoop: "isinstance(layer",
     TypeIs: "type(self.bn)", HasAttribute: "hasattr(self.bn", ReadsFeatures: "num_features",
     ReadsMean: "running_mean", AliasReads: "norm.eps", InAMethod: "num_features",
@@ -252,7 +336,28 @@ class LooksAtAnother(Base):
         return y
 
 
-@pytest.mark.parametrize("kind", [Base, AsksForTheType, AsksForTheTypeOfEach, LooksAtAnother])
+class SaysWhatItIs(Base):
+    def forward(self, x: Tensor) -> Any:
+        if x.dim() != 4:
+            raise ValueError(f"{self} takes images")
+        assert x.shape[1] == 4, str(self.bn)
+        logging.getLogger(__name__).debug("%s", repr(self.bn))
+        return self.head(self.bn(self.conv(x)))
+
+
+class LooksForAnother(Base):
+    def forward(self, x: Tensor) -> Any:
+        drops = [m for m in self.modules() if isinstance(m, nn.Dropout)]
+        for module in self.modules():
+            if isinstance(module, nn.GroupNorm):
+                x = -x
+        return self.head(self.bn(self.conv(x))) * (len(drops) + 1)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Base, AsksForTheType, AsksForTheTypeOfEach, LooksAtAnother, SaysWhatItIs, LooksForAnother],
+)
 def test_code_that_leaves_the_norm_alone_stops_no_fold(kind: type[nn.Module]):
     model = make(kind)
     result = rewrite.convert(model, ["fold"], example_inputs=(X,))

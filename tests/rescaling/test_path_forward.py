@@ -49,3 +49,29 @@ def test_says_when_the_sum_overflows() -> None:
             parameter.fill_(1e60)
     with pytest.raises(OptionError, match="overflows float64"):
         rewrite.path_norm(model, 2, torch.zeros(1, 4))
+
+
+class Averages(nn.Module):
+    """Keeps a running mean in a buffer, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 4), nn.Linear(4, 2)
+        self.register_buffer("mean", torch.full((4,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x))
+        self.mean.mul_(0.5).add_(1.0)
+        return self.head(y) * self.mean.sum()
+
+
+def test_a_buffer_that_the_forward_writes_stays() -> None:
+    model = Averages().double().eval()
+    x = torch.randn(3, 5, dtype=torch.float64)
+    result = rewrite.convert(model, "rebalance{objective=path}", example_inputs=x, verify=False)
+    for each in (model, result.model):
+        assert torch.equal(each.mean, torch.full((4,), 0.5, dtype=torch.float64))
+    one, other = [(each(x), each(x * 9)) for each in (model, result.model)]
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(model.mean, torch.full((4,), 0.5, dtype=torch.float64))

@@ -6,13 +6,18 @@ import ast
 
 import pytest
 
-from rewrite.tracing.module_paths import ModulePaths, Path, called
+from rewrite.tracing.module_paths import ModulePaths, Path, called, looked_at
+
+
+def every_path(expression: str, code: str = "") -> list[Path | None]:
+    paths = ModulePaths({"self": ()})
+    node = ast.parse(expression, mode="eval").body
+    return [paths.of(node) for _ in paths.readings(ast.parse(code))]
 
 
 def path(expression: str, code: str = "") -> Path | None:
-    paths = ModulePaths({"self": ()})
-    paths.learn(ast.parse(code))
-    return paths.of(ast.parse(expression, mode="eval").body)
+    (only,) = every_path(expression, code)
+    return only
 
 
 @pytest.mark.parametrize(
@@ -46,8 +51,34 @@ def test_names_that_code_gives(code: str, wanted: Path | None) -> None:
     assert path("m", code) == wanted
 
 
-def test_a_name_keeps_the_first_module_that_it_is_given() -> None:
-    assert path("m", "m = self.first\nm = self.second") == ("first",)
+def test_a_name_is_read_once_for_each_module_that_it_stands_for() -> None:
+    assert every_path("m", "m = self.first\nm = self.second") == [("first",), ("second",)]
+    assert every_path("m", "for m in self.a: pass\n[m for m in self.b]") == [
+        ("a", None), ("b", None)
+    ]  # fmt: skip
+    assert every_path("n", "m = self.first\nn = m.x\nm = self.second") == [
+        ("first", "x"), ("second", "x")
+    ]  # fmt: skip
+
+
+def test_a_name_without_an_end_is_read_a_few_times() -> None:
+    assert 2 < len(every_path("m", "m = self.first\nm = m.next")) < 20
+
+
+@pytest.mark.parametrize(
+    ("code", "wanted"),
+    [
+        ("type(m)", ("m", False)), ("type(m).__name__", ("m", False)), ("dir(m)", ("m", False)),
+        ("isinstance(m, K)", ("m", False)), ("issubclass(type(m), K)", ("m", False)),
+        ("str(m)", ("m", True)), ("f'{m}'", ("m", True)), ("m.apply(f)", ("m", True)),
+        ("m.modules()", ("m", True)), ("attrgetter('eps')(m)", ("m", True)),
+        ("m(x)", None), ("m.str(x)", None), ("apply(m)", None), ("m.weight", None),
+    ],
+)  # fmt: skip
+def test_what_code_looks_at(code: str, wanted: tuple[str, bool] | None) -> None:
+    found = [looked for node in ast.walk(ast.parse(code)) if (looked := looked_at(node))]
+    spelled = [(ast.unparse(expression), below) for expression, below in found]
+    assert spelled[:1] == ([] if wanted is None else [wanted])
 
 
 def test_what_a_call_calls() -> None:
