@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks._hostile_graphs import graphs
+
 Files = dict[str, bytes]
 
 
@@ -286,7 +288,7 @@ def contents() -> Files:
     values["old_format.pt"] = saved(
         OrderedDict(x=payload("old_format.pt")), zipped=False
     )  # the format before zip archives
-    for made in (opcodes, archives, programs, others):
+    for made in (opcodes, archives, programs, others, graphs):
         values |= dict(made())
     return values
 

@@ -101,3 +101,57 @@ def test_a_constant_that_torch_would_unpickle_is_refused(program, tmp_path):
 
 
 _WEIGHTS = "m/data/weights/model_weights_config.json"
+
+
+# -- tensors that would lie beside their bytes ---------------------------------------------------
+
+
+def with_weight(program, tmp_path, **meta):
+    """Return the program with other numbers in the entry of the convolution's weight."""
+
+    def change(name, content):
+        if not name.endswith("model_weights_config.json"):
+            return None
+        config = json.loads(content)
+        entry = config["config"]["conv.weight"]["tensor_meta"]
+        for key, value in meta.items():
+            entry[key] = [{"as_int": n} for n in value] if isinstance(value, list) else value
+        return json.dumps(config).encode()
+
+    return altered(program, tmp_path, change)
+
+
+@pytest.mark.parametrize(
+    ("meta", "words"),
+    [
+        ({"strides": [1000, 9, 3, 1]}, "larger than its bytes"),
+        ({"strides": [27, 9, 3, 1 << 40]}, "larger than its bytes"),
+        ({"strides": [-27, 9, 3, 1]}, "is no size"),
+        ({"strides": [27, 9, 3]}, "is no size"),
+        ({"strides": [1 << 63, 9, 3, 1]}, "is no number"),
+        ({"storage_offset": {"as_int": 1}}, "larger than its bytes"),
+        ({"storage_offset": {"as_int": -1}}, "is no size"),
+        ({"storage_offset": {"as_int": 1 << 62}}, "is no size"),
+        ({"storage_offset": {"as_expr": {"expr_str": "9**9**9"}}}, ""),
+        ({"sizes": [4, 3, 3, 4]}, "larger than its bytes"),
+        ({"sizes": [1 << 31, 1 << 31, 1, 1], "strides": [0, 0, 0, 0]}, "repeats 108 numbers"),
+        ({"sizes": [4, 3, 3, -3]}, "is no size"),
+        ({"sizes": [4, 3, 3, 3] + [1] * 100, "strides": [27, 9, 3, 1] + [0] * 100}, "is no size"),
+        ({"dtype": 8}, "larger than its bytes"),
+        ({"dtype": 99}, ""),
+        ({"layout": 1}, ""),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_tensor_beside_its_bytes_is_refused(program, tmp_path, meta, words):
+    with pytest.raises(CheckpointError) as caught:
+        load(with_weight(program, tmp_path, **meta))
+    assert "\n" not in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_another_view_of_the_same_bytes_opens(program, tmp_path):
+    """Strides are the file's own business as long as each element lies within the member."""
+    path = with_weight(program, tmp_path, strides=[27, 9, 1, 3])
+    turned = program[1].conv.weight.detach().transpose(2, 3)
+    assert torch.equal(load(path).state_dict()["conv.weight"], turned)
