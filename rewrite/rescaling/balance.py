@@ -98,8 +98,9 @@ class Balance:
         self._slices = [slice(a, b) for a, b in itertools.pairwise(starts) if a < b]
         self._writes = [self._numbers(edge.writes) for edge in edges]
         self._reads = [self._numbers(edge.reads) for edge in edges]
-        held = (self._writes, self._reads)
-        self._around = [tuple(_touching(n, part) for n in held) for part in self._slices]
+        self._around = list(
+            zip(*(_touching(n, self._slices) for n in (self._writes, self._reads)), strict=True)
+        )
         self.log_r = torch.zeros(self._size + 1, dtype=torch.float64)  # the last one stays 0
         self.count = sum(float(e.counts.sum() * e.matrix.shape[1]) for e in edges)
         self.k = torch.zeros(self._size, dtype=torch.float64)
@@ -285,11 +286,15 @@ def _alive(edges: Sequence[Coupling]) -> set[int]:
     return written & read
 
 
-def _touching(numbers: Sequence[Tensor], part: slice) -> list[int]:
-    """Return the layers of whose units some lie in `part`."""
-    return [
-        i for i, own in enumerate(numbers) if bool(((own >= part.start) & (own < part.stop)).any())
-    ]
+def _touching(numbers: Sequence[Tensor], parts: Sequence[slice]) -> list[list[int]]:
+    """Return for each part the layers of whose units some lie in it."""
+    found: list[list[int]] = [[] for _ in parts]
+    stops = torch.tensor([part.stop for part in parts])
+    for layer, own in enumerate(numbers):
+        for part in sorted(set(torch.bucketize(own, stops, right=True).flatten().tolist())):
+            if part < len(parts):  # a unit behind the last part has scale 1
+                found[part].append(layer)
+    return found
 
 
 def solve(a: Tensor, b: Tensor, k: Tensor) -> Tensor:

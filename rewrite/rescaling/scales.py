@@ -15,7 +15,8 @@ its scales.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,35 +83,23 @@ class Scales:
 
     def groups(self) -> Iterator[ScaleGroup]:
         """Yield the groups of free channels, in data-flow order of their first writers."""
-        layers = tuple(self.layers.values())
-        reads = [_free(self.free(layer.reads)) for layer in layers]
-        writes = [_free(self.free(layer.writes)) for layer in layers]
+        layers, vectors = tuple(self.layers.values()), tuple(self._operations.vectors)
+        reads = _ByUnit([_free(self.free(layer.reads)) for layer in layers])
+        writes = _ByUnit([_free(self.free(layer.writes)) for layer in layers])
+        beside = _ByUnit([_free(self.free(vector.writes)) for vector in vectors])
         done: set[int] = set()
-        for first, own in zip(layers, writes, strict=True):
-            units = {root: None for root in own if root not in done}
-            if not units:
+        for first, own in zip(layers, writes.own, strict=True):
+            if not own or own.keys() <= done:
                 continue
-            size = -1
-            while size < len(units):  # what writes some of these channels writes all of its own
-                size = len(units)
-                for others in writes:
-                    if not units.keys().isdisjoint(others):
-                        units |= others
+            units = writes.joined(own)
             done |= units.keys()
-            writers, readers = (
-                tuple(
-                    layer
-                    for layer, roots in zip(layers, side, strict=True)
-                    if not units.keys().isdisjoint(roots)
-                )
-                for side in (writes, reads)
+            yield ScaleGroup(
+                first.layer.name,
+                torch.tensor(list(units)),
+                tuple(layers[number] for number in writes.having(units)),
+                tuple(layers[number] for number in reads.having(units)),
+                tuple(vectors[number] for number in beside.having(units)),
             )
-            beside = tuple(
-                vector
-                for vector in self._operations.vectors
-                if not units.keys().isdisjoint(_free(self.free(vector.writes)))
-            )
-            yield ScaleGroup(first.layer.name, torch.tensor(list(units)), writers, readers, beside)
 
     def refused(self) -> Iterator[tuple[Layer, str]]:
         """Yield every layer of which no output may be scaled, and why.
@@ -211,6 +200,30 @@ class Scales:
 
     def _is_finite(self, ref: TensorRef) -> bool:
         return bool(self.captured.values(ref).isfinite().all())
+
+
+class _ByUnit:
+    """Which layers have which free units, looked up by unit."""
+
+    def __init__(self, own: Sequence[dict[int, None]]) -> None:
+        self.own = own
+        self._having: dict[int, list[int]] = defaultdict(list)
+        for number, units in enumerate(own):
+            for unit in units:
+                self._having[unit].append(number)
+
+    def having(self, units: Iterable[int]) -> list[int]:
+        """Return the numbers of the layers that have one of `units`, in their order."""
+        return sorted({number for unit in units for number in self._having.get(unit, ())})
+
+    def joined(self, units: dict[int, None]) -> dict[int, None]:
+        """Return `units` with all others of the layers that have one of them, and so on."""
+        found, new = dict(units), units
+        while new:
+            others = (unit for number in self.having(new) for unit in self.own[number])
+            new = {unit: None for unit in others if unit not in found}
+            found |= new
+        return found
 
 
 def _free(roots: Tensor) -> dict[int, None]:
