@@ -140,17 +140,7 @@ class Captured(HasValues):
 
     def hooks(self, name: str) -> tuple[str, ...]:
         """Return why a call of the module is more than its forward: hooks, parametrizations."""
-        module = self.module(name)
-        reasons = hook_reasons(module)
-        if has_parametrizations(module):
-            keys = ", ".join(module.parametrizations)  # type: ignore[arg-type]
-            reasons = (*reasons, f"has a parametrization of {keys}")
-        elif module._forward_pre_hooks and not reasons:
-            hook = type(next(iter(module._forward_pre_hooks.values()))).__name__
-            reasons = (f"has a parametrization (old-style {hook})",)
-        elif computed := [(k, how) for k in ("weight", "bias") if (how := _computes(module, k))]:
-            reasons = (*reasons, "computes its {} by {}".format(*computed[0]))
-        return reasons
+        return _beside_forward(self.module(name))
 
     # -- nodes --------------------------------------------------------------------------------
 
@@ -274,6 +264,20 @@ class Captured(HasValues):
     @cached_property
     def _index(self) -> Index:
         return Index(self.tree, self.regions, self.opaque)
+
+
+def _beside_forward(module: nn.Module) -> tuple[str, ...]:
+    """Return why a call of a module is more than its forward."""
+    reasons = hook_reasons(module)
+    if has_parametrizations(module):
+        keys = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+        reasons = (*reasons, f"has a parametrization of {keys}")
+    elif module._forward_pre_hooks and not reasons:
+        hook = type(next(iter(module._forward_pre_hooks.values()))).__name__
+        reasons = (f"has a parametrization (old-style {hook})",)
+    elif computed := [(k, how) for k in ("weight", "bias") if (how := _computes(module, k))]:
+        reasons = (*reasons, "computes its {} by {}".format(*computed[0]))
+    return reasons
 
 
 def _computes(module: nn.Module, key: str) -> str:

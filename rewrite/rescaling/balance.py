@@ -98,9 +98,8 @@ class Balance:
         self._slices = [slice(a, b) for a, b in itertools.pairwise(starts) if a < b]
         self._writes = [self._numbers(edge.writes) for edge in edges]
         self._reads = [self._numbers(edge.reads) for edge in edges]
-        self._around = list(
-            zip(*(_touching(n, self._slices) for n in (self._writes, self._reads)), strict=True)
-        )
+        sides = [_touching(numbers, self._slices) for numbers in (self._writes, self._reads)]
+        self._around = list(zip(*sides, strict=True))
         self.log_r = torch.zeros(self._size + 1, dtype=torch.float64)  # the last one stays 0
         self.count = sum(float(e.counts.sum() * e.matrix.shape[1]) for e in edges)
         self.k = torch.zeros(self._size, dtype=torch.float64)
