@@ -30,6 +30,7 @@ from rewrite.tracing.module_paths import (
     only_watches,
     pattern_of,
 )
+from rewrite.tracing.surroundings import Surroundings
 
 _TENSORS = frozenset(
     {"parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "get_parameter",
@@ -39,12 +40,6 @@ _TENSORS = frozenset(
 _NAMES_A_VALUE = (ast.Assign, ast.IfExp, ast.Dict, ast.List, ast.Tuple, ast.Return)
 
 _BY_NAME = frozenset({"getattr", "get_submodule"})
-
-_KINDS = frozenset({"dtype", "device", "is_cuda"})
-
-_SAYS = frozenset(
-    {"print", "warn", "debug", "info", "warning", "warning_once", "error", "critical"}
-)
 
 
 @dataclass(frozen=True)
@@ -170,7 +165,7 @@ class _Reader:
         self._file = function.__code__.co_filename.rpartition("/")[2]
         first = dict.fromkeys(function.__code__.co_varnames[:1], ())
         self._paths = ModulePaths(env or first)
-        self._parents: dict[ast.AST, ast.AST] = {}
+        self._around = Surroundings(ast.Module([], []), {})
 
     def read(self) -> None:
         """Note what the function does."""
@@ -178,9 +173,7 @@ class _Reader:
             tree = ast.parse(textwrap.dedent(inspect.getsource(self._function)))
         except (OSError, TypeError, SyntaxError):
             return
-        for node in ast.walk(tree):
-            for child in ast.iter_child_nodes(node):
-                self._parents[child] = node
+        self._around = Surroundings(tree, self._function.__globals__)
         nodes = list(ast.walk(tree))
         for _ in self._paths.readings(tree):
             for node in nodes:
@@ -205,7 +198,7 @@ class _Reader:
             self._attribute(node)
 
     def _attribute(self, node: ast.Attribute | ast.Subscript) -> None:
-        parent = self._parents.get(node)
+        parent = self._around.parents.get(node)
         if isinstance(node, ast.Attribute):
             self.words.add(node.attr)
         path = self._paths.of(node)
@@ -233,7 +226,7 @@ class _Reader:
             self._by_name(node, first)
         elif name in _TENSORS and isinstance(node.func, ast.Attribute):
             path = self._paths.of(node.func.value)
-            if path is not None and not self._asks_kind(node):
+            if path is not None and not self._around.asks_kind(node):
                 self._found.tensors.append(self._use(node, path))
         elif isinstance(node.func, ast.Name) and self._depth < 3:
             self._enter(node)
@@ -245,52 +238,13 @@ class _Reader:
         scope = self._function.__globals__
         if isinstance(node, ast.Call) and len(node.args) > 1:
             kinds = classes_of(node.args[1], scope)
-        parent = self._parents.get(node)
+        parent = self._around.parents.get(node)
         if called(node) == "type" and isinstance(parent, ast.Compare):
             kinds = tuple(kind for side in parent.comparators for kind in classes_of(side, scope))
-        if called(node) in ("modules", "named_modules") and self._asks_classes(node):
+        if called(node) in ("modules", "named_modules") and self._around.asks_classes(node):
             return  # those are tests of their own
-        if (path is not None or kinds) and not (below and self._is_said(node)):
+        if (path is not None or kinds) and not (below and self._around.is_said(node)):
             self._found.tests.append(replace(self._use(node, path, kinds), below=below))
-
-    def _asks_classes(self, node: ast.AST) -> bool:
-        """Return whether a loop over modules picks by name, or looks at those of a class alone."""
-        holder = self._parents.get(node)
-        if called(holder or node) == "dict":
-            return True
-        if not isinstance(holder, ast.For | ast.comprehension):
-            return False
-        names = {part.id for part in ast.walk(holder.target) if isinstance(part, ast.Name)}
-        whole = holder if isinstance(holder, ast.For) else self._parents[holder]
-        asked: set[ast.AST] = set()
-        for part in ast.walk(whole):
-            if isinstance(part, ast.If | ast.IfExp) and self._is_of_class(part.test):
-                asked |= {part.test, *(part.body if isinstance(part, ast.If) else [part.body])}
-            elif isinstance(part, ast.comprehension) and any(map(self._is_of_class, part.ifs)):
-                asked |= {whole}
-            elif self._is_of_class(part):
-                asked |= {part}
-        inside = {below for part in asked for below in ast.walk(part)}
-        return all(
-            use in inside
-            for use in ast.walk(whole)
-            if isinstance(use, ast.Name) and use.id in names and isinstance(use.ctx, ast.Load)
-        )
-
-    def _is_of_class(self, test: ast.AST) -> bool:
-        """Return whether a condition is `isinstance(name, K)`, for a class that is known."""
-        if not isinstance(test, ast.Call) or called(test) != "isinstance" or len(test.args) < 2:
-            return False
-        return bool(classes_of(test.args[1], self._function.__globals__))
-
-    def _is_said(self, node: ast.AST) -> bool:
-        """Return whether a text goes into an error, an assertion or a log."""
-        parent: ast.AST | None = node
-        while parent is not None and not isinstance(parent, ast.stmt):
-            if called(parent) in _SAYS:
-                return True
-            parent = self._parents.get(parent)
-        return isinstance(parent, ast.Raise | ast.Assert)
 
     def _enter(self, node: ast.Call) -> None:
         """Read a function of the same file that is given a module."""
@@ -306,32 +260,6 @@ class _Reader:
         env = {name: path for name, path in given.items() if path is not None}
         if env:
             _Reader(function, env, self._found, self._depth + 1).read()
-
-    def _asks_kind(self, node: ast.Call) -> bool:
-        """Return whether a line reads no more of a parameter than its dtype or device."""
-        holder = self._parents.get(node)
-        if isinstance(holder, ast.comprehension) and isinstance(holder.target, ast.Name):
-            return self._asks_kind_of_each(holder)
-        parent: ast.AST = node
-        for _ in range(3):
-            parent = self._parents.get(parent, node)
-            if isinstance(parent, ast.Attribute) and parent.attr in _KINDS:
-                return True
-        return False
-
-    def _asks_kind_of_each(self, holder: ast.comprehension) -> bool:
-        """Return whether `p.dtype for p in self.parameters()` reads no more of each."""
-        name = holder.target.id if isinstance(holder.target, ast.Name) else ""
-        whole = self._parents[holder]
-        uses = [
-            self._parents[part]
-            for part in ast.walk(whole)
-            if isinstance(part, ast.Name) and part.id == name and isinstance(part.ctx, ast.Load)
-        ]
-        return bool(uses) and all(
-            isinstance(use, ast.Attribute) and use.attr in (*_KINDS, "is_floating_point")
-            for use in uses
-        )
 
     def _by_name(self, node: ast.Call, first: ast.expr) -> None:
         """Note what `getattr(self.bn, "eps")` reads, and what `getattr(self, name)` chooses from.
@@ -383,7 +311,7 @@ class _Reader:
     def _choose(self, parts: Iterable[ast.AST], use: Use) -> None:
         """Note every module that `parts` spell as one that `use` may choose."""
         for part in parts:
-            names = isinstance(self._parents.get(part), _NAMES_A_VALUE)
+            names = isinstance(self._around.parents.get(part), _NAMES_A_VALUE)
             spelled = part.func if isinstance(part, ast.Call) else part if names else None
             if spelled is not None and (path := self._paths.of(spelled)):
                 self._found.choices.append(replace(use, path=path))
