@@ -14,8 +14,8 @@ from torch import nn
 
 from rewrite.nn.edited import original_class
 from rewrite.runtime.tree import Tree, join
-from rewrite.tracing.class_code import ClassCode, Use, code_of
-from rewrite.tracing.module_paths import Path
+from rewrite.tracing.code.class_code import ClassCode, Use, code_of
+from rewrite.tracing.code.module_paths import Path
 
 _PARAMETERS = frozenset({"weight", "bias"})
 _HARMLESS = frozenset({"forward", "__call__", "training"}) | _PARAMETERS

@@ -21,7 +21,7 @@ from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
-from rewrite.tracing.module_paths import (
+from rewrite.tracing.code.module_paths import (
     ModulePaths,
     Path,
     called,
@@ -30,7 +30,7 @@ from rewrite.tracing.module_paths import (
     only_watches,
     pattern_of,
 )
-from rewrite.tracing.surroundings import Surroundings
+from rewrite.tracing.code.surroundings import Surroundings
 
 _TENSORS = frozenset(
     {"parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "get_parameter",

@@ -11,7 +11,7 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
-from rewrite.tracing.module_paths import called, classes_of
+from rewrite.tracing.code.module_paths import called, classes_of
 
 _KINDS = frozenset({"dtype", "device", "is_cuda"})
 

@@ -5,7 +5,7 @@ import ast
 import pytest
 import torch
 
-from rewrite.tracing.surroundings import Surroundings
+from rewrite.tracing.code.surroundings import Surroundings
 
 
 def call(source: str, name: str) -> tuple[Surroundings, ast.Call]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _functional_call as functional_call
 
-from rewrite.tracing.class_code import ClassCode, Use, code_of
+from rewrite.tracing.code.class_code import ClassCode, Use, code_of
 
 
 class Base(nn.Module):

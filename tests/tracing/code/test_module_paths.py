@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from rewrite.tracing.module_paths import ModulePaths, Path, called, looked_at
+from rewrite.tracing.code.module_paths import ModulePaths, Path, called, looked_at
 
 
 def every_path(expression: str, code: str = "") -> list[Path | None]:

@@ -1,0 +1,1 @@
+"""The source of a module class: what its code does with submodules beside calling them."""
