@@ -18,6 +18,12 @@ def add_parsers(subparsers: Any) -> None:
     parser.add_argument("report", metavar="REPORT.json", help="what `convert --report` wrote")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a state dict of the old model")
     parser.add_argument("output", metavar="OUT", help=".safetensors, or else torch's format")
+    parser.add_argument(
+        "--undo",
+        action="store_true",
+        help="take back what the report says of ln-to-rms and rotate-stream; CHECKPOINT is what "
+        "that conversion made",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite an existing output")
     parser.set_defaults(run=run_apply_map)
 
@@ -30,8 +36,14 @@ def run_apply_map(options: argparse.Namespace) -> int:
     from rewrite.checkpoint.state_dict import read_state, write_state
     from rewrite.files import atomic_path
     from rewrite.fold.replay import apply_report
+    from rewrite.fold.undo import undo_report
 
-    state = apply_report(report, read_state(Path(options.checkpoint)))
+    notes: tuple[str, ...] = ()
+    if options.undo:
+        undone = undo_report(report, read_state(Path(options.checkpoint)))
+        state, notes = undone.state, undone.notes
+    else:
+        state = apply_report(report, read_state(Path(options.checkpoint)))
     with atomic_path(options.output, overwrite=options.force) as temporary:
         if options.output.endswith(".safetensors"):
             write_state(state, temporary)
@@ -39,4 +51,6 @@ def run_apply_map(options: argparse.Namespace) -> int:
             import torch
 
             torch.save(state, temporary)
+    for note in notes:
+        print(f"note: {note}")
     return 0

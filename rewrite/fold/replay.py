@@ -91,11 +91,11 @@ def apply_report(report: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict
     """
     try:
         return _applied(report, state)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise CheckpointError(f"the report does not say how to fold: {one_line(error)}") from error
 
 
-_DAMAGED = (
+DAMAGED = (
     KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, ZeroDivisionError,
     OverflowError, RecursionError, MemoryError,
 )  # fmt: skip

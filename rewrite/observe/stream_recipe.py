@@ -10,7 +10,7 @@ which tensors, which matrix, which seed. Computed in float64 in blocks of rows, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any, Self
 
@@ -58,6 +58,18 @@ class StreamRecipe:
         """Return it as JSON's own types."""
         lists = {key: list(getattr(self, key)) for key in ("norms", "ones")}
         return {"do": KIND, **asdict(self), **lists, "edits": [dict(edit) for edit in self.edits]}
+
+    def inverse(self) -> StreamRecipe:
+        """Return the recipe that turns the stream back; scales that were taken in stay there.
+
+        Raises:
+            CheckpointError: what centring took cannot be brought back.
+        """
+        if self.map["kind"] == "centre":
+            raise CheckpointError("a stream that was centred cannot be brought back")
+        way = {**self.map, "inverse": not self.map.get("inverse", False)}
+        edits = tuple({**edit, "scale": None} for edit in self.edits)
+        return replace(self, map=way, edits=edits, ones=())
 
     def check(self, read: Callable[[str], Tensor]) -> None:
         """Raise where a tensor is not what the plan relied on.

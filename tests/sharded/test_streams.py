@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rewrite
-from passes import FoldNorm, RotateStream
+from passes import FoldNorm, LayerNormToRMSNorm, RotateStream
 from rewrite.cli.main import main
 from rewrite.errors import OptionError
+from rewrite.fold.undo import undo_report
 from rewrite.observe.stream_recipe import StreamRecipe
 from tests.sharded.conftest import Make, logits
+from tests.sharded.test_configuration import hidden, vision
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -91,3 +94,43 @@ def test_a_class_that_cannot_say_rms_norm_is_declined(
     assert main(["convert", "--ln-to-rms", str(source), "-o", out]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not Path(out).exists()
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_folder_is_turned_back_by_its_report_alone(name: str, make: Make) -> None:
+    source = make(name)
+    folded, turned, back = (source.with_name(n) for n in ("folded", "turned", "back"))
+    rewrite.convert_checkpoint(source, folded, FoldNorm(untie=True), verify=False)
+    made = rewrite.convert_checkpoint(folded, turned, RotateStream(seed=5), verify=False)
+    report = json.loads(made.to_json())
+    want = tensors(folded)
+    undone = undo_report(report, tensors(turned))
+    assert undone.notes == () and undone.state.keys() == want.keys()
+    assert max(relative(want[k], undone.state[k]) for k in want) < 1e-6
+    # The same by a pass that the report names, folder to folder.
+    said = report["passes"][0]["changes"][0]["recipe"]["map"]
+    way = RotateStream(kind=said["kind"], seed=said["seed"], inverse=not said["inverse"])
+    assert rewrite.convert_checkpoint(turned, back, way).ok
+    assert max(relative(want[k], v) for k, v in tensors(back).items()) < 1e-6
+    # The negative twin: what was not turned back is another tensor.
+    embedded = "model.embed_tokens.weight"
+    assert relative(want[embedded], tensors(turned)[embedded]) > 1e-2
+
+
+def test_a_folder_of_rms_norms_is_one_of_layer_norms_again(tmp_path: Path) -> None:
+    source, out = vision(tmp_path / "vision"), tmp_path / "out"
+    passes = [FoldNorm(), LayerNormToRMSNorm()]
+    report = rewrite.convert_checkpoint(source, out, passes, verify=False)
+    undone = undo_report(json.loads(report.to_json()), tensors(out))
+    assert any("cannot be brought back" in note for note in undone.notes)
+    assert undone.state.keys() >= tensors(source).keys()  # and the biases that fold added
+    back = tmp_path / "back"
+    back.mkdir()
+    save_file(undone.state, back / "model.safetensors", {"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    (back / "config.json").write_text(json.dumps({**config, "norm_type": "layer_norm"}))
+    assert relative(hidden(source), hidden(back)) < 1e-5
