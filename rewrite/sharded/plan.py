@@ -10,7 +10,7 @@ or go only where the configuration can say so. A site whose result no class can 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from rewrite.runtime.inputs import ExampleCall
 from rewrite.sharded.configuration import Holding, Wanted, find_holding, present
 from rewrite.sharded.dry_run import ShapeStore, Touched, adds_bias
 from rewrite.sharded.on_meta import apply_on_meta, recipes_of
-from rewrite.sharded.recipes import FolderRecipe, Step, steps_of, unmet
+from rewrite.sharded.recipes import FolderRecipe, Step, recipe_of, steps_of, unmet
 from rewrite.sharded.values import FolderValues
 
 
@@ -242,14 +242,31 @@ class _Draft:
         made = {name: held for name, held in every.items() if name in kept}
         passing = {name: held for name, held in every.items() if name not in kept}
         gone = {n for n in self._store.gone | dropped if self._folder.holds(n)} - made.keys()
+        biases = [f"{name}.bias" for name in holding.rms]
+        lost = {name for name in biases if self._folder.holds(self._store.place(name))}
+        reports = [_with_lost(report, lost) for report in self._reports]
         numbers = {number for number, _, _ in self.sites}
         contracts = [pass_.contract for n, pass_ in enumerate(chosen) if n in numbers]
         order = list(Contract)
         return FolderPlan(
             self._structure, tuple(self._steps), made, passing, frozenset(gone), holding.config,
-            Report(tuple(self._reports), tuple(self._notes)),
+            Report(tuple(reports), tuple(self._notes)),
             max(contracts, key=order.index, default=Contract.EXACT),
         )  # fmt: skip
+
+
+def _with_lost(report: PassReport, lost: Collection[str]) -> PassReport:
+    """Return a report whose centred streams list the biases of LayerNorms that a folder loses."""
+    changes = []
+    for change in report.changes:
+        recipe = recipe_of(change)
+        if isinstance(recipe, StreamRecipe) and recipe.map["kind"] == "centre":
+            keys = {name: new for name, new in change.keys.items() if new is not None}
+            biases = [f"{name}.bias" for name in recipe.norms]
+            gone = dict.fromkeys([name for name in biases if name in lost])
+            change = replace(change, keys={**keys, **gone})
+        changes.append(change)
+    return replace(report, changes=tuple(changes))
 
 
 def _made(tensor: Tensor) -> Made:
