@@ -15,7 +15,7 @@ import linecache
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -270,13 +270,13 @@ def _beside_forward(module: nn.Module) -> tuple[str, ...]:
     """Return why a call of a module is more than its forward."""
     reasons = hook_reasons(module)
     if has_parametrizations(module):
-        keys = ", ".join(module.parametrizations)  # type: ignore[arg-type]
-        reasons = (*reasons, f"has a parametrization of {keys}")
-    elif module._forward_pre_hooks and not reasons:
+        held = cast(nn.ModuleDict, module.parametrizations)
+        return (*reasons, f"has a parametrization of {', '.join(held)}")
+    if module._forward_pre_hooks and not reasons:
         hook = type(next(iter(module._forward_pre_hooks.values()))).__name__
-        reasons = (f"has a parametrization (old-style {hook})",)
-    elif computed := [(k, how) for k in ("weight", "bias") if (how := _computes(module, k))]:
-        reasons = (*reasons, "computes its {} by {}".format(*computed[0]))
+        return (f"has a parametrization (old-style {hook})",)
+    if computed := [(k, how) for k in ("weight", "bias") if (how := _computes(module, k))]:
+        return (*reasons, "computes its {} by {}".format(*computed[0]))
     return reasons
 
 

@@ -30,7 +30,7 @@ COMMANDS = {
     "convert": "convert --fold model.pt -o out.pt --html out.html --report out.json",
     "convert and export": "convert --bn-to-gn model.pt -o out.pt --onnx out.onnx --input 2x3x32x32",
     "verify": "verify model.pt model.pt --input 2x3x32x32 --html out.html",
-    "export": "export model.pt out.onnx --input 2x3x32x32 --report out.json",
+    "export": "export model.pt out.onnx --input 2x3x32x32 --exporter torchscript --report o.json",
     "inspect": "inspect --signal model.pt --input 2x3x32x32 --report out.json --plot out.svg",
     "compare": "compare model.pt model.pt --input 2x3x32x32 --html out.html",
     "recover": "recover model.pt --teacher model.pt --data data.npy --epochs 2 -o out.pt",
@@ -167,8 +167,13 @@ def interrupt_at_step_3(_: object, line: str) -> None:
 
 
 if __name__ == "__main__":
+    import jinja2  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
+    import onnxscript  # noqa: F401
+    import torch.onnx._internal.exporter._compat
 
+    import rewrite.onnx.export
+    import rewrite.onnx.verify
     import rewrite.training.recover
 
     sys.stdout.write(json.dumps(trials(Path(sys.argv[1]))))
