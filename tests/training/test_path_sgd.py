@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -152,3 +154,53 @@ def test_refuses_a_gradient_of_a_parameter_on_no_path() -> None:
     (model(torch.ones(1, 2)).sum() + model.extra.sum()).backward()
     with pytest.raises(OptionError, match="on no path"):
         optimizer.step()
+
+
+# -- the finding of Neyshabur et al. 2015 ---------------------------------------------------------
+
+
+def perceptron(balanced: bool) -> nn.Sequential:
+    """Return two hidden layers, and with `balanced=False` a rescaling of the same function."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(32, 10)]
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    if not balanced:
+        with torch.no_grad():
+            for writer, reader in itertools.pairwise(layers):
+                scale = 10 ** torch.randn(32)
+                writer.weight.mul_(scale[:, None])
+                reader.weight.div_(scale)
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]).double()
+
+
+def trained_loss(balanced: bool, make: Callable[[nn.Module], torch.optim.Optimizer]) -> float:
+    """Return the loss of 400 digits after 40 steps."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    x, y = torch.tensor(digits.data[:400]).double() / 16, torch.tensor(digits.target[:400])
+    model = perceptron(balanced)
+    optimizer = make(model)
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float(F.cross_entropy(model(x), y))
+
+
+def test_sgd_is_crippled_by_an_unbalanced_start_and_path_sgd_does_not_notice() -> None:
+    steps = (1e-4, 1e-3, 0.01, 0.1, 0.5)
+    sgd = {
+        balanced: [
+            trained_loss(balanced, lambda m, lr=lr: torch.optim.SGD(m.parameters(), lr))
+            for lr in steps
+        ]
+        for balanced in (True, False)
+    }
+    path = [
+        trained_loss(balanced, lambda m: PathSGD(m, lr=1.0, example_inputs=torch.zeros(1, 64)))
+        for balanced in (True, False)
+    ]
+    assert min(sgd[True]) < 0.2 and min(sgd[False]) > 1.5  # ln 10 = 2.3 is a guess
+    assert path[0] < 0.2 and path[1] == pytest.approx(path[0], rel=1e-6)
