@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rewrite
@@ -51,3 +53,52 @@ def test_a_bias_is_not_absorbed_through_zero_padding() -> None:
     applied = apply_pass(Rebalance(absorb_bias=True), copy_model(model), x)
     assert not any("absorbed" in change.after for change in applied.changes)
     assert any(skip.target == "1" and "pads" in skip.reason for skip in applied.skips)
+
+
+class Bounded(nn.Module):
+    """A norm of values that lie within three deviations, a ReLU, and a layer that reads it."""
+
+    def __init__(self, reader: str, pooled: bool) -> None:
+        super().__init__()
+        self.norm, self.pooled = nn.BatchNorm2d(6), pooled
+        self.reader: nn.Module = {
+            "conv": lambda: nn.Conv2d(6, 4, 3),
+            "grouped": lambda: nn.Conv2d(6, 4, 2, groups=2, bias=False),
+            "depthwise": lambda: nn.Conv2d(6, 12, 3, groups=6),
+            "linear": lambda: nn.Linear(6 * 16, 3),
+            "two": lambda: nn.ModuleList([nn.Conv2d(6, 2, 1), nn.Conv2d(6, 5, 3)]),
+        }[reader]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm(x))
+        if self.pooled:
+            y = torch.max_pool2d(y, 2, 1)
+        if isinstance(self.reader, nn.ModuleList):
+            return torch.cat([layer(y).flatten(1) for layer in self.reader], 1)
+        return self.reader(y.flatten(1) if isinstance(self.reader, nn.Linear) else y)
+
+
+@settings(max_examples=20)
+@given(
+    reader=st.sampled_from(["conv", "grouped", "depthwise", "linear", "two"]),
+    pooled=st.booleans(), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_within_three_deviations_it_is_exact(reader: str, pooled: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = randomize_norms_(Bounded(reader, pooled), seed).double().eval()
+    with torch.no_grad():
+        model.norm.bias.copy_(3 * torch.randn(6) + 3 * model.norm.weight.abs())
+        model.norm.bias[0] = 4 * model.norm.weight[0].abs() + 1  # one of them is high
+    spread = (model.norm.running_var + model.norm.eps).sqrt().view(-1, 1, 1)
+    mean = model.norm.running_mean.view(-1, 1, 1)
+    size = 5 if pooled else 4
+    unit = torch.rand(3, 6, size, size, dtype=torch.float64) * 2 - 1
+    applied = apply_pass(Rebalance(absorb_bias=True), copy_model(model), mean + spread * unit)
+    assert applied.changes[0].target == "norm"
+    assert bool((applied.model.norm.bias < model.norm.bias).any())
+    for deviations, same in ((2.999, True), (30.0, False)):
+        x = mean + deviations * spread * unit
+        with torch.no_grad():
+            before, after = model(x), applied.model(x)
+        error = float((before - after).abs().max() / before.abs().max())
+        assert (error < 1e-12) is same
