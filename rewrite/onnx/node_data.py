@@ -3,7 +3,9 @@
     error(node) = max over its outputs v of  min over the model's values u of |v - u| / |v|
 
 The result is node data of Model Explorer: a value by node, under the names that the nodes have in
-the file, so that Netron's search finds them too. A node without a name goes by its first output.
+the file, so that Netron's search finds them too. A node that has no name, or that of another, goes
+by the name that Model Explorer's ONNX adapter gives it (`NameFixPass`, which both run), and by its
+first output.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass
 from torch import nn
 
 from rewrite.equivalence.divergence import recorded
@@ -43,17 +48,31 @@ def node_errors(
         VerificationError: the file cannot be read or run, or the inputs do not fit it.
     """
     opened = open_onnx(path)
+    renamed = _name_nodes_(opened.model)
     inputs = Inputs.of(example_inputs)
     sketch = Sketcher(seed)
     graph = record_graph(opened, feed_of(opened, inputs), sketch)
     with evaluating(model), in_float64(model, streamed=short_of_memory(model)):
         exact, _ = recorded(model, inputs.map(widen), sketch, seed)
     known = Known(exact.values)
-    return {
+    errors = {
         event.owner: max(known.nearest(graph.values[number]).distance for number in event.outputs)
         for event in graph.events
         if event.outputs
     }
+    return errors | {renamed[name]: error for name, error in errors.items() if name in renamed}
+
+
+def _name_nodes_(model: onnx.ModelProto) -> dict[str, str]:
+    """Give each node a name of its own; return the first output of each that is new."""
+    named = ir.serde.deserialize_model(model)
+    NameFixPass()(named)
+    renamed: dict[str, str] = {}
+    for node, own in zip(model.graph.node, named.graph, strict=True):
+        if own.name and node.name != own.name:
+            node.name = own.name
+            renamed[own.name] = next(filter(None, node.output), own.name)
+    return renamed
 
 
 def node_data(errors: Mapping[str, float]) -> str:

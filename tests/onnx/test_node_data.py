@@ -51,6 +51,56 @@ def test_a_wrong_weight_shows_from_its_node_on(model, graph) -> None:
     assert errors[second.name] > 1e-2
 
 
+def test_nodes_without_a_name_go_by_the_adapters_and_by_their_first_output(model, graph) -> None:
+    named = node_errors(graph, model, X)
+    proto = onnx.load(graph)
+    for node in proto.graph.node:
+        node.name = ""
+    onnx.save(proto, graph)
+    errors = node_errors(graph, model, X)
+    ids = ["node", *(f"node_{number}" for number in range(1, len(proto.graph.node)))]
+    outputs = [node.output[0] for node in proto.graph.node]
+    assert set(errors) == {*ids, *outputs}
+    assert [errors[name] for name in ids] == [errors[name] for name in outputs]
+    assert [errors[name] for name in ids] == list(named.values())
+
+
+def test_two_nodes_of_one_name_have_an_error_each(model, graph) -> None:
+    proto = onnx.load(graph)
+    first, second = [node for node in proto.graph.node if node.op_type == "Conv"]
+    second.name = first.name
+    weight = next(t for t in proto.graph.initializer if t.name == second.input[1])
+    weight.CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(weight), weight.name))
+    onnx.save(proto, graph)
+    errors = node_errors(graph, model, X)
+    assert errors[first.name] < 1e-5 < 1e-2 < errors[f"{first.name}_1"]
+
+
+class Branching(nn.Module):
+    """A graph with an If: its branches are graphs of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(torch.cond(x.sum() > 0, self.one.forward, self.other.forward, (x,)))
+
+
+def test_an_if_has_the_error_of_the_branch_that_ran(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Branching().eval()
+    rewrite.export(net, tmp_path / "if.onnx", example_inputs=X)
+    proto = onnx.load(tmp_path / "if.onnx")
+    errors = node_errors(tmp_path / "if.onnx", net, X)
+    assert set(errors) == {node.name for node in proto.graph.node}
+    (branching,) = [node.name for node in proto.graph.node if node.op_type == "If"]
+    assert max(errors.values()) < 1e-5
+    net.one.weight.data *= 2
+    net.other.weight.data *= 2
+    assert node_errors(tmp_path / "if.onnx", net, X)[branching] > 1e-2
+
+
 def test_it_is_node_data_of_model_explorer() -> None:
     found = json.loads(node_data({"a": 0.0, "b": 2e-3, "c": float("inf")}))
     assert found["results"] == {"a": {"value": 0.0}, "b": {"value": 2e-3}}
