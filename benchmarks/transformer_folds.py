@@ -212,7 +212,9 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _short(reason: str) -> str:
-    return re.sub(r" in [\w.]+ \([^)]*\)|\d+\.", "", reason).replace("|", "/")[:80]
+    # Brackets are links in Markdown: `['hidden_states'][0]` would be one that leads nowhere.
+    text = re.sub(r" in [\w.]+ \([^)]*\)|\d+\.", "", reason).replace("|", "/")[:80]
+    return text.replace("[", r"\[")
 
 
 def main() -> None:

@@ -65,8 +65,10 @@ class Distillation(nn.Module):
         """Return the loss of two outputs (N, K, *), and of features (N, *) in the same order.
 
         Args:
-            student, teacher: outputs.
-            student_features, teacher_features: what else is matched.
+            student: its outputs.
+            teacher: its outputs, of the same shape.
+            student_features: what else of the student is matched.
+            teacher_features: what it is matched with.
             variances: of the teacher's features, from more samples than these, so that losses of
                 parts add up to that of the whole batch; None takes those of this batch.
 
