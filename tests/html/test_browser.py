@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 import models
 import rewrite
@@ -203,3 +204,62 @@ def test_a_chosen_module_is_said_to_be_pressed_and_a_branch_opens_by_keyboard(
     browser.execute_script("arguments[0].focus()", branch.find_element("css selector", "summary"))
     browser.switch_to.active_element.send_keys(" ")
     assert branch.get_attribute("open") != closed
+
+
+_HOSTILE = (
+    "<script>window.ran = 1</script>", '"><img src=x onerror="window.ran = 1">', "'quoted'",
+    "</script><script>window.ran = 1</script>", "{{ 7 * 7 }}", "<!--", "名前", "\u202ebackwards",
+    "two\nlines", "n" * 4000,
+)  # fmt: skip
+
+
+class Hostile(nn.Module):
+    """Modules whose names are markup, code of templates, unusual or long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in _HOSTILE:
+            self._modules[name] = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for module in self._modules.values():
+            x = module(x)  # type: ignore[misc]
+        return x
+
+
+def test_names_are_text_whatever_is_in_them(browser: Any, tmp_path: Path) -> None:
+    model, x = models.randomize_norms_(Hostile()).eval(), torch.randn(1, 2, 3, 3)
+    result = rewrite.convert(model, "fold", example_inputs=x)
+    place = tmp_path / "page.html"
+    place.write_text(result.report.to_html(model, result.model, x), encoding="utf-8")
+    opened(browser, place)
+    find(browser, "#expand").click()
+    names = {row.get_attribute("data-name") for row in shown(browser, "#after .row")}
+    assert set(_HOSTILE) < names
+    for side in ("before", "after"):  # what a click on each row does
+        script = "document.querySelectorAll(`#${arguments[0]} .row`).forEach((row) => row.click())"
+        browser.execute_script(script, side)
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return window.ran") is None
+    assert browser.find_elements("css selector", "main img, main script") == []
+    width = "return document.documentElement.scrollWidth - window.innerWidth"
+    assert browser.execute_script(width) <= 0
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_page_without_sites_or_without_a_run_says_so(
+    browser: Any, tmp_path: Path, width: int
+) -> None:
+    browser.set_window_size(width, 900)
+    none = rewrite.convert(nn.Linear(2, 2).eval(), "fold", example_inputs=torch.randn(1, 2))
+    chain = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)).eval()
+    unverified = rewrite.convert(chain, "fold", verify=False)
+    for result, verdict in ((none, "Nothing was rewritten"), (unverified, "nothing is verified")):
+        place = tmp_path / "page.html"
+        place.write_text(result.report.to_html(), encoding="utf-8")
+        opened(browser, place)
+        assert verdict in find(browser, "h1").text
+        assert browser.get_log("browser") == []
+        overflow = "return document.documentElement.scrollWidth - window.innerWidth"
+        assert browser.execute_script(overflow) <= 0
+    browser.set_window_size(1280, 900)

@@ -10,6 +10,7 @@ const element = (tag, className, text) => {
 };
 const shown = (error) => (error === 0 ? "0" : error.toExponential(1));
 const WRONG = data.wrong;
+const LONG = 60;  // characters of a name in the graph
 
 const rowsOf = { before: new Map(), after: new Map() };
 for (const side of ["before", "after"]) for (const row of data[side] || []) rowsOf[side].set(row.name, row);
@@ -161,22 +162,24 @@ const graph = (side, name) => {
   const { feeds, readers } = neighbours(side, name);
   const layout = new dagre.graphlib.Graph().setGraph({ rankdir: "LR", nodesep: 12, ranksep: 40, marginx: 4, marginy: 4 });
   layout.setDefaultEdgeLabel(() => ({}));
-  const title = (each) => each || "the model's own forward";
+  const key = (each) => `.${each}`;  // dagre cannot lay out a node whose name is empty, the model's
+  const title = (each) => (each.length > LONG ? `${each.slice(0, LONG / 2)}…${each.slice(-LONG / 2)}` : each || "the model's own forward");
   for (const each of new Set([name, ...feeds.slice(0, 24), ...readers.slice(0, 24)])) {
-    layout.setNode(each, { width: 16 + 7.4 * title(each).length, height: 26 });
+    layout.setNode(key(each), { name: each, width: 16 + 7.4 * title(each).length, height: 26 });
   }
-  for (const each of feeds.slice(0, 24)) if (each !== name) layout.setEdge(each, name);
-  for (const each of readers.slice(0, 24)) if (each !== name) layout.setEdge(name, each);
+  for (const each of feeds.slice(0, 24)) if (each !== name) layout.setEdge(key(each), key(name));
+  for (const each of readers.slice(0, 24)) if (each !== name) layout.setEdge(key(name), key(each));
   dagre.layout(layout);
   const { width, height } = layout.graph();
   const svg = d3.create("svg").attr("width", width).attr("height", height).attr("viewBox", `0 0 ${width} ${height}`);
   const path = d3.line(({ x }) => x, ({ y }) => y).curve(d3.curveBasis);
   for (const edge of layout.edges()) svg.append("path").attr("class", "edge").attr("d", path(layout.edge(edge).points));
   for (const each of layout.nodes()) {
-    const { x, y, width: w, height: h } = layout.node(each);
-    const box = svg.append("g").attr("class", each === name ? "node self" : "node");
+    const { name: own, x, y, width: w, height: h } = layout.node(each);
+    const box = svg.append("g").attr("class", own === name ? "node self" : "node");
     box.append("rect").attr("x", x - w / 2).attr("y", y - h / 2).attr("width", w).attr("height", h).attr("rx", 4);
-    box.append("text").attr("x", x).attr("y", y + 4).attr("text-anchor", "middle").text(title(each));
+    box.append("text").attr("x", x).attr("y", y + 4).attr("text-anchor", "middle").text(title(own));
+    box.append("title").text(own);
   }
   holder.append(svg.node());
 };
