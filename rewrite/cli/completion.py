@@ -8,7 +8,12 @@ from typing import Any
 from rewrite.cli.common import OK
 from rewrite.errors import OptionError
 
-_SHELLS = ("bash", "zsh", "fish")
+# zsh completes once `compinit` ran; a plain `.zshrc` does not run it.
+_FIRST = {
+    "bash": "",
+    "zsh": "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }\n",
+    "fish": "",
+}
 
 
 def add_parsers(commands: Any) -> None:
@@ -19,7 +24,7 @@ def add_parsers(commands: Any) -> None:
         description='bash, zsh: eval "$(rewrite completion bash)"; '
         "fish: rewrite completion fish | source",
     )
-    parser.add_argument("shell", choices=_SHELLS)
+    parser.add_argument("shell", choices=list(_FIRST))
     parser.set_defaults(run=_run_completion)
 
 
@@ -28,5 +33,5 @@ def _run_completion(options: argparse.Namespace) -> int:
         from argcomplete.shell_integration import shellcode
     except ImportError as error:
         raise OptionError("completion needs argcomplete; pip install argcomplete") from error
-    print(shellcode(["rewrite"], shell=options.shell))
+    print(_FIRST[options.shell] + shellcode(["rewrite"], shell=options.shell))
     return OK

@@ -1,5 +1,6 @@
 """The command `rewrite completion`, and what a shell completes by it."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -47,3 +48,40 @@ def test_bash_completes_commands_and_flags(tmp_path: Path) -> None:
     assert [line.split() for line in ran.stdout.splitlines()] == [
         ["compare", "completion"], ["--bn-to-gn"],
     ], ran.stderr  # fmt: skip
+
+
+def _on_path(folder: Path) -> dict[str, str]:
+    """Return an environment in which `rewrite` is the command of this interpreter."""
+    command = folder / "bin" / "rewrite"
+    command.parent.mkdir()
+    command.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m rewrite \"$@\"\n")
+    command.chmod(0o755)
+    return {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "HOME": str(folder)}
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+def test_fish_completes_commands_and_flags(tmp_path: Path) -> None:
+    script = (
+        "rewrite completion fish | source; complete -C 'rewrite conv'; "
+        "complete -C 'rewrite convert --bn-to-g'"
+    )
+    ran = subprocess.run(
+        ["fish", "-c", script], capture_output=True, text=True, check=False, timeout=120,
+        env=_on_path(tmp_path),
+    )  # fmt: skip
+    assert [line.split()[0] for line in ran.stdout.split("\n") if line.strip()] == [
+        "convert", "--bn-to-gn",
+    ], ran.stderr  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+@pytest.mark.parametrize("before", ["", "autoload -Uz compinit && compinit -i; "])
+def test_zsh_knows_the_command_with_its_completions_loaded_or_not(
+    tmp_path: Path, before: str
+) -> None:
+    script = f'{before}eval "$(rewrite completion zsh)" && print $_comps[rewrite]'
+    ran = subprocess.run(
+        ["zsh", "-f", "-c", script], capture_output=True, text=True, check=False, timeout=120,
+        env=_on_path(tmp_path),
+    )  # fmt: skip
+    assert (ran.stdout.strip(), ran.stderr) == ("_python_argcomplete", "")
