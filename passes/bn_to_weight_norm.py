@@ -3,7 +3,7 @@
     eval:  bn(W x + b) = W' x + b',   W' = (gamma / sigma) W,   b' = (gamma / sigma)(b - mu) + beta
     then   W' = g v / ||v||
 
-The norm is folded exactly and the layers that took it up are reparameterized: no batch statistics
+The norm is folded exactly and the layers that absorbed it are reparameterized: no batch statistics
 are left, which is what recurrent, generative and reinforcement-learning users want (Salimans &
 Kingma 2016). With `mean_only` the mean stays a statistic of the batch (section 4 of the paper):
 
@@ -78,7 +78,7 @@ class BatchNormToWeightNorm(Pass):
     def rewrite_all(
         self, captured: Editable, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
-        """Fold every norm, then reparameterize every layer that took one up, once."""
+        """Fold every norm, then reparameterize every layer that absorbed one, once."""
         centres = {s.target: _shift(captured, s) for s in sites} if self.mean_only else {}
         changes = FoldNorm(merge=False).rewrite_all(captured, sites)
         finished: list[Change] = []

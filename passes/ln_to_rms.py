@@ -35,7 +35,7 @@ class LayerNormToRMSNorm(Pass):
     Rewrites, one site a stream:
       1. Embeddings, positions and class tokens: centred row by row.
       2. The output projections of attention and MLP, and their biases; a layer scale behind them is
-         taken up first, and becomes one.
+         absorbed first, and becomes one.
       3. Every LayerNorm that reads the stream: an RMSNorm of the same epsilon, with its weight, and
          with its bias where that is not zero. Fold first, and neither is left.
 

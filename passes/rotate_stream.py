@@ -32,7 +32,7 @@ class RotateStream(Pass):
     Rewrites, one site a stream:
       1. Embeddings, positions and class tokens: their rows times Q.
       2. Output projections of attention and MLP, and their biases; a layer scale behind them is
-         taken up first, and becomes one.
+         absorbed first, and becomes one.
       3. The layers that read what the norms of the stream make, or the stream itself.
 
     The report's recipe holds the tensors, the kind and the seed: the same pass with `inverse` turns

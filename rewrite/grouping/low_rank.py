@@ -14,7 +14,7 @@ and H² what the norm's readers make of an error, E |H error|² is least for
     K = H S H = V Λ Vᵀ, Λ rising     Q = H V₁…ₖ,   D = H⁻¹ V₁…ₖ     Λ₁ + … + Λₖ
 
 (Fan 1949, https://doi.org/10.1073/pnas.35.11.652); D O, Q O⁻ᵀ do as well for every O, and O is the
-one for which M is farthest from singular. A dense layer that the norm alone reads takes M up.
+one for which M is farthest from singular. A dense layer that the norm alone reads absorbs M.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _reads(
 
 
 def conjugate(captured: Editable, one: Conjugation) -> tuple[str, ...]:
-    """Put maps around the norm; return the layers that took one up."""
+    """Put maps around the norm; return the layers that absorbed one."""
     probe = one.fit.probe
     assert isinstance(probe.module, nn.GroupNorm)
     maps = low_rank_maps(one.fit.shrunk(), _metric(captured, one), one.rank)

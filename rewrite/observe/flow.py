@@ -106,7 +106,7 @@ class Follower:
             all_outputs: collect returned values instead of refusing them.
 
         Raises:
-            Unfollowed: somebody reads a value and cannot take up its map.
+            Unfollowed: somebody reads a value and cannot absorb its map.
         """
         flow = Flow()
         for node in self.observed.graph.nodes:

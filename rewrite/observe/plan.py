@@ -1,4 +1,4 @@
-"""Which norms of observed calls fold: every reader, in every call, takes the map up alike.
+"""Which norms of observed calls fold: every reader, in every call, absorbs the map alike.
 
     1. the weight is read by recognized calls of the norm alone, as one expression a.w + c
     2. each value of each call is followed to layers; nothing else reads it, nothing returns it
@@ -45,12 +45,12 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class ReaderEdit:
-    """One parameter takes up the map.
+    """One parameter absorbs the map.
 
     Attributes:
         read: one of the calls that read so.
         layer: the module to report: the owner of the call.
-        bias: the name of the bias that takes up a shift; None where there is none to take up.
+        bias: the name of the bias that absorbs a shift; None where there is none to absorb.
         has_bias: whether it exists already.
         untied: the name that the parameter gets of its own, if it was shared.
     """
@@ -78,7 +78,7 @@ class ObservedFold:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers that take up the map."""
+        """The layers that absorb the map."""
         return tuple(dict.fromkeys(edit.layer for edit in self.edits))
 
     @property
@@ -264,14 +264,14 @@ class ObservedPlanner:
     def _bias(
         self, tensor: str, layer: str, reads: Sequence[tuple[ObservedCall, Read]]
     ) -> tuple[str, bool]:
-        """Return the bias that takes up a shift, and whether it exists."""
+        """Return the bias that absorbs a shift, and whether it exists."""
         names = {read.bias[0] if read.bias else None for _, read in reads}
         if names == {None} and all(read.bare for _, read in reads):
             module = self.captured.module(layer)
             standard = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
             same = standard and module.weight is self.captured.tensor(_ref(tensor))
             if not same or module.bias is not None or not _takes_bias(module, reads[0][1]):
-                raise Unfollowed(f"{layer} has no bias to take up a shift, and cannot be given one")
+                raise Unfollowed(f"{layer} has no bias to absorb a shift, and cannot be given one")
             return f"{layer}.bias", False
         if len(names) != 1 or None in names:
             raise Unfollowed(f"{layer} adds a bias that is computed")

@@ -15,7 +15,7 @@ from torch import nn
 from rewrite.errors import CaptureError
 from rewrite.graph.captured import Captured
 from rewrite.observe.code.check import CodeCheck, CodeIndex
-from rewrite.observe.code.fields import Untaken
+from rewrite.observe.code.fields import UnobservedLine
 from rewrite.observe.evidence import Evidence, observe
 from rewrite.observe.labels import Unfollowed
 from rewrite.observe.norms import norms_of
@@ -128,7 +128,7 @@ def decide(
             try:
                 CodeCheck(captured, index, decision).check(options.strict_code)
                 _check_wider(evidence, decision, options)
-            except (Untaken, Unfollowed) as reason:
+            except (UnobservedLine, Unfollowed) as reason:
                 final = Declined(str(reason))
         yield target, before, final
 

@@ -5,7 +5,7 @@
     β → β - c,      W₂ x + b₂ → W₂ x + (b₂ + W₂ c)
 
 Activations lose what lies above nothing but bias, so that their range fits fewer bits (Nagel et al.
-2019, section 4.1.3). Zero padding takes up no shift: such a layer is declined.
+2019, section 4.1.3). Zero padding absorbs no shift: such a layer is declined.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SMALLEST = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class BiasAbsorption:
-    """Biases of one batch norm that the layers behind its ReLU can take up.
+    """Biases of one batch norm that the layers behind its ReLU can absorb.
 
     Attributes:
         target: the norm.

@@ -19,7 +19,7 @@ from torch.fx import Node
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.spellings import is_plain
 from rewrite.observe.code.check import CodeCheck, CodeIndex
-from rewrite.observe.code.fields import Untaken
+from rewrite.observe.code.fields import UnobservedLine
 from rewrite.observe.evidence import Evidence
 from rewrite.observe.export import ObservedCall
 from rewrite.observe.labels import Unfollowed
@@ -61,7 +61,7 @@ class StreamPlan:
         edits: the parameters that take the map.
         norms: the norms that read it, by name.
         writers, linear_readers: the modules and parameters around it, by name.
-        ones: parameters that become one: an edit has taken them up.
+        ones: parameters that become one: an edit has absorbed them.
         needs: per parameter, the value that it has to have; asked of a file when there is one.
         inserted: modules behind which the map itself is put, for want of a parameter.
     """
@@ -129,7 +129,7 @@ class StreamPlanner:
             before = f"residual stream of {channels} channels, read by {len(norms)} norms"
             try:
                 yield target, before, self._planned(stream, target, channels)
-            except (Unfollowed, Untaken) as reason:
+            except (Unfollowed, UnobservedLine) as reason:
                 yield target, before, Declined(str(reason))
 
     # -- what a subclass says -------------------------------------------------------------------
@@ -232,7 +232,7 @@ class _Uses:
         self._scales: dict[str, set[tuple[Values, Node]]] = {}
 
     def ones(self) -> tuple[str, ...]:
-        """Return the parameters that edits take up as a scale."""
+        """Return the parameters that edits absorb as a scale."""
         return tuple(self._scales)
 
     def add(self, values: Values, node: Node, use: Use, scale: str | None) -> None:

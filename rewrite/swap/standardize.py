@@ -33,7 +33,7 @@ class Standardized:
     """Where the statistics of one norm went.
 
     Attributes:
-        layers: the layers that took them up.
+        layers: the layers that absorbed them.
         absorption: what each of them absorbed.
         prefix: the map that has to stand in front of the norm, where none did.
         reason: why none did.

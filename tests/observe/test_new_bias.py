@@ -114,7 +114,7 @@ def test_a_shift_becomes_a_bias_where_the_class_adds_it(kind: Any) -> None:
     else:
         assert not result.report.changes
         (skip,) = result.report.skips
-        assert skip.reason == "read has no bias to take up a shift, and cannot be given one"
+        assert skip.reason == "read has no bias to absorb a shift, and cannot be given one"
 
 
 def test_a_layer_that_has_a_bias_gets_no_new_one() -> None:

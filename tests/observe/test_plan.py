@@ -1,4 +1,4 @@
-"""Which norms of observed calls fold: every reader takes the map up, in every call."""
+"""Which norms of observed calls fold: every reader absorbs the map, in every call."""
 
 from __future__ import annotations
 

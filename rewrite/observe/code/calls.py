@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 
-from rewrite.observe.code.fields import ANYWHERE, Untaken, excludes
+from rewrite.observe.code.fields import ANYWHERE, UnobservedLine, excludes
 from rewrite.observe.code.names import Others
 from rewrite.observe.code.others import OtherValues
 from rewrite.observe.code.state import either
@@ -71,10 +71,12 @@ class CallReader(OtherValues):
             if len(path) > 1 and path[0] == self.function.first and path[1] in self.readers:
                 if self.modules and lacks(self.modules, path[1]):
                     continue
-                raise Untaken(f"{self.at(statement)} calls {'.'.join(path[1:])}; no call took it")
+                raise UnobservedLine(
+                    f"{self.at(statement)} calls {'.'.join(path[1:])}; no call took it"
+                )
             if path[:1] == [self.function.first] and len(path) == 2:
                 for reached in self.readers & methods_reach(self.modules, path[1]):
-                    raise Untaken(
+                    raise UnobservedLine(
                         f"{self.at(statement)} calls {path[1]}, which calls {reached}; "
                         "no call took it"
                     )

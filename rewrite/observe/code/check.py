@@ -25,7 +25,7 @@ from torch import nn
 from torch.fx import Node
 
 from rewrite.graph.captured import Captured
-from rewrite.observe.code.fields import Untaken
+from rewrite.observe.code.fields import UnobservedLine
 from rewrite.observe.code.names import Others
 from rewrite.observe.code.reader import FunctionReader
 from rewrite.observe.code.state import Other, Returned
@@ -84,7 +84,7 @@ class Called(Protocol):
 
 
 class Followed(Protocol):
-    """The values that carry a map in one call, and the calls that take it up."""
+    """The values that carry a map in one call, and the calls that absorb it."""
 
     @property
     def labels(self) -> Iterable[Node]:
@@ -92,7 +92,7 @@ class Followed(Protocol):
 
     @property
     def reads(self) -> Iterable[Called]:
-        """Who takes the map up."""
+        """The calls that absorb the map."""
 
 
 class MapPlan(Protocol):
@@ -104,7 +104,7 @@ class MapPlan(Protocol):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The modules that take the map up."""
+        """The modules that absorb the map."""
 
     @property
     def guarded(self) -> tuple[str, ...]:
@@ -145,7 +145,7 @@ class CodeCheck:
         Arguments of the model that stand for its values are noted with the plan.
 
         Raises:
-            Untaken: it does; the line is named.
+            UnobservedLine: it does; the line is named.
         """
         owners: dict[str, None] = {}
         for observed, node in self._values():
@@ -166,7 +166,7 @@ class CodeCheck:
                 _check_readable(self.captured, observed.owners(site.node))
         for chain in {self.index.outside(o.stack(s.node)) for o, s in self.fold.sites}:
             if chain and self.inner(chain, others=_arguments).held and strict:
-                raise Untaken("the model may return it for other arguments")
+                raise UnobservedLine("the model may return it for other arguments")
         for name in self._given:
             self.fold.notes.append(f"{name} has to come from the new model where it is given")
 
@@ -211,7 +211,7 @@ class CodeCheck:
         """
         found = function_at(chain[0].file, chain[0].number)
         if found is None:
-            raise Untaken(f"the code at {chain[0]} cannot be read")
+            raise UnobservedLine(f"the code at {chain[0]} cannot be read")
         function = Function(chain[0].file, *found)
         return self.read(function, frozenset(), chain, fixed(function), others(function))
 
@@ -230,7 +230,7 @@ class CodeCheck:
         key = (function.key, tainted, chain, fixed, others)
         if key not in self._done:
             if len(self._done) > _READ_AT_MOST:
-                raise Untaken("its code is too long to be followed")
+                raise UnobservedLine("its code is too long to be followed")
             self._done[key] = Returned(True)  # while it is being read: a recursion hands it on
             reader = FunctionReader(self, function, set(tainted), chain, fixed, others)
             reader.block(function.node.body)
@@ -302,7 +302,7 @@ class CodeCheck:
         return bool(path) and path[-1] in names
 
     def reads_on(self, file: str, node: ast.stmt) -> bool:
-        """Return whether a layer that takes the map up reads it on a line of a statement."""
+        """Return whether a layer that absorbs the map reads it on a line of a statement."""
         return any((file, number) in self._absorbed for number in _span(node))
 
     def is_layer(self, function: Function, path: Sequence[str]) -> bool:
@@ -329,7 +329,7 @@ def _check_readable(captured: Captured, owners: Iterable[str]) -> None:
     for module in (captured.tree.names.get(name) for name in owners):
         code = code_of(module)
         if code is not None and not in_torch(code.co_filename) and definition(code) is None:
-            raise Untaken(f"the code of {type(module).__name__} is in no file")
+            raise UnobservedLine(f"the code of {type(module).__name__} is in no file")
 
 
 def _check_siblings(captured: Captured, index: CodeIndex, layers: Iterable[str]) -> None:
@@ -341,7 +341,7 @@ def _check_siblings(captured: Captured, index: CodeIndex, layers: Iterable[str])
             continue
         for name, _ in holder.named_children():
             if f"{parent}.{name}" not in index.ran:
-                raise Untaken(f"{parent} also holds {name}, which no call chose")
+                raise UnobservedLine(f"{parent} also holds {name}, which no call chose")
 
 
 def _arguments(function: Function) -> Others:

@@ -12,7 +12,7 @@ import ast
 
 from rewrite.observe.code import fields as words
 from rewrite.observe.code.calls import CallReader
-from rewrite.observe.code.fields import ANYWHERE, FORM, Untaken, excludes
+from rewrite.observe.code.fields import ANYWHERE, FORM, UnobservedLine, excludes
 from rewrite.observe.code.rows import selects_rows
 from rewrite.observe.code.state import behind
 from rewrite.observe.code.syntax import (
@@ -75,7 +75,7 @@ class ExpressionReader(CallReader):
             return held
         if isinstance(node, ast.Lambda):
             if self.holds(node.body):
-                raise Untaken(f"{self.at(statement)} keeps it in a function")
+                raise UnobservedLine(f"{self.at(statement)} keeps it in a function")
             return False
         if isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp):
             for generator in node.generators:
@@ -100,7 +100,7 @@ class ExpressionReader(CallReader):
             arms = [node.body, node.orelse]
             for arm in arms:
                 if not isinstance(arm, ast.Name | ast.Constant) and self.computes(arm):
-                    raise Untaken(f"{self.at(statement)} reads it in one of two ways")
+                    raise UnobservedLine(f"{self.at(statement)} reads it in one of two ways")
         self._evaluate(node.test, statement)
         held = [self._evaluate(arm, statement) for arm in arms]
         return any(held)

@@ -30,7 +30,7 @@ None: it may be the value itself.
 """
 
 
-class Untaken(Exception):  # noqa: N818 - a reason, caught where it is decided
+class UnobservedLine(Exception):  # noqa: N818 - a reason, caught where it is decided
     """A line that no observed call took reads the value, or calls a reader of it."""
 
 

@@ -17,7 +17,7 @@ from rewrite.observe.code.fields import (
     ANYWHERE,
     FORM,
     Fields,
-    Untaken,
+    UnobservedLine,
     fields_of_dict,
     joined,
 )
@@ -37,7 +37,7 @@ Others = frozenset[tuple[str, Other]]
 """Parameters that may be another value than the one that is followed."""
 
 
-class Surroundings(Protocol):
+class CodeContext(Protocol):
     """What the reader of a function needs to know of the calls around it."""
 
     def rank_of(self, function: Function) -> int:
@@ -62,7 +62,7 @@ class Surroundings(Protocol):
         """Return whether what a call by that name returns is the output of a layer that reads."""
 
     def reads_on(self, file: str, node: ast.stmt) -> bool:
-        """Return whether a layer that takes the map up reads it on a line of a statement."""
+        """Return whether a layer that absorbs the map reads it on a line of a statement."""
 
     def is_layer(self, function: Function, path: Sequence[str]) -> bool:
         """Return whether a call by that name is one of a layer that reads the value."""
@@ -112,7 +112,7 @@ class FunctionNames:
     """
 
     def __init__(
-        self, check: Surroundings, function: Function, names: set[str], chain: tuple[CodeLine, ...]
+        self, check: CodeContext, function: Function, names: set[str], chain: tuple[CodeLine, ...]
     ) -> None:
         self.check = check
         self.function = function
@@ -220,7 +220,7 @@ class FunctionNames:
     def refuse(self, statement: ast.stmt) -> None:
         """Refuse the fold, with a statement."""
         text = ast.unparse(statement).splitlines()[0]
-        raise Untaken(f"{self.at(statement)} may read it, and no call took it: {text[:80]}")
+        raise UnobservedLine(f"{self.at(statement)} may read it, and no call took it: {text[:80]}")
 
     def at(self, node: ast.stmt | ast.expr) -> str:
         """Return where a piece of code stands."""

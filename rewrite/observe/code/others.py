@@ -5,7 +5,7 @@
     y = self.norm2(x)                                in observed calls, carries the same map
 
 A name that may be the value or another one may be handed on, and may not be given to what computes:
-a layer that takes a map up would take it from values that never had it.
+a layer that absorbs a map would absorb it from values that never had it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import ast
 import builtins
 from collections.abc import Sequence
 
-from rewrite.observe.code.fields import ANYWHERE, COLLECTS, FORM, Untaken, excludes
+from rewrite.observe.code.fields import ANYWHERE, COLLECTS, FORM, UnobservedLine, excludes
 from rewrite.observe.code.names import FunctionNames, Others
 from rewrite.observe.code.state import Other, either
 from rewrite.observe.code.syntax import Fixed, Function, given_expressions, path_of
@@ -130,7 +130,7 @@ class OtherValues(FunctionNames):
         if other.given:
             self.check.note_given(other.given)
             return
-        raise Untaken(
+        raise UnobservedLine(
             f"{self.at(statement)} may read another value, put in its place at {other.place}: "
             f"{ast.unparse(node).splitlines()[0][:60]}"
         )
@@ -171,7 +171,7 @@ class OtherValues(FunctionNames):
             self.names.add(target.value.id)
             self.of_name[target.value.id] = None
         elif held:
-            raise Untaken(f"{self.at(node)} keeps it as {ast.unparse(target)}")
+            raise UnobservedLine(f"{self.at(node)} keeps it as {ast.unparse(target)}")
         elif isinstance(target, ast.Subscript | ast.Attribute):
             self._check_overwritten(target, value, node)
 

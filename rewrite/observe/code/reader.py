@@ -12,9 +12,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 
-from rewrite.observe.code.fields import ANYWHERE, Fields, Untaken, joined
+from rewrite.observe.code.fields import ANYWHERE, Fields, UnobservedLine, joined
 from rewrite.observe.code.forks import ForkReader
-from rewrite.observe.code.names import Others, Surroundings
+from rewrite.observe.code.names import CodeContext, Others
 from rewrite.observe.code.state import NotNone, Other, either
 from rewrite.observe.code.syntax import Fixed, Function, path_of
 from rewrite.observe.export import CodeLine
@@ -33,7 +33,7 @@ class FunctionReader(ForkReader):
 
     def __init__(
         self,
-        check: Surroundings,
+        check: CodeContext,
         function: Function,
         names: set[str],
         chain: tuple[CodeLine, ...],
@@ -106,7 +106,7 @@ class FunctionReader(ForkReader):
         elif isinstance(node, ast.Delete):
             self.names -= {t.id for t in node.targets if isinstance(t, ast.Name)}
         elif not isinstance(node, ast.Assert | ast.Raise) and self.holds(node):
-            raise Untaken(f"{self.at(node)} keeps it in a function")
+            raise UnobservedLine(f"{self.at(node)} keeps it in a function")
         return False
 
     def _return(self, node: ast.Return) -> None:

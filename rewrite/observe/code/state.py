@@ -5,7 +5,7 @@
         h = self.other(x)     another value: from here on h may be the one or the other
     self.head(h)              what reads h is fed by both
 
-A reader that takes a map up may be fed by the value alone, so both have to be known of a name.
+A reader that absorbs a map may be fed by the value alone, so both have to be known of a name.
 """
 
 from __future__ import annotations
