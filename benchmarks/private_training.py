@@ -5,10 +5,11 @@
 
 Per architecture with a BatchNorm: `make_private` and one step of DP-SGD after `--bn-to-gn` alone,
 after `--bn-to-gn --out-of-place` in each mode of Opacus and as one layer (`AsOneLayer`), and after
-Opacus' own `ModuleValidator.fix`. Where a step was taken, the gradients of single samples in
-float64 are compared with those of runs with one sample. Architectures: the quick tier of the sweep,
-and a draw from all of it: what has a row, and others in the order of a hash of their names, which
-stays as it is where the sweep grows. Weights are random. Rows are appended to
+Opacus' own `ModuleValidator.fix`. A detector returns losses and needs boxes: as one layer it gets
+two of them an image (docs/recipes/opacus.md). Where a step was taken, the gradients of single
+samples in float64 are compared with those of runs with one sample. Architectures: the quick tier
+of the sweep, and a draw from all of it: what has a row, and others in the order of a hash of their
+names, which stays as it is where the sweep grows. Weights are random. Rows are appended to
 private_training.jsonl; what has one is not run again, so a run that was stopped goes on.
 """
 
@@ -103,19 +104,51 @@ def measure(name: str) -> dict[str, Any]:
         return rewrite.convert(model, passes[:count], example_inputs=inputs, verify=False).model
 
     swapped = ours(2)
+    detects = type(model).__module__.startswith("torchvision.models.detection")
+    targets = detection_batch() if detects else inputs
+
+    def one_layer() -> nn.Module:
+        copy = copy_model(swapped)
+        return AsOneLayer(LossesOfSamples(copy.train()) if detects else copy)
+
     makes: dict[str, Callable[[], nn.Module]] = {
         "bn-to-gn": lambda: ours(1),
         **{way: lambda: copy_model(swapped) for way in MODES},
-        ONE: lambda: AsOneLayer(copy_model(swapped)),
+        ONE: one_layer,
         "Opacus' fix": lambda: opacus_fix(copy_model(model)),
     }
     row: dict[str, str] = {}
     for way, make in makes.items():
-        row[way] = _outcome(partial(_step_of, make, inputs, MODES.get(way, "hooks")))
+        given = targets if way == ONE else inputs
+        row[way] = _outcome(partial(_step_of, make, given, MODES.get(way, "hooks")))
     compared = next((way for way in (ONE, OURS) if row[way] == "ok"), "")
     if compared:
-        row["gradients"] = _outcome(lambda: f"{gradient_error(makes[compared](), inputs):.0e}")
+        given = targets if compared == ONE else inputs
+        row["gradients"] = _outcome(lambda: f"{gradient_error(makes[compared](), given):.0e}")
     return {"name": name, "status": "done"} | row
+
+
+class LossesOfSamples(nn.Module):
+    """The losses that a detector of torchvision returns for each image: (N, how many there are)."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(
+        self, images: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        rows = []
+        for image, box, label in zip(images, boxes, labels, strict=True):
+            losses = self.detector([image], [{"boxes": box.to(image.dtype), "labels": label}])
+            rows.append(torch.stack(list(losses.values())))
+        return torch.stack(rows)
+
+
+def detection_batch() -> tuple[torch.Tensor, ...]:
+    """Return two images, the two boxes of each, and their labels."""
+    boxes = torch.tensor([[5, 5, 40, 40], [10, 20, 50, 60]])
+    return torch.rand(2, 3, 64, 64), boxes.repeat(2, 1, 1), torch.tensor([[1, 2], [2, 1]])
 
 
 def _outcome(run: Callable[[], str]) -> str:

@@ -53,6 +53,39 @@ def test_opacus_stops_without_it() -> None:
         GradSampleModule(swapped.train())(x)
 
 
+class _Backbone(nn.Sequential):
+    """The smallest backbone that a detector takes, with a norm."""
+
+    out_channels = 32
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 32, 3, 4, 1), nn.BatchNorm2d(32), nn.ReLU())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_detector_trains_as_one_layer() -> None:
+    pytest.importorskip("opacus")
+    detection = pytest.importorskip("torchvision.models.detection")
+    anchors = detection.anchor_utils.AnchorGenerator(((16,),), ((1.0,),))
+    torch.manual_seed(0)
+    detector = detection.FCOS(_Backbone(), 3, min_size=32, max_size=32, anchor_generator=anchors)
+    models.randomize_norms_(detector)
+    boxes = torch.tensor([[[2.0, 2, 20, 20], [5, 9, 30, 25]]]).repeat(4, 1, 1)
+    labels = torch.tensor([[1, 2], [2, 0], [1, 1], [0, 0]])  # one box, and none, too
+    data = torch.utils.data.TensorDataset(torch.rand(4, 3, 32, 32), boxes, labels)
+    before = {name: p.detach().clone() for name, p in detector.head.named_parameters()}
+    names: dict[str, Any] = {"__name__": "recipe", "torch": torch, "rewrite": rewrite}
+    exec("from opacus import PrivacyEngine\nfrom rewrite.training import AsOneLayer", names)
+    names |= {"detector": detector, "photo": torch.rand(3, 32, 32)}
+    names["loader"] = torch.utils.data.DataLoader(data, batch_size=4)
+    exec(compile(_blocks("opacus.md")[2], "opacus.md", "exec"), names)
+    swapped = names["swapped"]
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in swapped.modules())
+    after = dict(swapped.head.named_parameters())
+    assert all(bool(p.isfinite().all()) for p in swapped.parameters())
+    assert all(not torch.equal(after[name], old) for name, old in before.items())
+
+
 def _blocks(page: str) -> list[str]:
     text = (RECIPES / page).read_text(encoding="utf-8")
     return [part.split("```")[0] for part in text.split("```python\n")[1:]]
