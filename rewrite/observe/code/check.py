@@ -238,8 +238,9 @@ class CodeCheck:
             self._done[key] = Returned(reader.returns, fields, reader.instead)
         return self._done[key]
 
-    def note_given(self, name: str) -> None:
-        """Note that an argument of the model stands for the value, and is given by its caller."""
+    def note_given(self, name: str, place: str) -> None:
+        """Note that an argument of the model stands for the value, or refuse it."""
+        _check_given(self.captured.model, name, place)
         self._given[name] = None
 
     def modules(self, function: Function) -> list[nn.Module]:
@@ -322,6 +323,18 @@ class CodeCheck:
                     function = Function(line.file, *held)
                     found[function.key] = function
         return list(found.values())
+
+
+def _check_given(model: nn.Module, name: str, place: str) -> None:
+    """Refuse an argument that a caller may give in place of the value, but for transformers.
+
+    There it is what the same model returned before: the outputs of its encoder, a cache, embeddings
+    of its images. Anybody else may give any value.
+    """
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        raise UnobservedLine(
+            f"{place} may read {name} in its place, which is what the caller gives"
+        )
 
 
 def _check_readable(captured: Captured, owners: Iterable[str]) -> None:

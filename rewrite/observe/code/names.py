@@ -91,7 +91,7 @@ class CodeContext(Protocol):
     ) -> Returned:
         """Read the function in which the norm is called, further in; does it return its value?"""
 
-    def note_given(self, name: str) -> None:
+    def note_given(self, name: str, place: str) -> None:
         """Note that an argument of the model stands for the value, and is given by its caller."""
 
 

@@ -122,13 +122,14 @@ class OtherValues(FunctionNames):
     def check_alone(self, node: ast.expr, statement: ast.stmt) -> None:
         """Refuse an expression that may be the value or another one.
 
-        One that the caller of the model gives is noted: it has to come from the new model.
+        One that the caller of a model of transformers gives is noted: it has to come from the new
+        model.
         """
         other = self.other(node, statement)
         if other is None or (other.nothing and not other.given):
             return
         if other.given:
-            self.check.note_given(other.given)
+            self.check.note_given(other.given, self.at(statement))
             return
         raise UnobservedLine(
             f"{self.at(statement)} may read another value, put in its place at {other.place}: "

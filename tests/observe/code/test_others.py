@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -284,13 +285,34 @@ def given(self: Any, x: Tensor, hidden: Tensor | None = None) -> Any:
     return self.head(hidden)
 
 
-def test_what_a_caller_gives_in_its_place_is_noted() -> None:
-    result = rewrite.convert(built(given, nn.LayerNorm(16)), FoldNorm(), example_inputs=X)
-    text = result.report.to_json()
-    if result.report.changes:
-        assert "hidden has to come from the new model where it is given" in text
-    else:
-        assert "hidden" in text
+def given_or_not(self: Any, x: Tensor, memory: Tensor | None = None) -> Any:
+    hidden = self.norm(self.embed(x))
+    source = hidden if memory is None else memory
+    return self.head(source)
+
+
+@pytest.mark.parametrize("forward", [given, given_or_not])
+def test_what_a_caller_gives_in_its_place_may_be_anything(forward: Any) -> None:
+    model = built(forward, nn.LayerNorm(16))
+    result = rewrite.convert(model, FoldNorm(), example_inputs=X)
+    assert not result.report.changes
+    (skip,) = result.report.skips
+    assert ("hidden" if forward is given else "memory") in skip.reason
+    other = torch.randn_like(model.norm(model.embed(X)))
+    assert torch.equal(model(X, other), result.model(X, other))
+
+
+@pytest.mark.parametrize("forward", [given, given_or_not])
+def test_in_transformers_it_is_what_the_model_returned_before_and_noted(forward: Any) -> None:
+    model = built(forward, nn.LayerNorm(16))
+    model.config = SimpleNamespace(model_type="own")
+    result = rewrite.convert(model, FoldNorm(), example_inputs=X)
+    (change,) = result.report.changes
+    assert "has to come from the new model where it is given" in change.note
+    with torch.no_grad():
+        one = model(X, model.norm(model.embed(X)))
+        two = result.model(X, result.model.norm(result.model.embed(X)))
+    assert torch.allclose(one, two, rtol=0, atol=1e-12)
 
 
 def test_the_line_of_the_other_value_is_the_reason() -> None:
