@@ -107,7 +107,7 @@ class BatchNormToWeightNorm(Pass):
         layer = captured.module(layers[0])
         if beta is None or len(layers) > 1 or not isinstance(captured.module(target), nn.Identity):
             return "no mean-only norm: it was not one module right after one layer"
-        bias: torch.Tensor = layer.bias  # type: ignore[assignment]
+        bias: torch.Tensor = layer.bias  # type: ignore[assignment]  # absorbing a norm gave it one
         norm = MeanOnlyBatchNorm(beta.numel(), self.momentum).to(bias)
         mean = (beta.double() - bias.detach().double()).to(bias)
         captured.editor.write(norm, "bias", beta.to(bias), bias.requires_grad)

@@ -77,7 +77,7 @@ class OutOfPlace(Pass):
         module = captured.module(site.target)
         if plan.make is None:
             after = f"{type(module).__name__}(inplace=False)"
-            module.inplace = False  # type: ignore[assignment]
+            module.inplace = False  # type: ignore[assignment]  # an attribute of activations, for nn.Module a Tensor or a Module
         else:
             after = f"{type(module).__name__}'s forward without it"
         for node in plan.lines:

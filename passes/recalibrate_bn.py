@@ -76,7 +76,7 @@ def _shared(captured: Captured, name: str) -> str:
 
 def _collect(captured: Editable, modules: Sequence[nn.Module], data: Batches) -> list[Tensor]:
     """Return (3, channels) sums of 1, x and x² at each norm; its output is that of its batch."""
-    sums = [torch.zeros(3, module.num_features, dtype=torch.float64) for module in modules]  # type: ignore[call-overload]
+    sums = [torch.zeros(3, module.num_features, dtype=torch.float64) for module in modules]  # type: ignore[call-overload]  # of a BatchNorm an int
 
     def hook(index: int, x: Tensor, output: Tensor) -> None:
         rows = x.detach().double().movedim(1, 0).flatten(1)

@@ -57,7 +57,7 @@ class RemoveWeightNorm(Pass):
         for name, module in in_data_flow_order(captured):
             plan = Plan(module)
             for key in weight_normed(module):
-                if is_parametrized(module, key) and len(module.parametrizations[key]) > 1:  # type: ignore[index]
+                if is_parametrized(module, key) and len(module.parametrizations[key]) > 1:  # type: ignore[index]  # a ModuleDict, for nn.Module a Tensor or a Module
                     yield Skip(name, _describe(module), f"{key} has a second parametrization")
                 elif (name, key) not in seen:
                     together = holders[weight_norm_sources(module, key)]

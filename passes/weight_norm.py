@@ -152,7 +152,7 @@ class WeightNorm(Pass):
     def _refusal(self, module: nn.Module, key: str) -> str | None:
         if (reason := weight_refusal(module, key)) is not None:
             return reason
-        size = module._parameters[key].numel()  # type: ignore[union-attr]
+        size = module._parameters[key].numel()  # type: ignore[union-attr]  # a weight that nothing refuses is there
         return f"has {size} elements, fewer than {self.min_size}" if size < self.min_size else None
 
     # -- rewrite ----------------------------------------------------------------------------------
@@ -297,5 +297,5 @@ def _is_conv(layer: nn.Module) -> bool:
 
 
 def _units(layer: nn.Module) -> int:
-    units = weight_layouts(layer)["weight"].units(layer.weight)  # type: ignore[arg-type]
+    units = weight_layouts(layer)["weight"].units(layer.weight)  # type: ignore[arg-type]  # of a layer with a layout a Tensor
     return units.shape[0] * units.shape[1]

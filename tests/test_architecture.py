@@ -100,6 +100,15 @@ def test_files_classes_and_functions_fit() -> None:
     assert not long, "\n".join(long)
 
 
+def test_every_ignored_type_has_a_reason() -> None:
+    bare = []
+    for path in [*ROOT.glob("rewrite/**/*.py"), *ROOT.glob("passes/*.py")]:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if re.search(r"# type: ignore(\[[\w, -]+\])?\s*$", line):
+                bare.append(f"{path.name}:{number}")
+    assert not bare, f"say in a comment behind it why the type is ignored: {bare}"
+
+
 def test_every_docstring_begins_with_one_sentence() -> None:
     for path in [*ROOT.glob("rewrite/**/*.py"), *ROOT.glob("passes/*.py")]:
         assert re.match(r"[`A-Z\w]", first_sentence(path)), path

@@ -88,8 +88,8 @@ class SavedGraph(SavedModule):
         module = torch.fx.GraphModule(nn.Module(), torch.fx.Graph(), identifier(state["class"]))
         self.__dict__.update(module.__dict__)
         self.__dict__.update(held)
-        self.__class__ = type(module)  # type: ignore[assignment]
-        _check_targets(self, graph)  # type: ignore[arg-type]
+        self.__class__ = type(module)  # type: ignore[assignment]  # a GraphModule becomes the class that it was
+        _check_targets(self, graph)  # type: ignore[arg-type]  # its graph is an fx.Graph, which nn.Module does not say
         self.graph = graph
         graph.lint()
 
@@ -105,8 +105,8 @@ class SavedForward(SavedModule):
             raise CheckpointError("holds a module with an edited forward of no class")
         graph = build_graph(_dict(state, "graph"), trust)
         self.__dict__.update(_dict(state, "state"))
-        self.__class__ = with_forward(base, graph)  # type: ignore[assignment]
-        _check_targets(self, graph)  # type: ignore[arg-type]
+        self.__class__ = with_forward(base, graph)  # type: ignore[assignment]  # a GraphModule becomes the class that it was
+        _check_targets(self, graph)  # type: ignore[arg-type]  # its graph is an fx.Graph, which nn.Module does not say
 
 
 class SavedParametrized(SavedModule):
@@ -151,7 +151,7 @@ def describe_forward(module: nn.Module) -> dict[str, Any]:
     """Return a module with an edited forward as the state of a `SavedForward`."""
     return {
         "class": original_class(type(module)),
-        "graph": describe_graph(module.graph),  # type: ignore[arg-type]
+        "graph": describe_graph(module.graph),  # type: ignore[arg-type]  # its graph is an fx.Graph, which nn.Module does not say
         "state": dict(vars(module)),
     }
 

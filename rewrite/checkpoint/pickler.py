@@ -41,7 +41,7 @@ class Pickler(pickle.Pickler):
         if isinstance(obj, torch.fx.GraphModule):
             return SavedGraph, (), describe_graph_module(obj)
         if isinstance(obj, EditedForward):
-            return SavedForward, (), describe_forward(obj)  # type: ignore[arg-type]
+            return SavedForward, (), describe_forward(obj)  # type: ignore[arg-type]  # its graph is an fx.Graph, which nn.Module does not say
         if isinstance(obj, nn.Module) and is_parametrized(obj):
             return SavedParametrized, (), describe_parametrized(obj)
         if isinstance(obj, type | FunctionType) and not _importable(obj):

@@ -33,7 +33,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows has none
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # no such module on Windows
 
 PREPARED, COMMITTED, UNDOING = ".rewrite-prepared", ".rewrite-committed", ".rewrite-undoing"
 """The journal's name in a folder says what is to be done about what it lists."""

@@ -164,7 +164,7 @@ def _write_affine(recipe: AffineRecipe, ledger: Ledger, store: TensorStore) -> E
     exact = {"weight": affine.scale, "bias": affine.shift}
     for attr, tensor in exact.items():
         set_finite(store, f"{recipe.name}.{attr}", tensor.to(dtype))
-    return {f"{recipe.name}.{attr}": (lambda t=t: t) for attr, t in exact.items()}  # type: ignore[misc]
+    return {f"{recipe.name}.{attr}": (lambda t=t: t) for attr, t in exact.items()}  # type: ignore[misc]  # mypy infers no type of a lambda with a default
 
 
 def _promise(ledger: Ledger, layer: Layer, attr: str) -> Callable[[], Tensor]:

@@ -224,7 +224,7 @@ def _scatter(graph: Graph, old: Any, keys: list[Any], dim: int, value: Any) -> N
     for number, one in enumerate(key):
         entry = graph.call_method("select", (new, dim, number))
         old = graph.call_function(torch.select_scatter, (old, entry, dim, one))
-    return old  # type: ignore[no-any-return]
+    return old  # type: ignore[no-any-return]  # a node, which is untyped here
 
 
 # -- spellings --------------------------------------------------------------------------------

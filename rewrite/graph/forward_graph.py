@@ -272,7 +272,7 @@ def as_sequential(graph: Graph, owner: nn.Module) -> nn.Sequential | None:
             return None
         if "." in name or name in children or len(previous.users) != 1:
             return None
-        children[name] = owner._modules[name]  # type: ignore[assignment]
+        children[name] = owner._modules[name]  # type: ignore[assignment]  # a child that is called is a module
     output = next(node for node in graph.nodes if node.op == "output")
     if output.args != (nodes[-1],) or set(owner._modules) - set(children):
         return None

@@ -173,7 +173,7 @@ class _WithoutSetUp(ast.NodeTransformer):
             return node
         kinds = ast.FunctionDef | ast.Lambda
         inner = [n for n in ast.walk(node) if isinstance(n, kinds) and n is not node]
-        return ast.Module(body=inner, type_ignores=[])  # type: ignore[arg-type]
+        return ast.Module(body=inner, type_ignores=[])  # type: ignore[arg-type]  # statements are what a body holds
 
 
 def _prefixes(name: str) -> Iterator[str]:

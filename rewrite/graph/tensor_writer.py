@@ -113,7 +113,7 @@ class TensorWriter:
         with torch.no_grad():
             weight = nn.Parameter(getattr(module, key).clone(), requires_grad=requires_grad)
         left = tuple(other for other in parametrized_keys(module) if other != key)
-        del module.parametrizations[key]  # type: ignore[union-attr, operator]
+        del module.parametrizations[key]  # type: ignore[union-attr, operator]  # a ModuleDict, for nn.Module a Tensor or a Module
         own_class(module, left)
         module.register_parameter(key, weight)
         _follow(module, key, held=True)
@@ -129,7 +129,7 @@ class TensorWriter:
         if any(isinstance(hook, OldSpectralNorm) and hook.name == key for hook in hooks):
             nn.utils.remove_spectral_norm(module, key)
         else:
-            prune.remove(module, key)  # type: ignore[no-untyped-call]
+            prune.remove(module, key)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         weight = nn.Parameter(getattr(module, key).detach(), requires_grad=requires_grad)
         module.register_parameter(key, weight)
         return weight
@@ -155,7 +155,7 @@ def parametrized_keys(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the tensors that parametrizations compute."""
     if not parametrize.is_parametrized(module):
         return ()
-    return tuple(module.parametrizations)  # type: ignore[arg-type]
+    return tuple(module.parametrizations)  # type: ignore[arg-type]  # a ModuleDict, for nn.Module a Tensor or a Module
 
 
 def own_class(module: nn.Module, keys: tuple[str, ...]) -> None:
@@ -184,7 +184,7 @@ def track_flat_weights(module: nn.RNNBase) -> None:
     RNNBase keeps a list of its weights beside the parameters; with a parametrization the list
     would hold the tensors of the day of registration, and training would change nothing.
     """
-    type(module)._flat_weights = property(_flat_weights, _ignore)  # type: ignore[assignment]
+    type(module)._flat_weights = property(_flat_weights, _ignore)  # type: ignore[assignment]  # a property in the place of a list
     unknown = [None] * len(module._flat_weights_names)
     module.__dict__["_flat_weights"] = unknown  # read by RNNBase.__setstate__ alone
     module._flat_weight_refs = list(unknown)

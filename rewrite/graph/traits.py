@@ -147,7 +147,7 @@ class Call:
             if spelled.startswith("*") and len(self.node.args) > place + 1:
                 rest = self.node.args[place + 1 :]
                 single = len(rest) == 1 and isinstance(rest[0], list | tuple)
-                return tuple(rest[0]) if single else rest  # type: ignore[arg-type]
+                return tuple(rest[0]) if single else rest  # type: ignore[arg-type]  # a single argument is a sequence of axes
             if len(self.node.args) > place + 1:
                 return self.node.args[place + 1]
             return next((self.node.kwargs[k] for k in keywords if k in self.node.kwargs), default)

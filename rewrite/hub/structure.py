@@ -114,7 +114,7 @@ def build(
             f"{folder.path}: {names[0]} cannot be built from its configuration: {one_line(error)}"
         ) from error
     # On its way through the contexts a tied parameter became two.
-    model.tie_weights()  # type: ignore[operator]
+    model.tie_weights()  # type: ignore[operator]  # a method of transformers' models
     return model.eval()
 
 

@@ -149,7 +149,7 @@ class Follower:
             flow.of_size[self.observed.called(node)] = None
             self._same(flow, node)
         elif name == "getitem":
-            held: Any = flow.labels[node.args[0]]  # type: ignore[index]
+            held: Any = flow.labels[node.args[0]]  # type: ignore[index]  # by the operator's schema
             index: Any = node.args[1]
             _set(flow, node, held[index] if isinstance(held, list | tuple) else held)
         elif is_split_by_values(node) or name in REDUCES:
@@ -175,10 +175,10 @@ class Follower:
             raise Unfollowed(
                 f"its output is read by a dropout that is active, {self.observed.called(node)}"
             )
-        _set(flow, node, flow.labels[node.args[0]])  # type: ignore[index]
+        _set(flow, node, flow.labels[node.args[0]])  # type: ignore[index]  # by the operator's schema
 
     def _reduced(self, flow: Flow, node: Node, name: str) -> None:
-        held = flow.labels.get(node.args[0])  # type: ignore[arg-type]
+        held = flow.labels.get(node.args[0])  # type: ignore[arg-type]  # by the operator's schema
         if not isinstance(held, Tensor):
             raise Unfollowed(
                 f"its output is read by {self.observed.called(node)}, which is no linear layer"

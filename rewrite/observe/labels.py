@@ -69,12 +69,12 @@ def _indices(
 ) -> frozenset[Node]:
     """Return the values that choose elements; what they choose among has to carry one label."""
     if name == "index":
-        places = list(enumerate(node.args[1]))  # type: ignore[arg-type]
+        places = list(enumerate(node.args[1]))  # type: ignore[arg-type]  # by the operator's schema
     elif name == "index_select":
         places = [(argument(node, 1, "dim"), argument(node, 2, "index"))]
     else:
         return frozenset()
-    held = labels.get(node.args[0])  # type: ignore[arg-type]
+    held = labels.get(node.args[0])  # type: ignore[arg-type]  # by the operator's schema
     chosen = [(axis, item) for axis, item in places if isinstance(item, Node)]
     for axis, item in chosen:
         value = item.meta.get("val")

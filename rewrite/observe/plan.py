@@ -9,7 +9,7 @@ What no call showed is not decided here but in `rewrite.observe.code.check`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +25,7 @@ from rewrite.observe.labels import Unfollowed
 from rewrite.observe.new_bias import adds_new_bias
 from rewrite.observe.norms import Expression, ObservedNorm, expression_of, norms_of
 from rewrite.observe.spellings import FORM, op_name, shape_of
+from rewrite.observe.weight_axes import Axis
 from rewrite.outcomes import Declined
 
 
@@ -317,11 +318,11 @@ def _parts(planner: ObservedPlanner, read: Read) -> tuple[tuple[int, int, int], 
     return _ranges(read.operand.part(read.axis), planner._shape(read.tensor))
 
 
-def _ranges(parts: object, shape: torch.Size) -> tuple[tuple[int, int, int], ...]:
+def _ranges(parts: Iterable[Axis], shape: torch.Size) -> tuple[tuple[int, int, int], ...]:
     """Return which part of which axes an operand holds; () for the whole parameter."""
     return tuple(
         (a.axis, a.start, a.length)
-        for a in sorted(parts, key=lambda a: a.axis)  # type: ignore[call-overload]
+        for a in sorted(parts, key=lambda a: a.axis)
         if (a.start, a.length) != (0, shape[a.axis])
     )
 

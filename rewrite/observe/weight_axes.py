@@ -76,7 +76,7 @@ def _moved(operand: Operand, user: Node) -> Iterator[Operand]:
         axes[i], axes[j] = axes[j], axes[i]
         yield replace(operand, node=user, axes=tuple(axes))
     elif name == "permute":
-        yield replace(operand, node=user, axes=tuple(axes[i] for i in user.args[1]))  # type: ignore[union-attr,index]
+        yield replace(operand, node=user, axes=tuple(axes[i] for i in user.args[1]))  # type: ignore[union-attr,index]  # by the operator's schema
     elif name == "unsqueeze":
         place = argument(user, 1, "dim") % (len(axes) + 1)
         yield replace(operand, node=user, axes=(*axes[:place], None, *axes[place:]))

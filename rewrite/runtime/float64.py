@@ -55,7 +55,7 @@ def narrowest_eps(model: nn.Module) -> float:
     return torch.finfo(torch.float32).eps if quantized or any(tree.scripted()) else 0.0
 
 
-class KeepFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class KeepFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Every operator reads and returns float64 where it would use a narrower floating type."""
 
     @classmethod
@@ -64,7 +64,7 @@ class KeepFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._kinds: dict[Any, _Kind] = {}
 
     def __torch_dispatch__(

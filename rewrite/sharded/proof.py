@@ -164,7 +164,7 @@ def _reads(
     for name, place in stored_names(model, folder).items():
         owner, _, attr = name.rpartition(".")
         compute = computed.get(place)
-        found[owner, attr] = compute or (lambda place=place: folder.read(place))  # type: ignore[misc]
+        found[owner, attr] = compute or (lambda place=place: folder.read(place))  # type: ignore[misc]  # mypy infers no type of a lambda with a default
     return found
 
 

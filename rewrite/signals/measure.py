@@ -129,7 +129,7 @@ def _leaf(value: Any) -> Any:
 
 def _backward(output: Any, loss: Callable[[Any], torch.Tensor] | None, seed: int) -> None:
     if loss is not None:
-        loss(output).backward()  # type: ignore[no-untyped-call]
+        loss(output).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return
     found = [t for t in tensors(output) if t.requires_grad]
     if not found:
@@ -241,14 +241,14 @@ class _Watch(_Named):
             draft = self._draft(func.__name__, out)
             weight = _weight_of(func, args, kwargs)
             if isinstance(weight, torch.Tensor) and weight.requires_grad:
-                weight.register_hook(draft.note_gradient("weight"))  # type: ignore[no-untyped-call]
+                weight.register_hook(draft.note_gradient("weight"))  # type: ignore[no-untyped-call]  # torch leaves it untyped
         elif activation is not None and local is not None:
             draft = self._draft(activation, out)
             draft.saturated, draft.dead = _saturation(local, self._axis)
         else:
             return out
         if out.requires_grad:
-            out.register_hook(draft.note_gradient("output"))  # type: ignore[no-untyped-call]
+            out.register_hook(draft.note_gradient("output"))  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return out
 
     def _draft(self, kind: str, out: torch.Tensor) -> _Draft:

@@ -164,7 +164,7 @@ class ValueClasses:
 
 def _fresh(node: Node, axis: int) -> Tensor | None:
     value, shape = node.meta.get("val"), shape_of(node)
-    if shape is None or not shape or not value.is_floating_point():  # type: ignore[union-attr]
+    if shape is None or not shape or not value.is_floating_point():  # type: ignore[union-attr]  # a value with a shape is a Tensor
         return None
     view = [1] * len(shape)
     view[axis] = shape[axis]

@@ -21,7 +21,7 @@ class LayerValues(ValueClasses):
         self.follower = follower
 
     def _embedding(self, node: Node) -> None:
-        held = self.follower.operands.get((node, node.args[0]))  # type: ignore[arg-type]
+        held = self.follower.operands.get((node, node.args[0]))  # type: ignore[arg-type]  # by the operator's schema
         uses, problem = self._uses((held, -1))
         self._begin(node, Kind.EMBEDDING, uses=uses, problem=problem)
 

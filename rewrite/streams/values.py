@@ -99,7 +99,7 @@ class Values(LayerValues):
             self._embedding(node)
         elif name in SAME and not is_active_dropout(node) and not casts_to_integers(node):
             if node.args[0] in self.labels:
-                self._alike(node, read[0], self.labels[node.args[0]])  # type: ignore[index]
+                self._alike(node, read[0], self.labels[node.args[0]])  # type: ignore[index]  # by the operator's schema
             else:
                 self._begin(node, Kind.OTHER)  # only its type is read
         elif name == "getitem":

@@ -71,7 +71,7 @@ class Recentering:
     def __init__(self, model: nn.Module, steps: int, eps: float = 1e-5) -> None:
         if steps < 1:
             raise OptionError(f"recentering takes {steps} steps; pass 1 or more")
-        self._norms = [(module, float(module.eps)) for _, module in anchored_norms(model)]  # type: ignore[arg-type]
+        self._norms = [(module, float(module.eps)) for _, module in anchored_norms(model)]  # type: ignore[arg-type]  # the float of a norm, for nn.Module a Tensor or a Module
         self._steps, self._eps, self._done = steps, eps, 0
 
     def __call__(self) -> None:
@@ -83,8 +83,8 @@ class Recentering:
             after = self._at(first)
             assert isinstance(module.weight, torch.Tensor)
             with torch.no_grad():
-                module.weight.mul_(math.sqrt((1 + after) / (1 + float(module.eps))))  # type: ignore[arg-type]
-            module.eps = after  # type: ignore[assignment]
+                module.weight.mul_(math.sqrt((1 + after) / (1 + float(module.eps))))  # type: ignore[arg-type]  # the float of a norm, for nn.Module a Tensor or a Module
+            module.eps = after  # type: ignore[assignment]  # the float of a norm, for nn.Module a Tensor or a Module
 
     @property
     def done(self) -> int:
@@ -95,7 +95,7 @@ class Recentering:
         """Go on after `done` steps, with weights that have taken them already."""
         self._done = min(done, self._steps)
         for module, first in self._norms:
-            module.eps = self._at(first)  # type: ignore[assignment]
+            module.eps = self._at(first)  # type: ignore[assignment]  # the float of a norm, for nn.Module a Tensor or a Module
 
     def _at(self, first: float) -> float:
         part = self._done / self._steps

@@ -136,7 +136,7 @@ def describe(captured: Captured, norm: Norm) -> str:
     owner = captured.module(norm.target)
     if norm.module is not None or isinstance(owner, nn.modules.batchnorm._NormBase):
         return f"{type(owner).__name__}({channels})"
-    return f"{norm.node.target.__name__}({channels})"  # type: ignore[union-attr]
+    return f"{norm.node.target.__name__}({channels})"  # type: ignore[union-attr]  # a functional norm is a function
 
 
 def copy_affine(captured: Editable, norm: Norm, module: nn.Module) -> None:

@@ -193,7 +193,7 @@ def _anchor(
     if module.weight is None:
         note += ", γ filled in"
     captured.editor.write(module, "weight", (gamma * gain(chosen)).to(like), trainable)
-    module.eps = float(module.eps) + chosen * chosen  # type: ignore[arg-type, assignment]
+    module.eps = float(module.eps) + chosen * chosen  # type: ignore[arg-type, assignment]  # the float of a norm, for nn.Module a Tensor or a Module
     return gain(chosen), note
 
 

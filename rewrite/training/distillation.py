@@ -160,4 +160,4 @@ class Objective:
         if self.target is None or batch.labels is None:
             return loss  # type: ignore[no-any-return]  # sum() of tensors
         weight = self.options.label_weight
-        return (1 - weight) * loss + weight * self.target(own[0], batch.labels)  # type: ignore[no-any-return]
+        return (1 - weight) * loss + weight * self.target(own[0], batch.labels)  # type: ignore[no-any-return]  # sum() of tensors

@@ -94,7 +94,7 @@ def outputs_of(model: nn.Module, samples: Samples) -> tuple[Tensor, ...]:
     dtype = None if parameter is None else parameter.dtype
     parts: list[list[Tensor]] = []
     with evaluating(model), torch.no_grad():
-        for index in torch.arange(len(samples)).split(_CHUNK):  # type: ignore[no-untyped-call]
+        for index in torch.arange(len(samples)).split(_CHUNK):  # type: ignore[no-untyped-call]  # torch leaves it untyped
             chunk = samples.take(index).to(device, dtype).inputs
             try:
                 output = model(*chunk.args, **chunk.kwargs)

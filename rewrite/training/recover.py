@@ -76,7 +76,7 @@ def recover(
     model = copy_model(student)
     _check_trainable(model)
     fitted, held = split(read_samples(model, data, options.labels))
-    return _Recovery(model, teacher, fitted, held, options, accelerator).run(  # type: ignore[return-value]
+    return _Recovery(model, teacher, fitted, held, options, accelerator).run(  # type: ignore[return-value]  # the student has the class of the argument
         None if state is None else Path(state), progress or (lambda line: None)
     )
 
@@ -291,7 +291,7 @@ class _Recovery:
     def _check_labels(self, classes: int) -> None:
         assert self.fitted.labels is not None
         check_labels(self.fitted.labels, classes)
-        check_labels(self.held.samples.labels, classes)  # type: ignore[arg-type]
+        check_labels(self.held.samples.labels, classes)  # type: ignore[arg-type]  # labelled as those that are fitted
         counts = torch.bincount(self.fitted.labels[self.fitted.labels >= 0], minlength=classes)
         if empty := torch.nonzero(counts == 0).flatten().tolist():
             names = ", ".join(map(str, empty[:10]))

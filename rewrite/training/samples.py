@@ -141,7 +141,7 @@ def steps_of(
     rank, world = place
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(samples), generator=generator)
-    for chosen in order.split(batch_size * accumulate * world):  # type: ignore[no-untyped-call]
+    for chosen in order.split(batch_size * accumulate * world):  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if len(chosen) >= world:
             own = chosen[rank::world]
             yield len(chosen), [samples.take(part) for part in own.split(batch_size)]

@@ -49,7 +49,7 @@ def assign_refusal(module: nn.Module, name: str) -> str | None:
 
 
 def _parametrization_refusal(module: nn.Module, name: str) -> str | None:
-    chain: Any = module.parametrizations[name]  # type: ignore[index]
+    chain: Any = module.parametrizations[name]  # type: ignore[index]  # a ModuleDict, for nn.Module a Tensor or a Module
     if not all(hasattr(step, "right_inverse") for step in chain):
         return f"{name} has a parametrization without right_inverse; remove it first"
     trial = copy.deepcopy(chain)  # an inverse may write into its parametrization
@@ -78,7 +78,7 @@ def is_frozen(module: nn.Module, name: str) -> bool:
     elif name in old_hooks(module):
         sources = [getattr(module, f"{name}_orig")]
     elif parametrize.is_parametrized(module, name):
-        sources = list(module.parametrizations[name].parameters())  # type: ignore[union-attr, index]
+        sources = list(module.parametrizations[name].parameters())  # type: ignore[union-attr, index]  # a ModuleDict, for nn.Module a Tensor or a Module
     else:
         held = module._parameters.get(name)
         sources = [] if held is None else [held]
@@ -145,7 +145,7 @@ def _kind(module: nn.Module, name: str) -> str:
     """Return what computes a weight, in words."""
     if (hook := old_hooks(module).get(name)) is not None:
         return type(hook).__name__
-    chain: Any = module.parametrizations[name]  # type: ignore[index]
+    chain: Any = module.parametrizations[name]  # type: ignore[index]  # a ModuleDict, for nn.Module a Tensor or a Module
     return ", ".join(type(step).__name__.strip("_") for step in chain)
 
 
@@ -158,7 +158,7 @@ def _assign_through(
     writer: TensorWriter, module: nn.Module, name: str, value: torch.Tensor
 ) -> None:
     value = _like(value, getattr(module, name))
-    chain: Any = module.parametrizations[name]  # type: ignore[index]
+    chain: Any = module.parametrizations[name]  # type: ignore[index]  # a ModuleDict, for nn.Module a Tensor or a Module
     if len(chain) == 1 and isinstance(chain[0], TorchWeightNorm | WeightNorm):
         ours = isinstance(chain[0], WeightNorm)
         g, v = chain[0].right_inverse(value) if ours else _direction(value, chain.original0)

@@ -60,7 +60,7 @@ def computed_tensors(module: nn.Module) -> dict[str, str]:
 def _parametrized(module: nn.Module) -> dict[str, Any]:
     if not has_parametrizations(module):
         return {}
-    return {key: chain for key, chain in module.parametrizations.items() if key in _TENSORS}  # type: ignore[union-attr, operator]
+    return {key: chain for key, chain in module.parametrizations.items() if key in _TENSORS}  # type: ignore[union-attr, operator]  # a ModuleDict, for nn.Module a Tensor or a Module
 
 
 def has_old_hooks(module: nn.Module) -> bool:

@@ -93,7 +93,7 @@ def _standardize(
         "std before": float(units.std.mean()),
         "mean before": float(units.mean.abs().mean()),
     }
-    chain: Any = layer.parametrizations["weight"]  # type: ignore[index]
+    chain: Any = layer.parametrizations["weight"]  # type: ignore[index]  # a ModuleDict, for nn.Module a Tensor or a Module
     g = chain.original0
     flat = g.detach().flatten().to(scale.dtype) * scale
     writer.write(chain, "original0", flat.to(g.dtype).reshape(g.shape))
@@ -109,6 +109,6 @@ def _standardize(
     old = layer.bias
     if old is None:
         draft.notes.append("a bias was added")
-    bias = shift if old is None else old.detach().to(scale.dtype) * scale + shift  # type: ignore[operator]
+    bias = shift if old is None else old.detach().to(scale.dtype) * scale + shift  # type: ignore[operator]  # the bias of a layer: a Tensor
     writer.write(layer, "bias", bias.to(g.dtype), g.requires_grad)
     return scaled + units.along(axis, output, shift)

@@ -91,7 +91,7 @@ def linear_maps(module: nn.Module) -> tuple[LinearMap, ...]:
     if isinstance(module, nn.MultiheadAttention):
         return _attention(module)
     if type(module).__name__ == "Conv1D" and isinstance(nf := getattr(module, "nf", None), int):
-        rows = int(module.weight.shape[0])  # type: ignore[index]
+        rows = int(module.weight.shape[0])  # type: ignore[index]  # Conv1D of transformers: a Tensor
         return (LinearMap("weight", Layout(inputs_first=True), rows, nf),)
     return ()
 

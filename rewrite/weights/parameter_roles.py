@@ -138,7 +138,7 @@ def _parametrized(tree: Tree, name: str, module: nn.Module, key: str) -> Role | 
         return None
     if _in_layer(layer, attribute) is Role.OTHER:
         return Role.OTHER
-    shape = module._parameters[key].shape  # type: ignore[union-attr]
+    shape = module._parameters[key].shape  # type: ignore[union-attr]  # the key of a parameter that is there
     largest = max(p.numel() for p in module._parameters.values() if p is not None)
     return Role.MATRIX if shape.numel() == largest and len(shape) > 1 else Role.OTHER
 

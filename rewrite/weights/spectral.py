@@ -61,7 +61,7 @@ def refresh_chain(writer: TensorWriter, module: nn.Module, name: str) -> None:
     Where one is no spectral norm and keeps buffers, the weight is read in train mode, as training
     does, until it stays.
     """
-    chain: Any = module.parametrizations[name]  # type: ignore[index]
+    chain: Any = module.parametrizations[name]  # type: ignore[index]  # a ModuleDict, for nn.Module a Tensor or a Module
     unknown = [s for s in chain if not isinstance(s, _SpectralNorm) and list(s.buffers())]
     if unknown:
         _settle(module, name, chain)

@@ -15,7 +15,7 @@ def is_standardized(module: nn.Module, key: str = "weight") -> bool:
     """Return whether weight `key` is computed by a weight standardization, and by it alone."""
     if not parametrize.is_parametrized(module, key):
         return False
-    chain = module.parametrizations[key]  # type: ignore[index]
+    chain = module.parametrizations[key]  # type: ignore[index]  # a ModuleDict, for nn.Module a Tensor or a Module
     return len(chain) == 1 and isinstance(chain[0], WeightStandardization)
 
 

@@ -74,7 +74,7 @@ def has_weight_norm(module: nn.Module, name: str) -> bool:
 
 
 def _chain(module: nn.Module, name: str) -> parametrize.ParametrizationList:
-    chain = module.parametrizations[name]  # type: ignore[index]
+    chain = module.parametrizations[name]  # type: ignore[index]  # a ModuleDict, for nn.Module a Tensor or a Module
     assert isinstance(chain, parametrize.ParametrizationList)
     return chain
 
@@ -134,7 +134,7 @@ def complete_weight_norm(module: nn.Module, name: str) -> None:
     """Give a module with a weight-normed `name` what no file holds: hook and property."""
     if isinstance(module, nn.RNNBase):
         track_flat_weights(module)
-    module.register_load_state_dict_pre_hook(_LoadsOldKeys(name))  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(_LoadsOldKeys(name))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def is_weight_norm_hook(hook: Any) -> bool:

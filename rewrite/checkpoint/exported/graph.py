@@ -153,7 +153,7 @@ class GraphBuilder:
         if len(outputs) == 1 and isinstance(results[0], str):
             self._define(results[0], made)
             return
-        parts: list[Any] = results[0] if is_list else results  # type: ignore[assignment]
+        parts: list[Any] = results[0] if is_list else results  # type: ignore[assignment]  # one list, or each result by itself
         for index, part in enumerate(parts):
             if isinstance(part, str):
                 item = self.graph.create_node(

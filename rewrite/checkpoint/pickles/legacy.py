@@ -50,7 +50,7 @@ def read_legacy(stream: IO[bytes], size: int) -> tuple[Program, _Parts]:
     widths: dict[str, int] = {}
     for event in program.events:
         for node in walk(event.node) if isinstance(event.node, Stored) else ():
-            reference = Reference.of(node)  # type: ignore[arg-type]
+            reference = Reference.of(node)  # type: ignore[arg-type]  # a Stored holds no other node
             width = widths.setdefault(reference.key, reference.dtype.itemsize)
             if width != reference.dtype.itemsize:
                 raise CheckpointError(f"has a tensor {reference.key} of two types")

@@ -148,7 +148,7 @@ def _marked(made: torch.Tensor, grad: bool, metadata: Any) -> torch.Tensor:
     if not (isinstance(bits, dict) and set(bits) <= {"conj", "neg"}):
         raise CheckpointError("holds a tensor with marks that no tensor has")
     if bits:
-        torch._utils.set_tensor_metadata(made, bits)  # type: ignore[no-untyped-call]
+        torch._utils.set_tensor_metadata(made, bits)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return made.requires_grad_(grad) if grad else made
 
 

@@ -326,7 +326,7 @@ def _member_of_value(kind: Any, args: Sequence[Any], name: str) -> enum.Enum:
         raise CheckpointError(f"calls {name}, which could run anything; an Enum has members")
     for member in kind:
         if type(member.value) is type(args[0]) and member.value == args[0]:
-            return member  # type: ignore[no-any-return]
+            return member  # type: ignore[no-any-return]  # of a class known at run time alone
     raise CheckpointError(f"names {name}({args[0]!r}), which is no member of that Enum")
 
 

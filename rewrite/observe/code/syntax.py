@@ -108,7 +108,7 @@ def function_named(file: str, name: str) -> Function | None:
         return Function(file, outer[0], "") if whole else None
     modules = list(sys.modules.values())
     module = next((m for m in modules if getattr(m, "__file__", None) == file), None)
-    code = getattr(inspect.unwrap(getattr(module, name, None)), "__code__", None)  # type: ignore[arg-type]
+    code = getattr(inspect.unwrap(getattr(module, name, None)), "__code__", None)  # type: ignore[arg-type]  # unwrap returns None for None
     elsewhere = None if code is None or code.co_filename == file else code.co_filename
     return function_named(elsewhere, code.co_name) if code is not None and elsewhere else None
 
@@ -179,7 +179,7 @@ def methods_reach(modules: Sequence[nn.Module], name: str) -> frozenset[str]:
 
 def code_of(module: nn.Module | None) -> CodeType | None:
     """Return the code of a module's forward, without what is wrapped around it."""
-    return getattr(inspect.unwrap(getattr(module, "forward", None)), "__code__", None)  # type: ignore[arg-type]
+    return getattr(inspect.unwrap(getattr(module, "forward", None)), "__code__", None)  # type: ignore[arg-type]  # unwrap returns None for None
 
 
 def forward_of(module: nn.Module | None) -> ast.FunctionDef | None:
