@@ -4,8 +4,9 @@
     python -m benchmarks.hostile_files old_format.pt      one of them
 
 Each payload writes a file: after opening, none may exist. Of each file: the exit code of
-`rewrite inspect` (`rewrite verify` for a graph), seconds of wall time, the peak of memory, and how
-many lines were said. The targets: code 2, one line, under 2 s and 500 MB, no payload.
+`rewrite inspect` (`rewrite verify` for a graph), seconds of wall and of CPU time, the peak of
+memory, and how many lines were said. The targets: code 2, one line, under 2 s of CPU time (which is
+that of the clock where nothing else runs, up to 20 s elsewhere) and 500 MB, no payload.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from pathlib import Path
 
 from benchmarks._table import environment, parser, publish, table
 
-HEADER = ("file", "exit", "seconds", "MB", "lines", "payload", "said")
-SECONDS, MEGABYTES = 2.0, 500
+HEADER = ("file", "exit", "seconds", "CPU", "MB", "lines", "payload", "said")
+SECONDS, WAIT, MEGABYTES = 2.0, 20.0, 500
 ROOT = Path(__file__).parent.parent
 
 
@@ -33,6 +34,7 @@ class Opened:
     name: str
     code: int
     seconds: float
+    cpu: float
     megabytes: float
     said: str
     ran: bool
@@ -41,7 +43,7 @@ class Opened:
     def is_refused(self) -> bool:
         """Whether it was refused in one line, at once, and nothing ran."""
         lines = self.said.strip().splitlines()
-        small = self.seconds < SECONDS and self.megabytes < MEGABYTES
+        small = self.cpu < SECONDS and self.seconds < WAIT and self.megabytes < MEGABYTES
         return self.code == 2 and len(lines) == 1 and small and not self.ran
 
 
@@ -60,7 +62,7 @@ def main() -> None:
     bad = [one.name for one in found if not one.is_refused]
     body = (
         f"{environment('onnx')}. {len(found)} files: {len(found) - len(bad)} refused with exit 2 "
-        f"and one line, under {SECONDS:.0f} s and {MEGABYTES} MB"
+        f"and one line, under {SECONDS:.0f} s of CPU time and {MEGABYTES} MB"
         f"{'; not so: ' + ', '.join(bad) if bad else ''}.\n\n{table(HEADER, map(_cells, found))}"
     )
     publish("hostile-files", "Hostile files", body, write=chosen.write)
@@ -83,14 +85,15 @@ def opened(folder: Path, name: str) -> Opened:
     _, status, used = _wait(process.pid)
     process.returncode = status
     return Opened(
-        name, status, time.monotonic() - begin, used / 1024, said,
+        name, status, time.monotonic() - begin, used.ru_utime + used.ru_stime,
+        used.ru_maxrss / 1024, said,
         (folder / f"pwned_{name}").exists(),
     )  # fmt: skip
 
 
-def _wait(pid: int) -> tuple[int, int, float]:
+def _wait(pid: int) -> tuple[int, int, resource.struct_rusage]:
     ended, status, used = os.wait4(pid, 0)
-    return ended, os.waitstatus_to_exitcode(status), used.ru_maxrss
+    return ended, os.waitstatus_to_exitcode(status), used
 
 
 def _bounded() -> None:
@@ -103,7 +106,8 @@ def _cells(one: Opened) -> list[str]:
     said = " ".join(one.said.split()).removeprefix("rewrite: ").replace("|", "/")
     said = said[said.find(one.name) :] if one.name in said else said
     return [
-        f"`{one.name}`", str(one.code), f"{one.seconds:.2f}", f"{one.megabytes:.0f}",
+        f"`{one.name}`", str(one.code), f"{one.seconds:.2f}", f"{one.cpu:.2f}",
+        f"{one.megabytes:.0f}",
         str(len(one.said.strip().splitlines())), "ran" if one.ran else "",
         said if len(said) < 110 else said[:107] + "…",
     ]  # fmt: skip

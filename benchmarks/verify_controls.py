@@ -99,7 +99,8 @@ def _body(rows: list[list[str]]) -> str:
         f"{environment('onnx', 'onnxruntime', 'timm')}. Caught and located: ours "
         f"{count(1, 'caught')} and {count(2, 'yes')}; `verify_onnx_program` by assert_close "
         f"{count(4, 'caught')} and {count(5, 'yes')}, by its warning {count(6, 'caught')} and "
-        f"{count(7, 'yes')}. The rows with nothing wrong show false alarms."
+        f"{count(7, 'yes')}. The rows with nothing wrong show false alarms. Not caught by ours: "
+        f"{', '.join(row[0] for row in wrong if row[1] != 'caught') or 'none'}."
     )
     return f"{summary}\n\n{table(HEADER, rows)}"
 

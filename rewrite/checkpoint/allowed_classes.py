@@ -3,9 +3,11 @@
     name of a file  ->  layer | instance | enum        judged as text, before anything is imported
 
 `allowed_classes.json` comes from `python -m benchmarks.allowed_classes`, which reads the sources of
-torch, torchvision, timm and transformers. A layer may be an instance, a value, and what a
-`functools.partial` is of; an instance may not be kept as a class, since constructing it may fetch
-what its arguments say; of an enum only members are looked up.
+torch, torchvision, timm and transformers, and is held to what `python -m benchmarks.seen_classes`
+saw of those that architectures are made of, built and run under Python's audit hooks. A layer may
+be an instance, a value, and what a `functools.partial` is of; an instance may not be kept as a
+class, since constructing it may fetch what its arguments say; of an enum only members are looked
+up.
 """
 
 from __future__ import annotations
