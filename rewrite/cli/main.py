@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import logging
 import os
 import signal
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     told = _Told()
+    _escape_what_has_no_code()
     try:
         with _rare_collection():
             if "_ARGCOMPLETE" in os.environ:
@@ -73,6 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return complain(_INTERRUPTED, INTERRUPTED)
     return code
+
+
+def _escape_what_has_no_code() -> None:
+    """Escape what a terminal or pipe of another encoding cannot show, where it would fail."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _published(options: argparse.Namespace) -> int:

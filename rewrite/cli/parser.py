@@ -15,6 +15,7 @@ A key is a flag's name without its dashes; what stands on the command line wins.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -127,6 +128,8 @@ def apply_config(
             continue
         having = [parser for parser in commands.values() if _action(parser, key) is not None]
         if not having:
+            if key in commands:
+                raise OptionError(f"{path}: {key} is a command; write [tool.rewrite.{key}]")
             known = {name for parser in commands.values() for name in _names(parser)}
             raise OptionError(f"{path}: tool.rewrite.{key} is no option{did_you_mean(key, known)}")
         for parser in having:
@@ -147,16 +150,26 @@ def _set(parser: argparse.ArgumentParser, path: Path, where: str, key: str, valu
             f"{path}: {where}.{key}: a file may not say what code runs, or what"
             f" is replaced; pass --{key} yourself"
         )
-    if isinstance(action.default, bool):
-        fits = isinstance(value, bool)
-    elif isinstance(action, argparse._AppendAction):
-        fits = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-    else:
-        kind = action.type if isinstance(action.type, type) else str
-        fits = isinstance(value, kind) and not isinstance(value, bool)
-    if not fits or (action.choices is not None and value not in action.choices):
-        raise OptionError(f"{path}: {where}.{key} = {value!r} does not fit --{key}")
+    fits, wanted = _fits(action, value)
+    if not fits:
+        shown = json.dumps(value, default=str, ensure_ascii=False)
+        raise OptionError(f"{path}: {where}.{key} = {shown} does not fit --{key}; write {wanted}")
     parser.set_defaults(**{action.dest: value})
+
+
+def _fits(action: argparse.Action, value: Any) -> tuple[bool, str]:
+    """Return whether a value of a file is one of an option, and what is."""
+    if action.choices is not None:
+        return value in action.choices, " or ".join(f'"{choice}"' for choice in action.choices)
+    if isinstance(action.default, bool):
+        return isinstance(value, bool), "true or false"
+    if isinstance(action, argparse._AppendAction):
+        fits = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+        return fits, 'a list of texts, ["..."]'
+    if action.type in (int, float):
+        kinds = (int,) if action.type is int else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool), "a number"
+    return isinstance(value, str), 'a text, "..."'
 
 
 def _action(parser: argparse.ArgumentParser, key: str) -> argparse.Action | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -79,3 +82,13 @@ def test_an_input_that_does_not_fit_is_no_traceback(
     said = "".join(capfd.readouterr())
     assert "Traceback" not in said
     assert {path.name for path in tmp_path.iterdir()} == {"m.pt"}
+
+
+@pytest.mark.parametrize(("encoding", "beta"), [("ascii", "\\u03b2"), ("utf-8", "β")])
+def test_a_terminal_of_another_encoding_gets_escapes_and_no_error(encoding: str, beta: str) -> None:
+    said = subprocess.run(
+        [sys.executable, "-m", "rewrite", "passes"],
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+        capture_output=True, encoding=encoding, check=True, timeout=120,
+    )  # fmt: skip
+    assert beta in said.stdout and said.stderr == ""
