@@ -256,7 +256,7 @@ def test_a_class_without_samples_is_named() -> None:
 
 def test_accelerate_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(OptionError, match=r"pip install 'rewrite\[train\]'"):
+    with pytest.raises(OptionError, match=r"needs accelerate; pip install accelerate"):
         recover(_student(), _teacher(), _data())
 
 
