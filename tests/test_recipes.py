@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,3 +176,47 @@ def test_a_fit_keeps_keys_and_shapes() -> None:
         for model, scale in ((load_digits_resnet(), 1.0), (digits_resnet().eval(), 3.0))
     ]
     assert _structure(made[0].model) == _structure(made[1].model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_encoder_of_a_robot_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lerobot's own: it swaps norms of fresh weights only, here the function of old ones stays."""
+    pytest.importorskip("lerobot")
+    root = Path(str(importlib.import_module("lerobot").__file__)).parent
+    policies = ModuleType("lerobot.policies")  # its own __init__ imports every policy there is
+    policies.__path__ = [str(root / "policies")]
+    monkeypatch.setitem(sys.modules, "lerobot.policies", policies)
+    name = "lerobot.policies.diffusion"
+    code = pytest.importorskip(f"{name}.modeling_diffusion", exc_type=ImportError)
+    torch.manual_seed(0)
+    shape = SimpleNamespace(shape=(3, 64, 64))
+    config: dict[str, Any] = {
+        "resize_shape": None, "crop_shape": None, "vision_backbone": "resnet18",
+        "pretrained_backbone_weights": None, "use_group_norm": False,
+        "image_features": {"top": shape}, "spatial_softmax_num_keypoints": 32,
+    }  # fmt: skip
+    encoder = models.randomize_norms_(code.DiffusionRgbEncoder(SimpleNamespace(**config)))
+    images = torch.rand(24, 3, 64, 64)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    with torch.no_grad():
+        encoder.train()(images)
+    encoder.eval()
+    spec = "bn-to-gn{channels_per_group=16,keep=function}"
+    result = rewrite.convert(
+        encoder, [spec], calibration=[images[:20]], example_inputs=images[:2], verify=False
+    )
+    naive = code._replace_submodules(
+        copy.deepcopy(encoder),
+        predicate=lambda m: isinstance(m, nn.BatchNorm2d),
+        func=lambda m: nn.GroupNorm(m.num_features // 16, m.num_features),
+    )
+    with torch.no_grad():
+        wanted = encoder(images[20:])
+        kept, lost = ((m.eval()(images[20:]) - wanted).norm() / wanted.norm()
+                      for m in (result.model, naive))  # fmt: skip
+    groups = [m for m in result.model.modules() if isinstance(m, nn.GroupNorm)]
+    assert len(groups) == 20 and all(m.num_channels // m.num_groups == 16 for m in groups)
+    assert kept < lost / 3
