@@ -1,10 +1,13 @@
+import json
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import rewrite
 from benchmarks import _optional, _process, _table
 
 PAGE = "# Page\n\n<!-- begin a -->\nold\n<!-- end a -->\n\n<!-- begin b -->\nkeep\n<!-- end b -->\n"
@@ -74,3 +77,30 @@ def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_package"):
         _optional.required("broken_package")
+
+
+def test_one_structure_whatever_the_values_and_what_is_another():
+    from benchmarks import federated
+    from models.digits_resnet import load_digits_resnet
+
+    model = load_digits_resnet().eval()
+    x = torch.rand(4, 1, 8, 8)
+    other = federated.drawn_anew(model)
+    assert not torch.equal(other.conv1.weight, model.conv1.weight)
+    server, client, frozen = (
+        rewrite.convert(m, [spec], example_inputs=(given,), verify=False)
+        for m, given, spec in (
+            (model, x, "bn-to-gn"), (other, federated.moved(x), "bn-to-gn"),
+            (other, x, "freeze-bn"),
+        )
+    )  # fmt: skip
+    found = [federated.structure(result.model) for result in (server, client, frozen)]
+    assert federated.difference(found[0], found[1]) == ""
+    assert federated.difference(found[0], found[2]) != ""
+    report = json.loads(server.report.to_json())
+    state = dict(client.model.state_dict())
+    assert float(federated.mapped(report, other, state)) == 0
+    assert float(federated.mapped(report, model, state)) > 1e-3
+    assert federated.apart(server.model, client.model, (x,)) > 1e-3
+    client.model.load_state_dict(server.model.state_dict())
+    assert federated.apart(server.model, client.model, (x,)) == 0
