@@ -24,7 +24,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from rewrite.affine.algebra import Affine
-from rewrite.affine.laws import calls_layer, cast_refusal
+from rewrite.affine.laws import calls_layer, cast_refusal, computed_from
 from rewrite.graph.captured import Captured
 from rewrite.graph.effects import changes_in_place
 from rewrite.graph.ranks import Ranks
@@ -89,7 +89,7 @@ class _Evaluated:
             return self._captured.is_fixed(node)
         if node.op not in ("call_function", "call_method"):
             return False
-        inputs = node.all_input_nodes
+        inputs = computed_from(node)
         if not inputs or not all(source in self._constant for source in inputs):
             return False
         call = call_of(self._captured, node)
@@ -103,7 +103,7 @@ class _Evaluated:
         """Return why what depends on tensors of the model alone is no constant, or ""."""
         if node.op == "get_attr":
             return f"the forward writes {node.target} or makes it anew, so it is no constant"
-        inputs = node.all_input_nodes
+        inputs = computed_from(node)
         if node.op not in ("call_function", "call_method") or not inputs:
             return ""
         if function_name(node) == "getattr" and node.args[1] in ("dtype", "device"):
@@ -132,7 +132,7 @@ class _Evaluated:
     def _evaluate(self, node: Node) -> Tensor | None:
         if node.op == "get_attr":
             return self._attribute(node)
-        values = {source: self._computed(source) for source in node.all_input_nodes}
+        values = {source: self._computed(source) for source in computed_from(node)}
         if any(value is None for value in values.values()):
             return None
         if has(node, Trait.CASTS):
@@ -162,7 +162,7 @@ class _Evaluated:
     def _reads(self, node: Node) -> set[Node]:
         if node.op == "get_attr":
             return {node}
-        return {read for source in node.all_input_nodes for read in self._reads(source)}
+        return {read for source in computed_from(node) for read in self._reads(source)}
 
     def roots(self, node: Node) -> set[str]:
         """Return the names of the parameters and buffers that a constant is made of."""

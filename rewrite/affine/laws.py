@@ -22,7 +22,7 @@ from rewrite.graph.captured import Captured
 from rewrite.graph.operators import conv_of, linear_of, norm_of
 from rewrite.graph.ranks import Ranks
 from rewrite.graph.spellings import function_name
-from rewrite.graph.traits import SPATIAL, Call, Shape, Trait, call_of, named
+from rewrite.graph.traits import SPATIAL, Call, Shape, Trait, call_of, has, named
 
 _WORDS = {
     "neg": "negates", "sum": "sums", "mul": "multiplies", "div": "divides",
@@ -217,6 +217,12 @@ def drops(call: Call) -> bool:
     if call.module is not None:
         return bool(call.module.training and call.get("p", 0.0) > 0)
     return bool(call.get("training", True)) and call.get("p", 0.5) != 0
+
+
+def computed_from(node: Node) -> list[Node]:
+    """Return what a call computes its numbers from; a cast asks a second tensor for its dtype."""
+    inputs = node.all_input_nodes
+    return inputs[:1] if has(node, Trait.CASTS) else inputs
 
 
 def cast_refusal(captured: Captured, call: Call) -> str | None:

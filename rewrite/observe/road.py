@@ -83,7 +83,10 @@ def observed_outcomes(
     # What all hidden states hold is known where a model was asked for them, and named.
     options = replace(options, strict_code=traced_whole and evidence.wider is None)
     decided = [item for item in decide(captured, evidence, options) if item[0] not in sites]
-    folds = {target for target, _, decision in decided if isinstance(decision, ObservedFold)}
+    folded = [decision for _, _, decision in decided if isinstance(decision, ObservedFold)]
+    folds = {fold.target for fold in folded}
+    # A factor behind a norm without an affine part may be its weight: it is folded once.
+    owned = {name for fold in folded for name in (fold.weight.tensor, fold.bias)}
     decided = [
         item
         for item in decided
@@ -94,7 +97,9 @@ def observed_outcomes(
     for outcome in traced:
         # A product with the weight of a norm is that norm: its class stays, on this road.
         norm = outcome.target.removesuffix(".weight").removesuffix(".bias")
-        if norm not in folds and (isinstance(outcome, Site) or norm not in known):
+        if outcome.target in owned or norm in folds:
+            continue
+        if isinstance(outcome, Site) or norm not in known:
             yield outcome
     for target, before, decision in decided:
         if isinstance(decision, ObservedFold):
