@@ -138,7 +138,8 @@ def convert(
     whole = reports[-1].verification
     if len(reports) > 1:
         whole = work.verify_whole(model, before, chosen, reports)
-    notes = (*notes, *advice(whole, notes, of_users=shown))
+    fits = any(hasattr(pass_, "keep") for pass_ in chosen)
+    notes = (*notes, *advice(whole, notes, of_users=shown, fits=fits))
     result: Result[Model] = Result(before, Report(tuple(reports), notes, whole))  # type: ignore[arg-type]  # a copy has the class of its original
     if check and not result.report.ok:
         raise ContractError(f"{result.report.failure}; check=False returns the result", result)

@@ -197,7 +197,7 @@ _LOW = 0.95
 
 
 def advice(
-    verification: Verification | None, notes: Sequence[str], *, of_users: bool
+    verification: Verification | None, notes: Sequence[str], *, of_users: bool, fits: bool
 ) -> tuple[str, ...]:
     """Return what to do about a low agreement, in a sentence, or nothing.
 
@@ -205,6 +205,7 @@ def advice(
         verification: of a whole conversion.
         notes: what is said already; a pass that measured on held-out data knows better.
         of_users: whether it ran on inputs of the user, and not on made-up ones.
+        fits: whether a pass of it can fit to data.
     """
     if verification is None or verification.contract is not Contract.APPROXIMATE:
         return ()
@@ -220,10 +221,8 @@ def advice(
             "agreement is low on a random input, where it says little: measure on your own data "
             "(--input FILE, --calibration DATA)",
         )
-    return (
-        "agreement is low: --keep function --calibration DATA fits to unlabelled data, "
-        "`rewrite recover` trains on it",
-    )
+    fit = "--keep function --calibration DATA fits to unlabelled data, " if fits else ""
+    return (f"agreement is low: {fit}`rewrite recover` trains on {'it' if fits else 'your data'}",)
 
 
 def _rows(rows: Sequence[tuple[str, ...]], verbose: bool) -> Iterator[tuple[Any, ...]]:

@@ -37,20 +37,26 @@ def run_apply_map(options: argparse.Namespace) -> int:
     from rewrite.files import atomic_path
     from rewrite.fold.replay import apply_report
     from rewrite.fold.undo import undo_report
+    from rewrite.progress import ProgressLine
 
     notes: tuple[str, ...] = ()
-    if options.undo:
-        undone = undo_report(report, read_state(Path(options.checkpoint)))
-        state, notes = undone.state, undone.notes
-    else:
-        state = apply_report(report, read_state(Path(options.checkpoint)))
-    with atomic_path(options.output, overwrite=options.force) as temporary:
-        if options.output.endswith(".safetensors"):
-            write_state(state, temporary)
+    with ProgressLine() as progress:
+        progress("reading")
+        state = read_state(Path(options.checkpoint))
+        progress("applying")
+        if options.undo:
+            undone = undo_report(report, state)
+            state, notes = undone.state, undone.notes
         else:
-            import torch
+            state = apply_report(report, state)
+        progress("saving")
+        with atomic_path(options.output, overwrite=options.force) as temporary:
+            if options.output.endswith(".safetensors"):
+                write_state(state, temporary)
+            else:
+                import torch
 
-            torch.save(state, temporary)
+                torch.save(state, temporary)
     for note in notes:
         print(f"note: {note}")
     return 0
