@@ -1,8 +1,8 @@
 """A checkpoint folder converted tensor by tensor, beside copying it: wall time and peak memory.
 
 Writes a Llama of random bfloat16 weights in shards (no model is ever built), then runs, each in a
-process of its own: `cp -r` of the folder, `rewrite convert --fold --no-verify`, the same with its
-proof, and the imports alone, which are the floor of the memory.
+process of its own: `cp -r` of the folder, the plan alone, `rewrite convert --fold --no-verify`, the
+same with its proof, and the imports alone, which are the floor of the memory.
 """
 
 import json
@@ -21,6 +21,8 @@ _IMPORTS = (
     "import torch, transformers, rewrite, passes, rewrite.sharded.convert, rewrite.observe.road"
 )
 
+_PLAN = "convert --fold --dry-run"
+
 
 def main() -> None:
     """Write the folder, run every command, print the table."""
@@ -34,17 +36,21 @@ def main() -> None:
         work = Path(name)
         size = write_llama(work / "llama", chosen.layers, chosen.width)
         rows = measure(work, proof=chosen.proof)
-    floor, copied = rows["imports"], rows["cp -r"]
+    floor, copied, planned = rows["imports"], rows["cp -r"], rows[_PLAN]
     body = table(
-        ["", "wall", "of cp", "peak over imports"],
+        ["", "wall", "CPU", "wall after the plan, of cp", "peak over imports"],
         [
             [
-                label, f"{took.wall:.1f} s", f"{took.wall / copied.wall:.2f}",
+                label, f"{took.wall:.1f} s", f"{took.cpu:.1f} s",
+                f"{(took.wall - planned.wall) / copied.wall:.2f}" if "fold" in label else "",
                 f"{max(0.0, took.peak - floor.peak):,.0f} MB",
             ]
             for label, took in rows.items()
         ],
     )  # fmt: skip
+    apart = planned.wall - floor.wall
+    cpu = planned.cpu - floor.cpu
+    body += f"\n\nPlan and capture, without the imports: {apart:.1f} s, {cpu:.1f} s of CPU."
     described = f"{size / 1e9:.1f} GB in bfloat16, {chosen.layers} layers of width {chosen.width}."
     note = f"{described} {environment('transformers', 'safetensors')}."
     publish(
@@ -106,6 +112,7 @@ def measure(work: Path, *, proof: bool) -> dict[str, Run]:
     commands: dict[str, tuple[str, ...]] = {
         "imports": (sys.executable, "-c", _IMPORTS),
         "cp -r": ("cp", "-r", "llama", "out"),
+        _PLAN: (*REWRITE, "convert", "--fold", "llama", "--dry-run"),
         "convert --fold --no-verify": (*REWRITE, "convert", "--fold", "llama", "-o", "out",
                                        "--no-verify"),
     }  # fmt: skip

@@ -74,7 +74,9 @@ def _left_alone(ours: Report, theirs: Report) -> dict[str, int]:
     done = {change.target for change in ours.changes}
     reasons = {skip.target: skip.reason for skip in ours.skips}
     missed = [change.target for change in theirs.changes if change.target not in done]
-    return dict(Counter(reasons.get(target, "no site of the folder") for target in missed))
+    owners = {target: target.rpartition(".")[0] for target in missed}
+    found = (reasons.get(t) or reasons.get(owners[t], "no site of the folder") for t in missed)
+    return dict(Counter(found))
 
 
 def differences(written: nn.Module, folded: nn.Module, changes: tuple[Change, ...]) -> list[str]:

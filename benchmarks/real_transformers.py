@@ -53,14 +53,19 @@ def fetched(package: str, cache: Path) -> Path:
     return folder
 
 
-def measure(package: str, cache: Path) -> tuple[Any, ...]:
-    """Fold one checkpoint, save it, reload it, and return the row."""
+def opened(package: str, cache: Path) -> Any:
+    """Return the model of a package, in eval mode."""
     name, inside, file = MODELS[package]
     kind = getattr(transformers, name)
     given = {} if file is None else {"gguf_file": file, "dtype": torch.float32}
     model = kind.from_pretrained(str(fetched(package, cache) / inside), **given).eval()
-    if file is not None:
-        model = _plain(model)
+    return model if file is None else _plain(model)
+
+
+def measure(package: str, cache: Path) -> tuple[Any, ...]:
+    """Fold one checkpoint, save it, reload it, and return the row."""
+    kind = getattr(transformers, MODELS[package][0])
+    model = opened(package, cache)
     result = rewrite.convert(model, "fold")
     with tempfile.TemporaryDirectory() as out:
         result.model.save_pretrained(out)

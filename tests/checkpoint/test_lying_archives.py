@@ -212,3 +212,4 @@ def test_gguf_is_refused_whatever_it_says(tmp_path, content, suffix) -> None:
     with pytest.raises(CheckpointError) as caught:
         load(path)
     assert "\n" not in str(caught.value)
+    assert "give the folder of safetensors that it was made from" in str(caught.value)

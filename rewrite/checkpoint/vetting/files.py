@@ -27,6 +27,11 @@ def check_file(path: Path) -> None:
         raise CheckpointError(f"{path}: is empty")
     if path.suffix == ".onnx":
         raise CheckpointError(f"{path}: is an ONNX graph; give the PyTorch model it was made from")
+    if head.startswith(b"GGUF"):
+        raise CheckpointError(
+            f"{path}: is GGUF, which holds quantized weights for inference; give the folder of "
+            "safetensors that it was made from"
+        )
     if head.startswith(b"PK"):
         _check_archive(path)
     elif path.suffix != ".safetensors" and _is_text(head):
