@@ -112,14 +112,15 @@ def fits(form: Form) -> bool:
             return False
         branch = models.randomize_norms_(Branch(form)).double().eval()
         given = 3 * torch.rand(SIZES, dtype=torch.float64)
-        one, other = branch(given), branch(given)
+        one, *others = (branch(given) for _ in range(5))  # a draw may be the same twice
     except Exception:  # noqa: BLE001  # whatever an operator raises that takes no such arguments
         return False
-    return not one.is_meta and torch.allclose(one, other, equal_nan=True)
+    return not one.is_meta and all(torch.allclose(one, y, equal_nan=True) for y in others)
 
 
 @pytest.fixture(scope="module")
 def forms() -> dict[str, Form]:
+    torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return {
