@@ -43,9 +43,9 @@ NOT_NUMERIC = {
 
 NOT_CALLED = {
     "compile", "load", "save", "manual_seed", "seed", "set_printoptions", "fork", "wait",
-    "exec", "backward", "cuda", "resize_as", "empty_like",
+    "exec", "backward", "cuda", "resize_as", "empty_like", "binomial",
 }  # fmt: skip
-"""What is no operator, or does more than to compute."""
+"""What is no operator, or does more than to compute: `binomial` draws, and often the same."""
 
 
 def functions() -> Iterator[tuple[str, Function]]:
