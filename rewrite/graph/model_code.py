@@ -15,6 +15,7 @@ from torch import nn
 from rewrite.nn.edited import original_class
 from rewrite.runtime.tree import Tree, join
 from rewrite.tracing.code.class_code import ClassCode, Use, code_of
+from rewrite.tracing.code.handed import with_handed
 from rewrite.tracing.code.module_paths import Path
 
 _PARAMETERS = frozenset({"weight", "bias"})
@@ -41,11 +42,15 @@ class ModelCode:
         )
         return {kind: code_of(kind) for kind in own}
 
-    def _owners(self) -> Iterator[tuple[str, nn.Module, ClassCode]]:
+    @cached_property
+    def _owners(self) -> list[tuple[str, nn.Module, ClassCode]]:
+        """The modules whose class was read, by name, with their code."""
+        found = []
         for name, module in self._tree.modules():
             kind = original_class(type(module))
             if (code := self._classes.get(type(module)) or self._classes.get(kind)) is not None:
-                yield name, module, code
+                found.append((name, module, with_handed(module, code) if code.handed else code))
+        return found
 
     def _at(self, owner: str, path: Path) -> Iterator[tuple[str, Path]]:
         """Yield the modules that `path` goes to, by first name, and what is left of the path."""
@@ -85,7 +90,7 @@ class ModelCode:
     def _uses(self) -> dict[str, str]:
         """By module: a line that tests its class or reads what only it has."""
         found: dict[str, str] = {}
-        for owner, _, code in self._owners():
+        for owner, _, code in self._owners:
             for use in code.tests:
                 for name in self._tested(owner, use):
                     found.setdefault(name, f"{use.text} at {use.place} tests what it is")
@@ -123,7 +128,7 @@ class ModelCode:
     def _chosen(self) -> dict[str, str]:
         """By module: the line that chooses it by an attribute, where another was not traced."""
         found: dict[str, str] = {}
-        for owner, _, code in self._owners():
+        for owner, _, code in self._owners:
             by_line: dict[tuple[str, str], set[str]] = {}
             for use in code.choices:
                 assert use.path is not None
@@ -149,7 +154,7 @@ class ModelCode:
         """By module: a line that reads every tensor of it and below."""
         return {
             name: f"{use.text} at {use.place} reads all tensors of {name or 'the model'}"
-            for owner, _, code in self._owners()
+            for owner, _, code in self._owners
             for use in code.tensors
             if use.path is not None
             for name, left in self._at(owner, use.path)
@@ -159,7 +164,7 @@ class ModelCode:
     @cached_property
     def _assigned(self) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
-        for owner, _, code in self._owners():
+        for owner, _, code in self._owners:
             for use in code.assigned:
                 for name, left in self._at(owner, use.path or ()):
                     if left and left[0] is not None:
@@ -205,7 +210,7 @@ class ModelCode:
 
         But for what every model of transformers has: saving, giving out its embeddings.
         """
-        for owner, module, code in self._owners():
+        for owner, module, code in self._owners:
             for method, paths in code.others.items():
                 if _is_plumbing(type(module), method):
                     continue

@@ -63,6 +63,21 @@ class Use:
     below: bool = False
 
 
+@dataclass(frozen=True)
+class Handed:
+    """A call of something that a module holds, with modules below `self` among its arguments.
+
+    Attributes:
+        callee: the path of what is called.
+        given: the paths of the arguments, by position or keyword.
+        use: the line.
+    """
+
+    callee: Path
+    given: tuple[tuple[int | str, Path], ...]
+    use: Use
+
+
 @dataclass
 class ClassCode:
     """What the code of one class does.
@@ -72,6 +87,7 @@ class ClassCode:
             ends with the attribute; one whose tensors are read, or that is chosen from, is a
             module's.
         calls: what is called, by path.
+        handed: calls of what the module holds that are given modules.
         contexts: context managers that are entered, and decorators around what `forward` reaches.
         stores: assignments to attributes, as they are in `assigned`.
         elsewhere: assignments to attributes in methods that `forward` does not reach.
@@ -87,6 +103,7 @@ class ClassCode:
     stores: list[Use] = field(default_factory=list)
     elsewhere: list[Use] = field(default_factory=list)
     calls: list[Path] = field(default_factory=list)
+    handed: list[Handed] = field(default_factory=list)
     others: dict[str, list[Path]] = field(default_factory=dict)
 
 
@@ -125,10 +142,28 @@ def _read(kind: type, named: tuple[tuple[Any, ...], ...]) -> ClassCode:
     return found
 
 
+def code_given(function: FunctionType, given: Mapping[str, Path]) -> ClassCode | None:
+    """Return what a function does with the modules that its arguments are; None without source."""
+    found = ClassCode()
+    if not _Reader(function, given, found).read():
+        return None
+    _once(found)
+    return found
+
+
 def _once(found: ClassCode) -> None:
     """Leave each use once: a function is read as often as its names have meanings."""
-    for name in ("tests", "reads", "tensors", "choices", "assigned", "contexts", "stores"):
-        uses: list[Use] = getattr(found, name)
+    for name in (
+        "tests",
+        "reads",
+        "tensors",
+        "choices",
+        "assigned",
+        "contexts",
+        "stores",
+        "handed",
+    ):
+        uses: list[Any] = getattr(found, name)
         uses[:] = dict.fromkeys(uses)
     found.elsewhere[:] = dict.fromkeys(found.elsewhere)
     found.calls[:] = dict.fromkeys(found.calls)
@@ -167,17 +202,18 @@ class _Reader:
         self._paths = ModulePaths(env or first)
         self._around = Surroundings(ast.Module([], []), {})
 
-    def read(self) -> None:
-        """Note what the function does."""
+    def read(self) -> bool:
+        """Note what the function does; return whether its source is known."""
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(self._function)))
         except (OSError, TypeError, SyntaxError):
-            return
+            return False
         self._around = Surroundings(tree, self._function.__globals__)
         nodes = list(ast.walk(tree))
         for _ in self._paths.readings(tree):
             for node in nodes:
                 self._node(node)
+        return True
 
     def _use(self, node: ast.AST, path: Path | None, kinds: tuple[type, ...] = ()) -> Use:
         line = self._function.__code__.co_firstlineno + getattr(node, "lineno", 1) - 1
@@ -230,6 +266,16 @@ class _Reader:
                 self._found.tensors.append(self._use(node, path))
         elif isinstance(node.func, ast.Name) and self._depth < 3:
             self._enter(node)
+        if callee := self._paths.of(node.func):
+            self._hand(node, callee)
+
+    def _hand(self, node: ast.Call, callee: Path) -> None:
+        """Note which modules something that `self` holds is given."""
+        named = [*enumerate(node.args), *((k.arg, k.value) for k in node.keywords)]
+        paths = ((name, self._paths.of(value)) for name, value in named if name is not None)
+        given = tuple((name, path) for name, path in paths if path is not None)
+        if given:
+            self._found.handed.append(Handed(callee, given, self._use(node, None)))
 
     def _test(self, node: ast.AST, looked: ast.expr, below: bool) -> None:
         """Note a line that looks at what a module is; what is only said to somebody is none."""
