@@ -225,3 +225,27 @@ def _pixel_shuffle(
             call.node,
         )
     return channel_map.moved(-3, index[:, 0].contiguous())
+
+
+def diagonal_axis(node: Node, operand: Node, value: Tensor, place: int) -> int | None:
+    """Return the axis, from the end, that an einsum scales by the axis `place` of a constant.
+
+    None where it is no such product: "nchw,c->nchw" is one, "nchw,c->nhw" sums over the channels.
+    """
+    equation, *given = node.args
+    operands = given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given
+    if not isinstance(equation, str) or len(operands) != 2:
+        return None
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    labels = inputs.split(",")
+    if not arrow or len(labels) != 2:
+        return None
+    ours, theirs = labels if operands[0] is operand else reversed(labels)
+    letters = ours.replace("...", "")
+    if ours != output or len(set(letters)) < len(letters) or len(theirs) != value.dim():
+        return None
+    label = theirs[place]
+    if not set(theirs) <= set(letters) or len(set(theirs)) < len(theirs) or label not in letters:
+        return None
+    behind = ours.partition(label)[2]
+    return None if "..." in behind else -1 - len(behind)

@@ -24,6 +24,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from rewrite.affine.algebra import Affine
+from rewrite.affine.channel_axis import diagonal_axis
 from rewrite.affine.laws import calls_layer, cast_refusal, computed_from
 from rewrite.graph.captured import Captured
 from rewrite.graph.effects import changes_in_place
@@ -211,8 +212,10 @@ class Constants(_Evaluated):
         if call is None:
             return _unknown(node)
         axis = axes[0] - value.dim()
+        if _is_arithmetic(call) and self._ranks.size(operand, axis) == 1:
+            return None  # one channel becomes many, as angles from a position: no map of channels
         affine = self._affine(call, constant, value.flatten())
-        if call.name == "einsum" and (found := _diagonal_axis(node, operand, value, axes[0])):
+        if call.name == "einsum" and (found := diagonal_axis(node, operand, value, axes[0])):
             axis, affine = found, Affine(value.flatten(), torch.zeros_like(value.flatten()))
         if isinstance(affine, Declined):
             return affine
@@ -335,30 +338,6 @@ def _long_axes(value: Tensor) -> list[int]:
 def _unknown(node: Node) -> Declined:
     name = function_name(node) or node.target
     return Declined(f"{name} is not an operation that folding knows", (node,))
-
-
-def _diagonal_axis(node: Node, operand: Node, value: Tensor, place: int) -> int | None:
-    """Return the axis, from the end, that an einsum scales by the axis `place` of a constant.
-
-    None where it is no such product: "nchw,c->nchw" is one, "nchw,c->nhw" sums over the channels.
-    """
-    equation, *given = node.args
-    operands = given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given
-    if not isinstance(equation, str) or len(operands) != 2:
-        return None
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    labels = inputs.split(",")
-    if not arrow or len(labels) != 2:
-        return None
-    ours, theirs = labels if operands[0] is operand else reversed(labels)
-    letters = ours.replace("...", "")
-    if ours != output or len(set(letters)) < len(letters) or len(theirs) != value.dim():
-        return None
-    label = theirs[place]
-    if not set(theirs) <= set(letters) or len(set(theirs)) < len(theirs) or label not in letters:
-        return None
-    behind = ours.partition(label)[2]
-    return None if "..." in behind else -1 - len(behind)
 
 
 def _of_shape(value: Tensor) -> Declined:

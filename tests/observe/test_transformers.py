@@ -70,7 +70,7 @@ def test_gemma2_keeps_the_norms_behind_its_blocks() -> None:
     model = made("Gemma2ForCausalLM", **SIZES, num_key_value_heads=2, head_dim=8)
     report = rewrite.convert(model, FoldNorm(untie=True)).report
     kept = {skip.target.rpartition(".")[2] for skip in report.skips}
-    assert kept == {"post_attention_layernorm", "post_feedforward_layernorm"}
+    assert kept == {"embed_scale", "post_attention_layernorm", "post_feedforward_layernorm"}
     assert len(report.changes) == 5
 
 
