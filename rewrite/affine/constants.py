@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -198,6 +198,9 @@ class Constants(_Evaluated):
         if len(constants) > 1 or len(others) > 1:
             return self._of_several(node, constants, others)
         value = self.value(constants[0])
+        shape = self._captured.shape(constants[0]) if value is None else value.shape
+        if _is_arithmetic(call) and self._widens(others[0], shape):
+            return None  # one channel becomes many, as angles from a position: no map of channels
         if value is None:
             return None if call is None else self._without_value(call, constants[0])
         return self._of_one(node, call, constants[0], others[0], value)
@@ -212,8 +215,6 @@ class Constants(_Evaluated):
         if call is None:
             return _unknown(node)
         axis = axes[0] - value.dim()
-        if _is_arithmetic(call) and self._ranks.size(operand, axis) == 1:
-            return None  # one channel becomes many, as angles from a position: no map of channels
         affine = self._affine(call, constant, value.flatten())
         if call.name == "einsum" and (found := diagonal_axis(node, operand, value, axes[0])):
             axis, affine = found, Affine(value.flatten(), torch.zeros_like(value.flatten()))
@@ -224,6 +225,12 @@ class Constants(_Evaluated):
         roots = self.roots(constant)
         root = next(iter(roots)) if len(roots) == 1 else None
         return ChannelConstant(node, operand, axis, affine, root)
+
+    def _widens(self, operand: Node, shape: Size | None) -> bool:
+        """Return whether a constant of this shape makes many channels of one."""
+        axes = [axis for axis, size in enumerate(shape or ()) if size != 1]
+        size = self._ranks.size(operand, axes[0] - len(shape or ())) if len(axes) == 1 else None
+        return size == 1
 
     def _of_several(self, node: Node, constants: list[Node], others: list[Node]) -> Declined | None:
         """Return why a call of several values or constants is no map, if one is per channel."""

@@ -71,14 +71,14 @@ def _claim(stage: Path, notes: list[str]) -> int:
 
     What takes away a folder that a killed run left has it for a moment.
     """
-    left, deadline = False, time.monotonic() + _PATIENCE
+    found, left, deadline = stage.exists(), False, time.monotonic() + _PATIENCE
     while (handle := _locked(stage)) is None:
         left = True
         if time.monotonic() > deadline:
             raise CheckpointError(f"{stage}: another process is writing it")
         time.sleep(0.02)
     held = [path for path in stage.iterdir() if path.name != _LOCK]
-    if held and not publishing.has_locks():
+    if found and not publishing.has_locks():
         os.close(handle)
         raise CheckpointError(f"{stage}: another process may be writing it; if not, delete it")
     for path in held:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -30,7 +29,7 @@ from rewrite.tracing.code.module_paths import (
     only_watches,
     pattern_of,
 )
-from rewrite.tracing.code.surroundings import Surroundings
+from rewrite.tracing.code.surroundings import Surroundings, source_of
 
 _TENSORS = frozenset(
     {"parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "get_parameter",
@@ -204,9 +203,8 @@ class _Reader:
 
     def read(self) -> bool:
         """Note what the function does; return whether its source is known."""
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(self._function)))
-        except (OSError, TypeError, SyntaxError):
+        tree = source_of(self._function)
+        if tree is None:
             return False
         self._around = Surroundings(tree, self._function.__globals__)
         nodes = list(ast.walk(tree))
