@@ -38,6 +38,9 @@ _TENSORS = frozenset(
 
 _NAMES_A_VALUE = (ast.Assign, ast.IfExp, ast.Dict, ast.List, ast.Tuple, ast.Return)
 
+_ADAPTERS = "transformers.integrations."
+"""Where methods load adapters: `self.config.add_adapter` in a forward calls none of them."""
+
 _BY_NAME = frozenset({"getattr", "get_submodule"})
 
 
@@ -173,6 +176,8 @@ def _functions(kind: type) -> dict[str, list[FunctionType]]:
     found: dict[str, list[FunctionType]] = {}
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        if base.__module__.startswith(_ADAPTERS):
             continue
         for name, value in vars(base).items():
             function: Any = value.fget if isinstance(value, property) else value

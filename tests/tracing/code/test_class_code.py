@@ -244,3 +244,10 @@ def test_a_function_whose_source_is_gone_is_read_as_empty() -> None:
     exec(compile("def forward(self, x): return self.bn.eps", os.devnull, "exec"), made)
     kind = type("Made", (Base,), {"forward": made["forward"]})
     assert code_of(kind).reads == []
+
+
+def test_a_word_of_a_configuration_is_no_call_of_a_method_that_loads_adapters() -> None:
+    transformers = pytest.importorskip("transformers")
+    code = code_of(transformers.Wav2Vec2ConformerModel)
+    assert "add_adapter" in vars(transformers.modeling_utils.PeftAdapterMixin)
+    assert not any("named_modules" in use.text for use in code.tests)
