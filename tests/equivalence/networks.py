@@ -1,4 +1,4 @@
-"""A network with a norm and dropout, and a fold of it that shares no code with the toolkit."""
+"""Small networks: a norm and dropout with a fold that shares no code with the toolkit; branches."""
 
 from __future__ import annotations
 
@@ -30,3 +30,16 @@ def folded(model: nn.Module) -> nn.Module:
     copy = copy_model(model.eval())
     copy.conv, copy.norm = fuse_conv_bn_eval(copy.conv, copy.norm), nn.Identity()
     return copy
+
+
+class Branches(nn.Module):
+    """One layer, with another activation for what is negative: `torch.cond`."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.cond(
+            x.sum() > 0, lambda x: self.linear(x).relu(), lambda x: self.linear(x).tanh(), (x,)
+        )

@@ -9,6 +9,7 @@ from torch import nn
 from rewrite.equivalence.divergence import recorded
 from rewrite.equivalence.record import Known, Sketcher, record
 from rewrite.runtime.inputs import Inputs
+from tests.equivalence.networks import Branches
 
 
 def test_a_sketch_estimates_the_distance_and_finds_a_value_among_others():
@@ -35,17 +36,6 @@ def test_values_written_in_place_are_followed():
     assert len(run.outputs) == 1
     assert run.values[run.outputs[0]].distance(sketch(output)) == 0
     assert [event.function for event in run.events][-1] == "add_"
-
-
-class Branches(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return torch.cond(
-            x.sum() > 0, lambda x: self.linear(x).relu(), lambda x: self.linear(x).tanh(), (x,)
-        )
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -16,6 +16,7 @@ from rewrite.onnx.export import check_exportable, export
 from rewrite.onnx.feeds import dynamic_axes
 from rewrite.onnx.file import open_onnx
 from rewrite.onnx.verify import verify_onnx
+from tests.equivalence.networks import Branches
 
 X = torch.linspace(-1, 1, 3 * 64).reshape(1, 3, 8, 8)
 
@@ -207,17 +208,6 @@ A, B = torch.linspace(-1, 1, 12).reshape(3, 4), torch.linspace(0, 1, 6).reshape(
 class Shifts(nn.Module):
     def forward(self, x):
         return (x ^ (x >> 3)) & 15
-
-
-class Branches(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return torch.cond(
-            x.sum() > 0, lambda x: self.linear(x).relu(), lambda x: self.linear(x).tanh(), (x,)
-        )
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.path_norm import network
 from models import randomize_norms_
 from rewrite.errors import CaptureError, OptionError
 from rewrite.training import PathSGD
@@ -159,27 +159,11 @@ def test_refuses_a_gradient_of_a_parameter_on_no_path() -> None:
 # -- the finding of Neyshabur et al. 2015 ---------------------------------------------------------
 
 
-def perceptron(balanced: bool) -> nn.Sequential:
-    """Return two hidden layers, and with `balanced=False` a rescaling of the same function."""
-    torch.manual_seed(0)
-    layers = [nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(32, 10)]
-    for layer in layers:
-        nn.init.kaiming_normal_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    if not balanced:
-        with torch.no_grad():
-            for writer, reader in itertools.pairwise(layers):
-                scale = 10 ** torch.randn(32)
-                writer.weight.mul_(scale[:, None])
-                reader.weight.div_(scale)
-    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]).double()
-
-
 def trained_loss(balanced: bool, make: Callable[[nn.Module], torch.optim.Optimizer]) -> float:
     """Return the loss of 400 digits after 40 steps."""
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     x, y = torch.tensor(digits.data[:400]).double() / 16, torch.tensor(digits.target[:400])
-    model = perceptron(balanced)
+    model = network(64, 32, balanced=balanced).double()
     optimizer = make(model)
     for _ in range(40):
         optimizer.zero_grad()
