@@ -88,9 +88,9 @@ class ExpressionReader(CallReader):
     def _bool_operation(self, node: ast.BoolOp, statement: ast.stmt) -> bool:
         """Read the parts of `and` and `or`: what follows the first may not be evaluated."""
         held = [self._evaluate(node.values[0], statement)]
-        before = self.state()
+        before = self.copy()
         held += [self._evaluate(part, statement) for part in node.values[1:]]
-        self.enter(behind([before, self.state()]))
+        self.enter(behind([before, self.copy()]))
         return any(held)
 
     def _if_expression(self, node: ast.IfExp, statement: ast.stmt) -> bool:

@@ -32,7 +32,7 @@ class ForkReader(ExpressionReader):
         """Read both branches, or the one that the model has decided on; is neither ever left?"""
         self.value(node.test, node)
         known = self.decided(node.test)
-        before = self.state()
+        before = self.copy()
         after: list[State] = []
         for wanted, body in ((True, node.body), (False, node.orelse)):
             if known is not None and known is not wanted:
@@ -40,7 +40,7 @@ class ForkReader(ExpressionReader):
             self.enter(before)
             self._narrow(node.test, wanted)
             if not self.block(body):
-                after.append(self.state())
+                after.append(self.copy())
         self.enter(behind(after))
         return not after
 
@@ -74,12 +74,12 @@ class ForkReader(ExpressionReader):
                 held = self.value(node.iter, node)
             else:
                 self.value(node.test, node)
-            before = self.state()
+            before = self.copy()
             if isinstance(node, ast.For):
                 self.bind(node.target, None, held, node, None if held else Other(self.at(node)))
             self.left.append([])
             ended = self.block(node.body)
-            after = self.left.pop() + ([] if ended else [self.state()])
+            after = self.left.pop() + ([] if ended else [self.copy()])
             self.enter(behind(after if surely and after else [before, *after]))
         return self.block(node.orelse)
 
@@ -95,25 +95,25 @@ class ForkReader(ExpressionReader):
     def attempt(self, node: ast.Try) -> bool:
         """Read the body of a `try`, and each handler as if it began anywhere in it."""
         self._forget(node)
-        before = self.state()
+        before = self.copy()
         ended = self.block(node.body)
-        after = [] if ended else [self.state()]
-        somewhere = behind([before, self.state()])
+        after = [] if ended else [self.copy()]
+        somewhere = behind([before, self.copy()])
         if after and self.block(node.orelse):
             after = []
         elif after:
-            after = [self.state()]
+            after = [self.copy()]
         for handler in node.handlers:
             self.enter(somewhere)
             if not self.block(handler.body):
-                after.append(self.state())
+                after.append(self.copy())
         self.enter(behind(after or [somewhere]))
         return self.block(node.finalbody) or not after
 
     def match(self, node: ast.Match) -> bool:
         """Read each case of a `match`, of which none may fit."""
         held = self.value(node.subject, node)
-        before = self.state()
+        before = self.copy()
         after = [before]
         for case in node.cases:
             self.enter(before)
@@ -124,7 +124,7 @@ class ForkReader(ExpressionReader):
             if case.guard is not None:
                 self.value(case.guard, node)
             if not self.block(case.body):
-                after.append(self.state())
+                after.append(self.copy())
         self.enter(behind(after))
         return False
 

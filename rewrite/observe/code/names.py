@@ -99,14 +99,10 @@ def _is_stored(node: ast.Name) -> bool:
     return isinstance(node.ctx, ast.Store)
 
 
-class FunctionNames:
-    """The names of one function, and what is known of them.
+class FunctionNames(State):
+    """The names of one function, and what is known of them at the line that is read.
 
     Attributes:
-        names: those that may hold the value.
-        of_name: per name, the fields in which an object holds it; None: it may be the value itself.
-        known: per name, the constant that it is.
-        others: per name, another value that it may hold.
         bound: the names that it binds anywhere.
         of_calls: the fields of what the calls of the expression returned that is read now.
     """
@@ -114,14 +110,11 @@ class FunctionNames:
     def __init__(
         self, check: CodeContext, function: Function, names: set[str], chain: tuple[CodeLine, ...]
     ) -> None:
+        super().__init__(names)
         self.check = check
         self.function = function
-        self.names = names
         self.chain = chain
-        self.known: dict[str, Any] = {}
-        self.others: dict[str, Other] = {}
         self.reaching: ast.Call | None = None
-        self.of_name: dict[str, Fields] = {}
         self.of_calls: list[Fields] = []
         args = function.node.args
         self.bound = {
@@ -131,10 +124,6 @@ class FunctionNames:
         }
         self.modules = check.modules(function)
         self.readers = check.reader_names(function)
-
-    def state(self) -> State:
-        """Return what is known at this line."""
-        return State(self.names, self.of_name, self.known, self.others).copy()
 
     def enter(self, state: State) -> None:
         """Go on with what is known at another line."""

@@ -86,7 +86,7 @@ class FunctionReader(ForkReader):
         if isinstance(node, ast.Match):
             return self.match(node)
         if isinstance(node, ast.Break | ast.Continue):
-            self.left[-1].append(self.state())
+            self.left[-1].append(self.copy())
         elif isinstance(node, ast.Return):
             self._return(node)
         elif isinstance(node, ast.Assign):

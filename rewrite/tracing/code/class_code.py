@@ -144,10 +144,14 @@ def _read(kind: type, named: tuple[tuple[Any, ...], ...]) -> ClassCode:
     return found
 
 
-def code_given(function: FunctionType, given: Mapping[str, Path]) -> ClassCode | None:
-    """Return what a function does with the modules that its arguments are; None without source."""
+@lru_cache(maxsize=256)
+def code_given(function: FunctionType, given: tuple[tuple[str, Path], ...]) -> ClassCode | None:
+    """Return what a function does with the modules that its arguments are; None without source.
+
+    Like a class it is read once, however many modules hand it something.
+    """
     found = ClassCode()
-    if not _Reader(function, given, found).read():
+    if not _Reader(function, dict(given), found).read():
         return None
     _once(found)
     return found

@@ -87,7 +87,7 @@ def _read(module: nn.Module, callee: Any, handed: Handed) -> ClassCode:
                 given[name] = path
             elif bound + name < len(names):
                 given[names[bound + name]] = path
-        more = code_given(function, given)
+        more = code_given(function, tuple(given.items()))
     if more is None:
         text = f"{handed.use.text}, of which the source is not known,"
         uses = [replace(handed.use, path=path, text=text) for _, path in handed.given]
