@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from benchmarks._table import environment, parser, publish, table
 from benchmarks.label_smoothing import Data, right, subjects
+from rewrite.files.figure import save_figure
 from rewrite.training import linear_scaling, parameter_groups, warmup
-from rewrite.training.plot import new_figure, write_figure
+from rewrite.training.plot import new_panels
 
 BATCHES = (32, 256, 1024)
 RATES = tuple(10 ** (-e / 2) for e in (7, 6, 5, 4))
@@ -130,7 +131,7 @@ def best(errors: dict[tuple[str, float, float], float], name: str, rate: float) 
 
 def draw_courses(curves: dict[tuple[int, bool], list[float]], path: Path) -> None:
     """Draw the losses by epoch, with the rules and without."""
-    figure, panels = new_figure(2)
+    figure, panels = new_panels(2)
     for panel, scaled in zip(panels, (True, False), strict=True):
         for batch in BATCHES:
             values = curves[batch, scaled]
@@ -138,12 +139,12 @@ def draw_courses(curves: dict[tuple[int, bool], list[float]], path: Path) -> Non
         panel.set(xlabel="epoch", ylabel="training loss", yscale="log")
         panel.set_title("scaled and warmed up" if scaled else "one rate for all", fontsize=10)
         panel.legend(fontsize=8)
-    write_figure(figure, path)
+    save_figure(figure, path)
 
 
 def draw_grid(errors: dict[tuple[str, float, float], float], path: Path) -> None:
     """Draw the test error over rates and decays."""
-    figure, panels = new_figure(2)
+    figure, panels = new_panels(2)
     top = max(errors.values())
     for panel, name in zip(panels, ("AdamW", "Adam + L2"), strict=True):
         values = Tensor([[errors[name, rate, decay] for rate in RATES] for decay in DECAYS])
@@ -153,7 +154,7 @@ def draw_grid(errors: dict[tuple[str, float, float], float], path: Path) -> None
         panel.set(xlabel="learning rate", ylabel="decay", title=name)
         for (y, x), value in _cells(values):
             panel.text(x, y, f"{value:.1f}", ha="center", va="center", color="white", fontsize=8)
-    write_figure(figure, path)
+    save_figure(figure, path)
 
 
 def _cells(values: Tensor) -> list[tuple[tuple[int, int], float]]:

@@ -240,7 +240,7 @@ def check_places(options: argparse.Namespace) -> None:
             --force; or a picture cannot be drawn.
     """
     if getattr(options, "plot", None):
-        from rewrite.signals.plot import check_plot
+        from rewrite.files.figure import check_plot
 
         check_plot(Path(options.plot))
     read = [getattr(options, name, None) for name in _READ]

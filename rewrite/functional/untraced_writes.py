@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from rewrite.provenance import shown_path
+from rewrite.tracing.code.source import source_of
 
 _HARMLESS = frozenset({"requires_grad_", "retain_grad_", "share_memory_"})
 
@@ -29,11 +29,10 @@ def untraced_writes(module: nn.Module) -> Iterator[Written]:
     if isinstance(module, torch.jit.ScriptModule):
         return
     function = inspect.unwrap(type(module).forward)
-    try:
-        lines, first = inspect.getsourcelines(function)
-        code = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, TypeError, SyntaxError):
+    code = source_of(function)
+    if code is None:
         return
+    lines, first = inspect.getsourcelines(function)
     file = shown_path(function.__code__.co_filename)
     met: set[int] = set()
     for node in ast.walk(code):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import re
-import textwrap
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
@@ -17,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from rewrite.graph.refs import TensorRef
 from rewrite.runtime.tree import Tree
+from rewrite.tracing.code.source import source_of
 from rewrite.tracing.records import Opaque
 from rewrite.tracing.regions import Region
 from rewrite.tracing.source_lines import short
@@ -136,9 +135,8 @@ def _words(kind: type) -> frozenset[str] | None:
     for base in kind.__mro__:
         if base is nn.Module or base is object:
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):
+        tree = source_of(base)
+        if tree is None:
             return None
         words.update(_code_words(tree))
     return frozenset(words)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from rewrite.errors import OptionError
-from rewrite.files.figure import save_figure
+from rewrite.files.figure import check_plot, new_figure, save_figure
 from rewrite.graph.capture import capture
 from rewrite.rescaling.balance import Balance
 from rewrite.rescaling.plan import edges_of
@@ -84,18 +83,11 @@ class BalanceReport:
         """Draw the ratios by depth into one .png or .svg file.
 
         Raises:
-            OptionError: another suffix, or matplotlib is not installed.
+            OptionError: the suffix is neither .png nor .svg, or matplotlib is not installed.
         """
         path = Path(path)
-        if path.suffix.lower() not in (".png", ".svg"):
-            raise OptionError(f"{path}: a plot is a .png or .svg file")
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise OptionError("plots need matplotlib; pip install matplotlib") from error
-        figure = Figure(figsize=(9, 4), layout="constrained")
-        FigureCanvasAgg(figure)
+        check_plot(path)
+        figure = new_figure(9, 4)
         axes = figure.subplots()
         for depth, row in enumerate(self.rows):
             places = [depth] * len(row.log_ratios)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewrite.errors import OptionError
-from rewrite.files.figure import save_figure
+from rewrite.files.figure import check_plot, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,13 +38,7 @@ def draw_signals(signals: Mapping[str, Signal]) -> Figure:
     Raises:
         OptionError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OptionError("plots need matplotlib; pip install matplotlib") from error
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 8)
     axes = figure.subplots(2, 2)
     panels = (
         ("standard deviation of layer outputs", lambda row: row.std, True),
@@ -78,14 +70,6 @@ def _name_layers(place: Any, rows: tuple[SignalRow, ...]) -> None:
     ticks = sorted({*list(shown)[: _NAMED - 1], max(last, 0)}) if rows else []
     names = [rows[tick].name or "(root)" for tick in ticks]
     place.set_xticks(ticks, names, rotation=45, ha="right", fontsize=7)
-
-
-def check_plot(path: Path) -> None:
-    """Raise OptionError unless a picture can have this name, and can be drawn."""
-    if find_spec("matplotlib") is None:
-        raise OptionError("plots need matplotlib; pip install matplotlib")
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise OptionError(f"{path}: a plot is a .png or .svg file")
 
 
 def _spectrum(row: SignalRow) -> tuple[float, float] | None:

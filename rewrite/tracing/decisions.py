@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import inspect
-import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -23,6 +21,7 @@ from types import CodeType
 
 from torch.fx import Node
 
+from rewrite.tracing.code.source import source_of
 from rewrite.tracing.rebinding import touched_by_rebinding
 from rewrite.tracing.records import Decision
 from rewrite.tracing.taint import path_of
@@ -72,10 +71,7 @@ def statement_at(
 ) -> ast.stmt | None:
     """Return the statement that decides on a line of a function; None where it has no source."""
     if code not in trees:
-        try:
-            trees[code] = ast.parse(textwrap.dedent(inspect.getsource(code)))
-        except (OSError, TypeError, SyntaxError):
-            trees[code] = None
+        trees[code] = source_of(code)
     tree = trees[code]
     if tree is None:
         return None
@@ -92,9 +88,8 @@ def statement_at(
 @lru_cache(maxsize=4096)
 def returns_an_answer(code: CodeType) -> bool:
     """Return whether a function may return a condition or a number: its caller may decide by it."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
-    except (OSError, TypeError, SyntaxError):
+    tree = source_of(code)
+    if tree is None:
         return True
     returned = [n.value for n in ast.walk(tree) if isinstance(n, ast.Return) and n.value]
     returned += [n.body for n in ast.walk(tree) if isinstance(n, ast.Lambda)]

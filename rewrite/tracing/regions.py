@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import operator
-import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from rewrite.runtime.copying import lazy_copy
 from rewrite.runtime.inputs import Inputs
 from rewrite.runtime.stand_in import stand_in, without_values
 from rewrite.runtime.tree import Tree, slots, tensor_names
+from rewrite.tracing.code.source import source_of
 from rewrite.tracing.decisions import real_decisions
 from rewrite.tracing.patches import tracing
 from rewrite.tracing.records import Decision, Frame, Opaque, Trace
@@ -230,10 +230,8 @@ def forward_branches(module: nn.Module, assumed: dict[str, Any]) -> tuple[str, .
         return ()  # torch's own layers choose between ways to compute one function
     if isinstance(graph := getattr(type(module), "graph", None), Graph):
         return _checked(graph, assumed)
-    try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward)))
-        tree = ast.parse(source)
-    except (OSError, TypeError, SyntaxError):
+    tree = source_of(inspect.unwrap(type(module).forward))
+    if tree is None:
         return tuple(assumed)
     tested: set[str] = set()
     for node in ast.walk(tree):

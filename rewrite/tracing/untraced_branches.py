@@ -17,7 +17,6 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Set
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from torch import nn
 from torch.fx import Node
 
 from rewrite.runtime.tree import Tree
+from rewrite.tracing.code.source import source_of
 from rewrite.tracing.decisions import place_of, statement_at, uncertain_values
 from rewrite.tracing.regions import Region
 from rewrite.tracing.taint import TaintAnalysis, is_super, path_of
@@ -251,12 +251,10 @@ class _Search:
     ) -> TaintAnalysis | None:
         key = (function, tainted, ignored)
         if key not in self._readers:
-            try:
-                code = ast.parse(textwrap.dedent(inspect.getsource(function)))
-            except (OSError, TypeError, SyntaxError):
-                self._readers[key] = None
-            else:
-                self._readers[key] = TaintAnalysis(code, tainted, ignored=ignored)
+            code = source_of(function)
+            self._readers[key] = (
+                None if code is None else TaintAnalysis(code, tainted, ignored=ignored)
+            )
         return self._readers[key]
 
     def _note(self, owner: str, tainted: Iterable[str]) -> BranchEffects:

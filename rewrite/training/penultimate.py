@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from rewrite.errors import OptionError
+from rewrite.files.figure import save_figure
 from rewrite.runtime.modes import evaluating
-from rewrite.training.plot import draw_plane, new_figure, write_figure
+from rewrite.training.plot import draw_plane, new_panels
 
 
 class NoTemplatesError(OptionError):
@@ -64,10 +65,10 @@ def plot_penultimate(planes: Mapping[str, Mapping[int, Tensor]], path: str | Pat
     """
     if not planes:
         raise OptionError("no plane to draw")
-    figure, panels = new_figure(len(planes))
+    figure, panels = new_panels(len(planes))
     for panel, (name, plane) in zip(panels, planes.items(), strict=True):
         draw_plane(panel, name, plane)
-    return write_figure(figure, Path(path))
+    return save_figure(figure, Path(path))
 
 
 def _last_linear(model: nn.Module, inputs: Tensor) -> tuple[nn.Linear, Tensor]:

@@ -8,42 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rewrite.errors import OptionError
-from rewrite.files.figure import save_figure
+from rewrite.files.figure import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from rewrite.training.recovered import Recovered
 
-SUFFIXES = (".png", ".svg")
 
-
-def new_figure(columns: int) -> tuple[Figure, list[Any]]:
+def new_panels(columns: int) -> tuple[Figure, list[Any]]:
     """Return a figure with panels side by side.
 
     Raises:
         OptionError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OptionError("plots need matplotlib; pip install matplotlib") from error
-    figure = Figure(figsize=(4.5 * columns, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.5 * columns, 3.6)
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
-
-
-def write_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as .png or .svg.
-
-    Raises:
-        OptionError: another suffix.
-    """
-    if path.suffix.lower() not in SUFFIXES:
-        raise OptionError(f"{path}: a plot is written as {' or '.join(SUFFIXES)}")
-    return save_figure(figure, path)
 
 
 def draw_plane(panel: Any, name: str, plane: Mapping[int, Tensor]) -> None:
@@ -58,7 +38,7 @@ def draw_plane(panel: Any, name: str, plane: Mapping[int, Tensor]) -> None:
 def plot_recovery(recovered: Recovered[Any], path: Path) -> Path:
     """Draw a recovery; return `path`."""
     reliability = recovered.calibration or {}
-    figure, panels = new_figure((3 if reliability else 2) + len(recovered.planes))
+    figure, panels = new_panels((3 if reliability else 2) + len(recovered.planes))
     steps = [step for step, _, _ in recovered.steps]
     panels[0].plot(steps, [loss for _, loss, _ in recovered.steps], color="tab:blue")
     panels[0].set(xlabel="step", ylabel="loss", yscale="log")
@@ -84,4 +64,4 @@ def plot_recovery(recovered: Recovered[Any], path: Path) -> Path:
     drawn = panels[len(panels) - len(recovered.planes) :]
     for panel, (name, plane) in zip(drawn, recovered.planes.items(), strict=True):
         draw_plane(panel, name, plane)
-    return write_figure(figure, path)
+    return save_figure(figure, path)

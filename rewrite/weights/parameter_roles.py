@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import ast
 import enum
-import inspect
 import operator
-import textwrap
 from collections.abc import Iterator
 
 import torch.nn.functional as F
@@ -33,6 +31,7 @@ from rewrite.graph.captured import Captured
 from rewrite.graph.spellings import CONVS, LINEARS, function_name, is_getitem
 from rewrite.graph.traits import spelled
 from rewrite.runtime.tree import Tree, join
+from rewrite.tracing.code.source import source_of
 
 _LAYERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
@@ -289,9 +288,8 @@ def _methods(kind: type[nn.Module]) -> Iterator[ast.FunctionDef]:
     for base in kind.__mro__:
         if base.__module__.startswith("torch.nn.modules.module") or base is object:
             continue
-        try:
-            code = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):
+        code = source_of(base)
+        if code is None:
             continue
         for node in ast.walk(code):
             if isinstance(node, ast.FunctionDef) and node.name != "__init__":

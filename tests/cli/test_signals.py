@@ -26,7 +26,7 @@ def test_a_plot_that_cannot_be_drawn_stops_before_the_work(
     assert code == 2 and "a plot is a .png or .svg file" in err
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        "rewrite.signals.plot.find_spec", lambda name: None if name == "matplotlib" else find(name)
+        "rewrite.files.figure.find_spec", lambda name: None if name == "matplotlib" else find(name)
     )
     code, _, err = run(capsys, *place, str(tmp_path / "a.svg"))
     assert (code, err) == (2, "rewrite: plots need matplotlib; pip install matplotlib\n")

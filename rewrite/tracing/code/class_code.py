@@ -29,7 +29,8 @@ from rewrite.tracing.code.module_paths import (
     only_watches,
     pattern_of,
 )
-from rewrite.tracing.code.surroundings import Surroundings, source_of
+from rewrite.tracing.code.source import source_of
+from rewrite.tracing.code.surroundings import Surroundings
 
 _TENSORS = frozenset(
     {"parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "get_parameter",

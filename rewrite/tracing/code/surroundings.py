@@ -8,10 +8,7 @@ next(self.parameters()).device                               reads no values
 from __future__ import annotations
 
 import ast
-import inspect
-import textwrap
 from collections.abc import Mapping
-from types import FunctionType
 from typing import Any
 
 from rewrite.tracing.code.module_paths import called, classes_of
@@ -21,35 +18,6 @@ _KINDS = frozenset({"dtype", "device", "is_cuda"})
 _SAYS = frozenset(
     {"print", "warn", "debug", "info", "warning", "warning_once", "error", "critical"}
 )
-
-
-def source_of(function: FunctionType) -> ast.Module | None:
-    """Return the syntax of a function, its first line being line 1; None without a source."""
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError):
-        return None
-    except SyntaxError:
-        return _lambdas(function)
-
-
-def _lambdas(function: FunctionType) -> ast.Module | None:
-    """Return the lambdas with the function's arguments that begin on its line.
-
-    A lambda may stand in the middle of a statement of several lines, which is no source by itself.
-    """
-    code = function.__code__
-    lines, _ = inspect.findsource(function)
-    names = list(code.co_varnames[: code.co_argcount])
-    found: list[ast.stmt] = [
-        ast.Expr(node)
-        for node in ast.walk(ast.parse("".join(lines)))
-        if isinstance(node, ast.Lambda)
-        and node.lineno == code.co_firstlineno
-        and [argument.arg for argument in node.args.args] == names
-    ]
-    tree = ast.Module(found, [])
-    return ast.increment_lineno(tree, 1 - code.co_firstlineno) if found else None
 
 
 class Surroundings:
