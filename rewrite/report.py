@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from rewrite.equivalence.side_by_side import SideBySide
     from rewrite.equivalence.verification import Verification
+    from rewrite.onnx.report import OnnxVerification
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,13 @@ class Report:
         passes: one report a pass, in order.
         notes: what the user should know beside it (no input to verify with, and the like).
         verification: the whole conversion against the original; None if it could not be measured.
+        exported: the ONNX file that was made of the result against it; None if none was made.
     """
 
     passes: tuple[PassReport, ...]
     notes: tuple[str, ...] = ()
     verification: Verification | None = None
+    exported: OnnxVerification | None = None
 
     @property
     def changes(self) -> tuple[Change, ...]:
@@ -68,10 +71,9 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every contract held, as far as it was checked."""
-        return all(item.ok for item in self.passes) and (
-            self.verification is None or self.verification.ok
-        )
+        """Whether every contract held, and what was exported agrees, as far as it was checked."""
+        whole = (self.verification, self.exported)
+        return all(item.ok for item in self.passes) and all(v is None or v.ok for v in whole)
 
     @property
     def failure(self) -> str:
@@ -85,6 +87,8 @@ class Report:
                 return f"{part.spec} is not {part.contract}: {part.verification.reasons[0]}"
         if self.verification is not None and not self.verification.ok:
             return f"all passes together: {self.verification.reasons[0]}"
+        if self.exported is not None and not self.exported.ok:
+            return f"{self.exported.path} does not agree with the model: {self.exported.reasons[0]}"
         return ""
 
     def to_json(self) -> str:
@@ -93,6 +97,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain dicts and lists."""
+        exported = {} if self.exported is None else {"exported": self.exported.to_dict()}
         return {
             "ok": self.ok,
             "passes": [
@@ -109,6 +114,7 @@ class Report:
             ],
             "verification": _as_dict(self.verification),
             "notes": list(self.notes),
+            **exported,
         }
 
     def tables(self, *, verbose: bool = False) -> Iterator[RenderableType]:
@@ -133,6 +139,8 @@ class Report:
             yield Text(f"note: {note}{f'  {count} alike' if count > 1 else ''}")
         if self.verification is not None:
             yield Text(str(self.verification))
+        if self.exported is not None:
+            yield from self.exported.tables(verbose=verbose)
 
     def to_html(
         self,

@@ -1,9 +1,11 @@
 """What other projects use, run as written: the composite action and the pre-commit hook."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +79,30 @@ def test_the_pre_commit_hook_judges(exported: Path, graph: str, code: int) -> No
 )
 def test_every_workflow_and_template_is_yaml(path: Path) -> None:
     assert isinstance(loaded(path), dict)
+
+
+def test_a_release_knows_its_addresses(tmp_path: Path) -> None:
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    links = set(re.findall(r"\]\(([^)\s]+)\)", (tmp_path / "README.md").read_text("utf-8")))
+    build = loaded(ROOT / ".github" / "workflows" / "release.yml")["jobs"]["build"]
+    (step,) = (s["run"] for s in build["steps"] if ".github/scripts/" in s.get("run", ""))
+    script = step.split()[1]
+    subprocess.run(
+        [sys.executable, str(ROOT / script)], cwd=tmp_path, check=True,
+        env=environment(
+            GITHUB_SERVER_URL="https://github.com", GITHUB_REPOSITORY="us/rewrite",
+            GITHUB_REF_NAME="v9.8.7",
+        ),
+    )  # fmt: skip
+    text = (tmp_path / "README.md").read_text("utf-8")
+    written = set(re.findall(r"\]\(([^)\s]+)\)", text))
+    place = "https://github.com/us/rewrite"
+    assert written and all(link.startswith("https://") for link in written)
+    for link in links:
+        kind = "raw" if link.endswith(".svg") else "blob"
+        assert link in written or f"{place}/{kind}/v9.8.7/{link}" in written
+    project = tomllib.loads((tmp_path / "pyproject.toml").read_text("utf-8"))["project"]
+    assert project["urls"]["Repository"] == place
+    assert project["urls"]["Changelog"] == f"{place}/blob/v9.8.7/CHANGELOG.md"
+    assert project["scripts"] and project["dependencies"]

@@ -86,10 +86,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="1x3x224x224[,...] or a .npz/.npy/.pt file: what the model is run on",
     )
     parser.add_argument("--report", metavar="OUT.json", help="write the report as JSON")
-    parser.add_argument("--html", metavar="OUT.html", help="write the report as one HTML page")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--verbose", action="store_true", help="print every row, also those alike")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def add_page_argument(parser: argparse.ArgumentParser) -> None:
+    """Add what a command takes whose report can be an HTML page."""
+    parser.add_argument("--html", metavar="OUT.html", help="write the report as one HTML page")
 
 
 def load_model(options: argparse.Namespace, reference: str, *, factory: bool = True) -> nn.Module:
@@ -153,11 +157,18 @@ def calibration_data(reference: str, model: nn.Module, **form: Any) -> Iterable[
     return open_calibration(reference, model, read=load_pickle, **form)
 
 
-def or_inferred(options: argparse.Namespace, model: nn.Module, inputs: Any) -> Inferred:
-    """Return the inputs that were given, or else ones that are made up, if any are known."""
-    from rewrite.runtime.infer_inputs import Inferred, infer_inputs
+def or_inferred(
+    options: argparse.Namespace, model: nn.Module, inputs: Any, *, small: bool = False
+) -> Inferred:
+    """Return the inputs that were given, or else ones that are made up, if any are known.
 
-    return infer_inputs(model, options.seed) if inputs is None else Inferred(inputs)
+    Those are images of a `small` size, unless the model records which it was made for.
+    """
+    from rewrite.runtime.infer_inputs import Inferred, infer_inputs, recorded_size
+
+    if inputs is not None:
+        return Inferred(inputs)
+    return infer_inputs(model, options.seed, quick=small and recorded_size(model) is None)
 
 
 def write_report(options: argparse.Namespace, found: Reported, page: str | None = None) -> None:
@@ -167,7 +178,7 @@ def write_report(options: argparse.Namespace, found: Reported, page: str | None 
     text = _with_provenance(options, found.to_json()) if options.report or options.json else ""
     if options.report:
         write_bytes(options.report, text.encode())
-    if options.html and page is not None:
+    if page is not None and options.html:
         write_bytes(options.html, page.encode())
     if options.json:
         print(text.rstrip())
@@ -199,7 +210,7 @@ def console() -> Console:
     return Console(width=wide, highlight=False, markup=False)
 
 
-def _written_reports(options: argparse.Namespace) -> Iterable[tuple[str, str | None]]:
+def written_reports(options: argparse.Namespace) -> Iterable[tuple[str, str | None]]:
     """Yield the flag and the value of each report that a command may be asked to write."""
     for name in ("report", "html", "node_data"):
         yield f"--{name.replace('_', '-')}", getattr(options, name, None)
@@ -246,7 +257,7 @@ def check_places(options: argparse.Namespace) -> None:
     read = [getattr(options, name, None) for name in _READ]
     if options.command == "apply-map":
         read.append(options.report)
-    named = [*_written_reports(options), ("--plot", getattr(options, "plot", None))]
+    named = [*written_reports(options), ("--plot", getattr(options, "plot", None))]
     for flag, name in named if options.command != "apply-map" else ():
         if not name or not os.path.lexists(name):
             continue
@@ -264,7 +275,7 @@ def check_report(options: argparse.Namespace, *others: str | None) -> None:
     from rewrite.files import check_writable
 
     taken = [*others, options.input]
-    for flag, name in _written_reports(options):
+    for flag, name in written_reports(options):
         if not name:
             continue
         place = check_writable(name).resolve()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rewrite.cli.common import (
     OK,
     add_model_arguments,
+    add_page_argument,
     example_inputs,
     load_model,
     own_provenance,
@@ -32,6 +33,7 @@ def add_parsers(subparsers: Any) -> None:
     parser.add_argument("model", metavar="A", help="the original")
     parser.add_argument("other", metavar="B", help="what stands beside it")
     add_model_arguments(parser)
+    add_page_argument(parser)
     parser.set_defaults(run=run_compare)
 
 

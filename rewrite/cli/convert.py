@@ -15,9 +15,9 @@ from rewrite.cli.common import (
     NOTHING,
     OK,
     add_model_arguments,
+    add_page_argument,
     calibration_data,
     complain,
-    console,
     example_inputs,
     load_model,
     save_model,
@@ -79,6 +79,7 @@ def add_parsers(commands: Any, argv: Sequence[str]) -> None:
                         "did (`rewrite recover` has the options)")  # fmt: skip
     parser.add_argument("--onnx", metavar="OUT.onnx", help="export and verify the result as well")
     add_model_arguments(parser)
+    add_page_argument(parser)
     if argv[:1] == ["convert"]:
         add_pass_flags(parser, argv[1:])
     parser.set_defaults(run=_run_convert)
@@ -134,25 +135,21 @@ def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool
         code = _judge(result.report, len(chosen), options)
         if code == OK and options.recover is not None and result.report.changes:
             result = _recovered(options, result, model)
-        page = _page(options, result, model, inputs) if options.html else None
+        shown = model if options.html else None
         del model
-        exported = None
         if code == OK and writes and result.report.changes:
             if options.onnx:
                 progress("exporting")
                 exported = _export(options, result, inputs)
+                result = replace(result, report=replace(result.report, exported=exported))
             progress("saving")
             save_model(options, options.model, result.model, output)
+        page = None if shown is None else _page(options, result, shown, inputs)
     write_report(options, result.report, page)
-    silent = options.quiet or options.json
-    if code == OK and not silent and options.dry_run:
+    if code == OK and options.dry_run and not (options.quiet or options.json):
         print("nothing written (--dry-run)")
-    if exported is not None:
-        if not silent:
-            for table in exported.tables():
-                console().print(table)
-        if not exported.ok:
-            return complain(f"{options.onnx}: does not agree with the model", FAILED)
+    if code == OK and not result.report.ok:
+        return complain(f"{result.report.failure}; no model was written", FAILED)
     return code
 
 
@@ -225,7 +222,8 @@ def _check_names(options: argparse.Namespace, report: Report) -> None:
 def _judge(report: Any, passes: int, options: argparse.Namespace) -> int:
     """Return the exit code of a conversion, and say on standard error what is wrong with it."""
     if not report.ok:
-        return complain("the result breaks its contract; nothing was written", FAILED)
+        what = f"the result breaks its contract: {report.failure}; no model was written"
+        return complain(what, FAILED)
     if not report.changes:
         if options.allow_noop:
             return OK

@@ -9,9 +9,12 @@ from rewrite.cli.common import (
     FAILED,
     OK,
     add_model_arguments,
+    add_page_argument,
     check_report,
+    complain,
     example_inputs,
     load_model,
+    own_provenance,
     write_report,
 )
 from rewrite.errors import OptionError
@@ -45,6 +48,7 @@ def add_parsers(subparsers: Any) -> None:
     parser.add_argument("--thorough", action="store_true", help="verify on more inputs")
     parser.add_argument("--force", action="store_true", help="overwrite an existing output")
     add_model_arguments(parser)
+    add_page_argument(parser)
     parser.set_defaults(run=run_export)
 
 
@@ -61,8 +65,15 @@ def run_export(options: argparse.Namespace) -> int:
     with ProgressLine(enabled=not options.quiet) as progress:
         progress("exporting" if options.no_verify else "exporting and verifying")
         found = _export(options, model, axes)
-    write_report(options, found)
-    return OK if found.ok else FAILED
+    page = None
+    if options.html:
+        from rewrite.html.pages import onnx_page
+
+        page = onnx_page(found, own_provenance(options.model)).render()
+    write_report(options, found, page)
+    if not found.ok:
+        return complain(f"{options.output}: {found.reasons[0]}; no model was written", FAILED)
+    return OK
 
 
 def _export(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewrite.cli.common import (
     MODEL_HELP,
     OK,
+    Reported,
     add_model_arguments,
     example_inputs,
     load_model,
@@ -41,26 +43,43 @@ def add_parsers(commands: Any) -> None:
 
 def _run_inspect(options: argparse.Namespace) -> int:
     from rewrite.files import check_writable
-    from rewrite.inspection import inspect_model
+    from rewrite.progress import ProgressLine
 
     if options.report:
         check_writable(options.report)
-    model = _opened(options)
-    inputs = example_inputs(options, model)
-    if options.signal:
-        from rewrite.cli.signals import run_signal
-
-        return run_signal(options, model, inputs)
-    if options.balance:
-        from rewrite.cli.rescaling import run_balance
-
-        return run_balance(options, model, inputs)
-    if options.path_norm:
-        from rewrite.cli.rescaling import run_path_norm
-
-        return run_path_norm(options, model, inputs)
-    write_report(options, inspect_model(model, inputs))
+    with ProgressLine(enabled=not options.quiet) as progress:
+        progress("loading")
+        model = _opened(options)
+        found = _found(options, model, example_inputs(options, model), progress)
+    write_report(options, found)
     return OK
+
+
+def _found(
+    options: argparse.Namespace,
+    model: nn.Module,
+    inputs: tuple[Any, ...] | None,
+    progress: Callable[[str], None],
+) -> Reported:
+    """Return what the options ask for; draw the picture that they name."""
+    if options.signal:
+        from rewrite.cli.signals import measured_signal
+
+        return measured_signal(options, model, inputs, progress)
+    if options.balance:
+        from rewrite.cli.rescaling import measured_balance
+
+        progress("looking for what writes and what reads each channel")
+        return measured_balance(options, model, inputs)
+    if options.path_norm:
+        from rewrite.rescaling.path_report import path_norm_report
+
+        progress("summing over the paths")
+        return path_norm_report(model, inputs)
+    from rewrite.inspection import inspect_model
+
+    progress("looking for norms, and what passes would find")
+    return inspect_model(model, inputs)
 
 
 def _opened(options: argparse.Namespace) -> nn.Module:

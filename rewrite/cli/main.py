@@ -39,6 +39,7 @@ from rewrite.cli.common import (
     check_places,
     complain,
     vet_files,
+    written_reports,
 )
 from rewrite.cli.parser import Parser, apply_config, find_config
 from rewrite.errors import PassError, RewriteError
@@ -90,8 +91,9 @@ def _published(options: argparse.Namespace) -> int:
     with publication() as files:
         try:
             code: int = options.run(options)
-            if code != FAILED or options.command not in _NOTHING_WRONG:
-                files.publish()
+            if code == FAILED and options.command in _NOTHING_WRONG:
+                files.keep([Path(name) for _, name in written_reports(options) if name])
+            files.publish()
         except KeyboardInterrupt:
             # It waited while files got their names: too late to stop anything.
             if not files.written:
@@ -117,8 +119,8 @@ def _finish_interrupted(options: argparse.Namespace) -> None:
             complain(f"{folder}: finished what an interrupted command had begun to write", OK)
 
 
-_NOTHING_WRONG = ("convert", "export", "apply-map")
-"""Commands that write nothing when they fail; a verification that fails is what a report is for."""
+_NOTHING_WRONG = ("convert", "export")
+"""Commands that write no model when they fail; the reports say why."""
 
 
 _INTERRUPTED = "interrupted; nothing was written"

@@ -90,26 +90,19 @@ def run_recover(options: argparse.Namespace) -> int:
     for path in (options.report, options.plot):
         if path is not None:
             check_writable(path)
-    student, teacher = load_model(options, options.student), load_model(options, options.teacher)
-    data = open_data(options.data, student, labels=options.labels)
-    recovered = train(options, student, teacher, data, _settings(options))
-    return finish(options, recovered, output)
-
-
-def train(
-    options: argparse.Namespace,
-    student: nn.Module,
-    teacher: nn.Module,
-    data: Iterable[Any],
-    settings: dict[str, Any],
-) -> Recovered[nn.Module]:
-    """Train with a progress line."""
     from rewrite.progress import ProgressLine
     from rewrite.training.recover import recover
 
+    settings = _settings(options)
     with ProgressLine(enabled=not options.quiet) as progress:
-        state = getattr(options, "state", None)
-        return recover(student, teacher, data, state=state, progress=progress, **settings)
+        progress("loading")
+        student = load_model(options, options.student)
+        teacher = load_model(options, options.teacher)
+        data = open_data(options.data, student, labels=options.labels)
+        recovered = recover(
+            student, teacher, data, state=options.state, progress=progress, **settings
+        )
+    return finish(options, recovered, output)
 
 
 def finish(options: argparse.Namespace, recovered: Recovered[nn.Module], output: Path) -> int:

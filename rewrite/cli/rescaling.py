@@ -1,21 +1,21 @@
-"""`rewrite inspect --path-norm` and `--balance`: what rescalings keep and change."""
+"""`rewrite inspect --balance`: how far the two sides of each channel are from balanced."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-
-from rewrite.cli.common import OK, write_report
 
 if TYPE_CHECKING:
     import argparse
 
     from torch import nn
 
+    from rewrite.rescaling.balance_report import BalanceReport
 
-def run_balance(
+
+def measured_balance(
     options: argparse.Namespace, model: nn.Module, inputs: tuple[Any, ...] | None
-) -> int:
-    """Print how balanced the weights are, write the JSON and the picture that the options name.
+) -> BalanceReport:
+    """Measure, and draw the picture that the options name.
 
     Raises:
         OptionError: the picture is no .png or .svg file.
@@ -25,19 +25,4 @@ def run_balance(
     report = balance_report(model, inputs)
     if options.plot is not None:
         report.plot(options.plot)
-    write_report(options, report)
-    return OK
-
-
-def run_path_norm(
-    options: argparse.Namespace, model: nn.Module, inputs: tuple[Any, ...] | None
-) -> int:
-    """Print the path norms and write their JSON, as the options say.
-
-    Raises:
-        OptionError: no input is known.
-    """
-    from rewrite.rescaling.path_report import path_norm_report
-
-    write_report(options, path_norm_report(model, inputs))
-    return OK
+    return report

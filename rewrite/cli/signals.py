@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from rewrite.cli.common import OK, load_model, or_inferred, write_report
+from rewrite.cli.common import load_model, or_inferred
 from rewrite.errors import OptionError
-from rewrite.progress import ProgressLine
 from rewrite.signals.measure import signal
 
 if TYPE_CHECKING:
@@ -14,28 +14,33 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from rewrite.signals.report import Signal
 
-def run_signal(
-    options: argparse.Namespace, model: nn.Module, inputs: tuple[Any, ...] | None
-) -> int:
-    """Measure, print the table, write the JSON and the picture that the options name.
+
+def measured_signal(
+    options: argparse.Namespace,
+    model: nn.Module,
+    inputs: tuple[Any, ...] | None,
+    progress: Callable[[str], None],
+) -> Signal:
+    """Measure, and draw the picture that the options name.
 
     Raises:
         OptionError: no input is known.
     """
-    inferred = or_inferred(options, model, inputs)
+    progress("looking for an input that fits")
+    inferred = or_inferred(options, model, inputs, small=True)
     if inferred.inputs is None:
         raise OptionError(
             f"--signal runs the model; {inferred.missing}; pass --input, such as 8x3x224x224"
         )
-    batch = inferred.inputs
-    with ProgressLine(enabled=not options.quiet) as progress:
-        progress("one forward and one backward")
-        measured = signal(model, batch, seed=options.seed, progress=progress)
+    progress("one forward and one backward")
+    measured = signal(model, inferred.inputs, seed=options.seed, progress=progress)
     if options.plot is not None:
         before = None
         if options.before is not None:
-            before = signal(load_model(options, options.before), batch, seed=options.seed)
+            progress(f"the same of {options.before}")
+            other = load_model(options, options.before)
+            before = signal(other, inferred.inputs, seed=options.seed, progress=progress)
         measured.plot(options.plot, before=before)
-    write_report(options, measured)
-    return OK
+    return measured

@@ -13,6 +13,7 @@ from rewrite.cli.common import (
     FAILED,
     OK,
     add_model_arguments,
+    add_page_argument,
     calibration_data,
     check_report,
     complain,
@@ -61,6 +62,7 @@ def add_parsers(subparsers: Any) -> None:
     parser.add_argument("--node-data", metavar="OUT.json",
                         help="write the error of each ONNX node, for Model Explorer")  # fmt: skip
     add_model_arguments(parser)
+    add_page_argument(parser)
     parser.set_defaults(run=run_verify)
 
 

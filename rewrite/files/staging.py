@@ -162,6 +162,13 @@ class Publication:
             self.written += made
         return tuple(made)
 
+    def keep(self, targets: Sequence[Path]) -> None:
+        """Throw away what was not published, but for these targets."""
+        left_out = [staged for staged in self.staged if staged.target not in targets]
+        self.staged = [staged for staged in self.staged if staged.target in targets]
+        for staged in left_out:
+            staged.close()
+
     def close(self) -> None:
         """Throw away what was not published."""
         while self.staged:

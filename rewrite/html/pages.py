@@ -30,7 +30,10 @@ def conversion_page(
     checks = [item.verification for item in report.passes if item.verification is not None]
     check = report.verification or (checks[-1] if checks else None)
     changes, skips = len(report.changes), len(report.skips)
-    if not report.ok:
+    exported = report.exported
+    if exported is not None and not exported.ok:
+        verdict = f"{shown_path(exported.path)} does not agree with the rewritten model."
+    elif not report.ok:
         verdict = "The result breaks its contract."
     elif not changes:
         verdict = "Nothing was rewritten."
@@ -55,12 +58,17 @@ def conversion_page(
         verdict=verdict,
         ok=report.ok,
         numbers=numbers,
-        reasons=[*violations, *(() if check is None else check.reasons)],
-        divergence=None if check is None else check.divergence,
+        reasons=[
+            *violations,
+            *(() if check is None else check.reasons),
+            *(() if exported is None else exported.reasons),
+        ],
+        divergence=(None if check is None else check.divergence)
+        or (None if exported is None else exported.divergence),
         changes=[(item.spec, change) for item in report.passes for change in item.changes],
         skips=[(item.spec, skip) for item in report.passes for skip in item.skips],
         cases=() if check is None else check.cases,
-        notes=_alike(report.notes),
+        notes=[*_alike(report.notes), *_checks(exported)],
         modules=modules,
         wrong=_wrong(check),
         provenance=provenance or {},
@@ -125,7 +133,7 @@ def onnx_page(found: OnnxVerification, provenance: Mapping[str, str] | None = No
         ],
         reasons=found.reasons,
         divergence=found.divergence,
-        notes=[*(f"{c.name}: {c.found}" for c in found.checks if c.ok), *found.notes],
+        notes=_checks(found),
         provenance=provenance or {},
     )
 
@@ -137,6 +145,14 @@ def _alike(notes: Sequence[str]) -> list[str]:
         f"{each.texts[0]} ({each.count} alike)" if each.count > 1 else each.texts[0]
         for each in merged
     ]
+
+
+def _checks(found: OnnxVerification | None) -> list[str]:
+    """Return what holds of a graph, and what else there is to say of it."""
+    if found is None:
+        return []
+    held = (f"{check.name}: {check.found}" for check in found.checks if check.ok)
+    return [*held, *found.notes]
 
 
 def _count(number: int, what: str) -> str:

@@ -97,7 +97,7 @@ def _candidates(
     def floats(*shape: int) -> Callable[[torch.Generator], torch.Tensor]:
         return lambda generator: torch.randn(shape, generator=generator).to(dtype)
 
-    recorded = _recorded_size(model)
+    recorded = recorded_size(model)
     for layer in model.modules():
         if isinstance(layer, nn.modules.conv._ConvNd) and not isinstance(
             layer, nn.modules.conv._ConvTransposeNd
@@ -142,7 +142,7 @@ def _indices(entries: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(0, entries, (1, 16), generator=generator)
 
 
-def _recorded_size(model: nn.Module) -> tuple[int, ...] | None:
+def recorded_size(model: nn.Module) -> tuple[int, ...] | None:
     """Return (channels, height, width) as timm or transformers note them in the model."""
     for attribute in ("pretrained_cfg", "default_cfg"):
         config = getattr(model, attribute, None)

@@ -82,6 +82,7 @@ def test_json_is_printed_for_machines(capsys, model_here: Path) -> None:
         ["convert", "--fold", "model.pt", "--input", "1x3x9x9"],
         ["verify", "model.pt", "model.pt", "--quick"],
         ["compare", "model.pt", "model.pt"],
+        ["export", "model.pt", "out.onnx", "--input", "1x3x9x9"],
     ],
 )
 def test_a_page_is_written(capsys, model_here: Path, arguments: list[str]) -> None:
@@ -118,3 +119,9 @@ def test_json_is_all_that_is_printed(capsys, model_here: Path) -> None:
         code, out, err = run(capsys, *command, "--json")
         found = json.loads(out)
         assert (code, err) == (0, "") and found["provenance"]["rewrite"] == rewrite.__version__
+
+
+@pytest.mark.parametrize("command", ["inspect model.pt", "recover model.pt --teacher a --data b"])
+def test_a_command_without_a_page_has_no_flag_for_one(capsys, command: str) -> None:
+    code, _, err = run(capsys, *command.split(), "--html", "page.html")
+    assert code == 2 and "unrecognized arguments: --html page.html; it is a flag of" in err

@@ -11,6 +11,7 @@ from torch import nn
 
 import rewrite
 from models.randomize import randomize_norms_
+from rewrite.onnx.report import Check, OnnxVerification
 from rewrite.protocol import Pass
 from tests.cli.running import files, run
 from tests.cli.test_common import FACTORY
@@ -202,3 +203,43 @@ def test_a_low_agreement_says_what_to_do(capsys, model_here: Path) -> None:
     assert "of 64 (" in shown and "agreement is low: --keep function" in shown
     kept = run(capsys, "convert", "--fold", "net.pt", "-o", "o.pt", "--force", "--input", "own.pt")
     assert "same top-1 as the original: 64 of 64\n" in kept[1] and "is low" not in kept[1]
+
+
+def test_what_breaks_its_contract_leaves_its_reports_alone(checkpoint, capsys, monkeypatch) -> None:
+    from passes import BatchNormToGroupNorm
+    from rewrite.outcomes import Contract
+
+    monkeypatch.setattr(BatchNormToGroupNorm, "contract", Contract.EXACT_IN_EVAL)
+    monkeypatch.chdir(checkpoint.parent)
+    reports = ["--html", "page.html", "--report", "r.json", "--onnx", "o.onnx"]
+    code, out, err = run(
+        capsys, "convert", "--bn-to-gn", "model.pt", *reports, "--input", "2x3x9x9"
+    )
+    assert code == 1 and "is not exact-in-eval" in err and "no model was written" in err
+    assert files(checkpoint.parent) == {"model.pt", "page.html", "r.json"}
+    assert "wrote page.html" in out and "wrote r.json" in out
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "The result breaks its contract" in page and "The first place where they part" in page
+
+
+@pytest.mark.parametrize(
+    "command", ["convert --fold --onnx o.onnx model.pt", "export model.pt o.onnx"]
+)
+def test_a_graph_that_does_not_agree_is_in_the_reports(
+    model_here: Path, capsys, monkeypatch, command: str
+) -> None:
+    wrong = OnnxVerification("o.onnx", (Check("parity", "the output is off by 0.3", ok=False),))
+    monkeypatch.setattr("rewrite.onnx.export.verify_onnx", lambda *_, **__: wrong)
+    reports = ["--html", "page.html", "--report", "r.json", "--input", "2x3x9x9"]
+    code, _, err = run(capsys, *command.split(), *reports)
+    assert code == 1 and "off by 0.3; no model was written" in err
+    assert files(model_here.parent) == {"model.pt", "page.html", "r.json"}
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "What is wrong" in page and "off by 0.3" in page
+    assert json.loads(Path("r.json").read_text())["ok"] is False
+
+
+def test_a_page_of_a_conversion_says_that_the_graph_agrees(model_here: Path, capsys) -> None:
+    command = "convert --fold --onnx o.onnx model.pt --input 2x3x9x9 --html page.html"
+    assert run(capsys, *command.split())[0] == 0
+    assert "parity with the PyTorch model" in Path("page.html").read_text(encoding="utf-8")

@@ -20,6 +20,9 @@ _STEPS = {
     "export model.pt out.onnx": ("exporting and verifying",),
     "inspect --signal model.pt": ("one forward", "layer 1 of 2", "layer 2 of 2"),
     "compare model.pt model.pt": ("loading", "first model", "second model", "nearest value"),
+    "recover student.pt --teacher model.pt --data x.npz --epochs 2 -o out.pt": (
+        "loading", r"step 1 of 2", r"step 2 of 2",
+    ),
     "apply-map report.json model.pt out.safetensors": ("reading", "applying", "saving"),
 }  # fmt: skip
 
@@ -41,9 +44,12 @@ def test_a_command_says_its_steps_in_their_order(
     np.savez("x.npz", x=np.random.default_rng(0).normal(size=(4, 3, 9, 9)).astype("f4"))
     if "model.onnx" in command:
         assert main(["export", "--quiet", "model.pt", "model.onnx", "--input", "2x3x9x9"]) == 0
+    if "student.pt" in command:
+        swap = ["convert", "--bn-to-gn", "--quiet", "model.pt", "-o", "student.pt"]
+        assert main([*swap, "--input", "2x3x9x9"]) == 0
     if "report.json" in command:
         assert main(["convert", "--fold", "--quiet", "--report", "report.json", "model.pt"]) == 0
-    given = [] if "apply-map" in command else ["--input", "2x3x9x9"]
+    given = [] if command.startswith(("apply-map", "recover")) else ["--input", "2x3x9x9"]
     said.clear()
     assert main([*command.split(), *given]) == 0
     left = iter(said)

@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+import rewrite
 from rewrite.cli.main import main
 from tests.cli.running import run
 from tests.signals.test_measure import chain
@@ -14,6 +16,18 @@ from tests.signals.test_measure import chain
 def test_signal_makes_up_an_input(capsys, model_here: Path) -> None:
     code, out, _ = run(capsys, "inspect", "--signal", "model.pt")
     assert code == 0 and "grad std" in out
+
+
+@pytest.mark.parametrize(("recorded", "side"), [(None, 64), ((3, 96, 96), 96)])
+def test_a_made_up_image_is_small_unless_the_model_records_a_size(
+    capsys, model_here: Path, recorded: tuple[int, int, int] | None, side: int
+) -> None:
+    model = rewrite.load("model.pt")
+    if recorded is not None:
+        model.default_cfg = {"input_size": recorded}
+        torch.save(model, "model.pt")
+    code, out, _ = run(capsys, "inspect", "--signal", "--json", "model.pt")
+    assert code == 0 and json.loads(out)["rows"][0]["shape"] == [1, 8, side - 2, side - 2]
 
 
 @pytest.mark.parametrize("flag", ["--signal", "--balance"])
