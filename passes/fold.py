@@ -206,7 +206,7 @@ class FoldNorm(Pass):
                 changes.append(_merged_change(site, merged[site.plan]))
         # A baked weight was rounded before it was folded: its exact value is not what was computed.
         rounded = {f"{name}.{attr}" for name in baked for attr in ("weight", "bias")}
-        captured.exact.update({n: e for n, e in ran.exact.items() if n not in rounded})
+        captured.keep_exact({n: e for n, e in ran.exact.items() if n not in rounded})
         return changes
 
 
@@ -240,7 +240,8 @@ class _Ran:
     def rename(self, old: str, new: str) -> None:
         """Note that what was written under one name is called another."""
         for attr in ("weight", "bias"):
-            self.exact[f"{new}.{attr}"] = self.exact.pop(f"{old}.{attr}")
+            if (exact := self.exact.pop(f"{old}.{attr}", None)) is not None:
+                self.exact[f"{new}.{attr}"] = exact
 
 
 def _run(captured: Editable, plans: Sequence[Site]) -> _Ran:
@@ -252,13 +253,15 @@ def _run(captured: Editable, plans: Sequence[Site]) -> _Ran:
         elif isinstance(site.plan, UnfoldedNorm):
             recipes[site] = site.plan.recipe()
     store = ModelStore(captured, list(recipes.values()))
-    exact: Exact = {}
+    # Branches are added up as they were before their norms' folds were rounded.
+    asked = captured.exact is not None or any(isinstance(site.plan, Merge) for site in plans)
+    exact: Exact | None = {} if asked else None
     try:
         run_recipes(list(recipes.values()), store, exact)
     except CheckpointError as error:
         raise PassError(f"fold: {error}") from error
     clones = store.finish()
-    return _Ran(recipes, store, store.named(exact), clones)
+    return _Ran(recipes, store, store.named(exact or {}), clones)
 
 
 def _bake_all(captured: Editable, plans: Sequence[Site]) -> dict[str, Baked]:
@@ -302,7 +305,7 @@ def _merge_all(
         if isinstance(merge, Merge) and merge not in merged:
             again = branches.again(merge)
             merged[merge], exact = merge_site(captured, merge.owner, again, unrounded)
-            captured.exact.update(exact)
+            captured.keep_exact(exact)
     return merged
 
 

@@ -49,5 +49,5 @@ class MergeBranches(Pass):
         """Put one convolution in place of the branches."""
         assert isinstance(site.plan, Merge)
         change, exact = merge_site(captured, site.target, site.plan, {})
-        captured.exact.update(exact)
+        captured.keep_exact(exact)
         return change

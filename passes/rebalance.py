@@ -141,12 +141,13 @@ class Rebalance(Pass):
         absorbed = [site.plan for site in sites if isinstance(site.plan, FoldRecipe)]
         # A shift is taken out of the value as it was, before its channels are scaled.
         every = [*absorbed, *recipes.values()]
-        store, exact = ModelStore(captured, every), Exact()
+        store = ModelStore(captured, every)
+        exact: Exact | None = None if captured.exact is None else {}
         try:
             run_recipes(every, store, exact)
         except CheckpointError as error:
             raise PassError(f"{self.name}: {error}") from error
-        captured.exact.update(store.named(exact))
+        captured.keep_exact(store.named(exact or {}))
         changes = []
         for site in sites:
             if isinstance(site.plan, Clip):

@@ -273,7 +273,9 @@ class _Conversion:
         calibration = self.calibration
         if calibration is not None:
             calibration = Announced(calibration, self.say, pass_.name)
-        applied = apply_pass(pass_, after, self.evidence, calibration, selection, self.calls)
+        applied = apply_pass(
+            pass_, after, self.evidence, calibration, selection, self.calls, keep_exact=self.runs
+        )
         seconds = time.perf_counter() - start
         verification = None
         touched = {name: pass_.name for change in applied.changes for name in change.touched}

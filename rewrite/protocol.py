@@ -38,7 +38,8 @@ class Applied:
     """What one application of a pass did.
 
     `model` is the rewritten model: the one that was given, unless its root itself was replaced.
-    `exact` is what written tensors are before they are rounded, in float64, by qualified name.
+    `exact` is what written tensors are before they are rounded, in float64, by qualified name; it
+    is empty unless it was asked for.
     """
 
     model: nn.Module
@@ -165,6 +166,8 @@ def apply_pass(
     selection: Selection | None = None,
     calls: Sequence[ExampleCall] = (),
     numbers: Callable[[str], Tensor] | None = None,
+    *,
+    keep_exact: bool = False,
 ) -> Applied:
     """Apply one pass to `model` in place and return its changes and skips.
 
@@ -176,12 +179,15 @@ def apply_pass(
         selection: which sites are wanted; all of them without one.
         calls: calls that may be observed, where a forward cannot be traced.
         numbers: what a tensor on the meta device holds, by its name: a model without values.
+        keep_exact: keep what verification asks for: what written tensors are before they are
+            rounded. The old tensors stay in memory for it.
 
     Raises:
         PassError: the pass itself failed; the cause is chained.
     """
     captured = capture(model, example_inputs, calls)
     captured.numbers = numbers
+    captured.exact = {} if keep_exact else None
     sites, skips = find_sites(pass_, captured, selection)
     shapes = _shapes(model)
     try:
@@ -197,7 +203,7 @@ def apply_pass(
     )
     touched = frozenset(name for change in done for name in change.touched)
     notes = (*captured.notes, *captured.code.other_entries(touched))
-    return Applied(captured.model, done, tuple(skips), notes, captured.exact)
+    return Applied(captured.model, done, tuple(skips), notes, captured.exact or {})
 
 
 def _with_forwards(captured: Editable, changes: Sequence[Change]) -> list[Change]:

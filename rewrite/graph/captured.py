@@ -79,7 +79,8 @@ class Captured(HasValues):
         opaque: the modules that are one call to the tracer, with the reason.
         shape_error: why some values have no shape although example inputs were given.
         notes: what a pass has to say of the whole model; it goes into the report.
-        exact: what written tensors are before they are rounded, in float64, by qualified name.
+        exact: what written tensors are before they are rounded, in float64, by qualified name; None
+            where nobody is going to ask. It keeps the old tensors alive.
         example_calls, example_inputs: calls that may be observed, and what it was captured on.
         observed: what the calls showed (`rewrite.observe`), once somebody asked.
         unobserved: why they could not be observed, or "".
@@ -91,7 +92,7 @@ class Captured(HasValues):
     opaque: dict[str, Opaque]
     shape_error: str | None = None
     notes: list[str] = field(default_factory=list)
-    exact: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+    exact: dict[str, Callable[[], torch.Tensor]] | None = field(default_factory=dict)
     example_calls: tuple[ExampleCall, ...] = ()
     example_inputs: Inputs | None = None
     observed: Any = field(default=None, repr=False)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import cast
+
+from torch import Tensor
 
 from rewrite.graph.captured import Captured
 from rewrite.graph.editor import Editor
@@ -32,3 +35,8 @@ class Editable(Captured):
         if "_editor" not in held:
             held["_editor"] = Editor(self.evidence)
         return cast(Editor, held["_editor"])
+
+    def keep_exact(self, exact: Mapping[str, Callable[[], Tensor]]) -> None:
+        """Note what written tensors are before they are rounded, if somebody is going to ask."""
+        if self.exact is not None:
+            self.exact |= exact

@@ -27,7 +27,8 @@ def network(depth: int = 2) -> nn.Sequential:
 
 
 def folded(model: nn.Module) -> tuple[nn.Module, dict[str, Callable[[], Tensor]]]:
-    applied = apply_pass(FoldNorm(), copy_model(model), X.to(next(model.parameters()).dtype))
+    inputs = X.to(next(model.parameters()).dtype)
+    applied = apply_pass(FoldNorm(), copy_model(model), inputs, keep_exact=True)
     return applied.model, dict(applied.exact)
 
 

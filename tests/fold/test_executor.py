@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import weakref
 from typing import Any
 
 import pytest
@@ -99,7 +101,7 @@ def test_what_is_written_is_within_half_an_ulp_of_its_exact_value(name: str) -> 
     model, inputs = models.build(name)
     model = model.float()
     inputs = tuple(t.float() if t.is_floating_point() else t for t in inputs)
-    applied = apply_pass(FoldNorm(), model, inputs)
+    applied = apply_pass(FoldNorm(), model, inputs, keep_exact=True)
     stored = dict(applied.model.named_parameters(remove_duplicate=False))
     written = {key: value() for key, value in applied.exact.items() if key in stored}
     assert written
@@ -200,3 +202,16 @@ def test_branches_are_added_up_before_they_are_rounded() -> None:
     want = rewrite.convert(wide, "fold", example_inputs=inputs).model.state_dict()
     assert any("merged_conv" in key for key in got)
     assert all(torch.equal(got[key], want[key].float()) for key in want)
+
+
+@pytest.mark.parametrize("keep_exact", [False, True])
+def test_old_weights_stay_in_memory_only_where_their_exact_values_are_asked_for(
+    keep_exact: bool,
+) -> None:
+    model = models.randomize_norms_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), 1)
+    old = weakref.ref(model[0].weight.untyped_storage())
+    applied = apply_pass(FoldNorm(), model, keep_exact=keep_exact)
+    gc.collect()
+    assert applied.changes
+    assert set(applied.exact) == ({"0.weight", "0.bias"} if keep_exact else set())
+    assert (old() is not None) is keep_exact
