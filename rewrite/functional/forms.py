@@ -158,10 +158,21 @@ def _assignment(node: Node, calls: Sequence[Node]) -> Make | str:
     for k in keys:
         if isinstance(k, Node) and not (_rank(k) == 1 and _dtype(k) == torch.long):
             return "assigns through an index that mixes slices and tensors, not all 1-D of int64"
+    if any(isinstance(k, list) and not _are_apart(k) for k in keys):
+        return "assigns to one place of an axis more than once, or may"
     several = [k for k in keys if isinstance(k, Node | list)]
     if several and (len(several) > 1 or any(isinstance(k, int) for k in keys)):
         return "assigns through an index of several places along more than one axis"
     return lambda graph, line: _scatter(graph, line.args[0], _keys(line), 0, line.args[2])
+
+
+def _are_apart(places: list[Any]) -> bool:
+    """Return whether places differ on an axis of any length: 3 and -1 are one where it has four.
+
+    At a place that is assigned twice the last value stays, but the gradient reaches both.
+    """
+    signs = {place < 0 for place in places if isinstance(place, int)}
+    return len(signs) <= 1 and len(set(places)) == len(places)
 
 
 def _is_full_mask(call: Node) -> bool:
@@ -217,14 +228,31 @@ def _scatter(graph: Graph, old: Any, keys: list[Any], dim: int, value: Any) -> N
     part = graph.call_function(operator.getitem, (old, index))
     new = _scatter(graph, part, rest, dim + 1, value)
     if isinstance(key, slice):
-        bounds = (dim, key.start, key.stop, 1 if key.step is None else key.step)
-        return graph.call_function(torch.slice_scatter, (old, new, *bounds))
+        bounds = _bounds(graph, old, part, key, dim)
+        return graph.call_function(torch.slice_scatter, (old, new, dim, *bounds))
     if isinstance(key, Node):
         return graph.call_function(torch.index_copy, (old, dim, key, new))
     for number, one in enumerate(key):
         entry = graph.call_method("select", (new, dim, number))
         old = graph.call_function(torch.select_scatter, (old, entry, dim, one))
     return old  # type: ignore[no-any-return]  # a node, which is untyped here
+
+
+def _bounds(graph: Graph, old: Any, part: Node, key: slice, dim: int) -> tuple[Any, Any, int]:
+    """Return where a slice of `old` begins, where it ends, and its step, none counted from the end.
+
+    `torch.func.vmap` takes no bounds of `slice_scatter` that are negative or beyond the axis.
+    """
+    step = 1 if key.step is None else key.step
+    start, stop = key.start, key.stop
+    if isinstance(start, int) and start < 0:
+        start = graph.call_function(operator.add, (graph.call_method("size", (old, dim)), start))
+        start = graph.call_function(max, (start, 0))
+    if stop is not None or isinstance(start, Node):
+        stop = graph.call_method("size", (part, dim))
+        stop = stop if step == 1 else graph.call_function(operator.mul, (stop, step))
+        stop = stop if start in (None, 0) else graph.call_function(operator.add, (stop, start))
+    return start, stop, step
 
 
 # -- spellings --------------------------------------------------------------------------------

@@ -290,6 +290,11 @@ class _Recovery:
 
     def _check_labels(self, classes: int) -> None:
         assert self.fitted.labels is not None
+        given, wanted = self.fitted.labels.shape[1:], self.held.outputs[0].shape[2:]
+        if given != wanted:
+            raise OptionError(
+                f"labels of one sample: shape {tuple(given)}; its output asks for {tuple(wanted)}"
+            )
         check_labels(self.fitted.labels, classes)
         check_labels(self.held.samples.labels, classes)  # type: ignore[arg-type]  # labelled as those that are fitted
         counts = torch.bincount(self.fitted.labels[self.fitted.labels >= 0], minlength=classes)

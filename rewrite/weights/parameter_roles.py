@@ -14,10 +14,8 @@ nothing.
 
 from __future__ import annotations
 
-import ast
 import enum
 import operator
-from collections.abc import Iterator
 
 import torch.nn.functional as F
 from torch import nn
@@ -31,7 +29,7 @@ from rewrite.graph.captured import Captured
 from rewrite.graph.spellings import CONVS, LINEARS, function_name, is_getitem
 from rewrite.graph.traits import spelled
 from rewrite.runtime.tree import Tree, join
-from rewrite.tracing.code.source import source_of
+from rewrite.tracing.code.products import sums_over, writes_product
 
 _LAYERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
@@ -47,10 +45,12 @@ _RESHAPES = {"rearrange"} | spelled(
     "view", "reshape_as", "transpose", "permute", "t", "movedim", "flatten", "unflatten",
     "squeeze", "unsqueeze", "chunk", "split", "unbind", "narrow", "select", "getitem", "expand",
     "expand_as", "repeat", "cat", "stack", "contiguous", "clone", "to", "type_as", "float", "half",
-    "double", "bfloat16", "neg", "batch_norm", "mul", "div", "sub",
+    "double", "bfloat16", "neg", "batch_norm", "mul", "div", "sub", "normalize",
 )  # fmt: skip
 """What stands between a parameter and its product: other layouts of it, and, as in weight
 standardization and in dynamic convolution, the same matrix rescaled."""
+
+_SCALES = spelled("mul", "div", "batch_norm")
 
 _ONWARDS = _RESHAPES | spelled("pad", "masked_fill", "roll")
 """What attention's logits go through before their softmax."""
@@ -91,9 +91,10 @@ def roles(model: nn.Module) -> dict[str, Role]:
         for module, key, parameter in open_:
             name = join(tree.name(module), key)
             nodes = read.get(name)
-            matrix = (
-                _multiplies(captured, nodes) if nodes else _is_product_in_code(type(module), key)
-            )
+            if nodes:
+                matrix = _multiplies(captured, nodes)
+            else:
+                matrix = writes_product(type(module), key, _PRODUCTS)
             found[id(parameter)] = Role.MATRIX if matrix else Role.OTHER
     return {name: found[identity] for identity, name in names.items()}
 
@@ -197,9 +198,9 @@ def _reaches_product(captured: Captured, read: Node) -> bool:
             if not _is_position_term(captured, user):
                 return True
             continue
-        if function_name(user) not in _RESHAPES or steps >= _STEPS or _is_look_up(user):
+        if not _is_reshape(user) or steps >= _STEPS or _is_look_up(user):
             continue
-        if _only_parameters(user):
+        if _only_parameters(user) and not _scales_another(captured, user, value):
             pending.extend((user, later, steps + 1) for later in user.users)
     return False
 
@@ -242,6 +243,36 @@ def _is_product_of_values(node: Node) -> bool:
     return sum(not _only_parameters(factor) for factor in node.all_input_nodes) > 1
 
 
+def _is_reshape(node: Node) -> bool:
+    """Return whether `node` is another layout of its input, or a rescaling of it."""
+    if node.target is getattr:
+        return node.args[1] in ("T", "mT", "H", "mH")
+    return function_name(node) in _RESHAPES
+
+
+def _scales_another(captured: Captured, node: Node, value: Node) -> bool:
+    """Return whether `node` takes `value` for a gain: a larger parameter is multiplied by it."""
+    if function_name(node) not in _SCALES:
+        return False
+    own = _largest_parameter(captured, value)
+    others = [other for other in node.all_input_nodes if other is not value]
+    return any(_largest_parameter(captured, other) > own for other in others)
+
+
+def _largest_parameter(captured: Captured, node: Node) -> int:
+    """Return how many values the largest parameter has that a value is made of."""
+    pending, seen, largest = [node], set[Node](), 0
+    while pending:
+        one = pending.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        if (ref := captured.ref(one)) is not None:
+            largest = max(largest, captured.tensor(ref).numel())
+        pending.extend(one.all_input_nodes)
+    return largest
+
+
 def _is_look_up(node: Node) -> bool:
     """Return whether `node` takes rows of a table by a tensor of positions."""
     return is_getitem(node) and any(n is not node.args[0] for n in node.all_input_nodes)
@@ -273,61 +304,7 @@ def _is_matrix_of(user: Node, value: Node) -> bool:
     name = function_name(user)
     if name in ("addmm", "baddbmm"):
         return value in user.args[1:]
+    if name == "einsum" and isinstance(equation := user.args[0], str):
+        operands = user.args[1] if isinstance(user.args[1], tuple | list) else user.args[1:]
+        return any(one is value and sums_over(equation, n) for n, one in enumerate(operands))
     return name in _PRODUCTS
-
-
-# -- by code ----------------------------------------------------------------------------------
-
-
-def _is_product_in_code(kind: type[nn.Module], key: str) -> bool:
-    """Return whether the code of a class writes a product with `self.key`, or a name made of it."""
-    return any(_writes_product(function, key) for function in _methods(kind))
-
-
-def _methods(kind: type[nn.Module]) -> Iterator[ast.FunctionDef]:
-    for base in kind.__mro__:
-        if base.__module__.startswith("torch.nn.modules.module") or base is object:
-            continue
-        code = source_of(base)
-        if code is None:
-            continue
-        for node in ast.walk(code):
-            if isinstance(node, ast.FunctionDef) and node.name != "__init__":
-                yield node
-
-
-def _writes_product(function: ast.FunctionDef, key: str) -> bool:
-    names: set[str] = set()
-
-    def mentions(node: ast.AST) -> bool:
-        if isinstance(node, ast.Attribute) and node.attr == key:
-            return isinstance(node.value, ast.Name) and node.value.id == "self"
-        if isinstance(node, ast.Name):
-            return node.id in names
-        if isinstance(node, ast.Call):
-            return isinstance(node.func, ast.Attribute) and mentions(node.func.value)
-        return isinstance(node, ast.Attribute | ast.Subscript) and mentions(node.value)
-
-    for node in ast.walk(function):
-        if isinstance(node, ast.Assign) and mentions(node.value):
-            names |= {n.id for target in node.targets for n in ast.walk(target)
-                      if isinstance(n, ast.Name) and n.id != "self"}  # fmt: skip
-    for node in ast.walk(function):
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
-            if mentions(node.left) or mentions(node.right):
-                return True
-        elif isinstance(node, ast.Call):
-            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            if called in _PRODUCTS and any(
-                mentions(argument) for argument in _factors(node, called)
-            ):
-                return True
-    return False
-
-
-def _factors(call: ast.Call, called: str) -> list[ast.expr]:
-    """Return the arguments of a product that can be its matrix."""
-    named = [keyword.value for keyword in call.keywords if keyword.arg in ("weight", "other")]
-    if called == "linear" or called.startswith("conv"):
-        return [*call.args[1:2], *named]
-    return [*call.args, *named]

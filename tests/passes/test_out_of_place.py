@@ -170,6 +170,23 @@ class Unrolled(Base):
         return self.out(y)
 
 
+class Bounds(Base):
+    """Slices from the end, and beyond it: `vmap` of a scatter takes no such bounds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        y[:, -3:] = x[:, :3]
+        y[:, 1:-1] *= 2
+        y[:, :-4] = 0.5
+        y[:, -9:2] += 1
+        y[:, 4:99] -= x[:, :2]
+        y[:, 5:2] = 7.0
+        y[:, -5::3] = x[:, :2]
+        y[:, 1:-2:2] = 0.25
+        y[..., -2:] += 0.5
+        return self.out(y) + y
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -184,6 +201,7 @@ class Unrolled(Base):
         Indexed,
         Masked,
         Unrolled,
+        Bounds,
     ],
 )
 @pytest.mark.parametrize("shapes", [True, False])
@@ -225,7 +243,7 @@ def test_the_dtype_of_the_memory_is_kept() -> None:
     assert applied.changes and applied.model(x).dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", [Indexed, Unrolled])
+@pytest.mark.parametrize("kind", [Indexed, Unrolled, Bounds])
 def test_per_sample_gradients_through_index_assignments(kind: type[nn.Module]) -> None:
     """`vmap` over samples asks for it: an assignment by mask or a tensor made here stops it."""
     model, x = kind().double(), torch.randn(4, 6, dtype=torch.double)
@@ -357,6 +375,22 @@ class MaskAndPlace(Base):
         return self.out(y)
 
 
+class TwiceAtOnePlace(Base):
+    """The last value stays, the gradient reaches both: no chain of scatters does that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        y[:, [1, 1]] = x[:, :2]
+        return self.out(y)
+
+
+class MaybeOnePlace(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        y[:, [3, -3]] = x[:, :2]
+        return self.out(y)
+
+
 class Kept(Base):
     """A view that was taken before still sees what the index writes."""
 
@@ -372,6 +406,8 @@ class Kept(Base):
     [
         (NewAxis, "index with new axes"),
         (MaskAndPlace, "mixes slices and tensors"),
+        (TwiceAtOnePlace, "one place of an axis more than once"),
+        (MaybeOnePlace, "one place of an axis more than once"),
         (Kept, "read again through getitem"),
         (View, "read again through getitem"),
         (ViewWritten, "what it writes into is read again"),

@@ -254,6 +254,12 @@ def test_a_class_without_samples_is_named() -> None:
     assert "3 classes have no sample to train on: 1, 2, 3" in recovered.notes
 
 
+def test_labels_of_another_shape() -> None:
+    data = [(x, y[:, None]) for x, y in _labelled()]
+    with pytest.raises(OptionError, match=r"labels of one sample: shape \(1,\); .* asks for \(\)"):
+        recover(_student(), _teacher(), data, labels=True)
+
+
 def test_accelerate_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(OptionError, match=r"needs accelerate; pip install accelerate"):

@@ -98,3 +98,61 @@ def test_relative_positions_that_queries_meet_do_not_decay(
     model = Attention(form, softmax)
     assert model(torch.randn(2, 5, 6)).shape == (2, 5, 6)
     assert ("table" in _decayed(model)) == decays and "qkv.weight" in _decayed(model)
+
+
+class Gained(nn.Module):
+    """Matrices with gains of other shapes: what is multiplied into a matrix is no matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.g = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.ones(8, 1))
+        self.kernel = nn.Parameter(torch.randn(8, 8, 3))
+        self.gain = nn.Parameter(torch.ones(8, 1, 1))
+        self.heads = nn.Parameter(torch.ones(8))
+        self.mixed = nn.Parameter(torch.randn(8, 8))
+        self.classes = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(x, self.v * (self.g / self.v.norm(dim=1, keepdim=True)))
+        kernel = (self.kernel - self.kernel.mean((1, 2), keepdim=True)) * self.gain
+        x = F.conv1d(x[..., None], kernel, padding=1)[..., 0]
+        x = torch.einsum("nd,d->nd", x, self.heads)
+        x = torch.einsum("nd,de->ne", x, self.mixed)
+        return F.normalize(x, dim=-1) @ F.normalize(self.classes, dim=-1).T
+
+
+class GainedOpaque(nn.Module):
+    """The same words in a forward that no trace follows, with another word for `self`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.Parameter(torch.ones(8))
+        self.mixed = nn.Parameter(torch.randn(8, 8))
+
+    def forward(this, x: Tensor) -> Tensor:  # noqa: N805
+        if x.sum() > 0:
+            x = torch.einsum("nd,d->nd", x, this.heads)
+        return torch.einsum("nd,de->ne", x, this.mixed)
+
+
+def test_gains_of_matrices_do_not_decay() -> None:
+    assert Gained()(torch.randn(2, 8)).shape == (2, 5)
+    assert _decayed(Gained()) == {"v", "kernel", "mixed", "classes"}
+    assert _decayed(GainedOpaque()) == {"mixed"}
+
+
+class LowRank(nn.Module):
+    """A frozen layer and what adapts it: x Aᵀ Bᵀ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(8, 8).requires_grad_(False)
+        self.a, self.b = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.zeros(8, 2))
+        self.shift = nn.Parameter(torch.zeros(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.a.T @ self.b.mT + self.shift.T
+
+
+def test_a_matrix_that_is_turned_by_an_attribute_decays() -> None:
+    assert _decayed(LowRank()) == {"a", "b"}

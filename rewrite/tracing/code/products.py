@@ -1,0 +1,93 @@
+"""What the code of a class multiplies with: the tensors of `self` that are the matrix of a product.
+
+    x @ self.w, F.linear(x, self.w), torch.einsum("ni,io->no", x, self.w)     self.w is one
+    x * self.w, F.linear(self.w, v), torch.einsum("ni,i->ni", x, self.w)      self.w is none
+
+For forwards that no trace follows. A name that is made of `self.w` (`v = self.w.t()`) counts as it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rewrite.tracing.code.source import source_of
+
+
+def writes_product(kind: type, key: str, products: frozenset[str]) -> bool:
+    """Return whether a method of `kind` takes `self.key` for the matrix of a product.
+
+    Args:
+        kind: the class of a module; its bases are read too.
+        key: the attribute.
+        products: names of the functions that multiply and sum.
+    """
+    return any(_writes_product(function, key, products) for function in _methods(kind))
+
+
+def sums_over(equation: str, place: int) -> bool:
+    """Return whether einsum sums over an axis of operand `place`: else it only scales.
+
+    An axis that no other operand has is summed alone, and makes no product.
+    """
+    inputs, _, output = equation.replace(" ", "").replace("...", "").partition("->")
+    operands = inputs.split(",")
+    if "->" not in equation:
+        output = "".join(axis for axis in inputs if inputs.count(axis) == 1)
+    if place >= len(operands):
+        return True
+    others = "".join(operands[:place] + operands[place + 1 :])
+    return any(axis in others and axis not in output for axis in operands[place])
+
+
+def _methods(kind: type) -> Iterator[ast.FunctionDef]:
+    for base in kind.__mro__:
+        if base.__module__.startswith("torch.nn.modules.module") or base is object:
+            continue
+        code = source_of(base)
+        if code is None:
+            continue
+        for node in ast.walk(code):
+            if isinstance(node, ast.FunctionDef) and node.name != "__init__":
+                yield node
+
+
+def _writes_product(function: ast.FunctionDef, key: str, products: frozenset[str]) -> bool:
+    arguments = (*function.args.posonlyargs, *function.args.args)
+    owner = arguments[0].arg if arguments else "self"
+    names: set[str] = set()
+
+    def mentions(node: ast.AST) -> bool:
+        if isinstance(node, ast.Attribute) and node.attr == key:
+            return isinstance(node.value, ast.Name) and node.value.id == owner
+        if isinstance(node, ast.Name):
+            return node.id in names
+        if isinstance(node, ast.Call):
+            return isinstance(node.func, ast.Attribute) and mentions(node.func.value)
+        return isinstance(node, ast.Attribute | ast.Subscript) and mentions(node.value)
+
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and mentions(node.value):
+            names |= {n.id for target in node.targets for n in ast.walk(target)
+                      if isinstance(n, ast.Name) and n.id != owner}  # fmt: skip
+    for node in ast.walk(function):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
+            if mentions(node.left) or mentions(node.right):
+                return True
+        elif isinstance(node, ast.Call):
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if called in products and any(map(mentions, _factors(node, called))):
+                return True
+    return False
+
+
+def _factors(call: ast.Call, called: str) -> Sequence[ast.expr]:
+    """Return the arguments of a product that can be its matrix."""
+    named = [keyword.value for keyword in call.keywords if keyword.arg in ("weight", "other")]
+    if called == "linear" or called.startswith("conv"):
+        return [*call.args[1:2], *named]
+    equation: Any = getattr(call.args[0], "value", None) if call.args else None
+    if called == "einsum" and isinstance(equation, str):
+        return [one for place, one in enumerate(call.args[1:]) if sums_over(equation, place)]
+    return [*call.args, *named]
