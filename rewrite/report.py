@@ -167,7 +167,8 @@ class Report:
         if before is not None and after is not None:
             modules = self._modules(before, after, example_inputs)
         known = reproduced() if provenance is None else provenance
-        return conversion_page(self, modules, known).render()
+        title = "conversion" if before is None else f"conversion of {type(before).__name__}"
+        return conversion_page(self, modules, known, title).render()
 
     def _modules(self, before: nn.Module, after: nn.Module, example_inputs: Any) -> SideBySide:
         from rewrite.equivalence.side_by_side import of_runs, side_by_side

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewrite.cli.common import (
@@ -62,7 +61,8 @@ def run_compare(options: argparse.Namespace) -> int:
 
 def _page(options: argparse.Namespace, found: SideBySide) -> str:
     from rewrite.html.pages import comparison_page
+    from rewrite.provenance import shown_path
 
     known = own_provenance(options.model, options.other)
-    title = f"{Path(options.model).name} and {Path(options.other).name}"
-    return comparison_page(found, known, title).render()
+    names = (shown_path(options.model), shown_path(options.other))
+    return comparison_page(found, known, names).render()

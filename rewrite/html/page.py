@@ -39,8 +39,9 @@ class Page:
 
     Attributes:
         title: what was done, to what.
-        verdict: one sentence: whether it holds, and in which numbers.
-        ok: whether it holds.
+        verdict: one sentence: whether it holds, and in which numbers, or why not.
+        ok: whether it holds; None where nothing is judged.
+        measured: the numbers of what does not hold, which say little by themselves.
         numbers: what stands under the verdict.
         reasons: what is wrong, one line each.
         divergence: the first place where the models part.
@@ -48,13 +49,15 @@ class Page:
         cases: the inputs that both models ran on.
         notes: what the reader should know beside it.
         modules: both models, module by module.
+        names: what the two are called.
         wrong: above which relative error a value counts as off; infinite where none is promised.
         provenance: versions, hashes, command line.
     """
 
     title: str
     verdict: str
-    ok: bool
+    ok: bool | None
+    measured: str = ""
     numbers: Sequence[Number] = ()
     reasons: Sequence[str] = ()
     divergence: Divergence | None = None
@@ -63,6 +66,7 @@ class Page:
     cases: Sequence[Case] = ()
     notes: Sequence[str] = ()
     modules: SideBySide | None = None
+    names: tuple[str, str] = ("Original", "Rewritten")
     wrong: float = math.inf
     provenance: Mapping[str, str] = field(default_factory=dict)
 
@@ -95,17 +99,20 @@ class Page:
         return {
             "title": self.title,
             "verdict": self.verdict,
-            "ok": self.ok,
+            "tone": {None: "", True: "good", False: "bad"}[self.ok],
+            "measured": self.measured,
             "numbers": self.numbers,
             "reasons": self.reasons,
             "divergence": _divergence(self.divergence),
             "depth": depth,
             "trees": self.modules is not None,
+            "names": self.names,
             "changes": [
                 {"pass": name, "target": c.target or "(root)", "before": c.before,
                  "after": c.after, "note": c.note}
                 for name, c in self.changes
             ],
+            "noted": any(change.note for _, change in self.changes),
             "skips": [
                 {"pass": name, "target": s.target or "(root)", "before": s.before,
                  "reason": s.reason}
@@ -129,7 +136,9 @@ class Page:
             states[change.target] = {**states.get(change.target, {}), **shown}
         found: dict[str, Any] = {
             "states": states,
-            "wrong": self.wrong if math.isfinite(self.wrong) else 1e300,
+            "wrong": self.wrong if math.isfinite(self.wrong) else None,
+            "names": self.names,
+            "first": None if self.divergence is None else self.divergence.target,
         }
         if self.modules is not None:
             found["before"] = [_row(row) for row in self.modules.before]

@@ -31,13 +31,20 @@ def conversion_page(
     check = report.verification or (checks[-1] if checks else None)
     changes, skips = len(report.changes), len(report.skips)
     exported = report.exported
+    ok: bool | None = report.ok
+    measured = ""
     if exported is not None and not exported.ok:
-        verdict = f"{shown_path(exported.path)} does not agree with the rewritten model."
+        verdict = (
+            f"{shown_path(exported.path)} does not agree with the rewritten model: "
+            f"{exported.reasons[0]}."
+        )
     elif not report.ok:
-        verdict = "The result breaks its contract."
+        verdict = f"The result breaks its contract: {report.failure}."
+        measured = "" if check is None else f"{check.distance()}."
     elif not changes:
-        verdict = "Nothing was rewritten."
+        ok, verdict = None, "Nothing was rewritten."
     elif check is None:
+        ok = None
         verdict = f"{_count(changes, 'site')} rewritten; nothing was run, so nothing is verified."
     else:
         verdict = (
@@ -45,8 +52,10 @@ def conversion_page(
         )
     numbers = [
         Number(str(changes), "rewritten"),
-        Number(str(skips), "left alone, each with its reason"),
+        Number(str(skips), "left alone, each with its reason" if skips else "left alone"),
         *_sizes(modules),
+        _took(sum(item.seconds for item in report.passes), "to rewrite"),
+        *([] if check is None else [_took(check.seconds, "to verify")]),
     ]
     violations = [
         f"{name} changed although no rewritten site names it"
@@ -56,7 +65,8 @@ def conversion_page(
     return Page(
         title=f"{title}: {', '.join(item.spec for item in report.passes)}",
         verdict=verdict,
-        ok=report.ok,
+        ok=ok,
+        measured=measured,
         numbers=numbers,
         reasons=[
             *violations,
@@ -82,13 +92,21 @@ def verification_page(
     title: str = "verification",
 ) -> Page:
     """Return the page of a verification of two models."""
-    verdict = "holds" if found.ok else "does not hold"
-    ran = sum(not case.skipped for case in found.cases)
+    ran = _count(sum(not case.skipped for case in found.cases), "input")
+    measured = f"{found.distance()}."
+    if found.ok:
+        verdict, measured = f"{found.contract} holds on {ran}: {measured}", ""
+    else:
+        verdict, measured = (
+            f"{found.contract} does not hold: {found.reasons[0]}.",
+            f"{ran}: {measured}",
+        )
     return Page(
         title=title,
-        verdict=f"{found.contract} {verdict} on {_count(ran, 'input')}: {found.distance()}.",
+        verdict=verdict,
         ok=found.ok,
-        numbers=_sizes(modules),
+        measured=measured,
+        numbers=[*_sizes(modules), _took(found.seconds, "to verify")],
         reasons=found.reasons,
         divergence=found.divergence,
         cases=found.cases,
@@ -99,15 +117,18 @@ def verification_page(
 
 
 def comparison_page(
-    modules: SideBySide, provenance: Mapping[str, str] | None = None, title: str = "comparison"
+    modules: SideBySide,
+    provenance: Mapping[str, str] | None = None,
+    names: tuple[str, str] = ("A", "B"),
 ) -> Page:
     """Return the page of two models beside each other; nothing is judged."""
     return Page(
-        title=title,
+        title=f"comparison of {names[0]} and {names[1]}",
         verdict=f"{modules.summary()}.",
-        ok=True,
+        ok=None,
         numbers=_sizes(modules),
         modules=modules,
+        names=names,
         wrong=ROUNDING,
         provenance=provenance or {},
     )
@@ -118,7 +139,7 @@ def onnx_page(found: OnnxVerification, provenance: Mapping[str, str] | None = No
     nodes, path = sum(found.operator_counts.values()), shown_path(found.path)
     wrong = [check for check in found.checks if not check.ok]
     verdict = (
-        f"{path}: {len(wrong)} of {_count(len(found.checks), 'check')} failed."
+        f"{path}: {len(wrong)} of {_count(len(found.checks), 'check')} failed: {found.reasons[0]}."
         if wrong
         else f"{path}: verified, {_count(len(found.checks), 'check')}."
     )
@@ -126,10 +147,11 @@ def onnx_page(found: OnnxVerification, provenance: Mapping[str, str] | None = No
     return Page(
         title=f"verification of {path}",
         verdict=verdict,
-        ok=found.ok,
+        ok=found.ok if found.checks else None,
         numbers=[
             Number(str(nodes), "nodes"),
             *(Number(str(count), kind) for kind, count in most),
+            _took(found.seconds, "to verify"),
         ],
         reasons=found.reasons,
         divergence=found.divergence,
@@ -145,6 +167,10 @@ def _alike(notes: Sequence[str]) -> list[str]:
         f"{each.texts[0]} ({each.count} alike)" if each.count > 1 else each.texts[0]
         for each in merged
     ]
+
+
+def _took(seconds: float, what: str) -> Number:
+    return Number(f"{seconds:.1f} s" if seconds >= 0.1 else f"{1e3 * seconds:.0f} ms", what)
 
 
 def _checks(found: OnnxVerification | None) -> list[str]:

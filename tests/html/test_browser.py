@@ -80,6 +80,28 @@ def test_a_planted_error_is_seen_without_scrolling(browser: Any, page: Path) -> 
     assert find(browser, "#divergence dd").text == "layer2.0.conv1"
 
 
+def test_the_first_divergence_is_chosen_and_open_on_both_sides(browser: Any, page: Path) -> None:
+    opened(browser, page)
+    assert find(browser, "#detail-name").text == "layer2.0.conv1"
+    assert "layer2.0.conv1" in find(browser, "#graph").text
+    for side in ("before", "after"):
+        assert shown(browser, f'#{side} .row[data-name="layer2.0.conv1"].linked')
+        assert not shown(browser, f'#{side} .row[data-name="layer3.0.conv1"]')
+
+
+def test_the_chart_names_modules_and_is_as_wide_as_the_page(browser: Any, page: Path) -> None:
+    for width in (390, 1280):
+        browser.set_window_size(width, 900)
+        opened(browser, page)
+        script = "return document.querySelector('#chart svg').getBoundingClientRect().width"
+        wide = browser.execute_script("return document.querySelector('#chart').clientWidth")
+        assert abs(browser.execute_script(script) - wide) < 1
+        box = "return document.querySelector('#chart svg').getAttribute('viewBox')"
+        assert browser.execute_script(box) == f"0 0 {wide} 240"  # letters keep their size
+        assert find(browser, "#chart").text.split()[0] == "conv1"
+    assert shown(browser, "#chart .limit")
+
+
 def test_the_search_finds_modules_by_name_and_class(browser: Any, page: Path) -> None:
     opened(browser, page)
     find(browser, "#search").send_keys("layer3.1.conv2")

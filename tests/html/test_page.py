@@ -11,10 +11,11 @@ from torch import nn
 import models
 import rewrite
 from benchmarks.html_report import terminal
-from rewrite.equivalence.side_by_side import of_runs
+from rewrite.equivalence.side_by_side import of_runs, side_by_side
 from rewrite.html.page import Page
-from rewrite.html.pages import conversion_page, onnx_page, verification_page
+from rewrite.html.pages import comparison_page, conversion_page, onnx_page, verification_page
 from rewrite.outcomes import Skip
+from rewrite.runtime.inputs import Inputs
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -43,6 +44,14 @@ def test_a_conversion_says_what_it_did_and_why_not() -> None:
     assert {row["name"] for row in data["after"]} == {"", "0", "1", "2", "3"}  # type: ignore[index,attr-defined]
     assert data["states"]["1"]["did"] == "changed"  # type: ignore[index]
     assert data["states"]["3"]["did"] == "skipped"  # type: ignore[index]
+
+
+def test_a_page_says_how_long_it_took() -> None:
+    result = rewrite.convert(network(), "fold", example_inputs=X)
+    found = {number.what: number.value for number in conversion_page(result.report).numbers}
+    assert found["to rewrite"].endswith("s") and found["to verify"].endswith("s")
+    check = rewrite.verify(network(), result.model, X, level="quick")
+    assert [n.what for n in verification_page(check).numbers] == ["to verify"]
 
 
 def test_a_report_alone_has_a_page_too() -> None:
@@ -148,3 +157,17 @@ def test_notes_that_are_alike_are_one() -> None:
     assert conversion_page(report).notes == [
         "Block.reset() reads layer{1..59}.bn, which changed (59 alike)"
     ]
+
+
+def test_the_colour_of_a_verdict_is_that_of_what_was_judged() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)).eval()
+    x = torch.randn(1, 2, 3, 3)
+    judged = rewrite.convert(model, "fold", example_inputs=x).report
+    unverified = rewrite.convert(model, "fold", verify=False).report
+    nothing = rewrite.convert(nn.Linear(2, 2).eval(), "fold", example_inputs=x[0, 0, :, :2]).report
+    assert [conversion_page(r).ok for r in (judged, unverified, nothing)] == [True, None, None]
+    side = side_by_side(model, model, Inputs.of(x))
+    page = comparison_page(side, {}, ("a.pt", "b.pt"))
+    text = page.render()
+    assert page.ok is None and '<h1 class="verdict ">' in text
+    assert '<h3 id="before-name">a.pt</h3>' in text and "comparison of a.pt and b.pt" in text

@@ -9,7 +9,7 @@ const element = (tag, className, text) => {
   return made;
 };
 const shown = (error) => (error === 0 ? "0" : error.toExponential(1));
-const WRONG = data.wrong;
+const WRONG = data.wrong === null ? Infinity : data.wrong;  // where no equality is promised, no error is a fault
 const LONG = 60;  // characters of a name in the graph
 
 const rowsOf = { before: new Map(), after: new Map() };
@@ -48,11 +48,20 @@ const signature = (node) => {
   return [node.row.kind, own.did || "", own.why || "", off, ...inside].join("|");
 };
 
+// Red is a fault; what rounding explains, or no contract forbids, has the colour of a change.
 const colour = (error) => {
   if (error < 0) return "";
   const strength = Math.min(1, Math.max(0, (Math.log10(Math.max(error, 1e-17)) + 16) / 16));
-  return `color-mix(in srgb, var(--bad) ${Math.round(60 * strength)}%, transparent)`;
+  const tint = error > WRONG ? `--bad) ${Math.round(30 + 30 * strength)}%` : `--changed) ${Math.round(40 * strength)}%`;
+  return `color-mix(in srgb, var(${tint}, transparent)`;
 };
+
+// A branch that holds a fault stands open on both sides.
+const faulty = new Set();
+for (const row of rowsOf.after.values()) {
+  if (!((row.error || 0) > WRONG)) continue;
+  for (let at = row.name.length; at > 0; at = row.name.lastIndexOf(".", at - 1)) faulty.add(row.name.slice(0, at));
+}
 
 const DID = { changed: "rewritten", skipped: "left alone" };
 
@@ -109,13 +118,17 @@ const draw = (node, side, label, open) => {
     }
     if (j - i < 3) {
       j = i + 1;
-      holder.append(draw(child, side, part, side === "after" && worst(child) > WRONG));
+      holder.append(draw(child, side, part, faulty.has(child.row.name)));
     } else {
       const group = element("details", "entry group");
       const title = element("summary");
       const most = side === "after" ? Math.max(...children.slice(i, j).map(([, each]) => worst(each))) : -1;
       title.append(`${part}…${children[j - 1][0]} `, element("span", "kind", `${j - i} alike, ${child.row.kind}`));
-      if (most >= 0) title.append(" ", element("span", "error", shown(most)));
+      if (most >= 0) {
+        const badge = element("span", "error", shown(most));
+        badge.style.background = colour(most);
+        title.append(" ", badge);
+      }
       group.append(title);
       for (const [each, inside] of children.slice(i, j)) group.append(draw(inside, side, each, false));
       holder.append(group);
@@ -136,7 +149,7 @@ for (const side of ["before", "after"]) {
 const facts = (name) => {
   const own = state(name);
   const found = [];
-  for (const [side, title] of [["before", "original"], ["after", "rewritten"]]) {
+  for (const [side, title] of [["before", data.names[0]], ["after", data.names[1]]]) {
     const row = rowsOf[side].get(name);
     if (!row) continue;
     const calls = Object.entries(row.calls || {}).map(([f, n]) => (n > 1 ? `${f} × ${n}` : f)).join(", ");
@@ -145,7 +158,7 @@ const facts = (name) => {
     if (side === "after" && typeof row.error === "number") parts.push(`error ${shown(row.error)}`);
     found.push([title, parts.join("; ")]);
   }
-  if (own.change) found.push(["rewritten", own.change]);
+  if (own.change) found.push(["what was done", own.change]);
   if (own.why) found.push(["left alone", own.why]);
   return found;
 };
@@ -263,17 +276,26 @@ for (const row of document.querySelectorAll("tr[data-name]")) {
 
 // -- errors by depth ------------------------------------------------------------------------------
 
-if (byId("chart")) {
+// As wide as the page is, so that its letters are as large as the others.
+const chart = () => {
   const points = data.after.filter((row) => row.order !== null && typeof row.error === "number")
     .sort((one, other) => one.order - other.order);
-  const width = 1100, height = 240, left = 60, bottom = 26;
-  const floor = 1e-17;
+  const width = Math.max(280, byId("chart").clientWidth), height = 240, left = 52, bottom = 30;
+  const errors = points.map((row) => row.error).filter((error) => error > 0);
+  const top = Math.max(1e-12, d3.max(errors) || 0) * 10;
+  const floor = Math.max(1e-17, Math.min(d3.min(errors) || 1e-12, top / 1e4) / 10);
   const x = d3.scaleLinear([0, Math.max(1, points.length - 1)], [left, width - 12]);
-  const top = Math.max(1e-12, d3.max(points, (row) => row.error) * 3);
   const y = d3.scaleLog([floor, top], [height - bottom, 10]);
+  const named = Math.max(2, Math.min(7, Math.floor(width / 170), points.length));
+  const ticks = points.length < 2 ? [0] : [...new Set(d3.range(named).map((i) => Math.round(i * (points.length - 1) / (named - 1))))];
+  const name = (at) => (points[at] ? points[at].name.slice(-22) || "the model" : "");
   const svg = d3.create("svg").attr("viewBox", `0 0 ${width} ${height}`);
-  svg.append("g").attr("class", "axis").attr("transform", `translate(0,${height - bottom})`).call(d3.axisBottom(x).ticks(8, "d"));
+  const axis = svg.append("g").attr("class", "axis").attr("transform", `translate(0,${height - bottom})`)
+    .call(d3.axisBottom(x).tickValues(ticks).tickFormat(name));
+  axis.selectAll("text").attr("text-anchor", (at) => (at === 0 ? "start" : at === points.length - 1 ? "end" : "middle"));
   svg.append("g").attr("class", "axis").attr("transform", `translate(${left},0)`).call(d3.axisLeft(y).ticks(6, ".0e"));
+  if (floor < WRONG && WRONG < top) svg.append("line").attr("class", "limit").attr("x1", left).attr("x2", width - 12).attr("y1", y(WRONG)).attr("y2", y(WRONG))
+    .append("title").text(`more than ${shown(WRONG)} is no rounding`);
   const place = (row) => y(Math.max(floor, Math.min(top, row.error)));
   svg.append("path").attr("class", "edge").attr("d", d3.line((row, i) => x(i), place)(points));
   svg.append("g").selectAll("circle").data(points).join("circle")
@@ -281,6 +303,17 @@ if (byId("chart")) {
     .attr("fill", (row) => (row.error > WRONG ? "var(--bad)" : state(row.name).did ? "var(--changed)" : "var(--faint)"))
     .on("click", (event, row) => select(row.name, "after"))
     .append("title").text((row) => `${row.name || "the model"} (${row.kind}): ${shown(row.error)}`);
-  byId("chart").append(svg.node());
+  byId("chart").replaceChildren(svg.node());
+};
+
+if (byId("chart")) {
+  let drawn = 0;
+  new ResizeObserver(() => {
+    if (byId("chart").clientWidth === drawn) return;
+    drawn = byId("chart").clientWidth;
+    chart();
+  }).observe(byId("chart"));
+  chart();
 }
+if (data.after && rowsOf.after.has(data.first)) select(data.first, "after");
 document.body.dataset.ready = "true";
