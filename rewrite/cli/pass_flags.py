@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewrite import registry
@@ -109,7 +110,15 @@ class _PassAction(argparse.Action):
         texts = getattr(namespace, f"_{self.const}", [])
         texts.append(values)
         setattr(namespace, f"_{self.const}", texts)
-        built = kind.from_flag(texts)
+        try:
+            built = kind.from_flag(texts)
+        except OptionError as error:
+            if Path(values).exists():
+                raise OptionError(
+                    f"--{self.const} takes a {self.metavar}, and {values} is a file or folder: "
+                    f"write --{self.const} {self.metavar} {values}"
+                ) from error
+            raise
         if len(texts) > 1:
             index = next(
                 i for i, (key, value) in enumerate(flags.events)

@@ -22,6 +22,11 @@ from rewrite.hub.safetensors_file import Entry, SafetensorsFile, open_safetensor
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
+_QUANTIZED = ("quantization_config", "compression_config")
+"""Keys under which a configuration says how its weights are quantized."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ckpt", ".gguf")
+"""Endings of files that hold weights."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class CheckpointFolder:
         places: the shard of each tensor.
         index: what the index says; None for a folder with one file.
         merged: what the class puts together of several tensors, by its name in the model.
+        copies: tensors that hold what another does, with which the class ties them, by that name.
     """
 
     path: Path
@@ -43,6 +49,7 @@ class CheckpointFolder:
     places: Mapping[str, str]
     index: Mapping[str, Any] | None
     merged: Mapping[str, Merged] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     def holds(self, name: str) -> bool:
         """Return whether there is a tensor of that name, or what it is put together of."""
@@ -66,11 +73,31 @@ class CheckpointFolder:
             raise CheckpointError(f"{self.path}: has no tensor {name}")
         return self.shards[self.places[name]].read(name)
 
+    def same(self, name: str, other: str) -> bool:
+        """Return whether two tensors are the same bytes; neither is read as a whole."""
+        if name in self.merged or other in self.merged:
+            return False
+        shards = [self.shards[self.places[each]] for each in (name, other)]
+        first, second = (s.entries[n] for s, n in zip(shards, (name, other), strict=True))
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        blocks = zip(shards[0].blocks(name), shards[1].blocks(other), strict=True)
+        return all(a == b for a, b in blocks)
+
     def others(self) -> list[Path]:
         """Return the files that hold no tensors: tokenizer, generation configuration and so on."""
         own = {*self.shards, CONFIG, INDEX}
         found = sorted(path for path in self.path.rglob("*") if path.is_file())
         return [path for path in found if path.relative_to(self.path).as_posix() not in own]
+
+
+def other_weights(folder: CheckpointFolder) -> list[str]:
+    """Return the files beside the shards that hold weights, which no conversion changes."""
+    return [
+        path.relative_to(folder.path).as_posix()
+        for path in folder.others()
+        if path.suffix in _WEIGHTS and "training_args" not in path.name
+    ]
 
 
 def is_checkpoint_folder(path: Path) -> bool:
@@ -89,14 +116,14 @@ def open_folder(path: str | Path) -> CheckpointFolder:
     _check_form(folder)
     config = _json(folder / CONFIG)
     _check_config(folder, config)
-    index = _json(folder / INDEX) if (folder / INDEX).is_file() else None
-    if index is None:
-        if not (folder / SINGLE).is_file():
-            raise CheckpointError(f"{folder}: holds no {SINGLE} and no {INDEX}")
+    if (folder / SINGLE).is_file():  # transformers opens it, whatever else is there
         single = open_safetensors(folder / SINGLE)
         return CheckpointFolder(
             folder, config, {SINGLE: single}, dict.fromkeys(single.entries, SINGLE), None
         )
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder}: holds no {SINGLE} and no {INDEX}")
+    index = _json(folder / INDEX)
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
         raise CheckpointError(f"{folder / INDEX}: has no weight_map of names to files")
@@ -119,6 +146,11 @@ def _check_form(folder: Path) -> None:
         )
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is no folder")
+    if (folder / _ADAPTER).is_file():
+        raise CheckpointError(
+            f"{folder}: holds an adapter ({_ADAPTER}), which transformers adds to a model; merge "
+            "the two, and give the folder of the merged model"
+        )
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder}: is a folder without a {CONFIG}; give a checkpoint")
 
@@ -129,13 +161,19 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
             f"{folder}: its configuration names code of its own (auto_map), which is never run; "
             "its class has to be one of transformers"
         )
-    if "quantization_config" in config:
-        method = config["quantization_config"]
-        kind = method.get("quant_method", "") if isinstance(method, dict) else ""
+    if (named := config.get("transformers_weights")) not in (None, SINGLE, INDEX):
         raise CheckpointError(
-            f"{folder}: its weights are quantized ({kind or 'quantization_config'}); give the "
-            "checkpoint that it was made from"
+            f"{folder}: its configuration keeps the weights in {named} (transformers_weights); "
+            f"give a folder that holds them in {SINGLE} or in shards"
         )
+    for part in (config, *(part for part in config.values() if isinstance(part, dict))):
+        for key in _QUANTIZED:
+            if part.get(key) is not None:
+                method = part[key].get("quant_method") if isinstance(part[key], dict) else None
+                raise CheckpointError(
+                    f"{folder}: its weights are quantized ({method or key}); give the checkpoint "
+                    "that it was made from"
+                )
 
 
 def _check_index(

@@ -11,9 +11,8 @@ import os
 import torch
 from torch import nn
 
-from rewrite.errors import CheckpointError
 from rewrite.hub.folder import open_folder
-from rewrite.hub.structure import build, persistent, seen_by, stored_names
+from rewrite.hub.structure import assembled, persistent
 
 
 def load_folder(
@@ -25,23 +24,14 @@ def load_folder(
         CheckpointError: the folder is not whole, or its class does not hold its tensors.
         OptionError: transformers is not installed.
     """
-    folder = open_folder(os.fspath(path))
-    model = build(folder, folder.config)
-    folder = seen_by(model, folder)
-    names = stored_names(model, folder)
+    model, folder, names = assembled(open_folder(os.fspath(path)), meta_buffers=False)
     made: dict[str, nn.Parameter] = {}
     buffers = persistent(model)
     for name, place in names.items():
         owner, _, attr = name.rpartition(".")
         module = model.get_submodule(owner)
-        held = module._buffers[attr] if name in buffers else module._parameters[attr]
         if place not in made:
             tensor = folder.read(place).to(map_location)
-            if held is not None and tuple(tensor.shape) != tuple(held.shape):
-                raise CheckpointError(
-                    f"{folder.path}: {place} has shape {list(tensor.shape)}, and its configuration "
-                    f"says {list(held.shape)}"
-                )
             made[place] = nn.Parameter(tensor, tensor.is_floating_point())
         if name in buffers:
             module._buffers[attr] = made[place].detach()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from rewrite.files import no_file
 
 _LARGEST_HEADER = 100_000_000
 """Bytes: what the format itself allows."""
+
+_BLOCK = 1 << 24
+"""Bytes that are compared at a time."""
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -59,6 +62,21 @@ class SafetensorsFile:
     metadata: Mapping[str, str]
     data: int
     """Where the data begin."""
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of one tensor, some at a time.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        entry = self.entries[name]
+        try:
+            with self.path.open("rb", buffering=0) as stream:
+                stream.seek(self.data + entry.begin)
+                for begin in range(0, entry.size, _BLOCK):
+                    yield stream.read(min(_BLOCK, entry.size - begin))
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {system_reason(error)}") from error
 
     def read(self, name: str) -> Tensor:
         """Return one tensor.

@@ -37,21 +37,75 @@ def structure_of(folder: CheckpointFolder) -> Structure:
     Raises:
         CheckpointError: an unknown class, or tensors that the class does not have so.
     """
-    model = plain_experts(build(folder, folder.config, meta_buffers=True))
-    folder = seen_by(model, folder)
-    stored = stored_names(model, folder)
+    model, folder, stored = assembled(folder, meta_buffers=True)
     held = {**dict(model.named_parameters(remove_duplicate=False)), **persistent(model)}
     for name, place in stored.items():
-        shape = tuple(held[name].shape)
-        if folder.entry(place).shape != shape:
-            raise CheckpointError(
-                f"{folder.path}: {place} has shape {list(folder.entry(place).shape)}, and its "
-                f"configuration says {list(shape)}"
-            )
-        dtype = DTYPES.get(folder.entry(place).dtype)
-        if dtype is not None and dtype.is_floating_point and held[name].is_floating_point():
+        dtype = DTYPES[folder.entry(place).dtype]
+        if dtype.is_floating_point and held[name].is_floating_point():
             held[name].data = held[name].data.to(dtype)  # a forward may ask for it
-    return Structure(model, stored, folder)
+    return Structure(plain_experts(model), stored, folder)
+
+
+def assembled(
+    folder: CheckpointFolder, *, meta_buffers: bool
+) -> tuple[nn.Module, CheckpointFolder, dict[str, str]]:
+    """Return the model of a folder on meta, the folder as its class sees it, and where tensors lie.
+
+    A tensor that the folder holds under two names is one where transformers makes it one: it ties
+    what is equal. Where the two differ it loads them as two, and so the configuration says here.
+
+    Raises:
+        CheckpointError: an unknown class, or tensors that the class does not have so.
+    """
+    model = build(folder, folder.config, meta_buffers=meta_buffers)
+    seen = seen_by(model, folder)
+    if any(different for _, different in _held_twice(model, seen)):
+        seen = replace(seen, config={**folder.config, "tie_word_embeddings": False})
+        model = build(seen, seen.config, meta_buffers=meta_buffers)
+    copies: dict[str, str] = {}
+    for (first, *rest), different in _held_twice(model, seen):
+        if different:
+            raise CheckpointError(
+                f"{folder.path}: {first} and {rest[0]} differ, and {type(model).__name__} holds "
+                "them as one"
+            )
+        copies |= dict.fromkeys(rest, first)
+    places = {name: shard for name, shard in seen.places.items() if name not in copies}
+    seen = replace(seen, places=places, copies=copies)
+    stored = stored_names(model, seen)
+    _check_tensors(model, seen, stored)
+    return model, seen, stored
+
+
+def _held_twice(model: nn.Module, folder: CheckpointFolder) -> Iterator[tuple[list[str], bool]]:
+    """Yield the places of each tensor of a model that stands in its folder under several names.
+
+    With them, whether they differ.
+    """
+    found = _loaded_names(model, folder)
+    for names in _groups(model):
+        places = list(dict.fromkeys(found[name] for name in names if name in found))
+        if len(places) > 1:
+            first, *rest = places
+            yield places, not all(folder.same(first, other) for other in rest)
+
+
+def _check_tensors(model: nn.Module, folder: CheckpointFolder, stored: Mapping[str, str]) -> None:
+    """Raise CheckpointError where a tensor is not of the shape or the kind of its class."""
+    held = {**dict(model.named_parameters(remove_duplicate=False)), **persistent(model)}
+    for name, place in stored.items():
+        entry, shape = folder.entry(place), tuple(held[name].shape)
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{folder.path}: {place} has shape {list(entry.shape)}, and its configuration "
+                f"says {list(shape)}"
+            )
+        dtype = DTYPES.get(entry.dtype)
+        if dtype is None or (held[name].is_floating_point() and not dtype.is_floating_point):
+            raise CheckpointError(
+                f"{folder.path}: {place} is of type {entry.dtype}, which is stored, not computed "
+                "with; give a checkpoint in bfloat16, float16 or float32"
+            )
 
 
 def stored_names(model: nn.Module, folder: CheckpointFolder) -> dict[str, str]:
@@ -60,13 +114,9 @@ def stored_names(model: nn.Module, folder: CheckpointFolder) -> dict[str, str]:
     Raises:
         CheckpointError: the folder lacks one under every name that it has.
     """
-    groups: dict[int, list[str]] = {}
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **persistent(model)}
-    for name, tensor in tensors.items():
-        groups.setdefault(id(tensor), []).append(name)
     stored: dict[str, str] = {}
     renamed = _loaded_names(model, folder)
-    for names in groups.values():
+    for names in _groups(model):
         place = next((renamed[name] for name in names if name in renamed), None)
         if place is None:
             raise CheckpointError(
@@ -75,6 +125,15 @@ def stored_names(model: nn.Module, folder: CheckpointFolder) -> dict[str, str]:
             )
         stored |= dict.fromkeys(names, place)
     return stored
+
+
+def _groups(model: nn.Module) -> list[list[str]]:
+    """Return the names of each tensor of a model that a file holds."""
+    groups: dict[int, list[str]] = {}
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **persistent(model)}
+    for name, tensor in tensors.items():
+        groups.setdefault(id(tensor), []).append(name)
+    return list(groups.values())
 
 
 def build(
@@ -97,7 +156,12 @@ def build(
         raise OptionError(
             "a checkpoint folder needs transformers; pip install transformers accelerate"
         ) from error
-    names = config.get("architectures") or [None]
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not names:
+        raise CheckpointError(
+            f"{folder.path}: its configuration names no class (architectures); write the one that "
+            'its weights are of, as ["LlamaForCausalLM"]'
+        )
     kind = getattr(transformers, str(names[0]), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise CheckpointError(f"{folder.path}: {names[0]} is no model class of transformers")
@@ -120,33 +184,56 @@ def build(
 
 def _loaded_names(model: nn.Module, folder: CheckpointFolder) -> dict[str, str]:
     """Return the name in the folder of each tensor, by what transformers calls it once loaded."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    given: Any = model
-    steps = [s for s in get_model_conversion_mapping(given) if isinstance(s, WeightRenaming)]
-    found = {str(rename_source_key(name, steps, [])[0]): name for name in folder.places}
+    renamed = _Renaming(model)
+    found = {renamed(name, merged=False)[0]: name for name in folder.places}
     return found | {name: name for name in folder.merged}
+
+
+class _Renaming:
+    """What transformers calls the tensors of a folder once they are loaded into a model.
+
+    Attributes:
+        converters: by a pattern of names, what is put together of the tensors of such names.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers import conversion_mapping
+        from transformers import core_model_loading as loading
+
+        given: Any = model
+        steps = conversion_mapping.get_model_conversion_mapping(given)
+        self._renamings = [s for s in steps if isinstance(s, loading.WeightRenaming)]
+        self._converters = [s for s in steps if isinstance(s, loading.WeightConverter)]
+        self.converters = {p: step for step in self._converters for p in step.source_patterns}
+        self._prefix = str(given.base_model_prefix)
+        self._names: dict[str, Any] = dict(model.state_dict(keep_vars=True))
+        self._rename: Any = loading.rename_source_key
+
+    def __call__(self, name: str, *, merged: bool = True) -> tuple[str, str | None]:
+        """Return the name once loaded, and the pattern of what it is put together with.
+
+        Args:
+            name: in the folder.
+            merged: whether tensors are put together at all.
+        """
+        converters = self._converters if merged else []
+        found, pattern = self._rename(name, self._renamings, converters, self._prefix, self._names)
+        if found not in self._names and name in self._names:
+            found, pattern = self._rename(name, [], [], self._prefix, self._names)
+        return str(found), pattern
 
 
 def seen_by(model: nn.Module, folder: CheckpointFolder) -> CheckpointFolder:
     """Return a folder with what the class of a model puts together of its tensors."""
-    from transformers import conversion_mapping
-    from transformers import core_model_loading as loading
-
-    given: Any = model
-    steps = conversion_mapping.get_model_conversion_mapping(given)
-    renamings = [s for s in steps if isinstance(s, loading.WeightRenaming)]
-    converters = [s for s in steps if isinstance(s, loading.WeightConverter)]
-    patterns = {p: step for step in converters for p in step.source_patterns}
+    renamed = _Renaming(model)
     parts: dict[str, dict[str, list[str]]] = {}
     for name in sorted(folder.places, key=_natural):
-        whole, pattern = loading.rename_source_key(name, renamings, converters)
+        whole, pattern = renamed(name)
         if pattern is not None:
             parts.setdefault(whole, {}).setdefault(pattern, []).append(name)
     merged = {}
     for whole, by in parts.items():
-        step = patterns[next(iter(by))]
+        step = renamed.converters[next(iter(by))]
         axis = _axis_of(step.operations)
         made = Merged(tuple(tuple(by.get(p, ())) for p in step.source_patterns), axis or 1)
         if axis is not None and all(made.groups) and made.fits(folder.entry):

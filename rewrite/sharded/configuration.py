@@ -4,28 +4,30 @@
 
 A class is asked by building it, on meta, under the switches that its configuration has: ties of
 the head, biases, weight norms, and what kind its norms are. What a switch is called does not
-decide: a norm that has to be an RMSNorm is called on numbers, and has to return that formula.
+decide: a norm that has to be an RMSNorm is called on numbers, and has to return that formula. A
+switch that asks for more biases than appear (Llama's `attention_bias` has one of the output, too)
+gives them as zeros, to layers that are otherwise what they were.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from rewrite.graph.spellings import is_plain
 from rewrite.hub.folder import CheckpointFolder
 from rewrite.hub.structure import Structure, build, persistent
 from rewrite.runtime.float64 import KeepFloat64
 
-_BIASES = ("attention_bias", "mlp_bias", "use_bias", "bias", "qkv_bias", "add_bias_linear")
-_WEIGHT_NORMS = ("use_weight_norm", "weight_norm", "apply_weight_norm")
-_FLAGS = (*_BIASES, *_WEIGHT_NORMS)
-"""What configurations call the wish for biases, and for weight norms."""
+_FLAG = re.compile(r"(^|_)bias(es)?(_|$)|^(use_|apply_)?weight_norm$")
+"""What configurations call the wish for biases (`use_qkv_bias`), and for weight norms."""
 
 _RMS_FLAGS = ("use_rms_norm", "rms_norm", "use_rmsnorm")
 _NORM_KINDS = ("norm_type", "layer_norm_type", "normalization", "norm_layer", "norm")
@@ -63,10 +65,12 @@ class Holding:
     Attributes:
         config: it.
         rms: those of the exchanged norms that are RMSNorms then; the others are as they were.
+        zeros: biases of zeros that the class asks for then, with their shapes.
     """
 
     config: Mapping[str, Any]
     rms: frozenset[str] = frozenset()
+    zeros: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def find_holding(folder: CheckpointFolder, structure: Structure, wanted: Wanted) -> Holding | None:
@@ -76,15 +80,26 @@ def find_holding(folder: CheckpointFolder, structure: Structure, wanted: Wanted)
         return Holding(own)
     if any(name in structure.stored for name in wanted.appeared):
         own["tie_word_embeddings"] = False
-    for changed in _variants(structure.model, own, wanted):
-        config = {**own, **changed}
-        model = build(folder, config, meta_buffers=True)
+    for config, model in _models(folder, structure, own, wanted):
         rms = frozenset(n for n in wanted.exchanged if _is_rms(structure.model, model, n))
         if wanted.exchanged and not rms:
             continue
-        if _holds(model, wanted, {f"{name}.bias" for name in rms}):
-            return Holding(config, rms)
+        zeros = _missing(model, wanted, {f"{name}.bias" for name in rms})
+        if zeros is None or not _are_new_biases(structure.model, model, zeros):
+            continue
+        if wanted.appeared <= _held(model).keys():
+            return Holding(config, rms, {name: tuple(_held(model)[name].shape) for name in zeros})
     return None
+
+
+def attainable(folder: CheckpointFolder, structure: Structure, wanted: Wanted) -> frozenset[str]:
+    """Return the most of the new tensors that the class holds under one configuration."""
+    best: frozenset[str] = frozenset()
+    for _, model in _models(folder, structure, dict(folder.config), wanted):
+        zeros = _missing(model, wanted, ())
+        if zeros is not None and _are_new_biases(structure.model, model, zeros):
+            best = max(best, wanted.appeared & _held(model).keys(), key=len)
+    return best
 
 
 def present(structure: Structure) -> set[str]:
@@ -93,13 +108,22 @@ def present(structure: Structure) -> set[str]:
     return {place if place in structure.stored else name for place, name in first.items()}
 
 
+def _models(
+    folder: CheckpointFolder, structure: Structure, own: Mapping[str, Any], wanted: Wanted
+) -> Iterator[tuple[dict[str, Any], nn.Module]]:
+    """Yield configurations and the models that they ask for, the fewest switches first."""
+    for changed in _variants(structure.model, own, wanted):
+        config = {**own, **changed}
+        yield config, build(folder, config, meta_buffers=True)
+
+
 def _variants(model: nn.Module, own: Mapping[str, Any], wanted: Wanted) -> Iterator[dict[str, Any]]:
     """Yield what may be set, the fewest switches first."""
     settings: Any = model.config
     given = {**settings.to_dict(), **own}
     switches: dict[str, Any] = {}
     if wanted.appeared or wanted.gone:
-        held = {flag: given.get(flag) for flag in _FLAGS}
+        held = {flag: value for flag, value in given.items() if _FLAG.search(flag)}
         switches |= {flag: not value for flag, value in held.items() if isinstance(value, bool)}
     if wanted.exchanged:
         switches |= {flag: True for flag in _RMS_FLAGS if given.get(flag) is False}
@@ -110,19 +134,42 @@ def _variants(model: nn.Module, own: Mapping[str, Any], wanted: Wanted) -> Itera
             yield {key: switches[key] for key in chosen}
 
 
-def _holds(model: nn.Module, wanted: Wanted, dropped: Collection[str]) -> bool:
-    """Return whether a class asks for the wanted tensors, without those that RMSNorms drop."""
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **persistent(model)}
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a file holds of a model, by every name."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **persistent(model)}
+
+
+def _missing(model: nn.Module, wanted: Wanted, dropped: Collection[str]) -> set[str] | None:
+    """Return what a class asks for beyond the wanted tensors; None if it holds one that has to go.
+
+    Args:
+        model: of the class.
+        wanted: the tensors.
+        dropped: those that RMSNorms drop.
+    """
+    held = _held(model)
+    if (wanted.gone | set(dropped)) & held.keys():
+        return None
     groups: dict[int, set[str]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in held.items():
         groups.setdefault(id(tensor), set()).add(name)
     names = wanted.names - set(dropped)
-    gone = wanted.gone | set(dropped)
-    return (
-        all(group & names for group in groups.values())
-        and wanted.appeared <= set(tensors)
-        and not gone & set(tensors)
-    )
+    return {min(group) for group in groups.values() if not group & names}
+
+
+def _are_new_biases(old: nn.Module, new: nn.Module, names: Collection[str]) -> bool:
+    """Return whether names are biases of linear layers that had none, all else being as it was."""
+    if not names:
+        return True
+    before, after = dict(old.named_modules()), dict(new.named_modules())
+    if {n: type(m) for n, m in before.items()} != {n: type(m) for n, m in after.items()}:
+        return False
+    owners = {name: name.rpartition(".")[0] for name in names}
+    return all(
+        name == f"{owner}.bias" and is_plain(after[owner]) and isinstance(after[owner], nn.Linear)
+        and before[owner].bias is None
+        for name, owner in owners.items()
+    )  # fmt: skip
 
 
 def _is_rms(old: nn.Module, new: nn.Module, name: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from rewrite.errors import ContractError
-from rewrite.hub.folder import CheckpointFolder, open_folder
+from rewrite.hub.folder import CheckpointFolder, open_folder, other_weights
 from rewrite.hub.safetensors_file import DTYPES
 from rewrite.hub.structure import structure_of
 from rewrite.observe.recipe import ReaderRecipe
@@ -75,6 +75,8 @@ def convert_checkpoint(
     say("planning")
     plan = plan_folder(folder, structure, passes, only, skip)
     notes = [*plan.report.notes, "planned without a tensor"]
+    if files := other_weights(folder):
+        notes.append(f"copied as they are, with the weights of before: {', '.join(files)}")
     if not plan.report.changes:
         return replace(plan.report, notes=tuple(notes))
     with staged_folder(place, notes) as stage:

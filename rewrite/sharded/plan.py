@@ -27,11 +27,12 @@ from rewrite.outcomes import Contract, Selection
 from rewrite.protocol import Pass
 from rewrite.report import PassReport, Report
 from rewrite.runtime.inputs import ExampleCall
-from rewrite.sharded.configuration import Holding, Wanted, find_holding, present
+from rewrite.sharded.configuration import Holding, Wanted, attainable, find_holding, present
 from rewrite.sharded.dry_run import ShapeStore, Touched, adds_bias
 from rewrite.sharded.on_meta import apply_on_meta, recipes_of
-from rewrite.sharded.recipes import FolderRecipe, Step, recipe_of, steps_of, unmet
+from rewrite.sharded.recipes import FolderRecipe, Step, in_folder, recipe_of, steps_of, unmet
 from rewrite.sharded.values import FolderValues
+from rewrite.weights.constant_recipe import ConstantRecipe
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class _Draft:
         self._touched: list[Touched] = []
         self._owners: list[list[tuple[int, str]]] = []
         self._reports: list[PassReport] = []
-        self._notes: list[str] = []
+        self._notes: list[str] = [] if calls else [_uncalled(structure.model)]
 
     def _values(self) -> FolderValues:
         """Return the values of tensors as they are after the steps so far."""
@@ -209,7 +210,10 @@ class _Draft:
             reason = f"no configuration of {kind} asks for RMSNorms, so no folder can hold it"
             return dict.fromkeys(exchanged.values(), reason)
         wrong: dict[tuple[int, str], str] = {}
+        left = attainable(self._folder, self._structure, self._wanted())
         for touched, owners, step in zip(self._touched, self._owners, self._steps, strict=True):
+            if touched.appeared and touched.appeared <= left and not touched.gone:
+                continue
             new = sorted(touched.appeared - self._structure.stored.keys())
             if any(map(adds_bias, step)):
                 reason = "a bias would appear that its class cannot be asked for"
@@ -234,9 +238,24 @@ class _Draft:
                 wrong[exchanged[name]] = reason
         return wrong
 
+    def _add_zeros(self, holding: Holding) -> None:
+        """Plan the biases of zeros that the class asks for beside those that appear."""
+        for name, shape in holding.zeros.items():
+            like = f"{name.rpartition('.')[0]}.weight"
+            step = (ConstantRecipe(name, 0.0, shape, like),)
+            values = self._values()
+            self._steps.append(step)
+            self._touched.append(self._store.run(step, values))
+        if holding.zeros:
+            first, count = min(holding.zeros), len(holding.zeros)
+            self._notes.append(
+                f"{count} biases of zeros, as {first}, appear beside: the class has all or none"
+            )
+
     def finished(self, holding: Holding, chosen: Sequence[Pass]) -> FolderPlan:
         """Return the plan."""
         dropped = {self._store.place(f"{name}.bias") for name in holding.rms}
+        self._add_zeros(holding)
         every = {name: _made(tensor) for name, tensor in self._store.ever.items()}
         kept = self._store.held.keys() - dropped
         made = {name: held for name, held in every.items() if name in kept}
@@ -256,9 +275,9 @@ class _Draft:
 
 
 def _with_lost(report: PassReport, lost: Collection[str]) -> PassReport:
-    """Return a report whose centred streams list the biases of LayerNorms that a folder loses."""
+    """Return a report as the folder has it: what norms keep, and what centred streams lose."""
     changes = []
-    for change in report.changes:
+    for change in map(in_folder, report.changes):
         recipe = recipe_of(change)
         if isinstance(recipe, StreamRecipe) and recipe.map["kind"] == "centre":
             keys = {name: new for name, new in change.keys.items() if new is not None}
@@ -267,6 +286,14 @@ def _with_lost(report: PassReport, lost: Collection[str]) -> PassReport:
             change = replace(change, keys={**keys, **gone})
         changes.append(change)
     return replace(report, changes=tuple(changes))
+
+
+def _uncalled(model: nn.Module) -> str:
+    kind = type(model).__name__
+    return (
+        f"no call of {kind} runs without its numbers, so none was observed; rewrite.load opens the "
+        "folder, and convert runs it in memory"
+    )
 
 
 def _made(tensor: Tensor) -> Made:

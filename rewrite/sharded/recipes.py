@@ -72,6 +72,21 @@ def _fold_kept(recipe: FoldRecipe, change: Change) -> FoldRecipe:
     return replace(recipe, neutral={**recipe.neutral, **neutral}, gone=tuple(rest))
 
 
+def in_folder(change: Change) -> Change:
+    """Return a change as a folder holds it: its norms keep their tensors, with neutral values."""
+    recipe = recipe_of(change)
+    if not isinstance(recipe, ReaderRecipe | FoldRecipe):
+        return change
+    kept = {name for name, new in change.keys.items() if new is None} & recipe.neutral.keys()
+    if not kept:
+        return change
+    note = "; ".join(
+        filter(None, [change.note, "in a folder its norm keeps values that do nothing"])
+    )
+    keys = {name: new for name, new in change.keys.items() if name not in kept}
+    return replace(change, keys=keys, note=note, recipe=recipe.to_data())
+
+
 def steps_of(recipes: Sequence[FolderRecipe]) -> list[tuple[int, ...]]:
     """Return the places of the recipes of one pass that are run together, in order."""
     folds = tuple(n for n, recipe in enumerate(recipes) if isinstance(recipe, FoldRecipe))

@@ -54,6 +54,10 @@ class FolderWriter:
         self._made = dict(_parts_of(folder, made))
         parts = [folder.merged[n].parts if n in folder.merged else (n,) for n in gone]
         self._gone = {name for each in parts for name in each}
+        # What was equal to a tensor that changes, and tied to it, would be another one now.
+        changed = {*made, *gone}
+        self._gone |= {copy for copy, first in folder.copies.items() if first in changed}
+        self._gone -= self._made.keys()
         self._files: dict[str, int] = {}
         self._entries: dict[str, tuple[str, int, Entry]] = {}
         self._places = {n: shard for n, shard in folder.places.items() if n not in self._gone}
@@ -62,7 +66,8 @@ class FolderWriter:
         for shard in self._folder.shards:
             if (contents := self._contents(shard)) or self._folder.index is None:
                 self._open(shard, contents)
-        new = {name: made for name, made in self._made.items() if name not in self._folder.places}
+        old = {name for shard in self._folder.shards.values() for name in shard.entries}
+        new = {name: made for name, made in self._made.items() if name not in old}
         if new and self._folder.index is not None:
             self._open(NEW_SHARD, {name: _sized(made) for name, made in new.items()})
         return self
@@ -142,12 +147,20 @@ class FolderWriter:
                 runs.append((begin, entry.size, at))
         return runs
 
+    def _more_parameters(self) -> int:
+        """Return how many numbers the new folder holds more than the old one."""
+        old = [e for shard in self._folder.shards.values() for e in shard.entries.values()]
+        new = [entry for _, _, entry in self._entries.values()]
+        return sum(math.prod(e.shape) for e in new) - sum(math.prod(e.shape) for e in old)
+
     def write_rest(self) -> None:
         """Write the configuration and the index, and copy everything else."""
         (self._stage / CONFIG).write_text(_text(self._config), encoding="utf-8")
         if self._folder.index is not None:
             total = sum(entry.size for _, _, entry in self._entries.values())
-            metadata = {**self._folder.index.get("metadata", {}), "total_size": total}
+            metadata = {**(self._folder.index.get("metadata") or {}), "total_size": total}
+            if "total_parameters" in metadata:
+                metadata["total_parameters"] += self._more_parameters()
             index = {
                 **self._folder.index,
                 "metadata": metadata,

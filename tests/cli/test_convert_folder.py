@@ -45,3 +45,22 @@ def test_from_the_command_line(make: Make) -> None:
     out = source.with_name("out")
     assert main(["convert", "--fold", "--rotate-stream", str(source), "-o", str(out)]) == 0
     assert relative(logits(source), logits(out)) < 1e-5
+
+
+def test_a_folder_in_the_place_of_a_scheme_is_told_so(make: Make, capsys: Any) -> None:
+    source = make()
+    capsys.readouterr()
+    assert main(["convert", "--reinit", str(source)]) == 2
+    error = capsys.readouterr().err
+    assert f"--reinit SCHEME {source}" in error and error.count("\n") == 1
+    assert main(["convert", "--reinit", "heh", str(source)]) == 2
+    assert "SCHEME" not in capsys.readouterr().err
+
+
+def test_a_gguf_file_says_what_to_give_instead(tmp_path: Any, capsys: Any) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    for given in (tmp_path, tmp_path / "model.gguf"):
+        assert main(["convert", "--fold", str(given)]) == 2
+        error = capsys.readouterr().err
+        assert "GGUF" in error and "give" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]

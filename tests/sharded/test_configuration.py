@@ -14,7 +14,7 @@ from torch import nn
 import rewrite
 from passes import FoldNorm, LayerNormToRMSNorm, RemoveWeightNorm, WeightNorm
 from rewrite.cli.main import main
-from tests.sharded.conftest import Make, transformers
+from tests.sharded.conftest import Make, logits, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -150,3 +150,73 @@ def test_weight_norms_go_and_come_where_a_configuration_says_so(
     written = tensors(out)
     assert written.keys() == memory.keys()
     assert all(torch.equal(written[name], value) for name, value in memory.items())
+
+
+TINY = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def saved(kind: str, folder: Path, **options: object) -> Path:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**TINY, **options)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.3 + 0.8)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+def test_biases_of_zeros_appear_where_a_class_has_them_all_or_none(tmp_path: Path) -> None:
+    """Nemotron's shifts go into queries, keys and values; its output then has a bias as well."""
+    source, out = saved("Nemotron", tmp_path / "in"), tmp_path / "out"
+    report = rewrite.convert_checkpoint(source, out, "fold")
+    assert report.ok and report.verification is not None and report.verification.max_rel < 1e-11
+    assert [skip.target for skip in report.skips] == ["model.norm"]  # no head has a bias
+    config = json.loads((out / "config.json").read_text())
+    assert config["attention_bias"] and config["mlp_bias"]
+    new = {n: t for n, t in tensors(out).items() if n not in tensors(source)}
+    zeros = {n for n, t in new.items() if not t.any()}
+    assert zeros == {f"model.layers.0.{n}.bias" for n in ("self_attn.o_proj", "mlp.down_proj")}
+    assert len(new) == 6 and any("biases of zeros" in note for note in report.notes)
+    assert error_of(source, out) < 1e-5
+
+
+def test_a_switch_that_changes_more_than_biases_is_not_turned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative twin: the same switch, in a class whose projections are others then."""
+    from transformers.models.nemotron import modeling_nemotron as nemotron
+
+    class Other(nn.Linear):
+        pass
+
+    plain = nemotron.NemotronMLP.__init__
+
+    def init(self: nn.Module, config: object) -> None:
+        plain(self, config)
+        if config.mlp_bias:  # type: ignore[attr-defined]  # of Nemotron
+            self.down_proj = Other(48, 32)
+
+    monkeypatch.setattr(nemotron.NemotronMLP, "__init__", init)
+    source = saved("Nemotron", tmp_path / "in")
+    report = rewrite.convert_checkpoint(source, tmp_path / "out", "fold", verify=False)
+    assert [c.target for c in report.changes] == ["model.layers.0.input_layernorm"]
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["mlp_bias"]
+
+
+def test_a_bias_is_asked_for_by_whatever_key_has_it(tmp_path: Path) -> None:
+    source, out = saved("StableLm", tmp_path / "in"), tmp_path / "out"
+    report = rewrite.convert_checkpoint(source, out, "fold", verify=False)
+    assert "model.layers.0.input_layernorm" in [change.target for change in report.changes]
+    assert json.loads((out / "config.json").read_text())["use_qkv_bias"]
+    assert error_of(source, out) < 1e-5
+
+
+def error_of(source: Path, out: Path) -> float:
+    expected, got = logits(source), logits(out)
+    return float((expected - got).abs().max() / expected.abs().max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from rewrite.affine.plan import Absorption, Edit
 from rewrite.errors import OptionError
 from rewrite.fold.folder import Move
 from rewrite.fold.recipes import FoldRecipe
+from rewrite.fold.replay import apply_report
 from rewrite.fold.requirements import Requirements
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.editable import Editable
@@ -169,3 +171,30 @@ def test_a_pass_that_anyone_wrote_runs_by_its_recipes(make: Make) -> None:
     with pytest.raises(rewrite.ContractError, match=r"model\.layers\.0 is off"):
         rewrite.convert_checkpoint(source, source.with_name("wrong"), ScaleValues(inverse=False))
     assert not source.with_name("wrong").exists()
+
+
+def test_the_report_of_a_folder_repeats_what_the_folder_holds(tmp_path: Path) -> None:
+    """A plain LayerNorm goes without its weight in memory; in a folder it keeps ones, and zeros."""
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=32, word_embed_proj_dim=32,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.3 + 0.8)
+    source, out = tmp_path / "in", tmp_path / "out"
+    model.save_pretrained(source)
+    report = rewrite.convert_checkpoint(source, out, "fold", verify=False)
+    norms = [change.target for change in report.changes]
+    assert len(norms) == 2 and all(not change.keys for change in report.changes)
+    assert all("keeps values that do nothing" in change.note for change in report.changes)
+    told = json.loads(report.to_json())
+    repeated = apply_report(told, load_file(source / "model.safetensors"))
+    written = load_file(out / "model.safetensors")
+    assert all(torch.equal(repeated[name], tensor) for name, tensor in written.items())
+    assert all(bool((written[f"{name}.weight"] == 1).all()) for name in norms)
+    memory = rewrite.convert(model, "fold", verify=False)  # the twin: there the weights go
+    assert set(memory.report.changes[0].keys.values()) == {None}
