@@ -54,7 +54,7 @@ class BatchNormToGroupNorm(Pass):
 
     Declines: norms with hooks or parametrizations; lazy norms without input; quantized ones; lines
     of a forward that cannot be traced; a single channel where the number of positions is unknown or
-    one.
+    one; statistics to keep that hold a NaN or a negative variance.
     """
 
     name: ClassVar[str] = "bn-to-gn"
@@ -108,7 +108,7 @@ class BatchNormToGroupNorm(Pass):
 
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
         """Yield every BatchNorm with its number of groups."""
-        return swap.sites(captured, self.groups)
+        return keeping.sites(captured, self.keep, self.groups)
 
     def rewrite(self, captured: Editable, site: Site) -> Change:
         """Replace one norm."""

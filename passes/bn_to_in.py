@@ -52,7 +52,7 @@ class BatchNormToInstanceNorm(Pass):
 
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
         """Yield every BatchNorm with its number of spatial axes."""
-        return swap.sites(captured, lambda candidate: _axes(captured, candidate))
+        return keeping.sites(captured, self.keep, lambda candidate: _axes(captured, candidate))
 
     def rewrite(self, captured: Editable, site: Site) -> Change:
         """Replace one norm."""

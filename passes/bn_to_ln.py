@@ -62,7 +62,7 @@ class BatchNormToLayerNorm(Pass):
 
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
         """Yield every BatchNorm with what it becomes."""
-        return swap.sites(captured, self.layout)
+        return keeping.sites(captured, self.keep, self.layout)
 
     def rewrite(self, captured: Editable, site: Site) -> Change:
         """Replace one norm."""

@@ -40,7 +40,8 @@ class Comparison:
         max_rel: the largest difference relative to its tensor's largest magnitude.
         cosine: cosine similarity of all floating-point values, None without any.
         agreement: share of equal top-1 classes, None without an axis of classes.
-        predictions: how many top-1 classes were compared.
+        predictions: how many top-1 classes were compared; those beside a NaN are none.
+        nothing: whether `a` has values of floating point, and each of them is NaN.
         finite: whether every floating-point value of `b` is finite.
         worst: the place of `max_rel`.
         structure: what differs in places, shapes and dtypes; not the length of an item of a list,
@@ -57,6 +58,7 @@ class Comparison:
     structure: tuple[str, ...]
     reasons: tuple[str, ...]
     predictions: int = 0
+    nothing: bool = False
 
 
 def compare(a: Any, b: Any, dtypes: bool = True) -> Comparison:
@@ -76,6 +78,7 @@ def compare(a: Any, b: Any, dtypes: bool = True) -> Comparison:
         structure=tuple(total.structure),
         reasons=(*total.structure, *total.values),
         predictions=total.classified,
+        nothing=0 < total.numbers == total.unknown,
     )
 
 
@@ -105,6 +108,8 @@ class _Total:
     square_b: float = 0.0
     agreed: int = 0
     classified: int = 0
+    numbers: int = 0
+    unknown: int = 0
     finite: bool = True
     worst: str = ROOT
     structure: list[str] = field(default_factory=list)
@@ -138,6 +143,9 @@ class _Total:
             return
         self.values += _special_values(path, a, b)
         plain = a.isfinite() & b.isfinite()
+        self.numbers += a.numel()
+        self.unknown += int(a.isnan().sum())
+        unknown = a.isnan() | b.isnan()
         if not bool(plain.all()):
             a, b = a.where(plain, torch.zeros_like(a)), b.where(plain, torch.zeros_like(b))
         distance = float((a - b).abs().max())
@@ -149,19 +157,23 @@ class _Total:
         self.dot += float((a * b).sum())
         self.square_a += float((a * a).sum())
         self.square_b += float((b * b).sum())
-        self._classify(a, b)
+        self._classify(a, b, unknown)
 
-    def _classify(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Count equal top-1 classes: channels of images, the last axis of anything else."""
+    def _classify(self, a: torch.Tensor, b: torch.Tensor, unknown: torch.Tensor) -> None:
+        """Count equal top-1 classes: channels of images, the last axis of anything else.
+
+        Where one of the values is NaN there is no largest.
+        """
         if a.ndim < 2:
             return
         axis = 1 if a.ndim >= _CLASS_AXIS_FIRST_FROM else -1
         if a.shape[axis] < 2:
             return
         chosen = a.gather(axis, b.argmax(axis, keepdim=True))
-        same = chosen == a.amax(axis, keepdim=True)
+        known = ~unknown.any(axis, keepdim=True)
+        same = (chosen == a.amax(axis, keepdim=True)) & known
         self.agreed += int(same.sum())
-        self.classified += same.numel()
+        self.classified += int(known.sum())
 
     def cosine(self) -> float | None:
         """Return the cosine similarity over everything taken in."""

@@ -62,6 +62,7 @@ class Findings:
     agreed: float = 0.0
     predictions: int = 0
     cosines: list[float] = field(default_factory=list)
+    nothing: list[bool] = field(default_factory=list)
     drift: float | None = None
     noise: float | None = None
     rounding: float | None = None
@@ -70,6 +71,7 @@ class Findings:
 
     def measure(self, compared: Comparison) -> None:
         """Take the agreement of one pair of outputs into account."""
+        self.nothing.append(compared.nothing)
         if compared.agreement is not None:
             self.agreed += compared.agreement * compared.predictions
             self.predictions += compared.predictions

@@ -85,7 +85,8 @@ def verify(
 
     Raises:
         OptionError: no such contract or level.
-        VerificationError: no input is known, or the original does not run on the given one.
+        VerificationError: no input is known, the original does not run on the given one, or
+            returns NaN alone there.
     """
     contract = as_choice(Contract, contract, "contract")
     level = as_choice(Level, level, "level")
@@ -105,6 +106,10 @@ def verify(
             compare_generation(a, b, given, found)
         else:
             found = _observe(a, b, given, level, seed)
+    if contract is not Contract.REDEFINING and not found.reasons and all(found.nothing or [False]):
+        raise VerificationError(
+            "the original returns NaN alone, so there is nothing to compare; pass another --input"
+        )
     return Verification(
         contract=contract,
         level=level,

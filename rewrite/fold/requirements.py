@@ -79,8 +79,32 @@ def culprit(layer: Layer, read: Callable[[TensorRef], Tensor]) -> str:
     if layer.var is not None:
         lowest = float(read(layer.var).detach().double().min())
         if lowest + layer.eps <= 0:
-            return f"{layer.var.name} is negative ({lowest:.3g}, and eps is {layer.eps:g})"
+            return _negative(layer.var.name, lowest, layer.eps)
     if layer.weight is not None and bool((read(layer.weight) <= 0).any()):
         value = float(read(layer.weight).detach().double().min())
         return f"{layer.weight.name} holds {value:.3g}"
     return ""
+
+
+def broken_statistics(mean: tuple[str, Tensor], var: tuple[str, Tensor], eps: float) -> str:
+    """Return which running statistic makes (x - mean) / sqrt(var + eps) no map, or "".
+
+    A channel whose variance and eps are both zero is none: it was constant in training, and
+    whoever moves the statistics says what becomes of it.
+
+    Args:
+        mean, var: the name of each tensor, and the tensor; on the meta device nothing is known.
+        eps: what is added to the variance.
+    """
+    for name, tensor in (mean, var):
+        if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            return f"{name} holds values that are not finite"
+    name, tensor = var
+    if tensor.is_meta or not tensor.numel():
+        return ""
+    lowest = float(tensor.detach().double().min())
+    return _negative(name, lowest, eps) if lowest + eps < 0 else ""
+
+
+def _negative(name: str, lowest: float, eps: float) -> str:
+    return f"{name} is negative ({lowest:.3g}, and eps is {eps:g})"

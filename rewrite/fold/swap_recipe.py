@@ -22,6 +22,7 @@ from rewrite.affine.plan import Absorption, Edit
 from rewrite.errors import CheckpointError
 from rewrite.fold.executor import names_of, set_finite
 from rewrite.fold.recipes import Data, edit_data, edit_from
+from rewrite.fold.requirements import broken_statistics
 from rewrite.fold.store import StateDictStore
 from rewrite.graph.captured import Captured
 from rewrite.graph.operators import Norm
@@ -133,7 +134,12 @@ def _statistics(recipe: Data, store: StateDictStore) -> Affine | None:
     name, held = recipe["names"][0], recipe["tensors"]
     if held["mean"] is None or held["var"] is None:
         return None
-    mean, var = store.get(f"{name}.{held['mean']}"), store.get(f"{name}.{held['var']}")
+    names = f"{name}.{held['mean']}", f"{name}.{held['var']}"
+    mean, var = map(store.get, names)
+    if recipe["edits"] or recipe["prefix"]:
+        reason = broken_statistics((names[0], mean), (names[1], var), recipe["eps"])
+        if reason:
+            raise CheckpointError(f"{name}: {reason}; convert the model instead")
     return bounded(Affine.batch_norm(mean, var, None, None, recipe["eps"]))
 
 

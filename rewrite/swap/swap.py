@@ -12,7 +12,7 @@ n is the new norm without affine, n_B the same with eps = B² and g = √(1 + B�
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -20,13 +20,14 @@ import torch
 from torch import nn
 
 from rewrite.errors import OptionError
+from rewrite.fold.requirements import broken_statistics
 from rewrite.fold.swap_recipe import swap_data, with_norm
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
 from rewrite.graph.operators import Norm, norm_of
 from rewrite.grouping.swapped_norm import SwappedNorm
 from rewrite.nn.modules import ChannelAffine
-from rewrite.outcomes import Change, Site
+from rewrite.outcomes import Change, Site, Skip
 from rewrite.swap import batch_norms as swap
 from rewrite.swap.anchor import gain, largest_anchor
 from rewrite.swap.keep_function import SwapOptions, keep_function
@@ -56,6 +57,28 @@ def check(name: str, keep: str, anchor: float | None) -> None:
         raise OptionError(f"{name}: anchor goes with keep=statistics or keep=function, not {keep}")
     if anchor is not None and not 0 <= anchor < float("inf"):
         raise OptionError(f"{name}: anchor is {anchor}; pass 0 or more")
+
+
+def sites(
+    captured: Captured, keep: str, decide: Callable[[swap.Candidate], object]
+) -> Iterator[Site | Skip]:
+    """Yield the sites of a swap, and skips: also of norms whose statistics are no map to keep."""
+    reads = keep in DEFAULT_ANCHOR
+
+    def decided(candidate: swap.Candidate) -> object:
+        reason = _no_map(captured, candidate.norm) if reads else ""
+        return reason or decide(candidate)
+
+    return swap.sites(captured, decided)
+
+
+def _no_map(captured: Captured, norm: Norm) -> str:
+    """Return which running statistic of a norm makes it no function, or ""."""
+    if norm.running_mean is None or norm.running_var is None:
+        return ""
+    mean, var = norm.running_mean, norm.running_var
+    read = captured.tensor
+    return broken_statistics((mean.name, read(mean)), (var.name, read(var)), norm.eps)
 
 
 @dataclass(frozen=True)
@@ -168,7 +191,7 @@ def _swap(
 def _affine(
     captured: Captured, module: nn.Module, norm: Norm
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return γ and β of a dressed norm in float64, filled in, and a tensor of its dtype."""
+    """Return γ and β of a new norm in float64, filled in, and a tensor of its dtype."""
     assert norm.num_features is not None
     ref = norm.weight or norm.bias or norm.running_mean
     like = torch.zeros(()) if ref is None else captured.tensor(ref).detach()
@@ -182,7 +205,7 @@ def _affine(
 def _anchor(
     captured: Editable, module: nn.Module, gamma: torch.Tensor, like: torch.Tensor, anchor: float
 ) -> tuple[float, str]:
-    """Anchor a dressed norm; return what its weight was multiplied by, and what to say."""
+    """Anchor a new norm; return what its weight was multiplied by, and what to say."""
     if anchor == 0:
         return 1.0, ""
     trainable = isinstance(module.weight, nn.Parameter) and module.weight.requires_grad

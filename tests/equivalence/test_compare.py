@@ -94,6 +94,21 @@ def test_agreement_counts_equal_top_classes_and_forgives_ties():
     assert compare(a, b).agreement == pytest.approx(2 / 3)
 
 
+def test_a_row_with_nan_has_no_top_class() -> None:
+    nan = float("nan")
+    a = torch.tensor([[1.0, 2.0], [nan, nan], [nan, 3.0]])
+    found = compare(a, torch.tensor([[0.0, 9.0], [1.0, 0.0], [0.0, 1.0]]))
+    assert (found.agreement, found.predictions, found.nothing) == (1.0, 1, False)
+    alone = compare(a[1:2], a[1:2])
+    assert (alone.agreement, alone.cosine, alone.predictions) == (None, None, 0)
+    assert alone.nothing and not alone.reasons
+
+
+def test_an_infinity_is_a_value_that_can_be_compared() -> None:
+    masked = torch.tensor([[-float("inf"), -float("inf")]])
+    assert not compare(masked, masked).nothing
+
+
 def test_agreement_of_images_is_along_the_channels():
     a = torch.zeros(1, 2, 1, 2)
     a[0, 1] = 1

@@ -86,6 +86,17 @@ def test_an_input_that_the_original_refuses_is_an_error(net):
         verify(net, net, (torch.ones(1, 5, 8, 8),))
 
 
+@pytest.mark.parametrize("contract", [Contract.EXACT, Contract.EXACT_IN_EVAL, Contract.APPROXIMATE])
+def test_an_original_that_returns_nan_alone_proves_nothing(net, contract):
+    """Its top-1 classes were counted as the same ones, with cosine 1."""
+    broken = copy_model(net)
+    broken.norm.running_var[:] = -1.0
+    with pytest.raises(VerificationError, match="returns NaN alone, so there is nothing to comp"):
+        verify(broken, broken, X, contract=contract)
+    assert verify(broken, net, X, contract=Contract.REDEFINING).ok
+    assert not verify(net, broken, X, contract=contract).ok
+
+
 def test_calibration_batches_are_judged_without_their_labels(net):
     batches = [(X[0], torch.zeros(2)), (X[0] * 2, torch.zeros(2))]
     found = verify(net, copy_model(net), calibration=batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,37 @@ def test_another_model_is_refused(key: str) -> None:
     del state[f"1.{key}"]
     with pytest.raises(CheckpointError, match=rf"has no 1\.{key}"):
         apply_report(report, state)
+
+
+BROKEN = [
+    ("running_var", -1.0, r"1\.running_var is negative \(-1, and eps is 1e-05\)"),
+    ("running_var", float("nan"), r"1\.running_var holds values that are not finite"),
+    ("running_mean", float("inf"), r"1\.running_mean holds values that are not finite"),
+]
+
+
+@pytest.mark.parametrize("spec", ["bn-to-gn", "bn-to-in", "bn-to-ln", "bn-to-gn{keep=affine}"])
+@pytest.mark.parametrize(("key", "value", "told"), BROKEN)
+def test_statistics_that_are_no_map_are_refused_by_name_where_they_are_kept(
+    spec: str, key: str, value: float, told: str
+) -> None:
+    """One channel of them would have been passed on as it came: silently another model."""
+    inputs = (torch.randn(2, 3, 6, 6),)
+    model = models.randomize_norms_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    report = json.loads(_convert(model, spec, inputs).report.to_json())
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state[f"1.{key}"][2] = value
+    model.load_state_dict(state)
+    converted = _convert(model, spec, inputs).report
+    if "affine" in spec and value == -1.0:  # what is not kept may be anything, and is dropped
+        assert apply_report(report, state).keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+        assert len(converted.changes) == 1
+        return
+    with pytest.raises(CheckpointError, match=told):
+        apply_report(report, state)
+    if "affine" not in spec:
+        assert not converted.changes
+        assert [bool(re.search(told, skip.reason)) for skip in converted.skips] == [True]
 
 
 def test_values_that_do_not_fit_are_refused() -> None:
