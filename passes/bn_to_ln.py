@@ -28,7 +28,7 @@ from rewrite.swap.keep_function import SwapOptions
 
 
 @dataclass(frozen=True)
-class Layout:
+class NormChoice:
     """What a site becomes: the class, and its number of channels."""
 
     kind: type[nn.GroupNorm] | type[nn.LayerNorm]
@@ -75,20 +75,20 @@ class BatchNormToLayerNorm(Pass):
         settings = SwapOptions(self.keep, self.anchor)
         return keeping.swap_all(captured, sites, settings, _make, calibration)
 
-    def layout(self, candidate: swap.Candidate) -> Layout | str:
+    def layout(self, candidate: swap.Candidate) -> NormChoice | str:
         """Return what one norm becomes, or why it stays."""
         channels = candidate.num_features
         flat = all(shape is not None and len(shape) == 2 for shape in candidate.shapes)
         if channels == 1 and (self.over == "c" or (candidate.positions or 1) < 2):
             return "has 1 channel: a mean over one element would leave only β"
         if flat:
-            return Layout(nn.LayerNorm, channels)
-        return Layout(nn.GroupNorm if self.over == "chw" else ChannelLayerNorm, channels)
+            return NormChoice(nn.LayerNorm, channels)
+        return NormChoice(nn.GroupNorm if self.over == "chw" else ChannelLayerNorm, channels)
 
 
 def _make(site_plan: Any, norm: Norm) -> nn.Module:
     """Return the new norm, without γ and β."""
-    plan: Layout = site_plan
+    plan: NormChoice = site_plan
     if issubclass(plan.kind, nn.GroupNorm):
         return plan.kind(1, plan.num_channels, eps=norm.eps, affine=False)
     return plan.kind(plan.num_channels, eps=norm.eps, elementwise_affine=False)

@@ -30,7 +30,7 @@ from rewrite.tracing.regions import Region, forward_branches, forward_defaults
 
 
 @dataclass(frozen=True)
-class Plan:
+class WritePlan:
     """How one write becomes a value.
 
     Attributes:
@@ -73,7 +73,7 @@ class OutOfPlace(Pass):
 
     def rewrite(self, captured: Editable, site: Site) -> Change:
         """Turn one flag, or edit one line."""
-        plan: Plan = site.plan
+        plan: WritePlan = site.plan
         module = captured.module(site.target)
         if plan.make is None:
             after = f"{type(module).__name__}(inplace=False)"
@@ -140,7 +140,7 @@ class Writes:
         if reason:
             place = captured.source(called[0])
             return Skip(name, before, f"{place}: {reason}" if place else reason)
-        return Site(name, before, calls[0] if calls else None, Plan(lines, None, bool(lines)))
+        return Site(name, before, calls[0] if calls else None, WritePlan(lines, None, bool(lines)))
 
     def _operand(self, node: Node) -> Node | None:
         """Return what `node` writes into, None if nothing."""
@@ -176,7 +176,7 @@ class Writes:
             return Skip(target, before, f"{place}: {reason}")
         if (dtype := _kept_dtype(node, operand)) is not None:
             make = cast(make, dtype)
-        return Site(target, before, node, Plan((node,), make, bool(later)))
+        return Site(target, before, node, WritePlan((node,), make, bool(later)))
 
     # -- who reads what was written -----------------------------------------------------------
 

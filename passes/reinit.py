@@ -25,7 +25,7 @@ from rewrite.errors import OptionError
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
 from rewrite.graph.order import in_data_flow_order
-from rewrite.init.layers import Plan, Weight, functional_weights, module_plan, write
+from rewrite.init.layers import ModulePlan, Weight, functional_weights, module_plan, write
 from rewrite.init.lsuv import fit_unit_variance
 from rewrite.init.rules import Rule, check_used, first_match, parse_rules
 from rewrite.init.scale_residuals import scale_residuals
@@ -147,7 +147,7 @@ class Reinitialize(Pass):
 
     def rewrite(self, captured: Editable, site: Site) -> Change:
         """Initialize one module."""
-        plan: Plan = site.plan
+        plan: ModulePlan = site.plan
         metrics, recipe = write(captured, site.target, plan, self.seed, self.forget_bias)
         shown = dict.fromkeys(weight.describe() for weight in plan.weights)
         after = ", ".join(shown) or "fresh"
@@ -185,7 +185,7 @@ class Reinitialize(Pass):
         raise OptionError(f"{self.name}: lsuv needs a batch; pass calibration data")
 
 
-def _single(plan: Plan) -> Weight | None:
+def _single(plan: ModulePlan) -> Weight | None:
     """Return the weight of a module that has one linear map and nothing tied to it."""
     found = [weight for weight in plan.weights if weight.maps]
     if len(found) != 1 or len(found[0].maps) != 1 or found[0].ties:

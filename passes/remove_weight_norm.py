@@ -28,7 +28,7 @@ from rewrite.weights.weight_norm_recipe import NormedWeight, RemovedWeightNorm
 
 
 @dataclass(frozen=True)
-class Plan:
+class RemovalPlan:
     """One layer, and for each of its normed weights the others that share its g and v."""
 
     module: nn.Module
@@ -55,7 +55,7 @@ class RemoveWeightNorm(Pass):
         holders = _holders(captured)
         seen: set[tuple[str, str]] = set()
         for name, module in in_data_flow_order(captured):
-            plan = Plan(module)
+            plan = RemovalPlan(module)
             for key in weight_normed(module):
                 if is_parametrized(module, key) and len(module.parametrizations[key]) > 1:  # type: ignore[index]  # a ModuleDict, for nn.Module a Tensor or a Module
                     yield Skip(name, _describe(module), f"{key} has a second parametrization")
@@ -68,7 +68,7 @@ class RemoveWeightNorm(Pass):
 
     def rewrite(self, captured: Editable, site: Site) -> Change:
         """Bake the weights of one layer and of those tied to it."""
-        plan: Plan = site.plan
+        plan: RemovalPlan = site.plan
         touched: list[str] = [site.target]
         keys: dict[str, str | None] = {}
         weights: list[NormedWeight | None] = []

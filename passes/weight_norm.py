@@ -41,7 +41,7 @@ from rewrite.weights.weight_norm_recipe import AddedWeightNorm, NormedWeight
 
 
 @dataclass(frozen=True)
-class Plan:
+class WeightNormPlan:
     """What happens to one module: new weight norms with their ties, or old ones converted."""
 
     module: nn.Module
@@ -115,7 +115,7 @@ class WeightNorm(Pass):
         for name, module in in_data_flow_order(captured):
             if old := has_old_weight_norm(module):
                 before = f"{type(module).__name__} with old-style weight norm"
-                yield Site(name, before, plan=Plan(module, old=old))
+                yield Site(name, before, plan=WeightNormPlan(module, old=old))
             elif weight_layouts(module):
                 yield from self._layer(captured, name, module, shared)
             elif is_quantized_layer(module):
@@ -134,7 +134,7 @@ class WeightNorm(Pass):
         if (whole := captured.code.read_whole(name)) is not None:
             yield Skip(name, before, whole)
             return
-        plan = Plan(module)
+        plan = WeightNormPlan(module)
         for key, layout in weight_layouts(module).items():
             refusal = self._refusal(module, key)
             weight = module._parameters.get(key)
@@ -159,7 +159,7 @@ class WeightNorm(Pass):
 
     def rewrite(self, captured: Editable, site: Site) -> Change:
         """Reparameterize the weights of one layer and of those tied to it."""
-        plan: Plan = site.plan
+        plan: WeightNormPlan = site.plan
         for key in plan.old:
             convert_old_weight_norm(captured.editor, plan.module, key)
         touched, tied = [site.target], []
@@ -205,7 +205,7 @@ class WeightNorm(Pass):
 
     def _centring(self, captured: Captured, site: Site) -> str | None:
         """Return why no mean can be taken after a layer, or None."""
-        plan: Plan = site.plan
+        plan: WeightNormPlan = site.plan
         if layer_kind(plan.module) not in FITTED:
             return f"no mean-only norm: {layer_kind(plan.module)} has no single pre-activation"
         prefix = f"{site.target}."
@@ -264,7 +264,7 @@ def _ties(captured: Captured, ref: TensorRef, layout: Layout) -> tuple[TensorRef
 
 
 def _recipe(
-    captured: Captured, target: str, plan: Plan, keys: Mapping[str, str | None]
+    captured: Captured, target: str, plan: WeightNormPlan, keys: Mapping[str, str | None]
 ) -> AddedWeightNorm:
     """Return what is done to one layer, by the names of its tensors."""
     weights = []

@@ -70,7 +70,7 @@ def write_model(model: nn.Module, path: Path) -> None:
         with path.open("wb") as stream:
             torch.save(model, stream, pickle_module=how)
     except _NotImportableError as error:
-        raise CheckpointError(_complaint(model, error.value)) from None
+        raise CheckpointError(_refusal(model, error.value)) from None
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the model cannot be pickled: {error}") from error
     except RuntimeError as error:
@@ -78,7 +78,7 @@ def write_model(model: nn.Module, path: Path) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         if isinstance(error.__context__, _NotImportableError):
-            raise CheckpointError(_complaint(model, error.__context__.value)) from None
+            raise CheckpointError(_refusal(model, error.__context__.value)) from None
         message = str(error).splitlines()[0]
         raise CheckpointError(f"the model cannot be written: {message}") from error
 
@@ -91,7 +91,7 @@ def _importable(value: type | FunctionType) -> bool:
     return getattr(found, value.__qualname__, None) is value
 
 
-def _complaint(model: nn.Module, value: Any) -> str:
+def _refusal(model: nn.Module, value: Any) -> str:
     """Say what cannot be written, where the model holds it, and what to do."""
     name = getattr(value, "__qualname__", type(value).__name__)
     kind = "the class" if isinstance(value, type) else "the function"

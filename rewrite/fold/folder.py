@@ -29,7 +29,7 @@ from rewrite.outcomes import Declined
 Part = Literal["both", "scale", "shift", "shift over scale"]
 
 
-Plan = Callable[[Direction, bool, bool], Absorption | Declined]
+PlanMaker = Callable[[Direction, bool, bool], Absorption | Declined]
 """Plans to absorb a map one way, with its scale, its shift, or both."""
 
 
@@ -188,7 +188,9 @@ class Folder:
         reasons = dict.fromkeys(one.reason for one in told)
         return Declined("; ".join(reasons), tuple(n for one in told for n in one.nodes))
 
-    def _planner(self, source: Source, channels: int, positive: bool, absorb_inverse: bool) -> Plan:
+    def _planner(
+        self, source: Source, channels: int, positive: bool, absorb_inverse: bool
+    ) -> PlanMaker:
         def plan(direction: Direction, scale: bool, shift: bool) -> Absorption | Declined:
             backward = direction is Direction.BACKWARD
             if backward and source.kind in ("gain", "input"):
@@ -203,7 +205,7 @@ class Folder:
         return plan
 
 
-def _split(plan: Plan, safe: bool) -> tuple[Move, ...] | None:
+def _split(plan: PlanMaker, safe: bool) -> tuple[Move, ...] | None:
     """Return moves that take scale and shift different ways, or None."""
     for direction in (Direction.BACKWARD, Direction.FORWARD):
         scale = plan(direction, True, False)

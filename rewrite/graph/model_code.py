@@ -14,7 +14,7 @@ from torch import nn
 
 from rewrite.nn.edited import original_class
 from rewrite.runtime.tree import Tree, join
-from rewrite.tracing.code.class_code import ClassCode, Use, code_of
+from rewrite.tracing.code.class_code import ClassCode, ModuleUse, code_of
 from rewrite.tracing.code.handed import with_handed
 from rewrite.tracing.code.module_paths import Path
 
@@ -105,7 +105,7 @@ class ModelCode:
             found.setdefault(self._tree.name(module), how)
         return found
 
-    def _tested(self, owner: str, use: Use) -> Iterator[str]:
+    def _tested(self, owner: str, use: ModuleUse) -> Iterator[str]:
         if use.path is not None:
             for place, left in self._at(owner, use.path):
                 if not left:

@@ -54,7 +54,7 @@ class Weight:
 
 
 @dataclass
-class Plan:
+class ModulePlan:
     """What is done to one module: weights to draw, and tensors to reset to a constant."""
 
     module: nn.Module
@@ -91,9 +91,9 @@ def module_plan(
     applied: dict[str, LinearMap],
     *,
     include_frozen: bool,
-) -> tuple[Plan, list[Skip]]:
+) -> tuple[ModulePlan, list[Skip]]:
     """Decide about every parameter and statistic that `module` itself holds."""
-    plan, skips = Plan(module), list[Skip]()
+    plan, skips = ModulePlan(module), list[Skip]()
     before = type(module).__name__.removeprefix("Parametrized")
     maps = _maps(name, module, applied)
     norm = _is_norm(module)
@@ -241,7 +241,7 @@ def _calls(captured: Captured, name: str, module: nn.Module, key: str) -> tuple[
 
 
 def write(
-    captured: Editable, name: str, plan: Plan, seed: int, forget_bias: float
+    captured: Editable, name: str, plan: ModulePlan, seed: int, forget_bias: float
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Initialize one module.
 

@@ -14,8 +14,6 @@ from torch import nn
 from rewrite.runtime.control_flow import branches_in_python
 from rewrite.runtime.leaves import mapped, tensors
 
-QUICK_SIZE = 64
-
 
 @dataclass(frozen=True)
 class Inputs:

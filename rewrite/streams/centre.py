@@ -9,7 +9,7 @@ from torch import nn
 
 from rewrite.graph.spellings import is_plain
 from rewrite.observe.labels import Unfollowed
-from rewrite.streams.classes import Kind, Reader, Source, Use
+from rewrite.streams.classes import CallKind, ClassReader, ClassSource, ParameterAxis
 from rewrite.streams.groups import Stream
 from rewrite.streams.plan import StreamPlan, StreamPlanner, source_name
 from rewrite.streams.values import Values
@@ -22,7 +22,7 @@ class CentrePlanner(StreamPlanner):
         """Return whether a LayerNorm reads it."""
         return any(norm.kind == "layer" for _, norm in stream.norms())
 
-    def insert(self, stream: Stream, values: Values, source: Source) -> str | None:
+    def insert(self, stream: Stream, values: Values, source: ClassSource) -> str | None:
         """Return the module behind which a centring goes, where one may and can."""
         name = source_name(values, source)
         if not self.options.centre or name not in self.captured.tree.names:
@@ -37,7 +37,7 @@ class CentrePlanner(StreamPlanner):
                 return None
         return name
 
-    def check_norm_source(self, stream: Stream, values: Values, source: Source) -> None:
+    def check_norm_source(self, stream: Stream, values: Values, source: ClassSource) -> None:
         """Refuse a norm that writes to the stream: no parameter of it can be centred."""
         raise Unfollowed(
             f"it is written by {values.observed.called(source.node)}: a norm's output cannot be "
@@ -45,13 +45,13 @@ class CentrePlanner(StreamPlanner):
         )
 
     def _hint(self, stream: Stream) -> str:
-        linear = any(reader.kind is Kind.LINEAR for _, reader in stream.readers())
+        linear = any(reader.kind is CallKind.LINEAR for _, reader in stream.readers())
         return "" if linear or self.options.centre else " (centre=True puts a centring behind it)"
 
-    def read(self, stream: Stream, values: Values, reader: Reader) -> Use | None:
+    def read(self, stream: Stream, values: Values, reader: ClassReader) -> ParameterAxis | None:
         """Refuse a reader that is no LayerNorm over the channels."""
         said = f"it is also read by {values.observed.called(reader.node)}"
-        if reader.kind is not Kind.NORM or reader.norm is None:
+        if reader.kind is not CallKind.NORM or reader.norm is None:
             raise Unfollowed(f"{said}, which is no LayerNorm: it would see another mean")
         if reader.norm.kind != "layer":
             raise Unfollowed(f"{said}, an RMSNorm: it would see another mean")

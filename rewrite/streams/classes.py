@@ -20,7 +20,7 @@ from rewrite.observe.spellings import shape_of
 from rewrite.streams.norms import NormCall
 
 
-class Kind(StrEnum):
+class CallKind(StrEnum):
     """What a value is made by, or read by."""
 
     LINEAR = "linear"
@@ -33,7 +33,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Use:
+class ParameterAxis:
     """A parameter that a map of channels goes into: along one of its axes."""
 
     tensor: str
@@ -41,7 +41,7 @@ class Use:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class ClassSource:
     """What a class of values comes from.
 
     Attributes:
@@ -54,8 +54,8 @@ class Source:
     """
 
     node: Node
-    kind: Kind
-    uses: tuple[Use, ...] = ()
+    kind: CallKind
+    uses: tuple[ParameterAxis, ...] = ()
     norm: NormCall | None = None
     scale: str | None = None
     inner: Node | None = None
@@ -63,7 +63,7 @@ class Source:
 
 
 @dataclass(frozen=True, eq=False)
-class Reader:
+class ClassReader:
     """A call that reads a value of a class and makes a value of another of it.
 
     Attributes:
@@ -76,8 +76,8 @@ class Reader:
 
     node: Node
     value: Node
-    kind: Kind
-    use: Use | None = None
+    kind: CallKind
+    use: ParameterAxis | None = None
     norm: NormCall | None = None
     tiles: int = 1
 
@@ -93,8 +93,8 @@ class ValueClasses:
         self.observed = observed
         self.labels: dict[Node, Any] = {}
         self._above: dict[Node, Node] = {}
-        self._sources: list[Source] = []
-        self._readers: list[Reader] = []
+        self._sources: list[ClassSource] = []
+        self._readers: list[ClassReader] = []
 
     def top(self, node: Node) -> Node:
         """Return the value that stands for the class of a value."""
@@ -106,11 +106,11 @@ class ValueClasses:
         """Return the values of a class."""
         return [node for node in self.labels if self.top(node) is top]
 
-    def sources(self, top: Node) -> list[Source]:
+    def sources(self, top: Node) -> list[ClassSource]:
         """Return what a class comes from, in data-flow order."""
         return [source for source in self._sources if self.top(source.node) is top]
 
-    def readers(self, top: Node) -> list[Reader]:
+    def readers(self, top: Node) -> list[ClassReader]:
         """Return who reads a class, in data-flow order."""
         return [reader for reader in self._readers if self.top(reader.value) is top]
 
@@ -119,7 +119,7 @@ class ValueClasses:
         outputs = self.observed.outputs
         return [path for node in outputs if self.top(node) is top for path in outputs[node]]
 
-    def _put(self, node: Node, labels: Any, source: Source | None, *others: Node) -> None:
+    def _put(self, node: Node, labels: Any, source: ClassSource | None, *others: Node) -> None:
         self.labels[node] = labels
         if source is not None:
             self._sources.append(source)
@@ -139,11 +139,11 @@ class ValueClasses:
 
     # -- building -------------------------------------------------------------------------------
 
-    def _begin(self, node: Node, kind: Kind, axis: int = -1, **details: Any) -> None:
+    def _begin(self, node: Node, kind: CallKind, axis: int = -1, **details: Any) -> None:
         """Begin a class at a value whose channels are one of its axes."""
         labels = _fresh(node, axis)
         if labels is not None:
-            self._put(node, labels, Source(node, kind, **details))
+            self._put(node, labels, ClassSource(node, kind, **details))
 
     def _alike(self, node: Node, value: Node, labels: Any) -> None:
         if labels is None:
@@ -153,8 +153,8 @@ class ValueClasses:
 
     def _refused(self, node: Node, read: list[Node], **details: Any) -> None:
         """Let a call read its inputs, and begin a class: it is not linear in them."""
-        self._readers += [Reader(node, value, Kind.OTHER) for value in read]
-        self._begin(node, Kind.OTHER, **details)
+        self._readers += [ClassReader(node, value, CallKind.OTHER) for value in read]
+        self._begin(node, CallKind.OTHER, **details)
 
     def _width(self, value: Node) -> int:
         held = self.labels[value]

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from rewrite.observe.evidence import Evidence
 from rewrite.observe.export import ObservedCall
-from rewrite.streams.classes import Kind, Reader, Source
+from rewrite.streams.classes import CallKind, ClassReader, ClassSource
 from rewrite.streams.norms import NormCall
 from rewrite.streams.values import Values
 
@@ -29,12 +29,12 @@ class Stream:
 
     classes: list[tuple[Values, Node]] = field(default_factory=list)
 
-    def sources(self) -> Iterator[tuple[Values, Source]]:
+    def sources(self) -> Iterator[tuple[Values, ClassSource]]:
         """Yield what writes to it, call by call, in data-flow order."""
         for values, top in self.classes:
             yield from ((values, source) for source in values.sources(top))
 
-    def readers(self) -> Iterator[tuple[Values, Reader]]:
+    def readers(self) -> Iterator[tuple[Values, ClassReader]]:
         """Yield who reads it, call by call, in data-flow order."""
         for values, top in self.classes:
             yield from ((values, reader) for reader in values.readers(top))
@@ -94,13 +94,13 @@ def _tops(values: Values) -> list[Node]:
 def _names(values: Values, top: Node) -> set[str]:
     """Return the parameters that write to a class, if anything but parameters does."""
     sources = values.sources(top)
-    if all(source.kind in (Kind.PARAMETER, Kind.OTHER) for source in sources):
+    if all(source.kind in (CallKind.PARAMETER, CallKind.OTHER) for source in sources):
         return set()
     found = {f"{use.tensor}, axis {use.axis}" for source in sources for use in source.uses}
     return found | {
         f"{values.observed.owner(source.node)} (norm)"
         for source in sources
-        if source.kind is Kind.NORM
+        if source.kind is CallKind.NORM
     }
 
 

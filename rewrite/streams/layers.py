@@ -10,7 +10,7 @@ from rewrite.observe.export import ObservedCall
 from rewrite.observe.flow import Follower
 from rewrite.observe.spellings import Contraction, contraction_of, op_name, shape_of
 from rewrite.observe.weight_axes import Axis, Operand
-from rewrite.streams.classes import Kind, Reader, Use, ValueClasses
+from rewrite.streams.classes import CallKind, ClassReader, ParameterAxis, ValueClasses
 
 
 class LayerValues(ValueClasses):
@@ -23,7 +23,7 @@ class LayerValues(ValueClasses):
     def _embedding(self, node: Node) -> None:
         held = self.follower.operands.get((node, node.args[0]))  # type: ignore[arg-type]  # by the operator's schema
         uses, problem = self._uses((held, -1))
-        self._begin(node, Kind.EMBEDDING, uses=uses, problem=problem)
+        self._begin(node, CallKind.EMBEDDING, uses=uses, problem=problem)
 
     def _linear(self, node: Node, contraction: Contraction, read: list[Node]) -> None:
         held = self.follower.operands.get((node, contraction.weight))
@@ -31,23 +31,23 @@ class LayerValues(ValueClasses):
             return self._refused(node, read)
         use = _whole(held[1], contraction.weight_axis, self._size(held[0]))
         tiles = self._tiles(contraction)
-        kind = Kind.LINEAR if use is not None and tiles else Kind.OTHER
-        meets = None if use is None else Use(held[0], use)
-        self._readers.append(Reader(node, contraction.value, kind, meets, tiles=tiles))
+        kind = CallKind.LINEAR if use is not None and tiles else CallKind.OTHER
+        meets = None if use is None else ParameterAxis(held[0], use)
+        self._readers.append(ClassReader(node, contraction.value, kind, meets, tiles=tiles))
         others = [v for v in read if v not in (contraction.value, contraction.bias)]
-        self._readers += [Reader(node, value, Kind.OTHER) for value in others]
+        self._readers += [ClassReader(node, value, CallKind.OTHER) for value in others]
         weight_axis, axis = _out_axes(node, contraction)
         if weight_axis is None:
-            return self._begin(node, Kind.OTHER)
+            return self._begin(node, CallKind.OTHER)
         bias = None
         if contraction.bias is not None:
             bias = self.follower.operands.get((node, contraction.bias))
             if bias is None:
-                self._readers.append(Reader(node, contraction.bias, Kind.OTHER))
-                return self._begin(node, Kind.OTHER, axis)
+                self._readers.append(ClassReader(node, contraction.bias, CallKind.OTHER))
+                return self._begin(node, CallKind.OTHER, axis)
         pairs = [(held, weight_axis)] if bias is None else [(held, weight_axis), (bias, -1)]
         uses, problem = self._uses(*pairs)
-        return self._begin(node, Kind.LINEAR, axis, uses=uses, problem=problem)
+        return self._begin(node, CallKind.LINEAR, axis, uses=uses, problem=problem)
 
     def _tiles(self, contraction: Contraction) -> int:
         """Return how many times over a layer reads the channels, in their order; else 0."""
@@ -63,7 +63,9 @@ class LayerValues(ValueClasses):
         whole = len(rows[0]) % max(width, 1) == 0
         return len(rows[0]) // width if whole and torch.equal(rows[0], wanted) else 0
 
-    def _uses(self, *pairs: tuple[tuple[str, Operand] | None, int]) -> tuple[tuple[Use, ...], str]:
+    def _uses(
+        self, *pairs: tuple[tuple[str, Operand] | None, int]
+    ) -> tuple[tuple[ParameterAxis, ...], str]:
         """Return the parameters that a layer writes by, or why they cannot be given a map."""
         uses = []
         for held, place in pairs:
@@ -72,7 +74,7 @@ class LayerValues(ValueClasses):
             axis = _whole(held[1], place, self._size(held[0]))
             if axis is None:
                 return (), f"it writes by a part of {held[0]}"
-            uses.append(Use(held[0], axis))
+            uses.append(ParameterAxis(held[0], axis))
         return tuple(uses), ""
 
     def _size(self, tensor: str) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from rewrite.observe.evidence import Evidence
 from rewrite.observe.export import ObservedCall
 from rewrite.observe.labels import Unfollowed
 from rewrite.outcomes import Declined
-from rewrite.streams.classes import Kind, Reader, Source, Use
+from rewrite.streams.classes import CallKind, ClassReader, ClassSource, ParameterAxis
 from rewrite.streams.groups import Stream, alike_in, streams_of, values_of
 from rewrite.streams.norms import NormCall
 from rewrite.streams.values import Values
@@ -48,7 +48,7 @@ class Followed:
     """The values of a stream in one call, and who reads them: what the code is held against."""
 
     labels: tuple[Node, ...]
-    reads: tuple[Reader, ...]
+    reads: tuple[ClassReader, ...]
 
 
 @dataclass(eq=False)
@@ -72,7 +72,7 @@ class StreamPlan:
     norms: tuple[str, ...]
     writers: tuple[str, ...]
     linear_readers: tuple[str, ...]
-    sites: tuple[tuple[ObservedCall, Source], ...]
+    sites: tuple[tuple[ObservedCall, ClassSource], ...]
     flows: tuple[tuple[ObservedCall, Followed], ...]
     ones: tuple[str, ...] = ()
     needs: dict[str, float] = field(default_factory=dict)
@@ -141,15 +141,15 @@ class StreamPlanner:
     def widen(self, stream: Stream) -> None:
         """Add the classes that have to change with the stream."""
 
-    def insert(self, stream: Stream, values: Values, source: Source) -> str | None:
+    def insert(self, stream: Stream, values: Values, source: ClassSource) -> str | None:
         """Return the module behind which the map itself may be put, for want of a parameter."""
         return None
 
-    def check_norm_source(self, stream: Stream, values: Values, source: Source) -> None:
+    def check_norm_source(self, stream: Stream, values: Values, source: ClassSource) -> None:
         """Refuse a norm that writes to the stream."""
         raise NotImplementedError
 
-    def read(self, stream: Stream, values: Values, reader: Reader) -> Use | None:
+    def read(self, stream: Stream, values: Values, reader: ClassReader) -> ParameterAxis | None:
         """Return the parameter of a reader that takes the map; refuse a reader that cannot."""
         raise NotImplementedError
 
@@ -165,11 +165,11 @@ class StreamPlanner:
         writers: dict[str, None] = {}
         inserted: dict[str, None] = {}
         for values, source in stream.sources():
-            if source.kind in (Kind.NORM, Kind.OTHER) and (
+            if source.kind in (CallKind.NORM, CallKind.OTHER) and (
                 name := self.insert(stream, values, source)
             ):
                 inserted[name] = None
-            elif source.kind is Kind.NORM:
+            elif source.kind is CallKind.NORM:
                 self.check_norm_source(stream, values, source)
             else:
                 uses.write(values, source)
@@ -235,20 +235,20 @@ class _Uses:
         """Return the parameters that edits absorb as a scale."""
         return tuple(self._scales)
 
-    def add(self, values: Values, node: Node, use: Use, scale: str | None) -> None:
+    def add(self, values: Values, node: Node, use: ParameterAxis, scale: str | None) -> None:
         """Note that a call reads a parameter that takes the map."""
         self._edits.setdefault(use.tensor, {})[use.axis, scale] = None
         self._by.setdefault((values, node, use.tensor), set()).add((use.axis, scale))
         self._owners.setdefault(use.tensor, set()).add(values.observed.owner(node))
 
-    def write(self, values: Values, source: Source, scale: str | None = None) -> None:
+    def write(self, values: Values, source: ClassSource, scale: str | None = None) -> None:
         """Note the parameters of a writer, or refuse it by name."""
         said = f"it is written by {values.observed.called(source.node)}"
         if source.node.op == "placeholder" and not source.uses:
             raise Unfollowed("it begins at an input of the model, which nothing can change")
         if source.problem:
             raise Unfollowed(f"{said}: {source.problem}")
-        if source.kind is Kind.SCALED and scale is None:
+        if source.kind is CallKind.SCALED and scale is None:
             return self._scaled(values, source)
         if not source.uses:
             raise Unfollowed(f"{said}, which takes no map: it is no linear layer")
@@ -256,7 +256,7 @@ class _Uses:
             self.add(values, source.node, use, scale)
         return None
 
-    def _scaled(self, values: Values, source: Source) -> None:
+    def _scaled(self, values: Values, source: ClassSource) -> None:
         """Note a writer whose output is multiplied by a parameter, channel by channel."""
         assert source.scale is not None and source.inner is not None
         top = values.top(source.inner)
@@ -331,9 +331,9 @@ class _Uses:
                 )
 
 
-def source_name(values: Values, source: Source) -> str:
+def source_name(values: Values, source: ClassSource) -> str:
     """Return what a source is called: a parameter, or the module that calls it."""
-    if source.kind is Kind.PARAMETER:
+    if source.kind is CallKind.PARAMETER:
         return source.uses[0].tensor
     return values.observed.owner(source.node) or source.node.name
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from rewrite.graph.captured import TensorRef
 from rewrite.observe.labels import Unfollowed
-from rewrite.streams.classes import Kind, Reader, Source, Use
+from rewrite.streams.classes import CallKind, ClassReader, ClassSource, ParameterAxis
 from rewrite.streams.groups import Stream
 from rewrite.streams.plan import StreamPlanner
 from rewrite.streams.values import Values
@@ -25,26 +25,26 @@ class RotatePlanner(StreamPlanner):
         pending = list(stream.classes)
         while pending:
             values, top = pending.pop()
-            made = [r.norm.node for r in values.readers(top) if r.kind is Kind.NORM and r.norm]
+            made = [r.norm.node for r in values.readers(top) if r.kind is CallKind.NORM and r.norm]
             given = [s.norm.value for s in values.sources(top) if s.norm is not None]
             for node in (*made, *given):
                 if node in values.labels and not stream.holds(values, node):
                     stream.classes.append((values, values.top(node)))
                     pending.append(stream.classes[-1])
 
-    def check_norm_source(self, stream: Stream, values: Values, source: Source) -> None:
+    def check_norm_source(self, stream: Stream, values: Values, source: ClassSource) -> None:
         """Refuse a norm of a value that is not turned."""
         if source.norm is None or not stream.holds(values, source.norm.value):
             raise Unfollowed(
                 f"it is written by {values.observed.called(source.node)}, a norm of another value"
             )
 
-    def read(self, stream: Stream, values: Values, reader: Reader) -> Use | None:
+    def read(self, stream: Stream, values: Values, reader: ClassReader) -> ParameterAxis | None:
         """Return the weight of a linear reader; refuse what is neither that nor an RMSNorm."""
         said = f"it is read by {values.observed.called(reader.node)}"
-        if reader.kind is Kind.LINEAR:
+        if reader.kind is CallKind.LINEAR:
             return reader.use
-        if reader.kind is not Kind.NORM or reader.norm is None:
+        if reader.kind is not CallKind.NORM or reader.norm is None:
             raise Unfollowed(f"{said}, which is neither linear nor an RMSNorm")
         if reader.norm.kind == "layer":
             raise Unfollowed(f"{said}, a LayerNorm, which subtracts the mean: run ln-to-rms first")

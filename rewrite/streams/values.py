@@ -32,7 +32,7 @@ from rewrite.observe.spellings import (
     op_name,
     shape_of,
 )
-from rewrite.streams.classes import Kind, Reader, Use
+from rewrite.streams.classes import CallKind, ClassReader, ParameterAxis
 from rewrite.streams.layers import LayerValues, is_weight
 from rewrite.streams.norms import NormCall, norm_calls
 
@@ -77,31 +77,31 @@ class Values(LayerValues):
         if node.op == "call_function":
             self._visit(node)
         elif node not in self.observed.tensors:
-            self._begin(node, Kind.OTHER)
+            self._begin(node, CallKind.OTHER)
         elif node in held:
             shape = shape_of(node) or ()
-            use = (Use(self.observed.tensors[node], len(shape) - 1),)
-            self._begin(node, Kind.PARAMETER, uses=use)
+            use = (ParameterAxis(self.observed.tensors[node], len(shape) - 1),)
+            self._begin(node, CallKind.PARAMETER, uses=use)
 
     def _norm(self, norm: NormCall) -> None:
         if norm.value in self.labels:
             whole = _is_last(self.labels[norm.value], norm.channels)
-            kind = Kind.NORM if whole else Kind.OTHER
-            self._readers.append(Reader(norm.node, norm.value, kind, norm=norm))
-        self._begin(norm.node, Kind.NORM, norm=norm)
+            kind = CallKind.NORM if whole else CallKind.OTHER
+            self._readers.append(ClassReader(norm.node, norm.value, kind, norm=norm))
+        self._begin(norm.node, CallKind.NORM, norm=norm)
 
     def _visit(self, node: Node) -> None:
         name = op_name(node)
         read = [item for item in node.all_input_nodes if item in self.labels]
         if name in FORM or (not read and name not in ("embedding",)):
-            self._begin(node, Kind.OTHER)
+            self._begin(node, CallKind.OTHER)
         elif name == "embedding":
             self._embedding(node)
         elif name in SAME and not is_active_dropout(node) and not casts_to_integers(node):
             if node.args[0] in self.labels:
                 self._alike(node, read[0], self.labels[node.args[0]])  # type: ignore[index]  # by the operator's schema
             else:
-                self._begin(node, Kind.OTHER)  # only its type is read
+                self._begin(node, CallKind.OTHER)  # only its type is read
         elif name == "getitem":
             held: Any = self.labels[read[0]]
             index: Any = node.args[1]
@@ -157,14 +157,14 @@ class Values(LayerValues):
                 continue
             if _one_a_token(labels, other):
                 if isinstance(other, Node) and other in self.labels:
-                    self._readers.append(Reader(node, other, Kind.OTHER))
+                    self._readers.append(ClassReader(node, other, CallKind.OTHER))
                 return self._put(node, labels.expand(shape), None, value)
             scale = expression_of(self.observed, other) if "div" not in name else None
             if scale is not None and (scale.factor, scale.offset) == (1.0, 0.0):
                 along = self.labels.get(other) if isinstance(other, Node) else None
                 if along is not None and torch.equal(labels.expand(shape), along.expand(shape)):
-                    self._readers.append(Reader(node, value, Kind.SCALED))
-                    return self._begin(node, Kind.SCALED, scale=scale.tensor, inner=value)
+                    self._readers.append(ClassReader(node, value, CallKind.SCALED))
+                    return self._begin(node, CallKind.SCALED, scale=scale.tensor, inner=value)
         return self._refused(node, read)
 
     def _reduced(self, node: Node, read: list[Node]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Self
 from rewrite.checkpoint.pickles.names import (
     PARTIALS,
     Meaning,
-    Use,
+    NameUse,
     has_meaning,
     meaning_of,
 )
@@ -64,19 +64,19 @@ class Judgement:
         if not isinstance(made.args, TupleOf):
             raise CheckpointError(f"calls {made.name} with no arguments")
         use = self.meanings[made.name].use
-        classes = (Use.LAYER, Use.INSTANCE, Use.ENUM)
+        classes = (NameUse.LAYER, NameUse.INSTANCE, NameUse.ENUM)
         if made.new and use in classes:
             if made.args.items and not self._is_named_tuple(made):
                 raise CheckpointError(f"instantiates {made.name} with arguments of its own")
-        elif use in (Use.LAYER, Use.INSTANCE, Use.VALUE, Use.FUNCTION):
+        elif use in (NameUse.LAYER, NameUse.INSTANCE, NameUse.VALUE, NameUse.FUNCTION):
             raise CheckpointError(
                 f"calls {made.name}, which could run anything; a pickled model only holds it"
             )
-        elif use is Use.SAVED:
+        elif use is NameUse.SAVED:
             self.saved_states.update(map(id, made.states))
-        elif use in (Use.MEMBER, Use.REBUILD):
+        elif use in (NameUse.MEMBER, NameUse.REBUILD):
             self.judges_itself.add(id(made.args))
-        elif use is Use.PARTIAL:
+        elif use is NameUse.PARTIAL:
             for part in (made.args, *made.states):
                 self._check_partial(part)
 

@@ -27,7 +27,7 @@ from rewrite.errors import CheckpointError, one_line
 from rewrite.text.suggest import how_to_install
 
 
-class Use(enum.Enum):
+class NameUse(enum.Enum):
     """What a file may do with a name."""
 
     TENSOR = "builds a tensor"
@@ -44,10 +44,10 @@ class Use(enum.Enum):
     PLACE = "is where torch keeps functions, or a kind of storage"
 
 
-HELD = frozenset({Use.TENSOR, Use.VALUE, Use.FUNCTION, Use.LAYER, Use.ENUM})
+HELD = frozenset({NameUse.TENSOR, NameUse.VALUE, NameUse.FUNCTION, NameUse.LAYER, NameUse.ENUM})
 """Uses of names that may stand as values."""
 
-PARTIALS = frozenset({Use.LAYER, Use.FUNCTION})
+PARTIALS = frozenset({NameUse.LAYER, NameUse.FUNCTION})
 """Uses of names that a `functools.partial` may be of."""
 
 
@@ -55,12 +55,12 @@ PARTIALS = frozenset({Use.LAYER, Use.FUNCTION})
 class Meaning:
     """What a name stands for, and what the file may do with it."""
 
-    use: Use
+    use: NameUse
     value: Any = None
 
 
 _SAVED = {
-    f"{place}.{kind.__name__}": Meaning(Use.SAVED, kind)
+    f"{place}.{kind.__name__}": Meaning(NameUse.SAVED, kind)
     for place in ("rewrite.checkpoint", "rewrite.graphfile")
     for kind in (SavedForward, SavedGraph, SavedParametrized)
 }
@@ -68,11 +68,11 @@ _SAVED = {
 
 _SPECIAL = {
     **_SAVED,
-    "builtins.getattr": Meaning(Use.MEMBER),
-    "functools.partial": Meaning(Use.PARTIAL),
-    "copyreg._reconstructor": Meaning(Use.REBUILD),
-    "copyreg.__newobj__": Meaning(Use.REBUILD),
-    **{place: Meaning(Use.PLACE) for place in (*tensors.STORAGES, *FUNCTION_PLACES)},
+    "builtins.getattr": Meaning(NameUse.MEMBER),
+    "functools.partial": Meaning(NameUse.PARTIAL),
+    "copyreg._reconstructor": Meaning(NameUse.REBUILD),
+    "copyreg.__newobj__": Meaning(NameUse.REBUILD),
+    **{place: Meaning(NameUse.PLACE) for place in (*tensors.STORAGES, *FUNCTION_PLACES)},
 }
 
 
@@ -98,7 +98,7 @@ def meaning_of(name: str, trust: Sequence[str]) -> Meaning:
             return found
     value = _find(MOVED.get(name, name))
     if name in trust and not (isinstance(value, type) and issubclass(value, enum.Enum)):
-        return Meaning(Use.LAYER if isinstance(value, type) else Use.FUNCTION, value)
+        return Meaning(NameUse.LAYER if isinstance(value, type) else NameUse.FUNCTION, value)
     listed = standing(MOVED.get(name, name))
     fix = f"pass --trust {name} to allow just that"
     if not isinstance(value, type):
@@ -116,23 +116,25 @@ def meaning_of(name: str, trust: Sequence[str]) -> Meaning:
             "rewrite.save"
         )
     if issubclass(value, enum.Enum):
-        return Meaning(Use.ENUM, value)
+        return Meaning(NameUse.ENUM, value)
     if listed is Standing.LAYER and not issubclass(value, nn.Module):
         raise CheckpointError(f"names {name}, which is no layer here; {fix}")
-    return Meaning(Use.INSTANCE if listed is Standing.INSTANCE else Use.LAYER, value)
+    return Meaning(NameUse.INSTANCE if listed is Standing.INSTANCE else NameUse.LAYER, value)
 
 
 def _builder(name: str) -> Meaning | None:
     if name in tensors.BUILDERS:
-        return Meaning(Use.TENSOR, tensors.Rebuild(name))
-    return Meaning(Use.NATIVE, natives.CONSTANTS.get(name)) if name in natives.BUILDERS else None
+        return Meaning(NameUse.TENSOR, tensors.Rebuild(name))
+    return (
+        Meaning(NameUse.NATIVE, natives.CONSTANTS.get(name)) if name in natives.BUILDERS else None
+    )
 
 
 def _value(name: str) -> Meaning | None:
     if name in natives.CONSTANTS:
-        return Meaning(Use.VALUE, natives.CONSTANTS[name])
+        return Meaning(NameUse.VALUE, natives.CONSTANTS[name])
     function = held_function(name)
-    return Meaning(Use.FUNCTION, function) if function is not None else None
+    return Meaning(NameUse.FUNCTION, function) if function is not None else None
 
 
 def _find(name: str) -> Any:

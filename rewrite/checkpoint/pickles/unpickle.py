@@ -31,7 +31,7 @@ from rewrite.checkpoint.pickles.judgement import Judgement
 from rewrite.checkpoint.pickles.legacy import read_legacy
 from rewrite.checkpoint.pickles.names import (
     HELD,
-    Use,
+    NameUse,
 )
 from rewrite.checkpoint.vetting.opcodes import (
     DictOf,
@@ -177,7 +177,9 @@ class _Builder:
             return value
         if isinstance(value, Name):
             meaning = self._meanings[value.full]
-            held = meaning.use in HELD or (meaning.use is Use.NATIVE and meaning.value is not None)
+            held = meaning.use in HELD or (
+                meaning.use is NameUse.NATIVE and meaning.value is not None
+            )
             if not held:
                 raise CheckpointError(
                     f"keeps {value.full} as a value, where a model holds instances"
@@ -211,23 +213,23 @@ class _Builder:
         meaning = self._meanings[node.name]
         args = self._made.get(id(node.args), ()) if node.args.items else ()
         match meaning.use:
-            case Use.TENSOR:
+            case NameUse.TENSOR:
                 return tensors.BUILDERS[node.name](self.storages, args)
-            case Use.NATIVE:
+            case NameUse.NATIVE:
                 if node.name in ("builtins.set", "builtins.frozenset"):
                     args = ([hashable(part) for part in natives.one_list(*args)],)
                 return natives.BUILDERS[node.name](*args)
-            case Use.SAVED:
+            case NameUse.SAVED:
                 if args:
                     raise CheckpointError(f"makes a {node.name} with arguments of its own")
                 return meaning.value(self.judgement.trust)
-            case Use.PARTIAL:
+            case NameUse.PARTIAL:
                 return functools.partial(args[0])
-            case Use.ENUM:
+            case NameUse.ENUM:
                 return _member_of_value(meaning.value, args, node.name)
-            case Use.MEMBER:
+            case NameUse.MEMBER:
                 return self._member(node)
-            case Use.REBUILD:
+            case NameUse.REBUILD:
                 return self._instance(node.args.items[0])
         if node.args.items:
             return meaning.value(*args)  # a named tuple
@@ -236,7 +238,7 @@ class _Builder:
     def _instance(self, kind: Any) -> Any:
         if not isinstance(kind, Name) or not isinstance(self._meanings[kind.full].value, type):
             raise CheckpointError("makes an instance of something that is no class")
-        if self._meanings[kind.full].use not in (Use.LAYER, Use.INSTANCE):
+        if self._meanings[kind.full].use not in (NameUse.LAYER, NameUse.INSTANCE):
             raise CheckpointError(f"makes an instance of {kind.full}")
         value = self._meanings[kind.full].value
         return value.__new__(value)

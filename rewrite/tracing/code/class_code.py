@@ -46,7 +46,7 @@ _BY_NAME = frozenset({"getattr", "get_submodule"})
 
 
 @dataclass(frozen=True)
-class Use:
+class ModuleUse:
     """One line that does something with a module other than calling it.
 
     Attributes:
@@ -78,7 +78,7 @@ class Handed:
 
     callee: Path
     given: tuple[tuple[int | str, Path], ...]
-    use: Use
+    use: ModuleUse
 
 
 @dataclass
@@ -97,14 +97,14 @@ class ClassCode:
         others: by the name of each public method that `forward` does not reach, what it spells.
     """
 
-    tests: list[Use] = field(default_factory=list)
-    reads: list[Use] = field(default_factory=list)
-    tensors: list[Use] = field(default_factory=list)
-    choices: list[Use] = field(default_factory=list)
-    assigned: list[Use] = field(default_factory=list)
-    contexts: list[Use] = field(default_factory=list)
-    stores: list[Use] = field(default_factory=list)
-    elsewhere: list[Use] = field(default_factory=list)
+    tests: list[ModuleUse] = field(default_factory=list)
+    reads: list[ModuleUse] = field(default_factory=list)
+    tensors: list[ModuleUse] = field(default_factory=list)
+    choices: list[ModuleUse] = field(default_factory=list)
+    assigned: list[ModuleUse] = field(default_factory=list)
+    contexts: list[ModuleUse] = field(default_factory=list)
+    stores: list[ModuleUse] = field(default_factory=list)
+    elsewhere: list[ModuleUse] = field(default_factory=list)
     calls: list[Path] = field(default_factory=list)
     handed: list[Handed] = field(default_factory=list)
     others: dict[str, list[Path]] = field(default_factory=dict)
@@ -223,9 +223,9 @@ class _Reader:
                 self._node(node)
         return True
 
-    def _use(self, node: ast.AST, path: Path | None, kinds: tuple[type, ...] = ()) -> Use:
+    def _use(self, node: ast.AST, path: Path | None, kinds: tuple[type, ...] = ()) -> ModuleUse:
         line = self._function.__code__.co_firstlineno + getattr(node, "lineno", 1) - 1
-        return Use(path, ast.unparse(node), f"{self._file}:{line}", kinds)
+        return ModuleUse(path, ast.unparse(node), f"{self._file}:{line}", kinds)
 
     def _node(self, node: ast.AST) -> None:
         if (looked := looked_at(node)) is not None:
@@ -362,7 +362,7 @@ class _Reader:
         parts = [part for part in ast.walk(node) if part not in inside]
         self._choose(parts, replace(use, text=f"{word} {use.text}"))
 
-    def _choose(self, parts: Iterable[ast.AST], use: Use) -> None:
+    def _choose(self, parts: Iterable[ast.AST], use: ModuleUse) -> None:
         """Note every module that `parts` spell as one that `use` may choose."""
         for part in parts:
             names = isinstance(self._around.parents.get(part), _NAMES_A_VALUE)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _functional_call as functional_call
 
-from rewrite.tracing.code.class_code import ClassCode, Use, code_of
+from rewrite.tracing.code.class_code import ClassCode, ModuleUse, code_of
 
 
 class Base(nn.Module):
@@ -88,7 +88,7 @@ class Watches(Base):
             return self.bn(x)
 
 
-def paths(uses: list[Use]) -> set[Any]:
+def paths(uses: list[ModuleUse]) -> set[Any]:
     return {use.path for use in uses}
 
 
