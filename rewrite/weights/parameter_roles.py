@@ -6,10 +6,9 @@
 
     softmax(q kᵀ + q Rᵀ)    R, a table of relative positions (Shaw et al. 2018), is other too
 
-
 The structure says which: the class of a layer, then the calls of the graph that a bare parameter
-goes into, then, where no trace went, the products that the code of its module writes. Names say
-nothing.
+goes into, then, where no trace went, the products and look-ups that the code of its module writes.
+Names say nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from rewrite.graph.captured import Captured
 from rewrite.graph.spellings import CONVS, LINEARS, function_name, is_getitem
 from rewrite.graph.traits import spelled
 from rewrite.runtime.tree import Tree, join
+from rewrite.tracing.code.positions import looks_up_positions
 from rewrite.tracing.code.products import sums_over, writes_product
 
 _LAYERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
@@ -91,7 +91,9 @@ def roles(model: nn.Module) -> dict[str, Role]:
         for module, key, parameter in open_:
             name = join(tree.name(module), key)
             nodes = read.get(name)
-            if nodes:
+            if isinstance(module, nn.Embedding) and _is_seen_alone(captured, tree, module, nodes):
+                matrix = not _looks_up_positions(tree, module)
+            elif nodes:
                 matrix = _multiplies(captured, nodes)
             else:
                 matrix = writes_product(type(module), key, _PRODUCTS)
@@ -167,6 +169,23 @@ def _multiplies(captured: Captured, nodes: list[Node]) -> bool:
     )
 
 
+def _is_seen_alone(
+    captured: Captured, tree: Tree, module: nn.Module, nodes: list[Node] | None
+) -> bool:
+    """Return whether no trace followed what calls an embedding."""
+    name = tree.name(module)
+    return not nodes or all(captured.region_of(node).name == name for node in nodes)
+
+
+def _looks_up_positions(tree: Tree, module: nn.Module) -> bool:
+    """Return whether the code of an embedding, or of what holds it, looks it up by position."""
+    if looks_up_positions(module, ""):
+        return True
+    name = tree.name(module)
+    places = [alias.rpartition(".") for alias in (name, *tree.aliases(name)) if alias]
+    return any(looks_up_positions(tree.get(owner), key) for owner, _, key in places)
+
+
 def _looks_up_input(call: Node) -> bool:
     """Return whether an embedding is looked up by data, and not by constant positions."""
     pending, seen = list(call.all_input_nodes), set[Node]()
@@ -186,7 +205,22 @@ def _looks_up_input(call: Node) -> bool:
             continue
         if node.op == "placeholder":
             return True
+        if function_name(node) == "mul" and any(map(_counts, node.all_input_nodes)):
+            continue  # cumsum(mask) * mask: positions of what is not padding
         pending.extend(node.all_input_nodes)
+    return False
+
+
+def _counts(node: Node) -> bool:
+    """Return whether a value is made of a running sum."""
+    pending, seen = [node], set[Node]()
+    while pending:
+        one = pending.pop()
+        if function_name(one) == "cumsum":
+            return True
+        if one not in seen:
+            seen.add(one)
+            pending.extend(one.all_input_nodes)
     return False
 
 

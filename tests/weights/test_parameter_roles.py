@@ -156,3 +156,29 @@ class LowRank(nn.Module):
 
 def test_a_matrix_that_is_turned_by_an_attribute_decays() -> None:
     assert _decayed(LowRank()) == {"a", "b"}
+
+
+class Untraced(Tokens):
+    """Words and positions in a forward that no trace follows."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if ids.sum() > 0:
+            ids = ids + 1
+        places = torch.arange(ids.shape[1])
+        return self.words(ids) + self.places(places)
+
+
+class NotPadding(Tokens):
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = ids.ne(0).int()
+        places = torch.cumsum(mask, 1) * mask
+        return self.words(ids) + self.places(places.long())
+
+
+@pytest.mark.parametrize("kind", [Untraced, NotPadding])
+def test_positions_that_are_computed_do_not_decay(kind: type[nn.Module]) -> None:
+    assert kind()(torch.ones(2, 3, dtype=torch.long)).shape == (2, 3, 4)
+    assert _decayed(kind()) == {"words.weight"}
+    swapped = kind()
+    swapped.words, swapped.places = swapped.places, swapped.words
+    assert _decayed(swapped) == {"words.weight"}  # its name is not what says it

@@ -1,0 +1,202 @@
+"""Which look-ups in the code of a class are by position, and which by data.
+
+    self.places(torch.arange(n)), self.places(self.ids[:, :n])    positions: alike for every input
+    self.words(ids)                                               data
+
+For forwards that no trace follows. Every value is read as one of three: it counts (`arange`,
+`cumsum`, a buffer of different numbers, and what is made of those), it is data (an argument that
+has to be given, and what is made of it), or neither (a constant, a size, an argument that may be
+left out).
+Where one is added to another, data wins: `ids + offsets` is looked up by data. A product with what
+counts counts: `cumsum(mask) * mask`, positions of what is not padding.
+"""
+
+from __future__ import annotations
+
+import ast
+import enum
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from rewrite.tracing.code.source import source_of
+
+_COUNTING = frozenset({"arange", "cumsum", "linspace", "range"})
+_SIZES = frozenset({"shape", "size", "device", "dtype", "ndim", "dim", "numel", "len"})
+_FILLED = frozenset(
+    {"zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "new_zeros",
+     "new_ones", "new_full"}
+)  # fmt: skip
+_DEEPEST = 3
+
+
+class Kind(enum.IntEnum):
+    """What a value is; of a sum the largest."""
+
+    NEITHER = 0
+    COUNTS = 1
+    DATA = 2
+
+
+def looks_up_positions(holder: nn.Module, key: str) -> bool:
+    """Return whether the calls of `self.key` in the code of `holder` are given positions.
+
+    Some have to count, and none be data. With key "" they are what `holder`, an embedding with a
+    forward of its own, hands to the look-up of its base, or takes of its weight.
+    """
+    functions = _functions(type(holder))
+    found = {
+        _Values(holder, functions, function, _arguments(function)).looked_up(node)
+        for function in functions.values()
+        for node in ast.walk(function)
+        if _is_look_up(node, key)
+    }
+    return Kind.COUNTS in found and Kind.DATA not in found
+
+
+def _is_look_up(node: ast.AST, key: str) -> bool:
+    if isinstance(node, ast.Subscript):
+        return not key and ast.unparse(node.value) == "self.weight"
+    if not isinstance(node, ast.Call) or not node.args:
+        return False
+    called = node.func
+    if not isinstance(called, ast.Attribute):
+        return False
+    if not key:
+        return called.attr == "embedding" or (
+            called.attr == "forward" and ast.unparse(called.value).startswith("super(")
+        )
+    return called.attr == key and ast.unparse(called.value) == "self"
+
+
+def _functions(kind: type) -> dict[str, ast.FunctionDef]:
+    """Return the methods of a class by name, those of its own bases too."""
+    found: dict[str, ast.FunctionDef] = {}
+    for base in kind.__mro__:
+        if base is object or base.__module__.startswith("torch.nn.modules"):
+            continue
+        code = source_of(base)
+        for node in ast.walk(code) if code is not None else ():
+            if isinstance(node, ast.FunctionDef) and node.name != "__init__":
+                found.setdefault(node.name, node)
+    return found
+
+
+def _arguments(function: ast.FunctionDef) -> dict[str, Kind]:
+    """Return what the arguments are: data if they have to be given."""
+    places = [*function.args.posonlyargs, *function.args.args]
+    needed = places[: len(places) - len(function.args.defaults)]
+    found = {argument.arg: Kind.NEITHER for argument in (*places, *function.args.kwonlyargs)}
+    return found | {argument.arg: Kind.DATA for argument in needed if argument.arg != "self"}
+
+
+@dataclass
+class _Values:
+    """What the values of one function are, given what its arguments are."""
+
+    holder: nn.Module
+    functions: Mapping[str, ast.FunctionDef]
+    function: ast.FunctionDef
+    given: Mapping[str, Kind]
+    depth: int = 0
+    _open: dict[str, Kind] = field(default_factory=dict)
+
+    def looked_up(self, node: ast.AST) -> Kind:
+        """Return what `self.places(…)` or `self.weight[…]` is given; rows in a row count."""
+        if isinstance(node, ast.Subscript):
+            return Kind.COUNTS if isinstance(node.slice, ast.Slice) else self.of(node.slice)
+        assert isinstance(node, ast.Call)
+        return self.of(node.args[0])
+
+    def of(self, node: ast.expr) -> Kind:
+        """Return what an expression is."""
+        if isinstance(node, ast.Name):
+            return self._name(node.id)
+        if isinstance(node, ast.Attribute):
+            return self._attribute(node)
+        if isinstance(node, ast.Subscript):
+            return self.of(node.value)
+        if isinstance(node, ast.Call):
+            return self._call(node)
+        if isinstance(node, ast.BinOp):
+            kinds = (self.of(node.left), self.of(node.right))
+            if isinstance(node.op, ast.Mult) and Kind.COUNTS in kinds:
+                return Kind.COUNTS
+            return max(kinds)
+        if isinstance(node, ast.IfExp):
+            return max(self.of(node.body), self.of(node.orelse))
+        parts = (part for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr))
+        return max(map(self.of, parts), default=Kind.NEITHER)
+
+    def _name(self, name: str) -> Kind:
+        """Return the largest kind that a name is given; `x = x * y` reads what x is before it."""
+        if name in self._open:
+            return self._open[name]
+        self._open[name] = self.given.get(name, Kind.NEITHER)
+        assigned = list(self._assigned(name))
+        try:
+            for value in sorted(assigned, key=lambda value: _mentions(value, name)):
+                self._open[name] = max(self._open[name], self.of(value))
+            return self._open[name]
+        finally:
+            del self._open[name]
+
+    def _assigned(self, name: str) -> Iterator[ast.expr]:
+        """Yield what is assigned to a name, anywhere in the function."""
+        for node in ast.walk(self.function):
+            if isinstance(node, ast.Assign):
+                targets: Iterable[ast.expr] = node.targets
+            elif isinstance(node, ast.AugAssign | ast.AnnAssign | ast.NamedExpr):
+                targets = [node.target]
+            else:
+                continue
+            names = (n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
+            if node.value is not None and name in names:
+                yield node.value
+
+    def _attribute(self, node: ast.Attribute) -> Kind:
+        if node.attr in _SIZES:
+            return Kind.NEITHER
+        if isinstance(node.value, ast.Name) and node.value.id == "self":
+            return _counting(self.holder._buffers.get(node.attr))
+        return self.of(node.value)
+
+    def _call(self, node: ast.Call) -> Kind:
+        called = node.func
+        name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+        if name in _COUNTING:
+            return Kind.COUNTS
+        if name in _SIZES or name in _FILLED:
+            return Kind.NEITHER
+        own = isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name)
+        if own and name in self.functions and self.depth < _DEEPEST:
+            return self._returned(self.functions[name], node)
+        kinds = [self.of(part) for part in (*node.args, *(k.value for k in node.keywords))]
+        if isinstance(called, ast.Attribute):
+            kinds.append(self.of(called.value))
+        return max(kinds, default=Kind.NEITHER)
+
+    def _returned(self, function: ast.FunctionDef, call: ast.Call) -> Kind:
+        """Return what a method of the class returns for what it is given here."""
+        places = [a.arg for a in (*function.args.posonlyargs, *function.args.args)]
+        places = places[1:] if places[:1] == ["self"] else places
+        given = dict(zip(places, map(self.of, call.args), strict=False))
+        given |= {k.arg: self.of(k.value) for k in call.keywords if k.arg is not None}
+        inner = _Values(self.holder, self.functions, function, given, self.depth + 1)
+        returned = (n.value for n in ast.walk(function) if isinstance(n, ast.Return))
+        return max(
+            (inner.of(value) for value in returned if value is not None), default=Kind.NEITHER
+        )
+
+
+def _mentions(value: ast.expr, name: str) -> bool:
+    return any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(value))
+
+
+def _counting(buffer: torch.Tensor | None) -> Kind:
+    """Return whether a buffer holds different whole numbers, as positions are."""
+    if buffer is None or buffer.is_floating_point() or buffer.is_meta or buffer.numel() < 2:
+        return Kind.NEITHER
+    return Kind.COUNTS if bool((buffer != buffer.flatten()[0]).any()) else Kind.NEITHER
