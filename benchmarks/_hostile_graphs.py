@@ -17,6 +17,8 @@ def graphs() -> Iterator[tuple[str, bytes]]:
     yield from _functions()
     yield from _constants()
     yield from _growing()
+    yield from _looping()
+    yield from _told_by_a_run()
     yield "branches.onnx", _branches()
 
 
@@ -52,6 +54,68 @@ def _growing() -> Iterator[tuple[str, bytes]]:
     equal = [_node("Equal", "v80 v0", "q"), _node("Cast", "q", "s", to=TensorProto.FLOAT)]
     text = {"v0": np.array(["a"], object)}
     yield "texts.onnx", _graph([*_chain("StringConcat", "v0", 80), *equal], text)
+
+
+def _looping() -> Iterator[tuple[str, bytes]]:
+    """Yield loops that never end, run too often, or carry more from round to round."""
+    stays = [_node("Identity", "go", "stay")]
+    add, double = _node("Add", "v one", "w"), _node("Concat", "v v", "w", axis=0)
+    yield "endless.onnx", _loop("", [*stays, add])
+    yield "most_rounds.onnx", _loop("most", [*stays, add])
+    inner = add
+    for _ in range(3):
+        inner = _node("Loop", "many yes v", "w", body=_body([*stays, inner]))
+    yield "loops_in_loops.onnx", _loop("many", [*stays, inner])
+    yield "doubled_in_a_loop.onnx", _loop("many", [*stays, double])
+    rows = [_node("ConstantOfShape", "long", "rows")]
+    scanned = helper.make_graph(
+        [_node("Add", "a b", "c"), _node("Identity", "c", "d")],
+        "b", [_value("a"), _value("b")], [_value("c"), _value("d")],
+    )  # fmt: skip
+    scan = helper.make_node("Scan", ["x", "rows"], ["s", "all"], body=scanned, num_scan_inputs=1)
+    yield "scanned.onnx", _graph([*rows, scan], {"long": [50_000_000, 1]})
+
+
+def _told_by_a_run() -> Iterator[tuple[str, bytes]]:
+    """Yield graphs of which only a run tells that they do not end, or what they ask for."""
+    counted = [_node("GreaterOrEqual", "i zero", "stay")]
+    add, double = _node("Add", "v one", "w"), _node("Concat", "v v", "w", axis=0)
+    yield "counted.onnx", _loop("", [*counted, add])
+    yield "doubled_while.onnx", _loop("", [*counted, double])
+    put = [_node("SequenceInsert", "v big", "w"), _node("ConstantOfShape", "long", "big")]
+    body = _body([*counted, *reversed(put)], sequence=True)
+    of_sequence = [
+        _node("SequenceConstruct", "x", "q"),
+        helper.make_node("Loop", ["", "yes", "q"], ["z"], body=body),
+        _node("ConcatFromSequence", "z", "s", axis=0),
+    ]
+    yield "sequence.onnx", _graph(of_sequence, _LOOP | {"long": [1 << 20]})
+    size = [_node("Cast", "x", "i", to=TensorProto.INT64), _node("Mul", "i zeros", "z")]
+    size += [_node("Add", "z long", "n"), _node("ConstantOfShape", "n", "e")]
+    constants = {"zeros": [0], "long": [1 << 33]}
+    yield "asked.onnx", _graph([*size, _node("Abs", "e", "s")], constants)
+    two = {"zeros": [0], "long": [20_000, 20_000]}
+    yield "product_asked.onnx", _graph([*size, _node("MatMul", "e e", "s")], two)
+
+
+_LOOP: dict[str, Any] = {
+    "yes": np.array(True), "one": np.ones(1, np.float32), "zero": np.int64(0),
+    "many": np.int64(100_000), "most": np.int64((1 << 63) - 1),
+}  # fmt: skip
+
+
+def _loop(rounds: str, nodes: list[onnx.NodeProto]) -> bytes:
+    return _graph([helper.make_node("Loop", [rounds, "yes", "x"], ["s"], body=_body(nodes))], _LOOP)
+
+
+def _body(nodes: list[onnx.NodeProto], *, sequence: bool = False) -> onnx.GraphProto:
+    carried = helper.make_tensor_type_proto(TensorProto.FLOAT, None)
+    carried = helper.make_sequence_type_proto(carried) if sequence else carried
+    whole, flag = (helper.make_tensor_type_proto(kind, []) for kind in (TensorProto.INT64, 9))
+    make = helper.make_value_info
+    before = [make("i", whole), make("go", flag), make("v", carried)]
+    after = [make("stay", flag), make("w", carried)]
+    return helper.make_graph(nodes, "body", before, after)
 
 
 def _branches() -> bytes:

@@ -71,11 +71,12 @@ def main() -> None:
 
 def opened(folder: Path, name: str) -> Opened:
     """Open a file by the command line in a fresh process."""
-    command = "verify" if name.endswith(".onnx") else "inspect"
+    is_graph = name.endswith(".onnx")
+    command = ["verify"] if is_graph else ["inspect", "--input", "1x3x8x8"]
     code = "import sys; from rewrite.cli.main import main; sys.exit(main(sys.argv[1:]))"
     begin = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-c", code, command, str(folder / name), "--input", "1x3x8x8"],
+        [sys.executable, "-c", code, *command, str(folder / name)],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         preexec_fn=_bounded,
     )  # fmt: skip

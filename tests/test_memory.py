@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 
-from rewrite.memory import free_memory, used_memory
+from rewrite.memory import free_memory, private_memory, used_memory
 
 
 def test_a_process_uses_what_it_holds() -> None:
@@ -16,3 +16,9 @@ def test_a_process_uses_what_it_holds() -> None:
 
 def test_a_computer_has_memory_and_no_petabytes() -> None:
     assert 1 << 20 < free_memory() < 1 << 50
+
+
+def test_private_memory_grows_by_what_is_reserved() -> None:
+    before = private_memory()
+    with mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS):
+        assert before == 0 or private_memory() - before >= 64 << 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -322,9 +323,7 @@ def vet_files(options: argparse.Namespace) -> None:
 def _vet_model(options: argparse.Namespace, path: str) -> None:
     if options.command == "verify" and is_onnx(path):
         if Path(path).stat().st_size < _SMALL_GRAPH:
-            from rewrite.onnx.file import open_onnx
-
-            open_onnx(path)
+            _try_graph(options, path)
         return
     from rewrite.checkpoint.vetting.vet import vet
 
@@ -338,6 +337,20 @@ def _vet_model(options: argparse.Namespace, path: str) -> None:
         # Of two models that are verified one may be a state dict, which the other one builds.
         state=options.command == "verify",
     )
+
+
+def _try_graph(options: argparse.Namespace, path: str) -> None:
+    """Judge a graph, and run it once where only a run tells what it takes; without torch."""
+    from rewrite.onnx.file import open_onnx
+    from rewrite.onnx.runtime import trial
+
+    opened = open_onnx(path)
+    if options.input is None:
+        trial(opened)
+    elif re.fullmatch(r"[\dx,]+", options.input):
+        parts = [part.split("x") for part in options.input.split(",")]
+        if all(size.isdigit() for part in parts for size in part):
+            trial(opened, [[int(size) for size in part] for part in parts])
 
 
 def _vet_data(_: argparse.Namespace, path: str) -> None:

@@ -27,8 +27,8 @@ import onnx
 from rewrite.equivalence.divergence import Divergence, first_divergent, masked
 from rewrite.equivalence.record import Event, Known, Near, Record
 from rewrite.onnx.file import Array, OnnxFile
-from rewrite.onnx.runtime import Feed
 from rewrite.onnx.values import values_of
+from rewrite.onnx.vetting.made_up import Feed
 
 _OPERATORS: dict[str, frozenset[str]] = {
     kind: frozenset(names.split())

@@ -1,6 +1,5 @@
 """Inputs of an ONNX graph: matched by name, and generated at other sizes for dynamic axes.
 
-    free(axis)  =  no dim_value, or a negative one (as onnxruntime reads it)
     size(axis)  =  size(symbol): one symbol on two inputs is one number
 
 An axis without a symbol varies with those of other inputs that have its size. Other sizes are
@@ -21,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from rewrite.errors import VerificationError
 from rewrite.onnx.file import OnnxFile
-from rewrite.onnx.runtime import Feed, as_array
+from rewrite.onnx.vetting.made_up import Feed, check_shape, is_free, symbol_of
 from rewrite.runtime.inputs import Inputs
 from rewrite.runtime.leaves import leaves, tensors
 
@@ -34,15 +33,6 @@ _SCALES = ((0.5, 0.75, 0.625), (1.5, 1.25, 1.75))
 
 _WHOLE_SCALES = ((2, 1, 3), (1, 2, 1))
 """Tried where those do not fit: models that take multiples of a stride only."""
-
-
-_SIDES = (64, 224, 256, 32, 128, 320, 640)
-
-
-_LENGTHS = (16, 512, 256, 160, 16000)
-
-
-_MOST_BYTES = 1 << 31
 
 
 _LOOKED_AT = 1000
@@ -127,14 +117,7 @@ def _fitting(path: Path, value: Any, array: np.ndarray[Any, Any]) -> np.ndarray[
                 f"{path}: input {value.name} takes {np.dtype(wanted)}, not {array.dtype}; "
                 f"write --input {'x'.join(map(str, array.shape))}:{np.dtype(wanted)}"
             )
-    sizes = [None if is_free(dim) else dim.dim_value for dim in kind.shape.dim]
-    fits = len(sizes) == array.ndim and all(
-        size is None or size == given for size, given in zip(sizes, array.shape, strict=True)
-    )
-    if kind.HasField("shape") and not fits:
-        shape = "x".join(d.dim_param or str(d.dim_value) for d in kind.shape.dim)
-        given = "x".join(map(str, array.shape))
-        raise VerificationError(f"{path}: input {value.name} is {shape}, not {given}")
+    check_shape(path, value, array.shape)
     return array
 
 
@@ -147,16 +130,6 @@ def accepts(opened: OnnxFile, inputs: Inputs) -> bool:
     return True
 
 
-def is_free(dim: Any) -> bool:
-    """Return whether a declared size leaves open what it is."""
-    return not dim.HasField("dim_value") or dim.dim_value < 0
-
-
-def symbol_of(dim: Any) -> str:
-    """Return the symbol of a free size, "" where it has none; `?` is no symbol."""
-    return "" if dim.dim_param in ("?", "None", "-1") else str(dim.dim_param)
-
-
 def dynamic_axes(opened: OnnxFile) -> dict[str, dict[int, str]]:
     """Return the axes that each input declares as dynamic, with their names."""
     return {
@@ -167,54 +140,6 @@ def dynamic_axes(opened: OnnxFile) -> dict[str, dict[int, str]]:
         }
         for value in opened.inputs
     }
-
-
-# -- made up -------------------------------------------------------------------------------------
-
-
-def synthetic_feeds(opened: OnnxFile, seed: int = 0) -> Iterator[Feed]:
-    """Yield random inputs of what a graph declares, with likely sizes where it leaves them open.
-
-    Raises:
-        VerificationError: what it declares would not fit into memory.
-    """
-    # A free axis without a name may be a length, or the batch of a state.
-    for inner in (0, 1):
-        for side, length in zip(_SIDES, (*_LENGTHS, *_LENGTHS[:2]), strict=True):
-            yield _synthetic_feed(opened, (side, length), inner, seed)
-
-
-def _synthetic_feed(opened: OnnxFile, sizes: tuple[int, int], inner: int, seed: int) -> Feed:
-    """Return random inputs with a side and a length, and with `inner` for the batch of a state."""
-    side, length = sizes
-    random = np.random.default_rng(seed)
-    symbols: dict[str, int] = {}
-    feed: Feed = {}
-    total = 0
-    for value in opened.inputs:
-        kind = value.type.tensor_type
-        dims = kind.shape.dim
-        shape = []
-        for axis, dim in enumerate(dims):
-            likely = 1 if axis == 0 else side if len(dims) >= 4 else length
-            symbol = symbol_of(dim)
-            if symbol:
-                likely = symbols.setdefault(symbol, likely)
-            elif inner and len(dims) == 3 and axis == 1:
-                likely = inner
-            shape.append(likely if is_free(dim) else dim.dim_value)
-        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
-        total += int(np.prod(np.array(shape, object))) * dtype.itemsize if shape else 1
-        if total > _MOST_BYTES:
-            raise VerificationError(
-                f"{opened.path}: input {value.name} of {'x'.join(map(str, shape))} would take "
-                f"{total / 2**30:.0f} GiB; pass --input with the sizes that you use"
-            )
-        if dtype.kind == "f":
-            feed[value.name] = random.standard_normal(shape).astype(dtype)
-        else:
-            feed[value.name] = np.asarray(random.integers(0, 2, shape)).astype(dtype)
-    return feed
 
 
 # -- other sizes ---------------------------------------------------------------------------------
@@ -327,3 +252,27 @@ def _refilled(tensor: torch.Tensor, shape: list[int], generator: torch.Generator
             index = torch.arange(size, device=result.device) % result.shape[axis]
             result = result.index_select(axis, index)
     return result.clone()
+
+
+# -- arrays and tensors ---------------------------------------------------------------------------
+
+
+def as_array(value: Any) -> np.ndarray[Any, Any]:
+    """Return a tensor as a numpy array; bfloat16, which numpy lacks, as float32."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        plain: np.ndarray[Any, Any] = (
+            value.float() if value.dtype == torch.bfloat16 else value
+        ).numpy()
+        return plain
+    return np.asarray(value)
+
+
+def as_tensor(value: np.ndarray[Any, Any]) -> torch.Tensor:
+    """Return an array of any layout and spelling of its type as a tensor of its own."""
+    # numpy has two types of 64 bits, and torch knows one of them.
+    plain = np.array(value)
+    known = (
+        np.dtype(f"{plain.dtype.kind}{plain.dtype.itemsize}") if plain.dtype.kind in "iu" else None
+    )
+    return torch.from_numpy(plain if known is None else plain.view(known))

@@ -25,14 +25,15 @@ from rewrite.equivalence.rounding import EXPLAINS, Perturbation, all_rounding, p
 from rewrite.equivalence.verification import Level
 from rewrite.errors import VerificationError, one_line
 from rewrite.onnx.counterparts import Parting, find_parting, tied_outputs
-from rewrite.onnx.feeds import Resized, feed_of
+from rewrite.onnx.feeds import Resized, as_array, as_tensor, feed_of
 from rewrite.onnx.file import OnnxFile
 from rewrite.onnx.noise import perturbed_feed, perturbed_graph
 from rewrite.onnx.parity import EPS, Parity, end_bound, own_noise
 from rewrite.onnx.report import Check
 from rewrite.onnx.repro import write_repro
-from rewrite.onnx.runtime import Feed, as_array, as_tensor, run, session
+from rewrite.onnx.runtime import run, session
 from rewrite.onnx.values import record_graph
+from rewrite.onnx.vetting.made_up import Feed
 from rewrite.runtime.float64 import in_float64, short_of_memory
 from rewrite.runtime.inputs import Inputs, call, device_of
 from rewrite.runtime.leaves import carries_objects, leaves, tensors

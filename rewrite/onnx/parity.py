@@ -28,8 +28,9 @@ from rewrite.onnx.file import OnnxFile
 from rewrite.onnx.noise import perturbed_feed, perturbed_graph
 from rewrite.onnx.report import Check
 from rewrite.onnx.repro import write_repro
-from rewrite.onnx.runtime import Feed, run, session
+from rewrite.onnx.runtime import run, session
 from rewrite.onnx.values import record_graph, values_of
+from rewrite.onnx.vetting.made_up import Feed
 from rewrite.runtime.inputs import Inputs
 
 EPS = float(np.finfo(np.float32).eps)

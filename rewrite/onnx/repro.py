@@ -16,8 +16,8 @@ from rewrite.equivalence.divergence import Divergence
 from rewrite.errors import VerificationError, system_reason
 from rewrite.files import atomic_path, publish_folder, scratch_folder, together
 from rewrite.onnx.file import OnnxFile, initializer
-from rewrite.onnx.runtime import Feed
 from rewrite.onnx.values import values_of
+from rewrite.onnx.vetting.made_up import Feed
 
 _SCRIPT = '''"""{title}"""
 import numpy as np

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
-import torch
 
 from rewrite.errors import VerificationError, one_line
 from rewrite.onnx.file import OnnxFile
-from rewrite.onnx.vetting.worker import EndlessError, call, deadline
-
-Feed = dict[str, np.ndarray[Any, Any]]
-
+from rewrite.onnx.vetting.constants import has_open_sizes
+from rewrite.onnx.vetting.made_up import Feed, check_shape, random_feed, synthetic_feeds
+from rewrite.onnx.vetting.worker import EndlessError, Limits, call, deadline
 
 _Level = onnxruntime.GraphOptimizationLevel
 
@@ -43,27 +40,43 @@ _FATAL_ONLY = 4
 RUN_SECONDS = 600.0
 """How long one run of a graph may take that is sure to end."""
 
-LOOP_SECONDS, LOOP_SECONDS_A_MEGABYTE = 30.0, 1.0
+LOOP_SECONDS, LOOP_SECONDS_A_MEGABYTE = 1.0, 10.0
 """How long one run of a graph with a Loop may take, which may never end: more for larger ones."""
+
+OPEN_BYTES, OPEN_TIMES = 128 << 20, 128
+"""What one run may take of memory whose values have sizes that only the run tells."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """A session of onnxruntime, and the weights that it reads while it lives."""
+    """A session of onnxruntime, the weights that it reads while it lives, and what a run may take.
+
+    A graph with a `Loop` may never end, and one whose sizes depend on the content of its inputs may
+    ask for any memory: both are held to what the file and the inputs hold.
+    """
 
     live: Any
     weights: Mapping[str, Any] = field(default_factory=dict)
-    seconds: float = RUN_SECONDS
+    nbytes: int = 0
+    may_loop: bool = False
+    has_open_sizes: bool = False
+
+    def seconds(self, feed: Feed) -> float:
+        """Return how many seconds a run of these inputs may take."""
+        if not self.may_loop:
+            return RUN_SECONDS
+        megabytes = (self.nbytes + _nbytes(feed)) / 1e6
+        return min(RUN_SECONDS, LOOP_SECONDS + LOOP_SECONDS_A_MEGABYTE * megabytes)
+
+    def memory(self, feed: Feed) -> int | None:
+        """Return how many bytes a run of these inputs may take, None for half of what is free."""
+        if not self.has_open_sizes:
+            return None
+        return OPEN_BYTES + OPEN_TIMES * (self.nbytes + _nbytes(feed))
 
 
-def budget(source: OnnxFile) -> float:
-    """Return how many seconds one run of a graph may take.
-
-    Only a `Loop` may never end; a graph with one gets 30 s, and 1 s more for each MB of it.
-    """
-    if "Loop" not in source.operator_counts:
-        return RUN_SECONDS
-    return min(RUN_SECONDS, LOOP_SECONDS + LOOP_SECONDS_A_MEGABYTE * source.nbytes / 1e6)
+def _nbytes(feed: Feed) -> int:
+    return sum(value.nbytes for value in feed.values())
 
 
 def session(source: OnnxFile, level: str = "all") -> Session:
@@ -81,20 +94,20 @@ def session(source: OnnxFile, level: str = "all") -> Session:
     return _built(source, source.model.SerializeToString(), options, weights)
 
 
-def session_of_file(source: OnnxFile) -> Session:
-    """Return a session of the file itself, as it is deployed.
+def session_of_file(source: OnnxFile, threads: int | None = None) -> Session:
+    """Return a session of the file itself, as it is deployed, with as many threads as torch has.
 
     Raises:
         VerificationError: onnxruntime refuses the file, or does not come to an end building it.
     """
-    return _built(source, str(source.path), _options("all"), {})
+    return _built(source, str(source.path), _options("all", threads), {})
 
 
-def _options(level: str) -> Any:
+def _options(level: str, threads: int | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = LEVELS[level]
     options.log_severity_level = _FATAL_ONLY
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = _threads() if threads is None else threads
     if level == "disabled":  # runs once or twice: a copy of the weights would not pay
         options.add_session_config_entry("session.disable_prepacking", "1")
     return options
@@ -108,8 +121,9 @@ def _built(
 
     what, advice = f"{source.path}: building it", "look for constants that it computes"
     try:
-        live = call(build, deadline(source.nbytes), what, advice)
-        return Session(live, weights, budget(source))
+        live = call(build, Limits(deadline(source.nbytes)), what, advice)
+        loops = "Loop" in source.operator_counts
+        return Session(live, weights, source.nbytes, loops, has_open_sizes(source.model))
     except EndlessError:
         raise
     except Exception as error:
@@ -139,48 +153,72 @@ def run(
 ) -> list[Any]:
     """Run a session; `graph` is what an error calls it.
 
-    A graph may hold a loop that never ends: the run is stopped after `seconds` (by itself: those
-    of the session's graph, see `budget`), and by Ctrl-C.
+    A graph may hold a loop that never ends: the run is stopped after `seconds` (by itself those
+    of the session, for these inputs), and by Ctrl-C.
 
     Raises:
         VerificationError: the graph refuses the inputs, or does not end.
     """
     options = onnxruntime.RunOptions()
     options.log_severity_level = _FATAL_ONLY
-    seconds = session.seconds if seconds is None else seconds
+
+    def stop() -> None:
+        options.terminate = True
+
     try:
         found = call(
             lambda: session.live.run(names, feed, options),
-            seconds,
+            Limits(session.seconds(feed) if seconds is None else seconds, session.memory(feed)),
             f"{graph}:" if isinstance(graph, Path) else str(graph),
             "look for a loop that never ends, or pass a smaller --input",
+            stop,
         )
     except EndlessError:
         raise
     except Exception as error:
         shapes = ", ".join(f"{name} {v.dtype}{v.shape}" for name, v in feed.items())
         raise VerificationError(f"{graph} refuses ({shapes}): {_reason(error)}") from error
-    finally:
-        options.terminate = True  # of a run that has ended it is nothing
     return list(found)
 
 
-def as_array(value: Any) -> np.ndarray[Any, Any]:
-    """Return a tensor as a numpy array; bfloat16, which numpy lacks, as float32."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        plain: np.ndarray[Any, Any] = (
-            value.float() if value.dtype == torch.bfloat16 else value
-        ).numpy()
-        return plain
-    return np.asarray(value)
+def _threads() -> int:
+    import torch  # a trial needs none of it
+
+    return int(torch.get_num_threads())
 
 
-def as_tensor(value: np.ndarray[Any, Any]) -> torch.Tensor:
-    """Return an array of any layout and spelling of its type as a tensor of its own."""
-    # numpy has two types of 64 bits, and torch knows one of them.
-    plain = np.array(value)
-    known = (
-        np.dtype(f"{plain.dtype.kind}{plain.dtype.itemsize}") if plain.dtype.kind in "iu" else None
-    )
-    return torch.from_numpy(plain if known is None else plain.view(known))
+def trial(source: OnnxFile, shapes: Sequence[Sequence[int]] | None = None) -> None:
+    """Run a graph once, where only a run tells what it takes: what is refused then costs little.
+
+    Nothing of torch is needed. A graph that says itself how large its values are and that it ends
+    is not run, and one that takes no made-up inputs is left to `run`.
+
+    Args:
+        source: the graph.
+        shapes: those of its inputs; by themselves made up from its declaration.
+
+    Raises:
+        VerificationError: it does not end or takes too much memory, or takes no such inputs.
+    """
+    if shapes is not None and len(shapes) == len(source.inputs):
+        for value, shape in zip(source.inputs, shapes, strict=True):
+            check_shape(source.path, value, shape)
+    if "Loop" not in source.operator_counts and not has_open_sizes(source.model):
+        return
+    feeds: Iterable[Feed] = synthetic_feeds(source.path, source.inputs)
+    if shapes is not None:
+        feeds = [random_feed(source.path, source.inputs, shapes)]
+    try:
+        live = session_of_file(source, threads=1)
+        for feed in feeds:
+            try:
+                run(live, feed, graph=source.path)
+            except EndlessError:
+                raise
+            except VerificationError:
+                continue  # of other sizes
+            return
+    except EndlessError:
+        raise
+    except (VerificationError, MemoryError, ValueError):
+        return  # the verification says of it what there is to say

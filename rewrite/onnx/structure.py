@@ -14,8 +14,9 @@ from onnx import numpy_helper
 from rewrite.errors import one_line
 from rewrite.onnx.file import LARGE, Array, OnnxFile, initializer
 from rewrite.onnx.vetting.nodes import all_nodes, label
-from rewrite.onnx.vetting.sizes import check_values, infer
-from rewrite.onnx.vetting.worker import call, deadline
+from rewrite.onnx.vetting.sizes import check_values
+from rewrite.onnx.vetting.work import check_run, infer
+from rewrite.onnx.vetting.worker import Limits, call, deadline
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ def _weights_given(opened: OnnxFile) -> onnx.ModelProto:
 
 
 def check_sizes(opened: OnnxFile, feed: Mapping[str, Array]) -> None:
-    """Raise VerificationError where a value of the graph would not fit into memory.
+    """Raise VerificationError where a run would take too much, of memory or of arithmetic.
 
     Known before anything is run, as far as shape inference knows it from the sizes of the inputs.
     """
@@ -87,11 +88,13 @@ def check_sizes(opened: OnnxFile, feed: Mapping[str, Array]) -> None:
         if inferred is None:
             return  # the checker tells of it
         check_values(opened.path, inferred.graph)
+        given = sum(value.nbytes for value in feed.values())
+        check_run(opened.path, inferred.graph, opened.nbytes + given)
 
 
 def _native(opened: OnnxFile, function: Callable[[], T]) -> T:
     what = f"{opened.path}: checking it"
-    return call(function, deadline(opened.nbytes), what, "export it again, or simplify it")
+    return call(function, Limits(deadline(opened.nbytes)), what, "export it again, or simplify it")
 
 
 def _constant(opened: OnnxFile, name: str) -> Array | None:

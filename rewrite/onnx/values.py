@@ -11,13 +11,14 @@ import numpy as np
 import onnx
 
 from rewrite.equivalence.record import Event, Record, Sketcher
+from rewrite.onnx.feeds import as_tensor
 from rewrite.onnx.file import OnnxFile
 from rewrite.onnx.noise import long_sums
-from rewrite.onnx.runtime import as_tensor, run, session
+from rewrite.onnx.runtime import run, session
 from rewrite.onnx.vetting.nodes import all_nodes
 
 if TYPE_CHECKING:
-    from rewrite.onnx.runtime import Feed
+    from rewrite.onnx.vetting.made_up import Feed
 
 
 # Values on the way are fetched in portions of about this many bytes.

@@ -30,15 +30,16 @@ from rewrite.equivalence.rounding import EXPLAINS
 from rewrite.equivalence.variations import adversarial
 from rewrite.equivalence.verification import Level
 from rewrite.errors import OptionError, VerificationError, one_line
-from rewrite.onnx.feeds import Resized, accepts, feed_of, is_free, resized, synthetic_feeds
+from rewrite.onnx.feeds import Resized, accepts, as_tensor, feed_of, resized
 from rewrite.onnx.file import OnnxFile, open_onnx
 from rewrite.onnx.model_parity import Reference, against_model
 from rewrite.onnx.noise import perturbed_feed, perturbed_graph
 from rewrite.onnx.parity import Parity, against_graph, end_bound, own_noise
 from rewrite.onnx.report import Check, OnnxVerification
-from rewrite.onnx.runtime import LEVELS, Feed, as_tensor, run, session, session_of_file
+from rewrite.onnx.runtime import LEVELS, run, session, session_of_file
 from rewrite.onnx.structure import check_sizes, structure_problems
 from rewrite.onnx.values import record_graph
+from rewrite.onnx.vetting.made_up import Feed, is_free, synthetic_feeds
 from rewrite.onnx.vetting.worker import EndlessError
 from rewrite.outcomes import Contract, as_choice
 from rewrite.runtime.inputs import Inputs
@@ -155,7 +156,7 @@ def _given(opened: OnnxFile, live: Any, example_inputs: Any, seed: int) -> Feed:
         return feed
     refused: VerificationError | None = None
     try:
-        for feed in synthetic_feeds(opened, seed):
+        for feed in synthetic_feeds(opened.path, opened.inputs, seed):
             try:
                 check_sizes(opened, feed)
                 run(live, feed, graph=opened.path)

@@ -15,21 +15,22 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from rewrite.onnx.vetting.nodes import all_nodes
+
 MOST_ELEMENTS = 256
 """A tensor of more elements holds no sizes."""
 
 
-# Which operands of an operator say how large its value is.
-_SIZES = {
+SIZES = {
     "ConstantOfShape": (0,), "Expand": (1,), "Tile": (1,), "Range": (0, 1, 2), "Pad": (1,),
     "Resize": (2, 3), "Upsample": (1,), "OneHot": (1,), "Reshape": (1,), "Unsqueeze": (1,),
     "HannWindow": (0,), "HammingWindow": (0,), "BlackmanWindow": (0,), "Col2Im": (1, 2),
     "CenterCropPad": (1,), "MaxUnpool": (2,), "AffineGrid": (1,), "DFT": (1,), "STFT": (1, 3),
     "MelWeightMatrix": (0, 1), "Slice": (1, 2, 3, 4), "TopK": (1,), "Split": (1,),
 }  # fmt: skip
+"""Which operands of an operator say how large its value is."""
 
-
-_NO_LARGER = frozenset((
+NO_LARGER = frozenset((
     "Abs", "Add", "And", "Cast", "Ceil", "Concat", "Div", "Equal", "Exp", "Floor", "Gather",
     "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Log", "Max", "Min", "Mod",
     "Mul", "Neg", "Not", "Or", "Pow", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
@@ -37,7 +38,11 @@ _NO_LARGER = frozenset((
     "Sum", "Unsqueeze", "Where", "Xor", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor",
     "CumSum", "Split", "Constant",
 ))  # fmt: skip
+"""Operators whose value is about as large as their operands."""
 
+_GROWING = frozenset((
+    "Loop", "Scan", "SequenceAt", "ConcatFromSequence", "SequenceMap", "StringConcat",
+))  # fmt: skip
 
 _REFUSALS = (
     ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
@@ -59,7 +64,7 @@ def with_sizes(model: onnx.ModelProto) -> onnx.ModelProto:
     }
     found = []
     for node in needed:
-        outputs = _value(model, node, values)
+        outputs = value_of(model, node, values)
         for name, value in zip(node.output, outputs, strict=False):
             if value.size <= MOST_ELEMENTS:
                 values[name] = value
@@ -74,12 +79,35 @@ def with_sizes(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
+def has_open_sizes(model: onnx.ModelProto) -> bool:
+    """Return whether the size of some value depends on the content of an input, not on its shape.
+
+    So it may where an operand that says a size is computed of more than constants and shapes, and
+    in loops.
+    """
+    known = {tensor.name for tensor in model.graph.initializer} | {""}
+    for node in all_nodes(model.graph):
+        if node.op_type in _GROWING:
+            return True
+        places = SIZES.get(node.op_type, ())
+        if node.op_type != "Reshape" and any(n not in known for n in _operands(node, places)):
+            return True
+        computed = node.op_type in NO_LARGER or node.op_type in ("Range", "ConstantOfShape")
+        if node.op_type in ("Shape", "Size") or (computed and known.issuperset(node.input)):
+            known.update(node.output)
+    return False
+
+
+def _operands(node: Any, places: Any) -> list[str]:
+    return [node.input[place] for place in places if place < len(node.input)]
+
+
 def _computed(model: onnx.ModelProto) -> dict[str, Any]:
     """Return the nodes that compute a constant of constants, by what they compute."""
     constant = {tensor.name for tensor in model.graph.initializer} | {""}
     nodes: dict[str, Any] = {}
     for node in model.graph.node:
-        if node.op_type in _NO_LARGER and constant.issuperset(node.input):
+        if node.op_type in NO_LARGER and constant.issuperset(node.input):
             for name in node.output:
                 nodes[name] = node
                 constant.add(name)
@@ -89,11 +117,9 @@ def _computed(model: onnx.ModelProto) -> dict[str, Any]:
 def _wanted(graph: Any, known: Any, computed: dict[str, Any]) -> Iterator[str]:
     """Yield the computed constants that decide the size of a value."""
     for node in graph.node:
-        for place in _SIZES.get(node.op_type, ()):
-            if place < len(node.input):
-                name = node.input[place]
-                if name in computed and name not in known:
-                    yield name
+        for name in _operands(node, SIZES.get(node.op_type, ())):
+            if name in computed and name not in known:
+                yield name
 
 
 def _slice(wanted: list[str], computed: dict[str, Any]) -> list[Any]:
@@ -113,7 +139,7 @@ def _slice(wanted: list[str], computed: dict[str, Any]) -> list[Any]:
     return list(order.values())
 
 
-def _value(model: onnx.ModelProto, node: Any, values: dict[str, Any]) -> list[Any]:
+def value_of(model: onnx.ModelProto, node: Any, values: dict[str, Any]) -> list[Any]:
     """Return what a node computes of small constants; nothing where that is not known."""
     if node.op_type == "Constant":
         if node.attribute and node.attribute[0].type == onnx.AttributeProto.TENSOR:

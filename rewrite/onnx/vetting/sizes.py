@@ -12,19 +12,26 @@ are those of onnx's shape inference, which is first kept from values of unbounde
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from rewrite.errors import VerificationError
 from rewrite.memory import free_memory
 from rewrite.onnx.vetting.constants import with_sizes
 from rewrite.onnx.vetting.expansion import inlined
+from rewrite.onnx.vetting.loops import check_loops
 from rewrite.onnx.vetting.nodes import inner_graphs, label
-from rewrite.onnx.vetting.worker import LEAST_BYTES, call, deadline
+from rewrite.onnx.vetting.work import (
+    infer,
+    itemsize,
+    multiplications,
+    nbytes_of,
+    sizes_in,
+)
+from rewrite.onnx.vetting.worker import LEAST_BYTES, Limits, call, deadline
 
 MOST_CONSTANT_BYTES, MOST_TIMES = 1 << 30, 8
 """Constants may be computed of so many bytes, or of so many times those of the file.
@@ -38,14 +45,6 @@ MOST_MULTIPLICATIONS = 10**11
 MOST_AXES = 64
 """A value may have so many axes; numpy knows as many."""
 
-
-Shapes = dict[str, tuple[int | None, ...]]
-
-
-# Their value is a number for each pair of an element of theirs and a column of the other.
-_PRODUCTS = frozenset(("MatMul", "Gemm", "MatMulInteger", "QLinearMatMul", "Einsum"))
-
-_KERNELS = frozenset(("Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "DeformConv"))
 
 _RANDOM = frozenset((
     "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial",
@@ -68,7 +67,7 @@ def check_static(place: Path, model: onnx.ModelProto, nbytes: int) -> None:
     _check_sparse(place, model, nbytes)
     call(
         lambda: _check_static(place, model, nbytes),
-        deadline(nbytes),
+        Limits(deadline(nbytes)),
         f"{place}: reading its sizes",
         "export it again, or simplify it",
     )
@@ -77,19 +76,12 @@ def check_static(place: Path, model: onnx.ModelProto, nbytes: int) -> None:
 def _check_static(place: Path, model: onnx.ModelProto, nbytes: int) -> None:
     flat = inlined(model)
     check_axes(place, flat.graph)
+    check_loops(place, flat, nbytes)
     inferred = infer(with_sizes(flat))
     if inferred is None:
         return  # the checker tells of it
     check_values(place, inferred.graph, "the graph itself asks for it: export it anew")
     _check_constants(place, inferred.graph, nbytes)
-
-
-def infer(model: onnx.ModelProto, *, data: str = "unknown") -> onnx.ModelProto | None:
-    """Return a graph with the shapes that onnx infers, None where it finds them wrong."""
-    try:
-        return onnx.shape_inference.infer_shapes(model, data_prop=data == "propagated")
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-        return None
 
 
 # -- axes ------------------------------------------------------------------------------------------
@@ -137,31 +129,13 @@ def check_values(place: Path, graph: Any, advice: str = "pass a smaller --input"
     most = max(free_memory() // 2, LEAST_BYTES)
     for inner in _with_inner(graph):
         for value in (*inner.value_info, *inner.output):
-            needed = _nbytes(value)
+            needed = nbytes_of(value.type)
             if needed > most:
                 sizes = "x".join(str(dim.dim_value) for dim in value.type.tensor_type.shape.dim)
                 raise VerificationError(
                     f"{place}: value {value.name} of {sizes} would take {needed / 2**30:.0f} GiB, "
                     f"and {most / 2**30:.0f} GiB are to be had; {advice}"
                 )
-
-
-def _nbytes(value: Any) -> int:
-    """Return the bytes of a value, 0 where its sizes are not known."""
-    kind = value.type.tensor_type
-    if not kind.elem_type or not kind.HasField("shape"):
-        return 0
-    sizes = [dim.dim_value for dim in kind.shape.dim]
-    if any(size <= 0 for size in sizes):
-        return 0
-    return int(math.prod(sizes)) * _itemsize(kind.elem_type)
-
-
-def _itemsize(elem_type: int) -> int:
-    try:
-        return int(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(elem_type)).itemsize)
-    except (KeyError, TypeError):
-        return 1
 
 
 def _with_inner(graph: Any) -> Iterator[Any]:
@@ -187,7 +161,7 @@ def _check_sparse(place: Path, model: onnx.ModelProto, nbytes: int) -> None:
                 if attribute.HasField("sparse_tensor")
             ]
         for name, tensor in held:
-            total += max(math.prod(tensor.dims), 0) * _itemsize(tensor.values.data_type)
+            total += max(math.prod(tensor.dims), 0) * itemsize(tensor.values.data_type)
             _check_proportion(f"{place}: {name or 'a sparse constant'}", total, nbytes)
 
 
@@ -203,9 +177,9 @@ def _check_proportion(where: str, total: int, nbytes: int) -> None:
 
 def _check_constants(place: Path, graph: Any, nbytes: int) -> None:
     """Raise VerificationError where building the graph computes too much of constants."""
-    shapes, nbytes_of = _sizes(graph)
+    shapes, nbytes_of = sizes_in(graph)
     constant = {tensor.name for tensor in graph.initializer} | {""}
-    total = multiplications = 0
+    total = count = 0
     for node in graph.node:
         inside = any(True for _ in inner_graphs(node))
         if inside or node.op_type in _RANDOM or not constant.issuperset(node.input):
@@ -213,52 +187,10 @@ def _check_constants(place: Path, graph: Any, nbytes: int) -> None:
         constant.update(node.output)
         total += sum(nbytes_of.get(name, 0) for name in node.output)
         _check_proportion(f"{place}: {label(node)}", total, nbytes)
-        multiplications += _multiplications(node, shapes)
-        if multiplications > MOST_MULTIPLICATIONS:
+        count += multiplications(node, shapes)
+        if count > MOST_MULTIPLICATIONS:
             raise VerificationError(
-                f"{place}: {label(node)}: building the graph takes at least {multiplications:.3g} "
+                f"{place}: {label(node)}: building the graph takes at least {count:.3g} "
                 f"multiplications of constants, at most {MOST_MULTIPLICATIONS:.0g} are taken; "
                 "export it again without constants that are computed"
             )
-
-
-def _sizes(graph: Any) -> tuple[Shapes, dict[str, int]]:
-    shapes: Shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    nbytes = {}
-    for value in (*graph.value_info, *graph.output, *graph.input):
-        dims = value.type.tensor_type.shape.dim
-        shapes[value.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
-        nbytes[value.name] = _nbytes(value)
-    return shapes, nbytes
-
-
-def _multiplications(node: Any, shapes: Shapes) -> int:
-    """Return about how many multiplications a layer does, 0 of what is no layer."""
-    if node.op_type not in _PRODUCTS and node.op_type not in _KERNELS:
-        return 0
-    if node.op_type == "Einsum":
-        return _of_einsum(node, shapes)
-    made = [_count(shapes.get(name, ())) for name in node.output[:1]]
-    read = [shapes.get(name, ()) for name in node.input]
-    if node.op_type in _PRODUCTS:
-        first = read[0] if read else ()
-        turned = any(a.name == "transA" and a.i for a in node.attribute)
-        inner = first[0 if turned else -1] if first else 1
-        return max(made, default=0) * int(inner or 1)
-    # At most one multiplication for each pair of an output and a weight of one filter.
-    weight = read[1] if len(read) > 1 else ()
-    return max(made, default=0) * max(1, _count(weight[1:]))
-
-
-def _of_einsum(node: Any, shapes: Shapes) -> int:
-    equation = next((a.s.decode("utf-8", "replace") for a in node.attribute if a.s), "")
-    sizes: dict[str, int] = {}
-    for term, name in zip(equation.split("->")[0].split(","), node.input, strict=False):
-        letters = term.replace(" ", "").replace("...", "")
-        for letter, size in zip(letters, shapes.get(name, ()), strict=False):
-            sizes[letter] = size or 1
-    return math.prod(sizes.values())
-
-
-def _count(shape: Iterable[int | None]) -> int:
-    return math.prod(size or 1 for size in shape)
