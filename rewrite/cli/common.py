@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -291,6 +292,8 @@ _DATA = ("input", "calibration", "data", "recover")
 _READ = (*_MODELS, *_DATA)
 """The options that name what a command reads."""
 
+_MOST_ELEMENTS = 1 << 28
+
 _SMALL_GRAPH = 64 << 20
 """Up to which size a graph is read twice: once to judge it, and once with its weights."""
 
@@ -347,10 +350,12 @@ def _try_graph(options: argparse.Namespace, path: str) -> None:
     opened = open_onnx(path)
     if options.input is None:
         trial(opened)
-    elif re.fullmatch(r"[\dx,]+", options.input):
-        parts = [part.split("x") for part in options.input.split(",")]
-        if all(size.isdigit() for part in parts for size in part):
-            trial(opened, [[int(size) for size in part] for part in parts])
+    elif re.fullmatch(r"\d+(x\d+)*(,\d+(x\d+)*)*", options.input):
+        parts = options.input.split(",")
+        shapes = [[int(size) for size in part.split("x")] for part in parts]
+        # What is too large for any graph is said where inputs are made.
+        if max(math.prod(shape) for shape in shapes) < _MOST_ELEMENTS:
+            trial(opened, shapes)
 
 
 def _vet_data(_: argparse.Namespace, path: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import onnxruntime
 
 from rewrite.errors import VerificationError, one_line
 from rewrite.onnx.file import OnnxFile
+from rewrite.onnx.structure import check_sizes
 from rewrite.onnx.vetting.constants import has_open_sizes
 from rewrite.onnx.vetting.made_up import Feed, check_shape, random_feed, synthetic_feeds
 from rewrite.onnx.vetting.worker import EndlessError, Limits, call, deadline
@@ -187,38 +188,50 @@ def _threads() -> int:
     return int(torch.get_num_threads())
 
 
-def trial(source: OnnxFile, shapes: Sequence[Sequence[int]] | None = None) -> None:
-    """Run a graph once, where only a run tells what it takes: what is refused then costs little.
+def fitting_feed(source: OnnxFile, live: Session, seed: int) -> Feed:
+    """Return made-up inputs that a graph takes, of likely sizes where it declares none.
 
-    Nothing of torch is needed. A graph that says itself how large its values are and that it ends
-    is not run, and one that takes no made-up inputs is left to `run`.
+    Raises:
+        VerificationError: there are none, or it does not end, or takes too much memory.
+    """
+    refused: VerificationError | None = None
+    try:
+        for feed in synthetic_feeds(source.path, source.inputs, seed):
+            try:
+                check_sizes(source, feed)
+                run(live, feed, graph=source.path)
+                return feed
+            except EndlessError:
+                raise  # other sizes would not end either
+            except VerificationError as error:
+                refused = refused or error
+    except (MemoryError, ValueError) as error:
+        raise VerificationError(
+            f"{source.path}: no inputs of its declared shapes can be made: {one_line(error)}"
+        ) from error
+    raise VerificationError(
+        f"{refused}; no sizes are known that it takes: pass --input with those that you use"
+    ) from refused
+
+
+def trial(source: OnnxFile, shapes: Sequence[Sequence[int]] | None = None) -> None:
+    """Build a graph and run it once: what is refused here costs little, since torch is not needed.
 
     Args:
         source: the graph.
-        shapes: those of its inputs; by themselves made up from its declaration.
+        shapes: those of its inputs, as many as it has; by themselves made up.
 
     Raises:
-        VerificationError: it does not end or takes too much memory, or takes no such inputs.
+        VerificationError: onnxruntime refuses it, or it takes no such inputs, does not end, or
+            takes too much memory.
     """
-    if shapes is not None and len(shapes) == len(source.inputs):
-        for value, shape in zip(source.inputs, shapes, strict=True):
-            check_shape(source.path, value, shape)
-    if "Loop" not in source.operator_counts and not has_open_sizes(source.model):
+    if shapes is None:
+        fitting_feed(source, session_of_file(source, threads=1), seed=0)
         return
-    feeds: Iterable[Feed] = synthetic_feeds(source.path, source.inputs)
-    if shapes is not None:
-        feeds = [random_feed(source.path, source.inputs, shapes)]
-    try:
-        live = session_of_file(source, threads=1)
-        for feed in feeds:
-            try:
-                run(live, feed, graph=source.path)
-            except EndlessError:
-                raise
-            except VerificationError:
-                continue  # of other sizes
-            return
-    except EndlessError:
-        raise
-    except (VerificationError, MemoryError, ValueError):
+    if len(shapes) != len(source.inputs):
         return  # the verification says of it what there is to say
+    for value, shape in zip(source.inputs, shapes, strict=True):
+        check_shape(source.path, value, shape)
+    feed = random_feed(source.path, source.inputs, shapes)
+    check_sizes(source, feed)
+    run(session_of_file(source, threads=1), feed, graph=source.path)

@@ -36,11 +36,10 @@ from rewrite.onnx.model_parity import Reference, against_model
 from rewrite.onnx.noise import perturbed_feed, perturbed_graph
 from rewrite.onnx.parity import Parity, against_graph, end_bound, own_noise
 from rewrite.onnx.report import Check, OnnxVerification
-from rewrite.onnx.runtime import LEVELS, run, session, session_of_file
+from rewrite.onnx.runtime import LEVELS, fitting_feed, run, session, session_of_file
 from rewrite.onnx.structure import check_sizes, structure_problems
 from rewrite.onnx.values import record_graph
-from rewrite.onnx.vetting.made_up import Feed, is_free, synthetic_feeds
-from rewrite.onnx.vetting.worker import EndlessError
+from rewrite.onnx.vetting.made_up import Feed, is_free
 from rewrite.outcomes import Contract, as_choice
 from rewrite.runtime.inputs import Inputs
 from rewrite.runtime.modes import evaluating
@@ -154,24 +153,7 @@ def _given(opened: OnnxFile, live: Any, example_inputs: Any, seed: int) -> Feed:
         feed = feed_of(opened, Inputs.of(example_inputs))
         check_sizes(opened, feed)
         return feed
-    refused: VerificationError | None = None
-    try:
-        for feed in synthetic_feeds(opened.path, opened.inputs, seed):
-            try:
-                check_sizes(opened, feed)
-                run(live, feed, graph=opened.path)
-                return feed
-            except EndlessError:
-                raise  # other sizes would not end either
-            except VerificationError as error:
-                refused = refused or error
-    except (MemoryError, ValueError) as error:
-        raise VerificationError(
-            f"{opened.path}: no inputs of its declared shapes can be made: {one_line(error)}"
-        ) from error
-    raise VerificationError(
-        f"{refused}; no sizes are known that it takes: pass --input with those that you use"
-    ) from refused
+    return fitting_feed(opened, live, seed)
 
 
 def _first(example_inputs: Any, feed: Feed) -> Inputs:

@@ -25,6 +25,7 @@ from rewrite.onnx.vetting.expansion import inlined
 from rewrite.onnx.vetting.loops import check_loops
 from rewrite.onnx.vetting.nodes import inner_graphs, label
 from rewrite.onnx.vetting.work import (
+    RANDOM,
     infer,
     itemsize,
     multiplications,
@@ -44,12 +45,6 @@ MOST_MULTIPLICATIONS = 10**11
 
 MOST_AXES = 64
 """A value may have so many axes; numpy knows as many."""
-
-
-_RANDOM = frozenset((
-    "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial",
-    "Bernoulli",
-))  # fmt: skip
 
 
 def check_static(place: Path, model: onnx.ModelProto, nbytes: int) -> None:
@@ -182,7 +177,7 @@ def _check_constants(place: Path, graph: Any, nbytes: int) -> None:
     total = count = 0
     for node in graph.node:
         inside = any(True for _ in inner_graphs(node))
-        if inside or node.op_type in _RANDOM or not constant.issuperset(node.input):
+        if inside or node.op_type in RANDOM or not constant.issuperset(node.input):
             continue
         constant.update(node.output)
         total += sum(nbytes_of.get(name, 0) for name in node.output)

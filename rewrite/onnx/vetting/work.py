@@ -26,8 +26,22 @@ A convolution does one for each of its weights at each place: 250,000 a byte at 
 whose inputs are as many bytes then.
 """
 
+MOST_VALUE_BYTES, VALUE_TIMES = 256 << 20, 128
+"""A value may take so many bytes, or so many times those of weights and inputs."""
+
+STEP_MULTIPLICATIONS = 10**4
+"""What one step of a recurrent layer takes at the least, in multiplications."""
+
+_RECURRENT = frozenset(("LSTM", "GRU", "RNN"))
+
 # Their value is a number for each pair of an element of theirs and a column of the other.
 _PRODUCTS = frozenset(("MatMul", "Gemm", "MatMulInteger", "QLinearMatMul", "Einsum"))
+
+RANDOM = frozenset((
+    "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial",
+    "Bernoulli",
+))  # fmt: skip
+"""Operators whose value is another one at each run."""
 
 _KERNELS = frozenset(("Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "DeformConv"))
 
@@ -67,6 +81,8 @@ def shape_of(kind: Any) -> Shape:
 
 def multiplications(node: Any, shapes: Mapping[str, Shape]) -> int:
     """Return about how many multiplications a layer does, 0 of what is no layer."""
+    if node.op_type in _RECURRENT:
+        return _of_recurrent(node, shapes)
     if node.op_type not in _PRODUCTS and node.op_type not in _KERNELS:
         return 0
     if node.op_type == "Einsum":
@@ -93,18 +109,32 @@ def sizes_in(graph: Any) -> tuple[dict[str, Shape], dict[str, int]]:
 
 
 def check_run(place: Path, graph: Any, nbytes: int) -> None:
-    """Raise VerificationError where a run of an inferred graph takes too many multiplications.
+    """Raise VerificationError where a run of an inferred graph takes out of proportion.
+
+    What does not depend on an input is computed when a session is built, and judged before.
 
     Args:
         place: the file, for messages.
         graph: the graph, inferred for the inputs of the run.
         nbytes: what the file, its data and the inputs hold.
     """
-    shapes, _ = sizes_in(graph)
+    shapes, bytes_of = sizes_in(graph)
+    fed = {value.name for value in graph.input}
+    most = MOST_VALUE_BYTES + VALUE_TIMES * nbytes
     count = 0
     for node in graph.node:
         count += multiplications(node, shapes)
         check_multiplications(place, node, count, nbytes)
+        if node.op_type not in RANDOM and not fed.intersection(node.input):
+            continue
+        fed.update(node.output)
+        size = max((bytes_of.get(name, 0) for name in node.output), default=0)
+        if size > most:
+            raise VerificationError(
+                f"{place}: {label(node)}: its value would take {size / 2**20:.0f} MiB, at most "
+                f"{most / 2**20:.0f} MiB are taken for {nbytes} bytes of weights and inputs; pass "
+                "a smaller --input"
+            )
 
 
 def check_multiplications(place: Path, node: Any, count: float, nbytes: int) -> None:
@@ -123,6 +153,17 @@ def check_multiplications(place: Path, node: Any, count: float, nbytes: int) -> 
             f"here, at most {most:.3g} are taken for {nbytes} bytes of weights and inputs; pass a "
             "smaller --input"
         )
+
+
+def _of_recurrent(node: Any, shapes: Mapping[str, Shape]) -> int:
+    """Return steps * (batch * both of the step's products, or what a step takes at the least)."""
+    given, weight, state = (shapes.get(name, ()) for name in [*node.input[:3], "", "", ""][:3])
+    if len(given) != 3:
+        return 0
+    batch_first = any(a.name == "layout" and a.i for a in node.attribute)
+    steps, batch = (given[1], given[0]) if batch_first else (given[0], given[1])
+    products = (batch or 1) * (_count(weight) + _count(state))
+    return (steps or 1) * max(products, STEP_MULTIPLICATIONS)
 
 
 def _of_einsum(node: Any, shapes: Mapping[str, Shape]) -> int:
