@@ -108,6 +108,8 @@ def called() -> Iterator[tuple[str, Any]]:
     yield "hub_load.pt", Call(torch.hub.load, ".", "x", "local")
     yield "torch_load.pt", Call(torch.load, "good.pt")
     yield "map_of_system.pt", Call(list, Call(map, os.system, ["echo > pwned_map_of_system.pt"]))
+    yield "in_place_of_a_method.pt", with_attribute("state_dict", nn.ReLU)
+    yield "partial_of_a_function.pt", with_attribute("x", functools.partial(torch.relu))
     yield "from_file.pt", with_attribute("x", torch.from_file)
     yield "huge_range.pt", Call(frozenset, range(2 * 10**9))
     yield "huge_set.pt", with_attribute("x", Call(set, range(2 * 10**9)))
@@ -160,6 +162,7 @@ def opcodes() -> Iterator[tuple[str, bytes]]:
     yield "long_int.pt", stream(b"\x8b\x40\x42\x0f\x00" + bytes(1_000_000) + b".")
     yield "long_string.pt", stream(b"X\xff\xff\xff\x7fabc.")
     yield "endless_marks.pt", stream(b"(" * 2_000_000 + b".")
+    yield "wide.pt", stream(b"(" + b"}" * 900_000 + b"t.")
     yield "no_stop.pt", stream(b"}" * 10)
     yield "memo_far.pt", stream(b"j\xff\xff\xff\x7f.")
 

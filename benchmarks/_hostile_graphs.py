@@ -19,6 +19,7 @@ def graphs() -> Iterator[tuple[str, bytes]]:
     yield from _growing()
     yield from _looping()
     yield from _told_by_a_run()
+    yield from _working()
     yield "branches.onnx", _branches()
 
 
@@ -96,6 +97,25 @@ def _told_by_a_run() -> Iterator[tuple[str, bytes]]:
     yield "asked.onnx", _graph([*size, _node("Abs", "e", "s")], constants)
     two = {"zeros": [0], "long": [20_000, 20_000]}
     yield "product_asked.onnx", _graph([*size, _node("MatMul", "e e", "s")], two)
+
+
+def _working() -> Iterator[tuple[str, bytes]]:
+    """Yield graphs of few bytes that compute for minutes, on values of no great size."""
+    weights = {"w": np.ones((1, 24, 1), np.float32), "r": np.ones((1, 24, 8), np.float32)}
+    gru = helper.make_node("GRU", ["e", "w", "r"], ["", "s"], hidden_size=8)
+    steps = _node("ConstantOfShape", "long", "e")
+    yield "recurrent.onnx", _graph([steps, gru], weights | {"long": [10**7, 1, 1]})
+    random = _node("RandomNormal", "", "e", shape=[1 << 14, 1 << 14])
+    yield "random.onnx", _graph([random, _node("Softmax", "e", "s")], {})
+    terms = ",".join(f"{a}{b}" for a, b in zip("abcdefgh", "ijklmnop", strict=True))
+    fill = _node("RandomNormal", "", "e", shape=[100, 100])
+    einsum = helper.make_node("Einsum", ["e"] * 8, ["s"], equation=f"{terms}->a")
+    yield "einsum.onnx", _graph([fill, einsum], {})
+    chain = [_node("RandomNormal", "", "v0", shape=[3000, 3000])]
+    chain += [*_chain("MatMul", "v0", 50), _node("Abs", "v50", "s")]
+    yield "products.onnx", _graph(chain, {})
+    unknown = helper.make_node("Run", ["x"], ["s"], domain="d")
+    yield "unknown.onnx", _graph([unknown], {})
 
 
 _LOOP: dict[str, Any] = {

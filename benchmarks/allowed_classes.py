@@ -106,8 +106,9 @@ def main() -> None:
 
 
 def values_text() -> str:
-    """Return the names of which the reader of pickles makes a value itself, as JSON."""
-    return _text({"names": {"values": sorted(own_values())}})
+    """Return the names of what the reader of pickles makes itself, and the methods of a module."""
+    methods = sorted(name for name in dir(nn.Module) if callable(getattr(nn.Module, name)))
+    return _text({"names": {"values": sorted(own_values()), "methods": methods}})
 
 
 def _nested(names_: list[str]) -> dict[str, list[str]]:

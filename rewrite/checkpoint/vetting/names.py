@@ -3,9 +3,9 @@
     name -> may be asked for | CheckpointError         nothing is imported to find that out
 
 `allowed_values.json` holds the names of which this package makes a value itself (tensors, plain
-values, what `rewrite.save` writes); it comes from `python -m benchmarks.allowed_classes`, as the
-lists of classes and of operators do. A function of PyTorch that passes here is looked up later,
-and judged once more by what it is.
+values, what `rewrite.save` writes), and those of the methods that every module has; it comes from
+`python -m benchmarks.allowed_classes`, as the lists of classes and of operators do. A function of
+PyTorch that passes here is looked up later, and judged once more by what it is.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def listed(kind: str) -> frozenset[str]:
 
 
 @cache
-def values() -> frozenset[str]:
-    """Return the names of which the reader of pickles makes a value itself."""
+def values(kind: str = "values") -> frozenset[str]:
+    """Return the names of what the reader of pickles makes itself, or the "methods" of a module."""
     text = resources.files("rewrite.checkpoint").joinpath("allowed_values.json").read_text("utf-8")
-    return frozenset(json.loads(text)["names"]["values"].split())
+    return frozenset(json.loads(text)["names"][kind].split())
 
 
 _SPELLINGS = {

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from rewrite.errors import CheckpointError
 
-_MOST_OPCODES, _MOST_NODES, _LONGEST_INT = 2_500_000, 1_000_000, 64
+_MOST_OPCODES, _MOST_NODES, _LONGEST_INT = 2_200_000, 700_000, 64
 
 _MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "builtins"}
 _NAMES = {

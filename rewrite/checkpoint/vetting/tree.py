@@ -1,6 +1,7 @@
 """Judge the modules of a parsed pickle by their states, before any of them is built.
 
 every name of a child, parameter or buffer is [\\w-]+
+no attribute bears the name of a method of `nn.Module`
 modules contain each other without a circle, at most 200 deep
 a set is made of a list                                    a range of 10^9 is none
 """
@@ -11,7 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from rewrite.checkpoint.vetting.names import FUNCTION_PLACES, may_have_meaning
+from rewrite.checkpoint.vetting.names import FUNCTION_PLACES, may_have_meaning, values
 from rewrite.checkpoint.vetting.opcodes import Made, Name, Node, TupleOf
 from rewrite.checkpoint.vetting.state import pairs_of, state_of
 from rewrite.errors import CheckpointError
@@ -37,6 +38,8 @@ def check_nodes(nodes: Iterable[Node]) -> None:
             _check_set(node)
         elif node.name == "builtins.getattr":
             _check_lookup(node)
+        elif node.name == "functools.partial":
+            _check_partial(node)
         if state_of(node) is not None:
             modules.append(node)
     done: set[int] = set()
@@ -50,6 +53,12 @@ def _check_set(node: Made) -> None:
     is_range = bool(args) and isinstance(args[0], Made) and args[0].name == "builtins.range"
     if len(args) > 1 or is_range or (args and not isinstance(args[0], Node)):
         raise CheckpointError("makes a set of what is no list")
+
+
+def _check_partial(node: Made) -> None:
+    items = node.args.items if isinstance(node.args, TupleOf) else ()
+    if not (items and isinstance(items[0], Name)):
+        raise CheckpointError("holds a functools.partial of something that is no allowed name")
 
 
 NO_LOOKUP = "names builtins.getattr, which no model needs and no --trust allows"
@@ -94,6 +103,9 @@ def _children(module: Made, place: str) -> list[tuple[str, Made]]:
     for key in ("_parameters", "_buffers", "_modules"):
         for name, _ in pairs_of(state.get(key)) or ():
             check_name(name, place, key.strip("_"))
+    for name in state:
+        if name in values("methods"):
+            raise CheckpointError(f"{place}: has an attribute {name!r} in the place of a method")
     start = "" if place == "the model" else f"{place}."
     return [
         (f"{start}{name}", child)

@@ -26,4 +26,4 @@ def all_nodes(graph: Any) -> Iterator[Any]:
 
 def label(node: Any) -> str:
     """Return what a message calls a node: its name, or what it computes."""
-    return str(node.name) or f"{node.op_type} -> {', '.join(node.output)}"
+    return str(node.name) or f"{node.op_type} -> {', '.join(filter(None, node.output))}"

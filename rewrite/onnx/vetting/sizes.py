@@ -25,6 +25,8 @@ from rewrite.onnx.vetting.expansion import inlined
 from rewrite.onnx.vetting.loops import check_loops
 from rewrite.onnx.vetting.nodes import inner_graphs, label
 from rewrite.onnx.vetting.work import (
+    LEAST_MULTIPLICATIONS,
+    MULTIPLICATIONS_A_BYTE,
     RANDOM,
     infer,
     itemsize,
@@ -39,9 +41,6 @@ MOST_CONSTANT_BYTES, MOST_TIMES = 1 << 30, 8
 
 ONNX's own test models, whose weights are filled in by a node, make up to 548 MiB of 9 kB.
 """
-
-MOST_MULTIPLICATIONS = 10**11
-"""So many multiplications may be done to compute constants: some ten seconds of one core."""
 
 MOST_AXES = 64
 """A value may have so many axes; numpy knows as many."""
@@ -183,9 +182,10 @@ def _check_constants(place: Path, graph: Any, nbytes: int) -> None:
         total += sum(nbytes_of.get(name, 0) for name in node.output)
         _check_proportion(f"{place}: {label(node)}", total, nbytes)
         count += multiplications(node, shapes)
-        if count > MOST_MULTIPLICATIONS:
+        most = LEAST_MULTIPLICATIONS + MULTIPLICATIONS_A_BYTE * nbytes
+        if count > most:
             raise VerificationError(
                 f"{place}: {label(node)}: building the graph takes at least {count:.3g} "
-                f"multiplications of constants, at most {MOST_MULTIPLICATIONS:.0g} are taken; "
+                f"multiplications of constants, at most {most:.0g} are taken; "
                 "export it again without constants that are computed"
             )

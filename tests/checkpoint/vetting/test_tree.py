@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from rewrite.checkpoint.archive import Archive
+from rewrite.checkpoint.vetting.names import values
 from rewrite.checkpoint.vetting.programs import archived_program
 from rewrite.checkpoint.vetting.tree import check_nodes
 from rewrite.errors import CheckpointError
@@ -46,3 +48,27 @@ def test_sets_are_made_of_lists():
     check_nodes(nodes_of(torch.tanh))
     with pytest.raises(CheckpointError, match="getattr"):
         check_nodes(nodes_of(torch.from_file))
+
+
+def test_the_name_of_a_method_is_taken_and_another_is_free():
+    model = nn.Sequential(nn.ReLU())
+    vars(model[0])["scale"] = 3
+    check_nodes(nodes_of(model))
+    vars(model[0])["forward"] = 3
+    with pytest.raises(CheckpointError, match="0: has an attribute 'forward' in"):
+        check_nodes(nodes_of(model))
+
+
+def test_every_method_of_a_module_is_known_before_torch_is():
+    methods = {name for name in dir(nn.Module) if callable(getattr(nn.Module, name))}
+    assert values("methods") == methods
+    assert not methods & vars(nn.LSTM(2, 2)).keys()
+
+
+def test_a_partial_is_of_a_name():
+    model = nn.Sequential(nn.ReLU())
+    model.kind = functools.partial(nn.LayerNorm, eps=1e-3)
+    check_nodes(nodes_of(model))
+    model.kind = functools.partial(torch.relu)
+    with pytest.raises(CheckpointError, match="partial of something that is no allowed name"):
+        check_nodes(nodes_of(model))
