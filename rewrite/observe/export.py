@@ -14,7 +14,7 @@ import copy
 import functools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -35,6 +35,7 @@ from rewrite.runtime.leaves import leaves, tensors
 from rewrite.runtime.quiet import quiet
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+_SLICE = re.compile(r"\.slice\((None|-?\d+), (None|-?\d+), (None|-?\d+)\)\.(\d+)")
 _INNER = "model"
 _COMPUTED = "bitsandbytes."
 _PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
@@ -64,6 +65,7 @@ class ObservedCall:
         outputs: per returned node, the paths under which the call returned it.
         ran: the qualified names of the modules whose forward ran.
         stacks: the lines that made each node or called each module, the outermost first.
+        sizes: how many items each list of modules holds, by its name.
     """
 
     call: ExampleCall
@@ -72,6 +74,7 @@ class ObservedCall:
     outputs: dict[Node, list[str]]
     ran: frozenset[str]
     stacks: frozenset[tuple[CodeLine, ...]] = field(default=frozenset(), repr=False)
+    sizes: Mapping[str, int] = field(default_factory=dict, repr=False)
     _stacks: dict[Node, tuple[CodeLine, ...]] = field(default_factory=dict, repr=False)
 
     def owner(self, node: Node) -> str:
@@ -84,7 +87,19 @@ class ObservedCall:
         stack = node.meta.get("nn_module_stack") or {}
         names = [str(path).split("@")[0] for path, _ in stack.values()]
         inner = [n.removeprefix(_INNER).removeprefix(".") for n in names if n.startswith(_INNER)]
-        return tuple(dict.fromkeys(inner))
+        return tuple(dict.fromkeys(map(self._unsliced, inner)))
+
+    def _unsliced(self, name: str) -> str:
+        """Return the name of a module by its own place in a list of which a forward took a slice.
+
+        An export calls it `layers.slice(1, None, None).0`.
+        """
+        while match := _SLICE.search(name):
+            holder = name[: match.start()]
+            cut = slice(*(None if n == "None" else int(n) for n in match.groups()[:3]))
+            place = range(self.sizes[holder])[cut][int(match[4])]
+            name = f"{holder}.{place}{name[match.end() :]}"
+        return name
 
     def stack(self, node: Node) -> tuple[CodeLine, ...]:
         """Return the lines that made the call, the outermost first."""
@@ -135,7 +150,9 @@ def export_call(model: nn.Module, call: ExampleCall) -> ObservedCall:
     for path, value in zip(flat.returned.paths, values, strict=True):
         if isinstance(value, Node):
             outputs.setdefault(value, []).append(path)
-    observed = ObservedCall(call, program.graph, found, outputs, frozenset(ran))
+    observed = ObservedCall(
+        call, program.graph, found, outputs, frozenset(ran), sizes=_sizes(standin)
+    )
     made = {observed.stack(node) for node in program.graph.nodes}
     observed.stacks = frozenset(stacks | made)
     return observed
@@ -239,6 +256,12 @@ def _watched(model: nn.Module, ran: set[str], stacks: set[tuple[CodeLine, ...]])
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    """Return how many items each list of modules holds, by each of its names."""
+    lists = model.named_modules(remove_duplicate=False)
+    return {n: len(m) for n, m in lists if isinstance(m, nn.ModuleList | nn.Sequential)}
 
 
 class _OutsideTorch:

@@ -137,6 +137,61 @@ def test_lora_folds_into_both_of_its_branches() -> None:
     assert "q_proj.base_layer" in change.after and "q_proj.lora_A" in change.after
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "stays"),
+    [
+        ("LoraConfig", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "norm"),
+        ("LNTuningConfig", {"target_modules": ["input_layernorm"]}, "input_layernorm"),
+    ],
+)
+def test_a_wrapper_that_may_choose_another_module_keeps_the_norm(
+    kind: str, options: dict[str, object], stays: str
+) -> None:
+    """With its adapters disabled it runs the module of before, which no call did."""
+    peft = pytest.importorskip("peft")
+    model = made("LlamaForCausalLM", **ONE)
+    adapted = peft.get_peft_model(model, getattr(peft, kind)(**options)).double().eval()
+    for name, parameter in adapted.named_parameters():
+        if "modules_to_save" in name or "ln_tuning" in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    result = rewrite.convert(adapted, "fold", verify=False)
+    assert len(result.report.changes) == 2
+    why = [s.reason for s in result.report.skips if stays in s.target.split(".")]
+    assert any("which no call ran" in reason for reason in why)
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad(), adapted.disable_adapter(), result.model.disable_adapter():
+        before, after = adapted(ids).logits, result.model(ids).logits
+    assert (before - after).abs().max() <= 1e-12 * before.abs().max()
+
+
+def test_a_second_adapter_that_no_call_ran_keeps_the_norm_before_it() -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(made("LlamaForCausalLM", **ONE), lora)
+    adapted.add_adapter("other", lora)
+    adapted = adapted.double().eval()
+    result = rewrite.convert(adapted, "fold", verify=False)
+    names = [change.target.rpartition(".")[2] for change in result.report.changes]
+    assert names == ["post_attention_layernorm", "norm"]
+    ids = torch.arange(3, 9)[None]
+    for model in (adapted, result.model):
+        model.set_adapter("other")
+    with torch.no_grad():
+        before, after = adapted(ids).logits, result.model(ids).logits
+    assert (before - after).abs().max() <= 1e-12 * before.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_a_model_behind_learned_tokens_says_which_line_keeps_its_norms(kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    adapted = peft.get_peft_model(made("LlamaForCausalLM", **ONE), config).double().eval()
+    result = rewrite.convert(adapted, "fold", verify=False)
+    skips = {skip.target.rpartition(".")[2]: skip.reason for skip in result.report.skips}
+    assert {"input_layernorm", "post_attention_layernorm", "norm"} <= skips.keys()
+    assert "peft_model.py:" in skips["norm"]
+
+
 # -- what goes wrong -----------------------------------------------------------------------------
 
 

@@ -161,6 +161,7 @@ class CodeCheck:
                     self._absorbed.setdefault(place, set()).add(op_name(read.node))
         self._owners = list(owners)
         _check_siblings(self.captured, self.index, self.fold.layers)
+        _check_wrappers(self.captured, self.index, self.fold.guarded)
         for observed, site in self.fold.sites:
             if not self.index.outside(observed.stack(site.node)):
                 _check_readable(self.captured, observed.owners(site.node))
@@ -355,6 +356,24 @@ def _check_siblings(captured: Captured, index: CodeIndex, layers: Iterable[str])
         for name, _ in holder.named_children():
             if f"{parent}.{name}" not in index.ran:
                 raise UnobservedLine(f"{parent} also holds {name}, which no call chose")
+
+
+def _check_wrappers(captured: Captured, index: CodeIndex, names: Iterable[str]) -> None:
+    """Refuse a module in a wrapper that holds another like it, which its state may choose instead.
+
+    The forward of such a wrapper (an adapter that can be disabled) passes on whatever it is given.
+    """
+    for name in names:
+        module, owner = captured.tree.names.get(name), name.rpartition(".")[0]
+        if isinstance(captured.tree.names.get(owner), nn.ModuleDict | nn.ModuleList):
+            owner = owner.rpartition(".")[0]
+        wrapper = captured.tree.names.get(owner)
+        forward = forward_of(wrapper)
+        if module is None or wrapper is None or forward is None or forward.args.vararg is None:
+            continue
+        for key, child in wrapper.named_children():
+            if type(child) is type(module) and f"{owner}.{key}" not in index.ran:
+                raise UnobservedLine(f"{owner} also holds {key}, which no call ran")
 
 
 def _arguments(function: Function) -> Others:
