@@ -294,8 +294,17 @@ _READ = (*_MODELS, *_DATA)
 
 _MOST_ELEMENTS = 1 << 28
 
+_FILES = (".pt", ".pth", ".pt2", ".ckpt", ".safetensors")
+"""Suffixes of what is a file and no name of a library's model."""
+
 _SMALL_GRAPH = 64 << 20
 """Up to which size a graph is read twice: once to judge it, and once with its weights."""
+
+
+def check_graph_name(flag: str, name: str) -> None:
+    """Raise OptionError for a graph that would get the name of something else."""
+    if not is_onnx(name):
+        raise OptionError(f"{flag} {name}: a graph is a .onnx file")
 
 
 def is_onnx(name: str) -> bool:
@@ -317,6 +326,10 @@ def vet_files(options: argparse.Namespace) -> None:
         value = getattr(options, name, None)
         if not isinstance(value, str) or "\0" in value or Path(value).is_dir():
             continue
+        if name in _MODELS and Path(value).suffix in _FILES and not os.path.lexists(value):
+            from rewrite.checkpoint.closest import closest_reference
+
+            raise OptionError(f"{value}: no such file{closest_reference(value)}")
         if wrong := no_file(value):
             raise OptionError(f"{value}: {wrong}")
         if Path(value).is_file():

@@ -17,6 +17,7 @@ from rewrite.cli.common import (
     add_model_arguments,
     add_page_argument,
     calibration_data,
+    check_graph_name,
     complain,
     example_inputs,
     load_model,
@@ -108,6 +109,8 @@ def _run_convert(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool) -> int:
     """Convert, and, in the first of several processes, write."""
     output = _output(options)
+    if options.onnx is not None:
+        check_graph_name("--onnx", options.onnx)
     from rewrite.files import check_writable
 
     writes = first and not options.dry_run

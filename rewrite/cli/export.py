@@ -10,6 +10,7 @@ from rewrite.cli.common import (
     OK,
     add_model_arguments,
     add_page_argument,
+    check_graph_name,
     check_report,
     complain,
     example_inputs,
@@ -56,6 +57,7 @@ def run_export(options: argparse.Namespace) -> int:
     """Run `rewrite export`; return 0 if the file is verified, else 1."""
     from rewrite.files import check_writable
 
+    check_graph_name("OUT", options.output)
     check_writable(options.output, overwrite=options.force)
     check_report(options, options.model, options.output)
     axes = _axes(options.dynamic_shape)

@@ -16,6 +16,7 @@ from rewrite.cli.common import (
     load_model,
     write_report,
 )
+from rewrite.errors import OptionError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +46,10 @@ def _run_inspect(options: argparse.Namespace) -> int:
     from rewrite.files import check_writable
     from rewrite.progress import ProgressLine
 
+    if options.plot and not (options.signal or options.balance):
+        raise OptionError(f"--plot {options.plot}: draws what --signal or --balance measures")
+    if options.before and not (options.signal and options.plot):
+        raise OptionError(f"--before {options.before}: is drawn by --signal with --plot")
     if options.report:
         check_writable(options.report)
     with ProgressLine(enabled=not options.quiet) as progress:

@@ -49,6 +49,8 @@ class Parser(argparse.ArgumentParser):
             flags = set(self._flags())
             meant = [f"--{word}" for word in self.given if f"--{word}" in flags]
             return f"; did you mean {' '.join(meant)}?" if meant else ""
+        if "COMMAND" in message and self.given[0][2:] in registry.entries():
+            return f"; did you mean rewrite convert {' '.join(self.given)}?"
         if found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
             return did_you_mean(found[1], re.findall(r"[\w-]+", found[2]))
         return ""
@@ -62,7 +64,7 @@ class Parser(argparse.ArgumentParser):
             name for name, parser in commands.items() if flag in parser._option_string_actions
         ]
         if having:
-            return f"; it is a flag of {' and '.join(f'rewrite {name}' for name in having)}"
+            return f"; it is a flag of rewrite {', '.join(having)}"
         passes = _passes_with(flag) if used == "convert" else []
         if passes:
             return f"; it is an option of {' and '.join(passes)}, and stands behind it"

@@ -98,7 +98,7 @@ def export(
     if beside:
         check_writable(f"{target}.data", overwrite=overwrite)
     inputs = _inputs(model, example_inputs, seed)
-    notes: list[str] = []
+    notes = [] if example_inputs is not None else [f"no input was given: exported for {inputs}"]
     ready = _baked(model, notes) if bake_weight_norm else model
     asked = ExportRequest(opset, dynamic_shapes or {}, dynamic_batch, seed)
     program = export_program(ready, inputs, asked, exporter, notes)

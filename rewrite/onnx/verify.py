@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from torch import nn
 
 from rewrite.equivalence.compare import compare
@@ -43,6 +44,7 @@ from rewrite.onnx.vetting.made_up import Feed, is_free
 from rewrite.outcomes import Contract, as_choice
 from rewrite.runtime.inputs import Inputs
 from rewrite.runtime.modes import evaluating
+from rewrite.text.suggest import did_you_mean
 
 
 def verify_onnx(
@@ -76,7 +78,8 @@ def verify_onnx(
 
     Raises:
         VerificationError: the file cannot be read or run, or the inputs do not fit it.
-        OptionError: an unknown contract or level, or a tolerance with one that has none.
+        OptionError: an unknown contract or level, a mistyped operator, or a tolerance with one
+            that has none.
     """
     begin = time.perf_counter()
     level = as_choice(Level, level, "level")
@@ -120,6 +123,8 @@ def _check_operator_counts(
     opened: OnnxFile, expect: Mapping[str, int], expect_no: Iterable[str]
 ) -> list[Check]:
     operator_counts = opened.operator_counts
+    expect_no = tuple(expect_no)
+    _check_names((*expect, *expect_no), operator_counts)
     checks = []
     for kind, count in expect.items():
         found = operator_counts.get(kind, 0)
@@ -128,6 +133,14 @@ def _check_operator_counts(
         found = operator_counts.get(kind, 0)
         checks.append(Check(f"expect no {kind}", f"{found} found", found == 0))
     return checks
+
+
+def _check_names(kinds: Iterable[str], found: Mapping[str, int]) -> None:
+    """Raise for a mistyped operator, which no graph could have."""
+    known = {schema.name for schema in onnx.defs.get_all_schemas()} | set(found)
+    for kind in kinds:
+        if kind not in known and (hint := did_you_mean(kind, known)):
+            raise OptionError(f"{kind}: no such operator{hint}")
 
 
 def _tolerance(contract: Contract | str, tolerance: float | None) -> float | None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewrite.errors import CaptureError, OptionError
+from rewrite.errors import CaptureError, OptionError, RewriteError, one_line
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
 from rewrite.rescaling.folded import FoldedTensors, fold_on_paper
@@ -81,7 +81,12 @@ def path_norms(
     ones = _ones(model, example_inputs)
     with evaluating(model), torch.no_grad():
         captured, folded = _folded(model, ones)
-        found = {p: float(_run(captured, a, folded, ones)) for p, a in algebras.items()}
+        try:
+            found = {p: float(_run(captured, a, folded, ones)) for p, a in algebras.items()}
+        except RewriteError:
+            raise
+        except Exception as error:  # whatever an operation raises on a shape that does not fit
+            raise _does_not_run(error) from error
     for p, value in found.items():
         if not math.isfinite(value):
             if (broken := _not_finite(model)) is not None:
@@ -101,7 +106,7 @@ def path_norms_by_region(
     each on ones of the shape that it is given in a run of the model.
 
     Raises:
-        OptionError: no input is known.
+        OptionError: no input is known, or the model does not run on it.
     """
     inputs = _inputs(model, example_inputs)
     try:
@@ -140,8 +145,15 @@ def _observed(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
             if name:
                 module.register_forward_pre_hook(note)
-        call(copied, inputs.clone())
+        try:
+            call(copied, inputs.clone())
+        except Exception as error:  # whatever the forward of a model raises
+            raise _does_not_run(error) from error
     return found
+
+
+def _does_not_run(error: Exception) -> OptionError:
+    return OptionError(f"the model does not run on the input: {one_line(error)}")
 
 
 # -- inputs ---------------------------------------------------------------------------------------

@@ -125,3 +125,25 @@ def test_json_is_all_that_is_printed(capsys, model_here: Path) -> None:
 def test_a_command_without_a_page_has_no_flag_for_one(capsys, command: str) -> None:
     code, _, err = run(capsys, *command.split(), "--html", "page.html")
     assert code == 2 and "unrecognized arguments: --html page.html; it is a flag of" in err
+
+
+@pytest.mark.parametrize("command", ["convert --fold -o there.pt", "inspect", "verify model.pt"])
+def test_a_mistyped_file_is_said_before_anything_else(
+    capsys, model_here: Path, command: str
+) -> None:
+    Path("there.pt").touch()
+    code, _, err = run(capsys, *command.split(), "modle.pt")
+    assert (code, err) == (2, "rewrite: modle.pt: no such file; did you mean model.pt?\n")
+
+
+@pytest.mark.parametrize(
+    "command", ["convert --fold --onnx out.pt model.pt", "export model.pt out.pt"]
+)
+def test_a_graph_has_the_name_of_one(capsys, model_here: Path, command: str) -> None:
+    code, _, err = run(capsys, *command.split())
+    assert code == 2 and "out.pt: a graph is a .onnx file" in err and not Path("out.pt").exists()
+
+
+def test_an_export_without_an_input_says_for_which(capsys, model_here: Path) -> None:
+    code, out, _ = run(capsys, "export", "model.pt", "o.onnx")
+    assert code == 0 and "note: no input was given: exported for 1x3x224x224" in out

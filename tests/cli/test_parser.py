@@ -78,6 +78,8 @@ def test_the_bare_command_shows_what_there_is(capsys) -> None:
         (["inspect", "--only", "bn1", "m.pt"], "; it is a flag of rewrite convert\n"),
         (["convert", "--num-groups", "4", "m.pt"],
          "; it is an option of --bn-to-gn, and stands behind it\n"),
+        (["inspect", "--html", "a.html", "m.pt"], "; it is a flag of rewrite convert, verify, "),
+        (["--fold", "m.pt"], "; did you mean rewrite convert --fold m.pt?\n"),
         (["inspect", "--outptu", "a", "m.pt"], "--outptu m.pt; rewrite inspect --help"),
     ],
 )  # fmt: skip

@@ -43,3 +43,11 @@ def test_balance_prints_groups_and_draws_them(
     out = capsys.readouterr().out
     assert "factor that would balance" in out and "outputs: 1" in out
     assert picture.exists()
+
+
+def test_an_input_that_does_not_fit_is_one_line(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", "--path-norm", str(checkpoint), "--input", "1x5x8x8"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "the model does not run on the input: " in said

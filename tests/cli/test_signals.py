@@ -72,3 +72,19 @@ def test_from_the_command_line(tmp_path, capsys):
     assert len(json.loads(out.read_text())["rows"]) == 3
     assert picture.exists()
     assert main(["inspect", "--signal", path, "--input", "4x40", "--plot", "signal.gif"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--plot", "a.svg"], "draws what --signal or --balance measures"),
+        (["--balance", "--plot", "a.svg", "--before", "b.pt"], "is drawn by --signal with --plot"),
+        (["--signal", "--before", "b.pt"], "is drawn by --signal with --plot"),
+    ],
+)
+def test_a_picture_of_nothing_is_refused(
+    capsys, model_here: Path, arguments: list[str], said: str
+) -> None:
+    rewrite.save(chain(), "b.pt")
+    code, _, err = run(capsys, "inspect", "model.pt", *arguments)
+    assert code == 2 and said in err and not Path("a.svg").exists()

@@ -60,6 +60,13 @@ def test_a_broken_expectation_exits_with_1(exported, capsys):
     assert "FAIL" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flag", ["--expect-no=BatchNormalisation", "--expect=Clipp=2"])
+def test_a_mistyped_operator_is_no_gate(exported, capsys, flag):
+    assert main(["verify", str(exported), flag]) == 2
+    assert "no such operator; did you mean" in capsys.readouterr().err
+    assert main(["verify", str(exported), "--expect-no", "OfAnotherDomain"]) == 0
+
+
 def test_a_wrong_graph_exits_with_1_and_reports(exported, spoiled, tmp_path):
     report = tmp_path / "report.json"
     assert main(["verify", str(exported), str(spoiled), "--quick", "--report", str(report)]) == 1
