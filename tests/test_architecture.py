@@ -56,24 +56,20 @@ def test_no_package_has_more_than_sixteen_files() -> None:
 
 
 ELSEWHERE = {
-    "": "errors, outcomes and reports are what the tests of every pass assert on",
     "affine": "rules of a propagation show in whole folds: tests/fold, passes/test_fold*.py",
     "cli": "export is tried with bad and good graphs: cli/test_bad_graphs.py, onnx/test_export.py",
-    "functional": "writes that no trace followed show in the pass: passes/test_out_of_place.py",
     "html": "pages are read as a reader sees them: html/test_page.py, html/test_browser.py",
-    "hub": "folders are opened to be converted: tests/sharded",
+    "hub": "a folder that is loaded is one that was converted: sharded/test_convert.py",
     "observe": "exports and labels show in what folds: observe/test_road.py, test_reductions.py",
-    "observe/code": "one reader in parts, tried by whole forwards: observe/code/test_others.py",
-    "onnx": "values and reports are those of onnx/test_verify.py and test_counterparts.py",
+    "onnx": "values on the way are those of onnx/test_verify.py and test_counterparts.py",
     "sharded": "a plan shows in the folder that it makes: sharded/test_convert.py, test_recipes.py",
     "signals": "a row is a field of a report: signals/test_measure.py",
-    "streams": "one planner in ten parts: passes/test_ln_to_rms.py, passes/test_rotate_stream.py",
+    "streams": "classes and layers are parts of the values: streams/test_values.py, test_groups.py",
     "swap": "what three swaps share: passes/test_bn_to_gn.py, test_bn_to_in.py, test_bn_to_ln.py",
-    "training": "what a recovery holds out and returns: training/test_recover.py",
 }
 """Packages some of whose files have no test of their name, and what tests those instead."""
 
-MOST_ELSEWHERE = 50
+MOST_ELSEWHERE = 20
 """How many files have no test of their name: the number may only fall."""
 
 

@@ -18,7 +18,7 @@ from passes import BatchNormToGroupNorm
 from rewrite.errors import OptionError, PassError
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
-from rewrite.outcomes import Change, Contract, Selection, Site, Skip
+from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass, apply_pass
 
 
@@ -59,21 +59,6 @@ def test_a_graph_module_has_no_orphans_after_a_line_of_it_changed() -> None:
     assert torch.isfinite(graph_module(*inputs)).all()
 
 
-@pytest.mark.parametrize(
-    ("selection", "reason"),
-    [
-        (Selection(), None),
-        (Selection(only=("layer1.*",)), None),
-        (Selection(only=("layer2.*", "layer1.0.bn?")), None),
-        (Selection(only=("layer2.*",)), "not matched by --only layer2.*"),
-        (Selection(skip=("*.bn1",)), "matched by --skip *.bn1"),
-        (Selection(only=("layer1.*",), skip=("layer1.0.*",)), "matched by --skip layer1.0.*"),
-    ],
-)
-def test_selection(selection: Selection, reason: str | None) -> None:
-    assert selection.refusal("layer1.0.bn1") == reason
-
-
 def test_a_pattern_given_as_a_text_is_one_pattern() -> None:
     """Its characters would be patterns of their own, and "*" match everything."""
     model, inputs = models.build("residual")
@@ -81,19 +66,12 @@ def test_a_pattern_given_as_a_text_is_one_pattern() -> None:
     assert not report.changes and report.skips
     report = rewrite.convert(model, "fold", example_inputs=inputs, skip="nothing.*").report
     assert report.changes
-    assert Selection.of("a.*", ["b", "c"]) == Selection(("a.*",), ("b", "c"))
 
 
 def test_touched_names_the_target_and_every_alias() -> None:
     model, inputs = models.build("norm_under_two_names")
     applied = apply_pass(BatchNormToGroupNorm(keep="affine"), model, inputs)
     assert applied.changes[0].touched == ("norm1", "norm2")
-
-
-def test_a_change_is_data() -> None:
-    change = Change("a", "BatchNorm2d(8)", "GroupNorm(2, 8)")
-    assert change == Change("a", "BatchNorm2d(8)", "GroupNorm(2, 8)")
-    assert hash(Skip("a", "b", "c")) == hash(Skip("a", "b", "c"))
 
 
 def test_a_flag_without_value_takes_none() -> None:

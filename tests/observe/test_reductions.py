@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewrite.observe.reductions import Mixed, reduced
+from tests.observe.blocks import WIDTH, RMSNorm, randomized, untraceable
+from tests.observe.folding import folded, targets
 
 CHANNELS = torch.arange(3, dtype=torch.int32).expand(2, 4, 3)
 
@@ -39,3 +41,46 @@ def test_zeros_around_tokens_leave_channels_and_let_no_shift_pass(amounts: tuple
 def test_zeros_among_the_channels_mix_them(amounts: tuple[int, ...]) -> None:
     with pytest.raises(Mixed):
         reduced(pad_node(*amounts), CHANNELS)
+
+
+class Pooled(nn.Module):
+    """A norm, something along the tokens, and a head."""
+
+    def __init__(self, norm: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.norm, self.head, self.kind = norm, nn.Linear(WIDTH, 4), kind
+
+    @untraceable
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        h = self.norm(x)
+        if self.kind == "mean":
+            h = h.mean(1)
+        elif self.kind == "sum":
+            h = h.sum(dim=1)
+        elif self.kind == "pool":
+            h = torch.flatten(F.adaptive_avg_pool1d(h.transpose(1, 2), 1), 1)
+        elif self.kind == "pad":
+            h = F.pad(h, (0, 0, 0, 2))
+        elif self.kind == "channels":
+            h = h.mean(-1, keepdim=True).expand(h.shape)
+        return self.head(h)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scales", "shifts"),
+    [
+        ("mean", True, True), ("pool", True, True), ("sum", True, False), ("pad", True, False),
+        ("channels", False, False),
+    ],
+)  # fmt: skip
+def test_what_passes_a_reduction(kind: str, scales: bool, shifts: bool) -> None:
+    assert targets(
+        folded(
+            randomized(Pooled(RMSNorm(), kind)), (torch.randn(2, 3, WIDTH, dtype=torch.float64),)
+        )
+    ) == ({"norm"} if scales else set())
+    layer_norm = folded(
+        randomized(Pooled(nn.LayerNorm(WIDTH), kind)),
+        (torch.randn(2, 3, WIDTH, dtype=torch.float64),),
+    )
+    assert targets(layer_norm) == ({"norm"} if shifts else set())

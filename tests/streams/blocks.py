@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+import rewrite
+from passes import LayerNormToRMSNorm, RotateStream
+
+X = torch.randn(2, 5, 16, dtype=torch.float64)
 
 
 def draw(model: nn.Module) -> nn.Module:
@@ -115,3 +122,22 @@ class Careful(Block):
         added = self.attend(self.norm1(x))
         x = x + added
         return x + self.mlp(self.norm2(x))
+
+
+def bare(**options: Any) -> nn.Module:
+    """Return a pre-norm model whose RMSNorms have no weight."""
+    model = draw(PreNorm(nn.RMSNorm, **options))
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.weight = None
+    return model
+
+
+def centred(model: nn.Module, **options: Any) -> rewrite.Result[nn.Module]:
+    """Convert by ln-to-rms."""
+    return rewrite.convert(model, LayerNormToRMSNorm(**options), example_inputs=X)
+
+
+def rotated(model: nn.Module, **options: Any) -> rewrite.Result[nn.Module]:
+    """Convert by rotate-stream."""
+    return rewrite.convert(model, RotateStream(**options), example_inputs=X)
