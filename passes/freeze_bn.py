@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 
 from rewrite.affine.algebra import Affine
+from rewrite.affine.tensor_readers import TensorReaders
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
 from rewrite.graph.operators import norm_of
@@ -30,7 +31,7 @@ class FreezeBatchNorm(Pass):
     """Replace every BatchNorm by the affine map that it is in eval mode.
 
     Rewrites what `BatchNormToGroupNorm` rewrites. Declines what it declines, norms without running
-    statistics, and norms whose scale is not finite.
+    statistics, norms whose scale is not finite, and norms whose weight or bias code reads.
     """
 
     name: ClassVar[str] = "freeze-bn"
@@ -42,7 +43,8 @@ class FreezeBatchNorm(Pass):
 
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
         """Yield every BatchNorm that has statistics."""
-        return swap.sites(captured, lambda candidate: _plan(captured, candidate))
+        readers = TensorReaders(captured)
+        return swap.sites(captured, lambda candidate: _plan(captured, readers, candidate))
 
     def rewrite(self, captured: Editable, site: Site) -> Change:
         """Replace one norm."""
@@ -58,12 +60,16 @@ class FreezeBatchNorm(Pass):
         return Change(site.target, site.before, after, kept, (site.target, name))
 
 
-def _plan(captured: Captured, candidate: swap.Candidate) -> Affine | str:
+def _plan(captured: Captured, readers: TensorReaders, candidate: swap.Candidate) -> Affine | str:
     norm = candidate.norm
     if norm.running_mean is None or norm.running_var is None:
         return "has no running statistics to freeze"
     weight, bias = (None if r is None else captured.tensor(r) for r in (norm.weight, norm.bias))
     mean, var = captured.tensor(norm.running_mean), captured.tensor(norm.running_var)
+    calls = captured.call_sites(norm.node) if norm.module is None else ()
+    for ref in (norm.weight, norm.bias):
+        if ref is not None and (reader := readers.reader(ref, calls)) is not None:
+            return reader
     affine = Affine.batch_norm(mean, var, weight, bias, norm.eps)
     if affine.scale.is_meta:
         return affine

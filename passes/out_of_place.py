@@ -275,6 +275,8 @@ class Writes:
         """Return who but the graph may read `alias`, or ""."""
         if alias.op == "get_attr":
             return f"writes into {alias.target}, which is the model's state"
+        if alias.op == "call_method" and alias.target == "numpy":
+            return "writes into an array of numpy, which shares the memory of a tensor"
         if alias.op == "placeholder" and region.name:
             return f"writes into the input of {region.name}, whose caller was not traced"
         if alias in region.kept:

@@ -131,12 +131,12 @@ class WeightNorm(Pass):
             reason = f"is of kind {layer_kind(module)}, not of {self.kinds}"
             yield Skip(name, before, reason)
             return
-        if (whole := captured.code.read_whole(name)) is not None:
-            yield Skip(name, before, whole)
+        if (read := captured.code.read_whole(name) or captured.code.counted(name)) is not None:
+            yield Skip(name, before, read)
             return
         plan = WeightNormPlan(module)
         for key, layout in weight_layouts(module).items():
-            refusal = self._refusal(module, key)
+            refusal = self._refusal(captured, module, TensorRef(name, key))
             weight = module._parameters.get(key)
             if refusal is None and id(weight) in shared:
                 continue
@@ -149,10 +149,12 @@ class WeightNorm(Pass):
         if plan.weights:
             yield Site(name, before, plan=plan)
 
-    def _refusal(self, module: nn.Module, key: str) -> str | None:
-        if (reason := weight_refusal(module, key)) is not None:
+    def _refusal(self, captured: Captured, module: nn.Module, ref: TensorRef) -> str | None:
+        if (reason := weight_refusal(module, ref.attr)) is not None:
             return reason
-        size = module._parameters[key].numel()  # type: ignore[union-attr]  # a weight that nothing refuses is there
+        if captured.written(ref):
+            return "is written by a forward"
+        size = module._parameters[ref.attr].numel()  # type: ignore[union-attr]  # a weight that nothing refuses is there
         return f"has {size} elements, fewer than {self.min_size}" if size < self.min_size else None
 
     # -- rewrite ----------------------------------------------------------------------------------

@@ -70,9 +70,15 @@ class WeightStandardize(Pass):
             ref = TensorRef(name, "weight")
             if reason is None and (tied := captured.tied(ref)):
                 reason = f"is tied to {tied[0].name}"
+            if reason is None and captured.written(ref):
+                reason = "is written by a forward"
             if reason is None and ref.name in read:
                 reason = "is read by code, too"
-            if reason is None and (whole := captured.code.read_whole(name)) is not None:
+            code = captured.code
+            if (
+                reason is None
+                and (whole := code.read_whole(name) or code.counted(name)) is not None
+            ):
                 reason = f"is read by code, too: {whole}"
             if reason is None:
                 yield Site(name, before, plan=layouts["weight"])

@@ -23,13 +23,14 @@ from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
 from rewrite.outcomes import Change, Contract, Selection, Site, Skip
-from rewrite.runtime.tree import join
+from rewrite.runtime.tree import Tree, join
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.fx import GraphModule
     from torch.fx.passes.infra.pass_base import PassResult
 
+    from rewrite.graph.model_code import OtherEntry
     from rewrite.runtime.inputs import ExampleCall
 
 
@@ -189,7 +190,8 @@ def apply_pass(
     captured.numbers = numbers
     captured.exact = {} if keep_exact else None
     sites, skips = find_sites(pass_, captured, selection)
-    shapes = _shapes(model)
+    shapes, entries = _shapes(model), captured.code.other_entries
+    modules = frozenset(captured.tree.names)
     try:
         changes = pass_.rewrite_all(captured, sites, calibration) if sites else []
         captured.editor.commit()
@@ -202,8 +204,26 @@ def apply_pass(
         for change in _with_forwards(captured, changes)
     )
     touched = frozenset(name for change in done for name in change.touched)
-    notes = (*captured.notes, *captured.code.other_entries(touched))
+    notes = (*captured.notes, *_other_entries(entries, touched, modules, captured.model))
     return Applied(captured.model, done, tuple(skips), notes, captured.exact or {})
+
+
+def _other_entries(
+    entries: Sequence[OtherEntry], touched: Set[str], modules: Set[str], model: nn.Module
+) -> Iterable[str]:
+    """Yield the methods beside `forward` that read a module of `touched`, in words.
+
+    `modules`: the names that there were before the edit; some of them may be gone.
+    """
+    read = [entry for entry in entries if entry.reads & touched]
+    left = Tree(model).names if read else {}
+    for entry in read:
+        what = sorted(entry.reads & touched)
+        if gone := [name for name in what if name in modules and name not in left]:
+            yield f"{entry.method} reads {', '.join(gone)}, which is gone: it no longer runs"
+        else:
+            changed = ", ".join(what)
+            yield f"{entry.method} reads {changed}, which changed: what it returns differs"
 
 
 def _with_forwards(captured: Editable, changes: Sequence[Change]) -> list[Change]:

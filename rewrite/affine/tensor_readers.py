@@ -47,6 +47,8 @@ class TensorReaders:
         if layer.module is not None:
             if reason := self.more_than_a_layer(layer.module):
                 return f"{layer.name} {reason}"
+            if (chosen := captured.code.chosen(layer.module)) is not None:
+                return chosen
             if (caller := captured.unknown_caller(layer.module)) is not None:
                 return f"{layer.name} may have callers that were not traced: {caller}"
         for ref in (layer.weight, layer.bias):

@@ -85,6 +85,7 @@ def sources(planner: Planner) -> Iterator[Source]:
     captured = planner.captured
     constants = Constants(captured, planner.context.ranks)
     seen: set[Node] = set()
+    lent: set[str] = set()
     for node in captured.nodes():
         if node in seen or node.op not in ("call_module", "call_function", "call_method"):
             continue
@@ -92,6 +93,10 @@ def sources(planner: Planner) -> Iterator[Source]:
         if norm is not None:
             calls = captured.call_sites(node)
             seen.update(calls)
+            if norm.module is None:
+                lent |= {r.owner for r in (norm.running_mean, norm.weight) if r is not None}
+            elif norm.module in lent and captured.region_of(node).name == norm.module:
+                continue  # nothing calls it: its tensors were met with the line that takes them
             yield _norm_source(planner, norm, calls)
             continue
         constant = constants.at(node)
@@ -121,6 +126,8 @@ def _norm_refusal(
 ) -> str:
     captured = planner.captured
     if norm.module is not None:
+        if (altered := captured.unsteady(norm.module)) is not None:
+            return altered
         hooks = captured.hooks(norm.module)
         old = has_old_hooks(captured.module(norm.module))
         if reason := hooks[0] if hooks and old else planner.more_than_a_layer(norm.module):

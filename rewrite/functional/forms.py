@@ -16,20 +16,14 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-_AUGMENTED: Mapping[Any, Any] = {
-    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
-    operator.itruediv: operator.truediv, operator.ifloordiv: operator.floordiv,
-    operator.imod: operator.mod, operator.ipow: operator.pow, operator.iand: operator.and_,
-    operator.ior: operator.or_, operator.ixor: operator.xor, operator.imatmul: operator.matmul,
-    operator.ilshift: operator.lshift, operator.irshift: operator.rshift,
-}  # fmt: skip
+from rewrite.graph.effects import recorded
 
 _NO_WRITE = frozenset({"requires_grad_", "retain_grad_", "share_memory_", "is_", "add_module_"})
 
@@ -54,7 +48,7 @@ def written(node: Node) -> Node | None:
         return None
     if isinstance(out := node.kwargs.get("out"), Node):
         return out
-    if node.target in _AUGMENTED or node.target is operator.setitem:
+    if recorded(node.target) is not node.target or node.target is operator.setitem:
         return _first(node)
     name = _spelled(node)
     if name.endswith("_") and not name.endswith("__") and name not in _NO_WRITE:
@@ -85,9 +79,8 @@ def functional(node: Node, calls: Sequence[Node] = ()) -> Make | str:
         return lambda graph, line: graph.call_method(plain, line.args, line.kwargs)
     if isinstance(node.kwargs.get("out"), Node):
         return _without_out
-    if node.target in _AUGMENTED:
-        target = _AUGMENTED[node.target]
-        return lambda graph, line: graph.call_function(target, line.args, line.kwargs)
+    if recorded(node.target) is not node.target:
+        return same
     if _inplace_argument(node):
         return _without_inplace
     target = _plain_function(node.target)
@@ -97,8 +90,8 @@ def functional(node: Node, calls: Sequence[Node] = ()) -> Make | str:
 
 
 def same(graph: Graph, line: Node) -> Node:
-    """Compute `line` as it stands: a trace has already made `x += y` into `x + y`."""
-    return graph.create_node(line.op, line.target, line.args, line.kwargs)
+    """Compute `line` as it stands: a trace has mostly made `x += y` into `x + y` already."""
+    return graph.create_node(line.op, recorded(line.target), line.args, line.kwargs)
 
 
 def cast(make: Make, dtype: torch.dtype) -> Make:

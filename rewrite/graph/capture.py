@@ -37,7 +37,10 @@ def capture(
         raise CaptureError(f"a {type(model).__name__} is no torch.nn.Module: pass a model")
     tree = Tree(model)
     inputs = None if example_inputs is None else Inputs.of(example_inputs)
-    regions, opaque, error = trace_regions(tree, inputs)
-    found = Captured(model, tree, tuple(regions), opaque, error, example_calls=tuple(calls))
+    traced = trace_regions(tree, inputs)
+    found = Captured(
+        model, tree, traced.regions, traced.opaque, traced.error, traced.altered,
+        example_calls=tuple(calls),
+    )  # fmt: skip
     found.example_inputs = inputs
     return Editable.of(found)

@@ -66,8 +66,46 @@ class HasValues:
         return tensor
 
 
+class HasPlaces:
+    """What knows where the calls of traced forwards stand in a model's code."""
+
+    regions: tuple[Region, ...]
+
+    @property
+    def _index(self) -> Index:
+        """Lookup tables of all forwards."""
+        raise NotImplementedError
+
+    def nodes(self) -> Iterator[Node]:
+        """Yield every node of every region, in data-flow order within a region."""
+        for region in self.regions:
+            yield from region.graph.nodes
+
+    def region_of(self, node: Node) -> Region:
+        """Return the region that `node` belongs to."""
+        return self._index.region_of_graph[node.graph]
+
+    def owner(self, node: Node) -> str:
+        """Return the name of the innermost module whose forward made the call."""
+        return self.region_of(node).frames[node].owner
+
+    def frame(self, node: Node) -> Frame:
+        """Return the invocation of a forward that made the call."""
+        return self.region_of(node).frames[node]
+
+    def source(self, node: Node) -> str | None:
+        """Return "file.py:123", the line of the model's code that made the call."""
+        line = self.region_of(node).lines.get(node)
+        return f"{shown_path(line[0].co_filename)}:{line[1]}" if line else None
+
+    def source_text(self, node: Node) -> str:
+        """Return the text of the line of the model's code that made the call, or ""."""
+        line = self.region_of(node).lines.get(node)
+        return linecache.getline(line[0].co_filename, line[1]).strip() if line else ""
+
+
 @dataclass(eq=False)
-class Captured(HasValues):
+class Captured(HasValues, HasPlaces):
     """A captured model as evidence: it answers questions, and nothing of it edits.
 
     `capture` returns an `Editable`, which is one with an editor; `find` gets the evidence alone.
@@ -78,6 +116,7 @@ class Captured(HasValues):
         regions: the traced forwards, the model's own first if it could be traced.
         opaque: the modules that are one call to the tracer, with the reason.
         shape_error: why some values have no shape although example inputs were given.
+        altered: by name, why a module is not the same at every call of the model.
         notes: what a pass has to say of the whole model; it goes into the report.
         exact: what written tensors are before they are rounded, in float64, by qualified name; None
             where nobody is going to ask. It keeps the old tensors alive.
@@ -91,6 +130,7 @@ class Captured(HasValues):
     regions: tuple[Region, ...]
     opaque: dict[str, Opaque]
     shape_error: str | None = None
+    altered: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     exact: dict[str, Callable[[], torch.Tensor]] | None = field(default_factory=dict)
     example_calls: tuple[ExampleCall, ...] = ()
@@ -141,7 +181,22 @@ class Captured(HasValues):
 
     def hooks(self, name: str) -> tuple[str, ...]:
         """Return why a call of the module is more than its forward: hooks, parametrizations."""
-        return _beside_forward(self.module(name))
+        reasons = _beside_forward(self.module(name))
+        unsteady = self.unsteady(name)
+        if unsteady is None:
+            return reasons
+        return (*reasons, f"is not the same at every call: {unsteady}")
+
+    def unsteady(self, name: str) -> str | None:
+        """Return which line alters the module or puts it elsewhere, or None."""
+        first = self.tree.name(self.module(name))
+        return self.code.altered(first) or self.altered.get(first)
+
+    def written(self, ref: TensorRef) -> bool:
+        """Return whether a forward writes or assigns the tensor that `ref` names."""
+        if ref.name in self.effects.written_tensors:
+            return True
+        return ref.attr in self.code.assigned(ref.owner)
 
     # -- nodes --------------------------------------------------------------------------------
 
@@ -153,33 +208,6 @@ class Captured(HasValues):
         if node.op == "call_module":
             return self.calls(str(node.target))
         return tuple(n for n in self._index.lines[self._index.positions[node]] if n.op == node.op)
-
-    def nodes(self) -> Iterator[Node]:
-        """Yield every node of every region, in data-flow order within a region."""
-        for region in self.regions:
-            yield from region.graph.nodes
-
-    def region_of(self, node: Node) -> Region:
-        """Return the region that `node` belongs to."""
-        return self._index.region_of_graph[node.graph]
-
-    def owner(self, node: Node) -> str:
-        """Return the name of the innermost module whose forward made the call."""
-        return self.region_of(node).frames[node].owner
-
-    def frame(self, node: Node) -> Frame:
-        """Return the invocation of a forward that made the call."""
-        return self.region_of(node).frames[node]
-
-    def source(self, node: Node) -> str | None:
-        """Return "file.py:123", the line of the model's code that made the call."""
-        line = self.region_of(node).lines.get(node)
-        return f"{shown_path(line[0].co_filename)}:{line[1]}" if line else None
-
-    def source_text(self, node: Node) -> str:
-        """Return the text of the line of the model's code that made the call, or ""."""
-        line = self.region_of(node).lines.get(node)
-        return linecache.getline(line[0].co_filename, line[1]).strip() if line else ""
 
     def readers(self, node: Node) -> Readers:
         """Return who reads the value of `node`, and whether those are all."""
@@ -237,10 +265,8 @@ class Captured(HasValues):
         It is not if a forward writes or assigns it, or makes it anew.
         """
         name = str(node.target)
-        if name in self.effects.written_tensors or name in self.region_of(node).made:
-            return False
         owner, _, attr = name.rpartition(".")
-        return attr not in self.code.assigned(owner)
+        return name not in self.region_of(node).made and not self.written(TensorRef(owner, attr))
 
     @cached_property
     def code(self) -> ModelCode:

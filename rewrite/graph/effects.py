@@ -10,7 +10,7 @@ to be taken again. An operation that nothing is known of may return any of its i
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -92,7 +92,8 @@ def _written(node: Node) -> tuple[Node, ...]:
     plain = spelled.endswith("_") and not spelled.endswith("__")
     flagged = node.kwargs.get("inplace") or (spelled in _FLAGGED and True in node.args[1:])
     if plain or flagged or node.target in _IN_PLACE_OPERATORS or spelled in _SETTERS:
-        first = node.args[0] if node.args else node.kwargs.get("input")
+        named = (node.kwargs.get(key) for key in ("input", "self", "tensor"))
+        first = node.args[0] if node.args else next(filter(None, named), None)
         return tuple(n for n in node.all_input_nodes if n is first)
     out = node.kwargs.get("out")
     outs = out if isinstance(out, tuple | list) else (out,)
@@ -115,6 +116,18 @@ _AUGMENTED: Mapping[Any, str] = {
     operator.floordiv: "//=", operator.mod: "%=", operator.pow: "**=", operator.matmul: "@=",
     operator.and_: "&=", operator.or_: "|=", operator.xor: "^=",
 }  # fmt: skip
+
+
+_IN_PLACE: Mapping[Any, Any] = {
+    operator.add: operator.iadd, operator.sub: operator.isub, operator.mul: operator.imul,
+    operator.truediv: operator.itruediv, operator.floordiv: operator.ifloordiv,
+    operator.mod: operator.imod, operator.pow: operator.ipow, operator.matmul: operator.imatmul,
+    operator.and_: operator.iand, operator.or_: operator.ior, operator.xor: operator.ixor,
+    operator.lshift: operator.ilshift, operator.rshift: operator.irshift,
+}  # fmt: skip
+"""What `x += y` calls, by what a proxy records of it."""
+
+_RECORDED = {called: plain for plain, called in _IN_PLACE.items()}
 
 
 def writes(captured: Model, node: Node) -> tuple[Node, ...]:
@@ -210,6 +223,33 @@ class Memory:
                     found[other] = None
                     pending.append(other)
         return list(found)
+
+
+def write_in_place(captured: Model, owner: str, graph: Graph, augmented: Collection[Node]) -> None:
+    """Let `x += y` write where another name of x is read later; a trace has recorded x + y.
+
+    Args:
+        captured: the model.
+        owner: the module whose own forward is in `graph`: targets are relative to it.
+        graph: the forward.
+        augmented: the nodes that such assignments made.
+    """
+
+    def shared(node: Node) -> tuple[Node, ...]:
+        first = node.args[0] if node in augmented and node.args else None
+        return (first,) if isinstance(first, Node) else shared_inputs(captured, node, owner)
+
+    memory = Memory(graph, shared)
+    for node in augmented:
+        target: Any = _IN_PLACE.get(node.target)
+        for first in shared(node) if target is not None else ():
+            if not is_number(first) and any(True for _ in memory.later_readers(node, first)):
+                node.target = target
+
+
+def recorded(target: Any) -> Any:
+    """Return what a proxy records of an operator: `operator.add` for `operator.iadd`."""
+    return _RECORDED.get(target, target)
 
 
 class Effects:

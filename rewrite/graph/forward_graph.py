@@ -21,7 +21,7 @@ from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _NormBase
 
-from rewrite.graph.effects import has_effect
+from rewrite.graph.effects import has_effect, recorded, write_in_place
 from rewrite.nn.edited import EditedForward, with_forward
 from rewrite.runtime.copying import lazy_copy
 from rewrite.runtime.stand_in import stand_in, without_values
@@ -73,7 +73,7 @@ def open_forward(
     Arguments that its code tests are taken at their defaults, but for `given`, which is there.
     """
     if isinstance(module, GraphModule):
-        return Forward(owner, module.graph, _lines(module.graph, owner))
+        return Forward(owner, module.graph, _lines(module.graph))
     where = owner or "the model"
     for reason in captured.hooks(owner):
         return f"is a line of the forward of {where}, which {reason}"
@@ -83,23 +83,27 @@ def open_forward(
     defaults = forward_defaults(module)
     tested = forward_branches(module, defaults)
     fixed = {key: defaults[key] for key in tested if key != given}
-    trace = _trace(module, fixed, module.training)
+    copied = Tree(stand_in(Tree(module), without_values, lazy_copy))
+    trace = _trace(module, copied, fixed, module.training)
     if isinstance(trace, str):
         return f"is a line of the forward of {where}, which {trace}"
     if is_norm:
         _drop_norm_bookkeeping(trace.graph)
-    elif (apart := _follow_mode(trace, module, fixed)) is not None:
+    elif (apart := _follow_mode(trace, module, copied, fixed)) is not None:
         return f"is a line of the forward of {where}, which {apart}"
     if given is not None:
         _require(trace.graph, given)
-    forward = Forward(owner, trace.graph, _lines(trace.graph, owner), fixed=tuple(tested))
+    write_in_place(captured, owner, trace.graph, trace.augmented)
+    forward = Forward(owner, trace.graph, _lines(trace.graph), fixed=tuple(tested))
     forward.constants.update(trace.constants)
     return forward
 
 
-def _trace(module: nn.Module, fixed: dict[str, Any], training: bool) -> Trace | str:
-    """Return the forward of `module` in one mode, its children as calls, or why it cannot be."""
-    tree = Tree(stand_in(Tree(module), without_values, lazy_copy))
+def _trace(module: nn.Module, tree: Tree, fixed: dict[str, Any], training: bool) -> Trace | str:
+    """Return the forward of `module` in one mode, its children as calls, or why it cannot be.
+
+    `tree`: the stand-in of the module that is traced.
+    """
     for inner in tree.model.modules():
         inner.training = training
     tracer = RegionTracer(tree, tensor_names(tree), {})
@@ -120,6 +124,10 @@ def _trace(module: nn.Module, fixed: dict[str, Any], training: bool) -> Trace | 
         return f"does something else {trace.decisions[0].when} ({place_of(trace.decisions[0])})"
     if trace.made:
         return "makes a tensor of its own at each call"
+    if (lost := _unreachable(trace.graph, module)) is not None:
+        return lost
+    if tracer.altered:
+        return "changes what it holds at each call"
     _name_arguments(trace.graph, fixed)
     return trace
 
@@ -150,18 +158,56 @@ def _require(graph: Graph, name: str) -> None:
         graph.call_function(torch._assert, (there, f"{name} was given where this was traced"))
 
 
-def _follow_mode(trace: Trace, module: nn.Module, fixed: dict[str, Any]) -> str | None:
+def _unreachable(graph: Graph, module: nn.Module) -> str | None:
+    """Return what a graph reads that no attribute holds: an item of a list, a generator; or None.
+
+    A generated forward could not name it. Tensors without a place get one.
+    """
+    for node in graph.nodes:
+        if node.op not in ("call_module", "get_attr") or str(node.target).startswith("_constant"):
+            continue
+        value: Any = module
+        for step in str(node.target).split("."):
+            value = getattr(value, step, None)
+        if str(node.target).startswith("_opaque_obj"):
+            return "makes an object of its own at each call"
+        if value is None:
+            return f"reads {node.target}, which is no attribute of its own"
+    return None
+
+
+def _follow_mode(trace: Trace, module: nn.Module, tree: Tree, fixed: dict[str, Any]) -> str | None:
     """Let each line that is told the mode read it again; return why that cannot be, or None.
 
     The other mode has to differ in nothing but arguments that are True in training mode and False
-    in eval mode.
+    in eval mode. Both are traced on one stand-in: what a forward counts shows as well.
     """
-    other = _trace(module, fixed, not module.training)
+    other = _trace(module, tree, fixed, not module.training)
     if isinstance(other, str):
         return f"in its other mode {other}"
-    nodes, others = list(trace.graph.nodes), list(other.graph.nodes)
+    told = _told(trace.graph, other.graph, module.training)
+    if told is None:
+        again = _trace(module, tree, fixed, module.training)
+        alike = not isinstance(again, str) and _told(trace.graph, again.graph, None) is not None
+        return _OTHER_MODE if alike else "computes something else at each call"
+    for node, args, kwargs in told:
+        with trace.graph.inserting_before(node):
+            mode = trace.graph.create_node("get_attr", "training")
+        node.args = tuple(mode if value is _MODE else value for value in args)
+        node.kwargs = {k: mode if value is _MODE else value for k, value in kwargs.items()}
+    return None
+
+
+def _told(
+    graph: Graph, other: Graph, mode: bool | None
+) -> list[tuple[Node, list[Any], dict[str, Any]]] | None:
+    """Return the lines of `graph` that are told its mode, if nothing else differs in the other.
+
+    With None for the mode both are traces of one mode.
+    """
+    nodes, others = list(graph.nodes), list(other.nodes)
     if len(nodes) != len(others):
-        return _OTHER_MODE
+        return None
     same = dict(zip(others, nodes, strict=True))
     told: list[tuple[Node, list[Any], dict[str, Any]]] = []
     for node, twin in zip(nodes, others, strict=True):
@@ -170,28 +216,23 @@ def _follow_mode(trace: Trace, module: nn.Module, fixed: dict[str, Any]) -> str 
             or node.target != twin.target
             or node.kwargs.keys() != twin.kwargs.keys()
         ):
-            return _OTHER_MODE
+            return None
         mine, theirs = [*node.args, *node.kwargs.values()], [*twin.args, *twin.kwargs.values()]
         if len(mine) != len(theirs):
-            return _OTHER_MODE
+            return None
         values = []
         for value, changed in zip(mine, theirs, strict=True):
             mapped = map_arg(changed, same.__getitem__)
-            if value is module.training and mapped is (not module.training):
+            if mode is not None and value is mode and mapped is (not mode):
                 values.append(_MODE)
             elif _differ(value, mapped):
-                return _OTHER_MODE
+                return None
             else:
                 values.append(value)
         if any(value is _MODE for value in values):
             keywords = dict(zip(node.kwargs, values[len(node.args) :], strict=True))
             told.append((node, values[: len(node.args)], keywords))
-    for node, args, kwargs in told:
-        with trace.graph.inserting_before(node):
-            mode = trace.graph.create_node("get_attr", "training")
-        node.args = tuple(mode if value is _MODE else value for value in args)
-        node.kwargs = {k: mode if value is _MODE else value for k, value in kwargs.items()}
-    return None
+    return told
 
 
 _OTHER_MODE = "branches on self.training, or a function that it calls does"
@@ -211,16 +252,13 @@ def line_key(node: Node, owner: str) -> Any:
     if node.op == "call_module":
         target = str(node.target)
         return ("call_module", target.removeprefix(f"{owner}.") if owner else target)
-    return (node.op, node.target)
+    return (node.op, recorded(node.target))
 
 
-def _lines(graph: Graph, owner: str) -> dict[Any, list[Node]]:
+def _lines(graph: Graph) -> dict[Any, list[Node]]:
     lines: dict[Any, list[Node]] = {}
     for node in graph.nodes:
-        if node.op == "call_module":
-            lines.setdefault(("call_module", str(node.target)), []).append(node)
-        else:
-            lines.setdefault((node.op, node.target), []).append(node)
+        lines.setdefault(line_key(node, ""), []).append(node)
     return lines
 
 

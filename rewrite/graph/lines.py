@@ -36,7 +36,7 @@ class Lines:
         forward = self._open(owner)
         if isinstance(forward, str):
             return forward
-        return None if self._line(forward, node) is not None else _elsewhere(owner)
+        return None if self._line(forward, node) is not None else _elsewhere(owner, forward)
 
     def line(self, node: Node) -> Node | str:
         """Return the line of the owner's own graph that made `node`, or why there is none.
@@ -47,7 +47,7 @@ class Lines:
         forward = self._open(owner)
         if isinstance(forward, str):
             return forward
-        return self._line(forward, node) or _elsewhere(owner)
+        return self._line(forward, node) or _elsewhere(owner, forward)
 
     def in_graph_module(self, node: Node) -> bool:
         """Return whether the forward that made `node` is a graph already."""
@@ -65,7 +65,7 @@ class Lines:
             raise PassError(f"{owner}: {forward}")
         line = self._line(forward, node)
         if line is None:
-            raise PassError(f"{owner}: {_elsewhere(owner)}")
+            raise PassError(f"{owner}: {_elsewhere(owner, forward)}")
         forward.edited = True
         return forward, line
 
@@ -125,5 +125,9 @@ def _holds(forward: Forward, owner: str, made: list[Node]) -> bool:
     return all(len(forward.lines.get(key, ())) >= count for key, count in calls.items())
 
 
-def _elsewhere(owner: str) -> str:
-    return f"is a line of the forward of {owner}, which runs differently at different calls"
+def _elsewhere(owner: str, forward: Forward) -> str:
+    where = owner or "the model"
+    if forward.fixed:
+        names = ", ".join(forward.fixed)
+        return f"is a line of the forward of {where}, which tests its argument {names}"
+    return f"is a line of the forward of {where}, which runs differently at different calls"

@@ -83,7 +83,8 @@ def _is_zero(value: Any) -> bool:
 def _refusal(captured: Captured, node: Node) -> str:
     if node.op == "call_module":
         name = str(node.target)
-        return next(iter(captured.hooks(name)), None) or captured.unknown_caller(name) or ""
+        reason = next(iter(captured.hooks(name)), None) or captured.unknown_caller(name)
+        return reason or captured.code.used(name) or ""
     return captured.lines.refusal(node) or ""
 
 

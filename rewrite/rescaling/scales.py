@@ -184,7 +184,8 @@ class Scales:
         reason = self.planner.context.tensor_readers.refusal(layer)
         if reason is not None:
             return reason
-        assert layer.weight is not None
+        if layer.weight is None:
+            return f"{layer.name} has no one weight"
         weight = self.captured.values(layer.weight)
         if weight.dtype not in (torch.float32, torch.float64):
             return f"{layer.name} is stored in {weight.dtype}, which rounds a scaled weight"

@@ -65,9 +65,16 @@ def without_values(tensor: Tensor) -> Tensor:
 
 
 class Attributes:
-    """What some modules hold at one moment, their lists and dicts included, to be put back."""
+    """What some modules hold at one moment, their lists and dicts included, to be put back.
+
+    Attributes:
+        moved: modules that were put elsewhere since, as far as that was put back.
+        altered: whether anything was.
+    """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.moved: set[nn.Module] = set()
+        self.altered = False
         self._held: dict[nn.Module, tuple[dict[str, Any], list[tuple[Any, Any]]]] = {}
         for module in modules:
             self.add(module)
@@ -79,7 +86,8 @@ class Attributes:
             contents = [
                 (value, value.copy())
                 for key, value in held.items()
-                if isinstance(value, list | dict) and key not in _OWN_ATTRIBUTES
+                if isinstance(value, list | dict)
+                and (key == "_modules" or key not in _OWN_ATTRIBUTES)
             ]
             self._held[module] = (dict(held), contents)
 
@@ -89,10 +97,14 @@ class Attributes:
             copied, contents = self._held[module]
             for value, items in contents:
                 if len(value) != len(items) or _differs(value, items):
+                    self.altered = True
+                    self.moved |= _moved(items, value)
                     value.clear()
                     value.extend(items) if isinstance(value, list) else value.update(items)
             held = vars(module)
             if len(held) != len(copied) or _differs(held, copied):
+                self.altered = True
+                self.moved |= _moved(copied, held)
                 held.clear()
                 held.update(copied)
 
@@ -104,6 +116,16 @@ class Attributes:
             for key, value in copied.items()
             if isinstance(value, Tensor) and not value._version and vars(module).get(key) is value
         }
+
+
+def _moved(before: Any, now: Any) -> set[nn.Module]:
+    """Return the modules of two states of a list or dict that one of them has elsewhere."""
+    old, new = (
+        dict(held) if isinstance(held, dict) else dict(enumerate(held)) for held in (before, now)
+    )
+    apart = [key for key in old.keys() | new.keys() if old.get(key) is not new.get(key)]
+    found = (held.get(key) for key in apart for held in (old, new))
+    return {value for value in found if isinstance(value, nn.Module)}
 
 
 def _differs(value: Any, copied: Any) -> bool:

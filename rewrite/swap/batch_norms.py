@@ -74,6 +74,8 @@ def _holders(norm: Norm) -> tuple[str, ...]:
 
 def _candidate(captured: Captured, norm: Norm) -> Candidate | Skip:
     before = describe(captured, norm)
+    if norm.module is not None and (altered := captured.unsteady(norm.module)) is not None:
+        return Skip(norm.target, before, altered)
     hooks = captured.hooks(norm.module) if norm.module is not None else ()
     if hooks:
         return Skip(norm.target, before, f"{hooks[0]}; remove it first, it would be lost")

@@ -18,6 +18,7 @@ from rewrite.runtime.copying import lazy_copy
 from rewrite.runtime.inputs import Inputs
 from rewrite.runtime.stand_in import stand_in, without_values
 from rewrite.runtime.tree import Tree, slots, tensor_names
+from rewrite.tracing.altered import Layers
 from rewrite.tracing.code.source import source_of
 from rewrite.tracing.decisions import real_decisions
 from rewrite.tracing.patches import tracing
@@ -59,18 +60,30 @@ class Region:
     augmented: frozenset[Node] = frozenset()
 
 
-def trace_regions(
-    model: Tree, inputs: Inputs | None = None
-) -> tuple[list[Region], dict[str, Opaque], str | None]:
+@dataclass
+class Traced:
+    """What tracing a model yields.
+
+    Attributes:
+        regions: the traced forwards, the model's own first if it could be traced.
+        opaque: what could not be traced, by name.
+        error: why some values have no shape although there are inputs.
+        altered: by name, why a module is not the same at every call: a forward alters it.
+    """
+
+    regions: tuple[Region, ...]
+    opaque: dict[str, Opaque]
+    error: str | None
+    altered: dict[str, str]
+
+
+def trace_regions(model: Tree, inputs: Inputs | None = None) -> Traced:
     """Trace everything that can be traced; nothing is visited twice, nothing is left out.
 
     What is traced, and with inputs run without numbers, is a stand-in: the model is only read.
-
-    Returns:
-        The regions, what is opaque by name, and why some values have no shape although there are
-        inputs.
     """
     tree = Tree(stand_in(model, without_values, lazy_copy))
+    layers = Layers(tree)
     shapes = None if inputs is None or is_lazy_model(model) else Shapes(model, tree, inputs)
     opaque: dict[str, Opaque] = {}
     regions: list[Region] = []
@@ -109,7 +122,8 @@ def trace_regions(
             parametrization = ".parametrizations." in f".{name}."
             if name not in seen and not parametrization and not _is_iterated(tree, module, seen):
                 visit(module)
-    return regions, opaque, None if shapes is None else shapes.error
+    error = None if shapes is None else shapes.error
+    return Traced(tuple(regions), opaque, error, layers.altered(tracer.moved))
 
 
 def is_lazy_model(tree: Tree) -> bool:

@@ -116,6 +116,10 @@ class RegionTracer(ValueTracer):
         tensors: the owner and attribute of each parameter and buffer, by id.
         opaque: the modules known to be opaque; the tracer adds those that it finds.
         shapes: computes the shape of each value, if there are example inputs.
+
+    Attributes:
+        moved: modules that a forward has put into another place so far.
+        altered: whether a forward has changed any attribute, or the items of one.
     """
 
     proxy_buffer_attributes = True
@@ -135,6 +139,8 @@ class RegionTracer(ValueTracer):
         self._invocations: dict[str, int] = {}
         self._dead: list[Node] = []
         self._before = Attributes(())
+        self.moved: set[nn.Module] = set()
+        self.altered = False
 
     def run(self, root: nn.Module, arguments: dict[str, Any]) -> Trace:
         """Trace `root`; `arguments` are the values of parameters that are not inputs.
@@ -170,6 +176,8 @@ class RegionTracer(ValueTracer):
                 if id(tensor) not in kept_tensors
             )
             self._before.put_back()
+            self.moved |= self._before.moved
+            self.altered |= self._before.altered
             self._deciding = {}
         self._trace.graph = self.graph
         self._erase_dead()

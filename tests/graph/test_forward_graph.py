@@ -155,3 +155,77 @@ def test_a_chain_becomes_a_sequential_only_if_it_is_no_more_than_that():
     result = folded(make(ChainWithMore))
     assert isinstance(result.model, ChainWithMore) and result.model.get_l2() > 0
     assert any("get_l2() reads conv" in note for note in result.report.notes)
+
+
+class Appends(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(1)
+        return super().forward(x) * len(self.calls)
+
+
+class Iterates(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * next(self.factors)
+
+
+class Draws(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(1, generator=generator, dtype=x.dtype)
+        return super().forward(x) + noise
+
+
+class HoldsAList(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = [nn.Tanh()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.others[0](super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Appends, "changes what it holds at each call"),
+        (Iterates, "computes something else at each call"),
+        (Draws, "makes an object of its own at each call"),
+        (HoldsAList, "reads others[0], which is no attribute of its own"),
+    ],
+)
+def test_a_forward_with_a_state_of_its_own_is_left_alone(kind: type[Plain], why: str):
+    result = rewrite.convert(make(kind), ["fold"], example_inputs=X, verify=False)
+    assert not result.report.changes and why in result.report.skips[0].reason
+
+
+class WritesUnderAnotherName(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        z = y
+        y += 1
+        y *= 3
+        return z - y.mean()
+
+
+class WritesThroughAView(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        z = y.view(y.shape)
+        y -= 3
+        return z * 2
+
+
+@pytest.mark.parametrize("kind", [WritesUnderAnotherName, WritesThroughAView])
+def test_an_augmented_assignment_still_writes_what_has_another_name(kind: type[Plain]):
+    model = make(kind)
+    result = rewrite.convert(model, ["fold"], example_inputs=X)
+    assert result.report.changes
+    assert torch.allclose(result.model(X), model(X), rtol=0, atol=1e-12)

@@ -94,9 +94,7 @@ def test_a_line_that_runs_differently_at_different_calls_is_declined() -> None:
     assert captured.lines.refusal(alone) is None
     for node in (first, second):
         reason = captured.lines.refusal(node)
-        assert (
-            reason == "is a line of the forward of part, which runs differently at different calls"
-        )
+        assert reason == "is a line of the forward of part, which tests its argument more"
 
 
 def test_a_layer_can_be_replaced_whatever_its_line_says() -> None:

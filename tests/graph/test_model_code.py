@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections import deque
@@ -393,3 +394,65 @@ def test_what_a_forward_assigns_is_known():
 
     code = capture(Assigns()).code
     assert code.assigned("bn") == {"bias"} and code.assigned("conv") == {"stride"}
+
+
+class RawBranches(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.conv(x) + self.other(x)
+
+    def norm_of_weight(self) -> Tensor:
+        return self.other.weight.norm()
+
+
+def test_a_method_that_reads_a_layer_which_is_gone_is_named():
+    notes = rewrite.convert(make(RawBranches), ["fold"], example_inputs=X).report.notes
+    (note,) = [note for note in notes if "norm_of_weight" in note]
+    assert note == "RawBranches.norm_of_weight() reads other, which is gone: it no longer runs"
+
+
+class CountsModules(Base):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) * len(list(self.modules()))
+
+
+class LooksAtType(Base):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) * (2.0 if type(self.conv) is nn.Conv2d else 1.0)
+
+
+class WritesByInit(Base):
+    def forward(self, x: Tensor) -> Any:
+        nn.init.constant_(self.conv.weight, 0.1)
+        return super().forward(x)
+
+
+class WritesAnItem(Base):
+    def forward(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            self.conv.weight[0] = 0.5
+        return super().forward(x)
+
+
+class Decays(Base):
+    def forward(self, x: Tensor) -> Any:
+        self.conv.weight.data.mul_(0.9)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "kind", [CountsModules, LooksAtType, WritesByInit, WritesAnItem, Decays, Base]
+)
+@pytest.mark.parametrize("name", ["weight-norm", "weight-standardize"])
+def test_a_weight_that_code_writes_or_counts_stays_a_parameter(kind, name):
+    model = make(kind)
+    wanted = copy.deepcopy(model)
+    result = rewrite.convert(model, name, example_inputs=X, verify=False)
+    named = {change.target for change in result.report.changes}
+    assert ("conv" in named) is (kind is Base)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(result.model(X), wanted(X), rtol=0, atol=1e-11)

@@ -162,3 +162,26 @@ def test_one_module_at_two_values_of_one_width_is_replaced_and_its_scales_stay()
     result = rewrite.convert(model, [ClipChannels(), Rebalance("l2")], example_inputs=(x,))
     assert [change.target for change in result.report.changes] == ["act"]
     assert error(model, result.model, x) < RIGHT
+
+
+class AsksItsClip(nn.Module):
+    """Code that asks something of the activation, which a clip with a bound a channel lacks."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.clip, self.how = nn.Conv2d(3, 4, 1), nn.Hardtanh(0.0, 2.0), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.clip(self.conv(x))
+        if self.how == "class":
+            return y * 2 if isinstance(self.clip, nn.Hardtanh) else y
+        return y * self.clip.max_val
+
+
+@pytest.mark.parametrize("how", ["class", "bound"])
+def test_an_activation_that_code_looks_at_stays(how: str) -> None:
+    torch.manual_seed(0)
+    model = AsksItsClip(how).double().eval()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    result = rewrite.convert(model, ClipChannels(), example_inputs=x, verify=False)
+    assert not result.report.changes and error(model, result.model, x) == 0

@@ -38,3 +38,20 @@ def test_declines_a_scale_that_is_not_finite() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=0.0)).eval()
     model[1].running_var[0] = 0.0
     assert "not finite" in apply_pass(FreezeBatchNorm(), model).skips[0].reason
+
+
+class Penalty(nn.Module):
+    """Returns the sum of its norm's weights as well, which a scale is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.bn(self.conv(x)), self.bn.weight[:2].sum()
+
+
+def test_declines_a_norm_whose_weight_code_reads() -> None:
+    applied = apply_pass(FreezeBatchNorm(), Penalty().eval())
+    assert not applied.changes
+    assert "bn.weight is also read by getitem directly" in applied.skips[0].reason

@@ -45,12 +45,14 @@ class ByValue(nn.Module):
 
 def names(model: nn.Module, inputs: Tensor | None = None) -> tuple[list[str], dict[str, str]]:
     given = None if inputs is None else Inputs.of(inputs)
-    regions, opaque, _ = trace_regions(Tree(model), given)
+    traced = trace_regions(Tree(model), given)
+    regions, opaque = traced.regions, traced.opaque
     return [region.name for region in regions], {k: o.reason for k, o in opaque.items()}
 
 
 def test_a_model_that_can_be_traced_is_one_region() -> None:
-    regions, opaque, error = trace_regions(Tree(nn.Sequential(Plain(), Plain())))
+    traced = trace_regions(Tree(nn.Sequential(Plain(), Plain())))
+    regions, opaque, error = traced.regions, traced.opaque, traced.error
     (region,) = regions
     assert region.name == "" and opaque == {} and error is None
     called = [n.target for n in region.graph.nodes if n.op == "call_module"]
@@ -72,7 +74,7 @@ def test_a_root_that_cannot_be_traced_leaves_regions_of_its_parts() -> None:
 
 @pytest.mark.parametrize("model", [nn.Sequential(ByValue(), Plain()), ByValue(), Plain()])
 def test_every_module_with_parameters_is_called_in_exactly_one_place(model: nn.Module) -> None:
-    regions, _, _ = trace_regions(Tree(model))
+    regions = trace_regions(Tree(model)).regions
     called = [n.target for r in regions for n in r.graph.nodes if n.op == "call_module"]
     layers = [name for name, m in model.named_modules() if m._parameters]
     assert sorted(name for name in called if name in layers) == sorted(layers)
@@ -105,7 +107,8 @@ def test_torchscript_and_a_forward_set_on_the_instance_are_opaque_by_name() -> N
 
 
 def test_layers_below_an_opaque_module_know_their_shapes_from_the_run() -> None:
-    regions, _, error = trace_regions(Tree(nn.Sequential(Wide())), Inputs.of(torch.randn(2, 4)))
+    traced = trace_regions(Tree(nn.Sequential(Wide())), Inputs.of(torch.randn(2, 4)))
+    regions, error = traced.regions, traced.error
     part = next(region for region in regions if region.name == "0.part")
     values = {n.name: n.meta["val"].shape for n in part.graph.nodes if "val" in n.meta}
     assert error is None and (2, 6) in values.values(), values
@@ -127,7 +130,8 @@ class Wide(nn.Module):
 def test_a_lazy_model_is_told_and_traced_without_shapes() -> None:
     lazy = nn.Sequential(nn.LazyLinear(3))
     assert is_lazy_model(Tree(lazy)) and not is_lazy_model(Tree(Plain()))
-    regions, _, error = trace_regions(Tree(lazy), Inputs.of(torch.randn(2, 4)))
+    traced = trace_regions(Tree(lazy), Inputs.of(torch.randn(2, 4)))
+    regions, error = traced.regions, traced.error
     assert error is None and all("val" not in n.meta for r in regions for n in r.graph.nodes)
 
 

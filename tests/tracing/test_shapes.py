@@ -65,7 +65,8 @@ class Seen(Interpreter):
 )
 def test_each_value_has_the_shape_and_dtype_of_a_real_run(function: Callable[..., Any]) -> None:
     model = Calls(function)
-    (region,), opaque, error = trace_regions(Tree(model), Inputs.of(X))
+    traced = trace_regions(Tree(model), Inputs.of(X))
+    (region,), opaque, error = traced.regions, traced.opaque, traced.error
     assert not opaque and error is None
     run = Seen(torch.fx.GraphModule(model, region.graph))
     run.run(X)
@@ -107,7 +108,7 @@ def test_what_cannot_be_run_has_no_shape_and_says_why() -> None:
 
 def test_a_value_that_no_input_changes_is_fixed_and_others_are_not() -> None:
     model = Calls(lambda x, s: x * (s + 1))
-    (region,), _, _ = trace_regions(Tree(model), Inputs.of(X))
+    (region,) = trace_regions(Tree(model), Inputs.of(X)).regions
     fixed = {n.name for n in region.graph.nodes if n.meta.get("fixed")}
     assert fixed == {"scale", "add"}
 
@@ -127,7 +128,8 @@ def test_a_question_about_the_device_is_answered_for_the_model_and_not_for_meta(
 ) -> None:
     for wanted, function in ((True, asks), (False, lambda x: not asks(x))):
         model = Calls(lambda x, s, f=function: x.relu() if f(x) else x.tanh())
-        (region,), opaque, _ = trace_regions(Tree(model), Inputs.of(X))
+        traced = trace_regions(Tree(model), Inputs.of(X))
+        (region,), opaque = traced.regions, traced.opaque
         called = {n.target for n in region.graph.nodes if n.op == "call_method"}
         assert not opaque and called == {"relu" if wanted else "tanh"}
 

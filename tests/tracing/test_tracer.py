@@ -15,7 +15,8 @@ from rewrite.tracing.tracer import has_parametrizations, hook_reasons, is_leaf
 
 
 def trace(model: nn.Module) -> tuple[Region, dict[str, Any]]:
-    regions, opaque, _ = trace_regions(Tree(model))
+    traced = trace_regions(Tree(model))
+    regions, opaque = traced.regions, traced.opaque
     return regions[0], opaque
 
 
@@ -99,7 +100,7 @@ def test_a_submodule_whose_forward_raises_is_one_call_and_tracing_goes_on() -> N
 
 
 def test_targets_are_names_of_the_whole_model_whichever_root_is_traced() -> None:
-    regions, _, _ = trace_regions(Tree(Around()))
+    regions = trace_regions(Tree(Around())).regions
     below = next(region for region in regions if region.name == "fails.fc")
     assert targets(below) == ["fails.fc"]
 
@@ -188,8 +189,9 @@ def test_a_module_that_no_attribute_holds_is_named_as_the_reason() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return nn.ReLU()(x)
 
-    regions, opaque, _ = trace_regions(Tree(Makes()))
-    assert regions == []
+    traced = trace_regions(Tree(Makes()))
+    regions, opaque = traced.regions, traced.opaque
+    assert regions == ()
     assert opaque[""].reason == "NameError: calls a ReLU that no attribute of the model holds"
 
 

@@ -27,7 +27,8 @@ class Layer(nn.Module):
 
 def traced(forward: Callable[[Tensor], Any], x: Tensor | None = X) -> tuple[Region | None, str]:
     inputs = None if x is None else Inputs.of(x)
-    regions, opaque, _ = trace_regions(Tree(Layer(forward)), inputs)
+    traced = trace_regions(Tree(Layer(forward)), inputs)
+    regions, opaque = traced.regions, traced.opaque
     return (regions[0] if regions else None), (opaque[""].reason if opaque else "")
 
 
@@ -151,7 +152,8 @@ def test_a_number_known_from_a_parameter_alone_is_no_decision() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.relu() if self.weight.shape[0] == 3 else x
 
-    regions, opaque, _ = trace_regions(Tree(Holds()), Inputs.of(X))
+    traced = trace_regions(Tree(Holds()), Inputs.of(X))
+    regions, opaque = traced.regions, traced.opaque
     assert not opaque and regions[0].decisions == ()
 
 

@@ -190,6 +190,11 @@ class Branches:
             if layer is not None and layer.module is not None:
                 for reason in self.captured.hooks(layer.module):
                     raise DeclinedError(f"{layer.module} {reason}")
+                if (whole := self.captured.code.read_whole(layer.module)) is not None:
+                    raise DeclinedError(whole)
+            for ref in (layer.weight, layer.bias) if layer is not None else ():
+                if ref is not None and self.captured.written(ref):
+                    raise DeclinedError(f"{ref.name} is written by a forward")
         refusal = self.captured.lines.refusal(root)
         if refusal is not None:
             raise DeclinedError(refusal)

@@ -108,10 +108,18 @@ def _is_constant(node: Node) -> bool:
 
 
 def _gone(captured: Captured, merge: Merge) -> list[str]:
-    """Return the topmost modules all of whose calls lie inside the branches."""
+    """Return the topmost modules that nothing outside of the branches calls or reads.
+
+    One whose weight is read elsewhere, or of which code asks something, stays where it is.
+    """
     inside: dict[str, bool] = {}
+    read: list[str] = []
     for node in captured.nodes():
-        if node.op == "get_attr" or _asks(node):
+        if node.op == "get_attr":
+            if any(user not in merge.inside for user in node.users):
+                read.append(str(node.target))
+            continue
+        if _asks(node):
             continue
         names = [captured.owner(node)]
         if node.op == "call_module":
@@ -123,6 +131,7 @@ def _gone(captured: Captured, merge: Merge) -> list[str]:
     candidates = [
         name for name, only in inside.items()
         if only and not _is_within(merge.owner, name) and captured.unknown_caller(name) is None
+        and captured.code.exchanged(name) is None and not any(_is_within(r, name) for r in read)
     ]  # fmt: skip
     whole = set(candidates)
     return [n for n in candidates if not any(p in whole for p in _parents(n))]

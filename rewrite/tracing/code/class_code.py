@@ -44,6 +44,13 @@ _ADAPTERS = "transformers.integrations."
 
 _BY_NAME = frozenset({"getattr", "get_submodule"})
 
+_SETS = frozenset({"setattr", "delattr", "__setattr__", "__delattr__"})
+
+_MOVES = frozenset(
+    {"append", "appendleft", "extend", "insert", "pop", "popleft", "popitem", "remove", "reverse",
+     "rotate", "sort", "clear", "update", "setdefault"}
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ModuleUse:
@@ -93,6 +100,7 @@ class ClassCode:
         handed: calls of what the module holds that are given modules.
         contexts: context managers that are entered, and decorators around what `forward` reaches.
         stores: assignments to attributes, as they are in `assigned`.
+        moved: calls that change a list or dict: its items may be elsewhere at the next call.
         elsewhere: assignments to attributes in methods that `forward` does not reach.
         others: by the name of each public method that `forward` does not reach, what it spells.
     """
@@ -104,6 +112,7 @@ class ClassCode:
     assigned: list[ModuleUse] = field(default_factory=list)
     contexts: list[ModuleUse] = field(default_factory=list)
     stores: list[ModuleUse] = field(default_factory=list)
+    moved: list[ModuleUse] = field(default_factory=list)
     elsewhere: list[ModuleUse] = field(default_factory=list)
     calls: list[Path] = field(default_factory=list)
     handed: list[Handed] = field(default_factory=list)
@@ -161,15 +170,8 @@ def code_given(function: FunctionType, given: tuple[tuple[str, Path], ...]) -> C
 def _once(found: ClassCode) -> None:
     """Leave each use once: a function is read as often as its names have meanings."""
     for name in (
-        "tests",
-        "reads",
-        "tensors",
-        "choices",
-        "assigned",
-        "contexts",
-        "stores",
-        "handed",
-    ):
+        "tests", "reads", "tensors", "choices", "assigned", "contexts", "stores", "moved", "handed",
+    ):  # fmt: skip
         uses: list[Any] = getattr(found, name)
         uses[:] = dict.fromkeys(uses)
     found.elsewhere[:] = dict.fromkeys(found.elsewhere)
@@ -268,6 +270,11 @@ class _Reader:
             self._found.tensors.append(self._use(node, self._paths.of(first)))
         elif name in _BY_NAME and first is not None:
             self._by_name(node, first)
+        elif name in _SETS and len(node.args) > 1 and first is not None:
+            self._set(node, first)
+        elif name in _MOVES and isinstance(node.func, ast.Attribute):
+            if path := self._paths.of(node.func.value):
+                self._found.moved.append(self._use(node, path))
         elif name in _TENSORS and isinstance(node.func, ast.Attribute):
             path = self._paths.of(node.func.value)
             if path is not None and not self._around.asks_kind(node):
@@ -334,6 +341,15 @@ class _Reader:
         elif self._holds_state(key):
             use = self._use(node, (*path, None))
             self._found.choices.append(replace(use, keys=pattern_of(key)))
+
+    def _set(self, node: ast.Call, first: ast.expr) -> None:
+        """Note `setattr(self.bn, "eps", 1e-3)` as the assignment that it is."""
+        key = node.args[1]
+        if (path := self._paths.of(first)) is not None:
+            attr = str(key.value) if isinstance(key, ast.Constant) else None
+            use = self._use(node, (*path, attr))
+            self._found.assigned.append(use)
+            self._found.stores.append(use)
 
     def _subscript(self, node: ast.Subscript) -> None:
         if not self._holds_state(node.slice):

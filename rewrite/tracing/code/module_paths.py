@@ -47,6 +47,9 @@ class ModulePaths:
             name = node.args[1]
             key = str(name.value) if isinstance(name, ast.Constant) else None
             return None if path is None else (*path, key)
+        if called(node) == "vars" and isinstance(node, ast.Call) and node.args:
+            path = self.of(node.args[0])
+            return None if path is None else (*path, "__dict__")
         return None
 
     def readings(self, tree: ast.AST) -> Iterator[int]:

@@ -125,3 +125,51 @@ def test_such_a_recipe_is_the_same_on_another_checkpoint() -> None:
     made.load_state_dict(state)
     assert (made(X) - other(X)).abs().max() < 1e-12
     assert (made(X) - result.model(X)).abs().max() > 1e-3
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)
+
+
+class ReadsWeight(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.b.weight.sum()
+
+
+class ReadsNumber(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.b.out_channels
+
+
+class WritesThroughState(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        for tensor in self.b.state_dict().values():
+            tensor.mul_(0.5)
+        return super().forward(x)
+
+
+class WritesWeight(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.b.weight.data.mul_(0.5)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("kind", "merges"),
+    [(Pair, 1), (ReadsWeight, 1), (ReadsNumber, 1), (WritesThroughState, 0), (WritesWeight, 0)],
+)
+def test_a_layer_that_code_reads_stays_and_one_that_it_writes_is_not_merged(kind, merges) -> None:
+    torch.manual_seed(0)
+    model = kind().double().eval()
+    wanted = copy.deepcopy(model)
+    result = rewrite.convert(model, MergeBranches(), example_inputs=X, verify=False)
+    assert len(result.report.changes) == merges
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(result.model(X), wanted(X), rtol=0, atol=1e-12)

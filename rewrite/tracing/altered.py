@@ -1,0 +1,58 @@
+"""Modules that a traced forward altered: another attribute, another place.
+
+    self.bn.eps = 1e-3                         what the layer computes from here on is another map
+    self.a, self.b = self.b, self.a            the next call takes the other module
+    self.norms.append(self.norms.pop(0))       likewise
+
+A forward may do so in any spelling, through any helper: what it did is seen on the stand-in that
+was traced. Lines that a trace did not take are read instead (`rewrite.graph.model_code`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from rewrite.runtime.tree import Tree
+from rewrite.tracing.tracer import is_leaf
+
+UNUSED_IN_EVAL = frozenset({"momentum", "num_batches_tracked"})
+"""Attributes of a layer that say nothing of what it computes in eval mode."""
+
+
+class Layers:
+    """What the layers of a stand-in hold, before anything is traced."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._layers = {m: dict(vars(m)) for _, m in tree.modules() if not m._modules}
+
+    def altered(self, moved: set[nn.Module]) -> dict[str, str]:
+        """Return why modules are not the same at every call, by name.
+
+        `moved`: modules that a forward put elsewhere.
+        """
+        found: dict[str, str] = {}
+        for module, held in self._layers.items():
+            if (attr := _assigned(module, held)) is not None and is_leaf(module):
+                found[self._tree.name(module)] = f"a forward assigns its {attr}"
+        for name in self._below(moved):
+            found.setdefault(name, "a forward puts it elsewhere")
+        return found
+
+    def _below(self, moved: set[nn.Module]) -> Iterator[str]:
+        for module in moved:
+            if module in self._tree:
+                yield from (self._tree.name(m) for m in module.modules() if m in self._tree)
+
+
+def _assigned(module: nn.Module, held: dict[str, Any]) -> str | None:
+    """Return an attribute that a layer had, and that is something else now."""
+    now = vars(module)
+    for attr, value in held.items():
+        same = now.get(attr) is value or isinstance(value, Tensor | dict)
+        if not same and attr not in UNUSED_IN_EVAL:
+            return attr
+    return None

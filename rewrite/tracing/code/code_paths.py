@@ -1,0 +1,95 @@
+"""The classes of a model's modules with their code, and the modules that a path in it leads to.
+
+Each class is read once (`class_code`); what it does with a path below `self` is looked up in the
+tree, so that the answers are about modules by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+from torch import nn
+
+from rewrite.nn.edited import original_class
+from rewrite.runtime.tree import Tree, join
+from rewrite.tracing.code.class_code import ClassCode, code_of
+from rewrite.tracing.code.handed import with_handed
+from rewrite.tracing.code.module_paths import Path
+
+
+class CodePaths:
+    """The code of the classes of a model, and where its paths lead.
+
+    Args:
+        tree: the modules of the model.
+    """
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+
+    @cached_property
+    def classes(self) -> dict[type, ClassCode]:
+        """The classes that are no library's of torch, each with what its code does."""
+        kinds = {type(module) for _, module in self._tree.modules()}
+        own = (
+            k for k in kinds if not k.__module__.startswith(("torch.nn", "torch.ao", "torch.fx"))
+        )
+        return {kind: code_of(kind) for kind in own}
+
+    @cached_property
+    def owners(self) -> list[tuple[str, nn.Module, ClassCode]]:
+        """The modules whose class was read, by name, with their code."""
+        found = []
+        for name, module in self._tree.modules():
+            kind = original_class(type(module))
+            if (code := self.classes.get(type(module)) or self.classes.get(kind)) is not None:
+                found.append((name, module, with_handed(module, code) if code.handed else code))
+        return found
+
+    def at(self, owner: str, path: Path) -> Iterator[tuple[str, Path]]:
+        """Yield the modules that `path` goes to, by first name, and what is left of the path."""
+        places: list[str] = [owner]
+        left = list(path)
+        while left:
+            step = left[0]
+            below = []
+            for place in places:
+                children = self._tree.get(place)._modules
+                keys = [k for k, child in children.items() if child is not None]
+                wanted = keys if step is None else [k for k in keys if k == step]
+                held = [self._tree.get(join(place, key)) for key in wanted]
+                # A module that an edit has put there since is in no trace.
+                below += [self._tree.name(module) for module in held if module in self._tree]
+            if not below:
+                if step is not None and len(left) > 1:
+                    for place in places:
+                        yield from self._items(join(place, step), left[1], tuple(left[2:]))
+                    if any(_is_holder(self._tree.get(p), step) for p in places):
+                        return
+                break
+            places, left = below, left[1:]
+        for place in places:
+            yield place, tuple(left)
+
+    def _items(self, container: str, key: str | None, left: Path) -> Iterator[tuple[str, Path]]:
+        """Yield the modules in a plain container, or at one key or attribute of it."""
+        for name, module in self._tree.names.items():
+            label = name.removeprefix(container)
+            if label != name and label[:1] in (".", "["):
+                item = label.strip(".[]'\"")
+                if key is None or key == item:
+                    yield self._tree.name(module), left
+
+    def below(self, place: str) -> Iterator[str]:
+        """Yield the names of the modules below the one at `place`."""
+        return (
+            name
+            for name, _ in self._tree.modules()
+            if name and (not place or name.startswith(f"{place}."))
+        )
+
+
+def _is_holder(module: nn.Module, attr: str) -> bool:
+    """Return whether an attribute is a plain container or object, which may hold modules."""
+    return attr in vars(module) and not isinstance(vars(module)[attr], bool | int | float | str)
