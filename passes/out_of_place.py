@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 
 from rewrite.functional.forms import Make, cast, functional, same, written
 from rewrite.functional.untraced_writes import untraced_writes
+from rewrite.graph.capture import in_other_mode
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
 from rewrite.graph.effects import Memory, is_number, shared_inputs
@@ -64,7 +65,15 @@ class OutOfPlace(Pass):
 
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
         """Yield every module with the flag and every line, in data-flow order."""
-        yield from Writes(captured).decide()
+        other = in_other_mode(captured)
+        apart = {} if other is None else _by_place(Writes(other).decide())
+        for outcome in Writes(captured).decide():
+            twin = apart.get((outcome.target, outcome.before))
+            if isinstance(outcome, Site) and twin is not None and not _agree(outcome, twin):
+                why = twin.reason if isinstance(twin, Skip) else "later lines read what it writes"
+                yield Skip(outcome.target, outcome.before, f"in its other mode: {why}")
+            else:
+                yield outcome
         for name, opaque in captured.opaque.items():
             module = captured.module(name)
             for line in untraced_writes(module):
@@ -90,6 +99,17 @@ class OutOfPlace(Pass):
         owners = tuple(dict.fromkeys(captured.owner(node) for node in plan.lines))
         note = "later lines read the new value" if plan.redirected else ""
         return Change(site.target, site.before, after, note, (site.target, *owners))
+
+
+def _by_place(outcomes: Iterable[Site | Skip]) -> dict[tuple[str, str], Site | Skip]:
+    return {(outcome.target, outcome.before): outcome for outcome in outcomes}
+
+
+def _agree(site: Site, twin: Site | Skip) -> bool:
+    """Return whether a write can be the same value in both modes."""
+    if isinstance(twin, Skip):
+        return False
+    return bool(site.plan.redirected) == bool(twin.plan.redirected)
 
 
 class Writes:

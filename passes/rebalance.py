@@ -20,6 +20,7 @@ from rewrite.errors import CaptureError, CheckpointError, OptionError, PassError
 from rewrite.fold.executor import run_recipes
 from rewrite.fold.recipes import FoldRecipe
 from rewrite.fold.store import ModelStore
+from rewrite.graph.capture import in_other_mode
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
 from rewrite.outcomes import Change, Contract, Declined, Site, Skip
@@ -187,7 +188,8 @@ class Rebalance(Pass):
 
 
 def _scales(captured: Captured, clipped: Iterable[Clip]) -> Scales:
-    return Scales(captured, frozenset(node for clip in clipped for node in clip.nodes))
+    nodes = frozenset(node for clip in clipped for node in clip.nodes)
+    return Scales(captured, nodes, in_other_mode(captured))
 
 
 def _largest(log_scales: Tensor) -> float:

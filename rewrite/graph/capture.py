@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
 from rewrite.runtime.inputs import ExampleCall, Inputs
 from rewrite.runtime.tree import Tree
-from rewrite.tracing.regions import trace_regions
+from rewrite.tracing.regions import Region, trace_regions
 
 
 def capture(
@@ -44,3 +45,36 @@ def capture(
     )  # fmt: skip
     found.example_inputs = inputs
     return Editable.of(found)
+
+
+def in_other_mode(captured: Captured) -> Captured | None:
+    """Return the model as it runs in its other mode, training or eval; None if it runs alike.
+
+    A pass that promises equality in both modes has to know what reads a value in either. The model
+    is neither changed nor run. Modes of layers (dropout, a batch norm) are no difference by
+    themselves: calls and what they read are compared.
+    """
+    traced = trace_regions(captured.tree, captured.example_inputs, other_mode=True)
+    if _alike(captured.regions, traced.regions):
+        return None
+    found = Captured(
+        captured.model, captured.tree, traced.regions, traced.opaque, traced.error, traced.altered
+    )
+    found.example_inputs, found.numbers = captured.example_inputs, captured.numbers
+    return found
+
+
+def _alike(regions: Sequence[Region], others: Sequence[Region]) -> bool:
+    names = [region.name for region in regions], [region.name for region in others]
+    if names[0] != names[1]:
+        return False
+    return all(map(operator.eq, map(_form, regions), map(_form, others)))
+
+
+def _form(region: Region) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return what each node of a region calls, and which nodes it reads."""
+    places = {node: index for index, node in enumerate(region.graph.nodes)}
+    return [
+        (node.op, str(node.target), tuple(places[n] for n in node.all_input_nodes))
+        for node in region.graph.nodes
+    ]

@@ -55,9 +55,15 @@ class Scales:
     Args:
         captured: the model; with shapes more of it can be followed.
         clipped: calls of clipping activations that become ReLU, and so pass a scale.
+        other: the model in its other mode, where that runs other lines; a scale has to suit both.
     """
 
-    def __init__(self, captured: Captured, clipped: frozenset[Node] = frozenset()) -> None:
+    def __init__(
+        self,
+        captured: Captured,
+        clipped: frozenset[Node] = frozenset(),
+        other: Captured | None = None,
+    ) -> None:
         self.captured = captured
         self.planner = Planner(captured)
         self.units = Units()
@@ -66,6 +72,27 @@ class Scales:
         self._operations = ScaledOperations(self.planner, self.units, self._maps, clipped)
         for node in captured.nodes():
             self._visit(node)
+        if other is not None:
+            self._join(Scales._sharing(self, other, clipped))
+
+    @classmethod
+    def _sharing(cls, scales: Scales, other: Captured, clipped: frozenset[Node]) -> Scales:
+        """Visit the model in another mode, with the units and the layers of the first."""
+        made = cls.__new__(cls)
+        made.captured, made.planner = other, Planner(other)
+        made.units, made.layers, made._maps = scales.units, scales.layers, {}
+        made._operations = ScaledOperations(made.planner, made.units, made._maps, clipped)
+        for node in other.nodes():
+            made._visit(node)
+        return made
+
+    def _join(self, other: Scales) -> None:
+        """Keep what only the other mode reads as it is."""
+        known = {vector.layer.key for vector in self._operations.vectors}
+        for vector in other._operations.vectors:
+            if vector.layer.key not in known:
+                name = vector.layer.name
+                self.units.fix(vector.writes, f"{name} is read in the other mode alone")
 
     # -- results ------------------------------------------------------------------------------
 

@@ -77,12 +77,14 @@ class Traced:
     altered: dict[str, str]
 
 
-def trace_regions(model: Tree, inputs: Inputs | None = None) -> Traced:
+def trace_regions(model: Tree, inputs: Inputs | None = None, *, other_mode: bool = False) -> Traced:
     """Trace everything that can be traced; nothing is visited twice, nothing is left out.
 
     What is traced, and with inputs run without numbers, is a stand-in: the model is only read.
     """
     tree = Tree(stand_in(model, without_values, lazy_copy))
+    if other_mode:
+        tree.model.train(not tree.model.training)
     layers = Layers(tree)
     shapes = None if inputs is None or is_lazy_model(model) else Shapes(model, tree, inputs)
     opaque: dict[str, Opaque] = {}

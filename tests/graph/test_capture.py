@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 import models
 from passes import BatchNormToGroupNorm, FoldNorm
 from rewrite.errors import CaptureError
-from rewrite.graph.capture import capture
+from rewrite.graph.capture import capture, in_other_mode
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.operators import norm_of
 from rewrite.protocol import apply_pass
@@ -523,3 +523,26 @@ def test_exported_programs_are_rewritten_like_the_eager_model(name: str):
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"a str is no torch\.nn\.Module"):
         capture("resnet18")  # type: ignore[arg-type]  # the mistake that is tested
+
+
+class ReadsTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        return self.b(y) + y if self.training else self.b(y)
+
+
+def test_the_other_mode_is_read_where_it_runs_other_lines_and_is_none_where_it_does_not() -> None:
+    x = torch.randn(2, 3)
+    plain = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout()).eval()
+    assert in_other_mode(capture(plain, x)) is None
+    model = ReadsTwice().eval()
+    captured = capture(model, x)
+    other = in_other_mode(captured)
+    assert other is not None and not model.training
+    (eval_call,), (train_call,) = captured.calls("a"), other.calls("a")
+    assert len(captured.readers(eval_call).nodes) == 1
+    assert len(other.readers(train_call).nodes) == 2

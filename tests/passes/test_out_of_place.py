@@ -495,3 +495,25 @@ def test_opacus_trains_it(mode: str) -> None:
     F.cross_entropy(private(x), torch.zeros(4, dtype=torch.long)).backward()
     optimizer.step()
     assert not torch.equal(before, converted.fc.weight)
+
+
+class HeadsInTraining(nn.Module):
+    """In training mode another head reads what the activation wrote into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.act = nn.Linear(3, 4), nn.ReLU(inplace=True)
+        self.head, self.extra = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        out = self.head(self.act(y))
+        return out + self.extra(y) if self.training else out
+
+
+def test_a_write_that_only_the_other_mode_reads_again_stays() -> None:
+    torch.manual_seed(0)
+    model, x = HeadsInTraining().double().eval(), torch.randn(5, 3, dtype=torch.float64)
+    result = rewrite.convert(model, OutOfPlace(), example_inputs=x, verify=False)
+    assert not result.report.changes and "in its other mode" in result.report.skips[0].reason
+    torch.testing.assert_close(result.model.train()(x), model.train()(x), rtol=0, atol=1e-12)

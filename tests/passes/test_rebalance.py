@@ -258,3 +258,37 @@ def test_an_architecture_of_torchvision_keeps_its_function_and_takes_a_replay(
     assert error(before, other, x) < 1e-12
     moved = [k for k, v in other.state_dict().items() if not torch.equal(v, before.state_dict()[k])]
     assert len(moved) > 40
+
+
+class AuxiliaryHead(nn.Module):
+    """As GoogLeNet: a head that reads a hidden value in training mode alone."""
+
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        self.reads = reads
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.extra = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.a(x).relu()
+        second = self.b(first).relu()
+        out = self.c(second)
+        if self.training and self.reads:
+            out = out + self.extra(first if self.reads == "first" else second)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("reads", "sites"), [("", {"a", "b"}), ("first", {"b"}), ("second", {"a"})]
+)
+def test_a_value_that_training_reads_otherwise_keeps_its_scale(reads: str, sites: set[str]) -> None:
+    torch.manual_seed(0)
+    model, x = AuxiliaryHead(reads).double().eval(), torch.randn(5, 4, dtype=torch.float64)
+    with torch.no_grad():
+        model.a.weight.mul_(torch.logspace(-1, 1, 8, dtype=torch.float64)[:, None])
+        model.b.weight.mul_(torch.logspace(1, -1, 8, dtype=torch.float64)[:, None])
+    result = rewrite.convert(model, Rebalance("l2"), example_inputs=x)
+    assert {change.target for change in result.report.changes} == sites
+    for mode in (False, True):
+        want, found = model.train(mode)(x), result.model.train(mode)(x)
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
