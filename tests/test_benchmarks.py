@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rewrite
-from benchmarks import _optional, _process, _table
+from benchmarks import _optional, _process, _table, house
 
 PAGE = "# Page\n\n<!-- begin a -->\nold\n<!-- end a -->\n\n<!-- begin b -->\nkeep\n<!-- end b -->\n"
 
@@ -104,3 +104,25 @@ def test_one_structure_whatever_the_values_and_what_is_another():
     assert federated.apart(server.model, client.model, (x,)) > 1e-3
     client.model.load_state_dict(server.model.state_dict())
     assert federated.apart(server.model, client.model, (x,)) == 0
+
+
+def test_floors_and_circles_of_imports() -> None:
+    chain = {"a": {"b"}, "b": {"c"}, "c": set[str](), "d": set[str]()}
+    assert (house.floors(chain), house.circles(chain)) == (3, [])
+    round_ = {"a": {"b"}, "b": {"c", "a"}, "c": set[str]()}
+    assert house.circles(round_) == [{"a", "b"}] and house.floors(round_) == 2
+
+
+def test_the_house_counts_what_runs_and_not_what_types_see(tmp_path) -> None:
+    for name, text in {
+        "rewrite/__init__.py": "",
+        "rewrite/one.py": "if TYPE_CHECKING:\n    import rewrite.two\n",
+        "rewrite/two.py": "class A:\n    x = 1\n\n\ndef late():\n    from rewrite import one\n",
+        "passes/__init__.py": "from rewrite.two import late\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    numbers = house.measured(tmp_path)
+    assert numbers["floors of imports, by file"] == 3  # one, two, passes
+    assert numbers["import circles between files"] == 0
+    assert (numbers["files"], numbers["files in the largest folder"]) == (4, 2)
