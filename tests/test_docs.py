@@ -152,7 +152,7 @@ def test_blocks_run_and_print_what_is_shown(page, tmp_path):
 BY_TASK = (
     "folding", "transformers", "norm_swaps", "recover", "recipes/opacus", "recipes/federated",
     "recipes/encoders", "verification", "ci", "weight_norm", "initialization", "rescaling",
-    "checkpoints",
+    "checkpoints", "own_pass", "streams",
 )  # fmt: skip
 
 

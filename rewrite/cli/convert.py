@@ -20,6 +20,7 @@ from rewrite.cli.common import (
     check_graph_name,
     complain,
     example_inputs,
+    is_onnx,
     load_model,
     save_model,
     write_report,
@@ -109,6 +110,8 @@ def _run_convert(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool) -> int:
     """Convert, and, in the first of several processes, write."""
     output = _output(options)
+    if is_onnx(str(output)):
+        raise OptionError(f"-o {output}: takes a model, .pt; --onnx {output} exports it")
     if options.onnx is not None:
         check_graph_name("--onnx", options.onnx)
     from rewrite.files import check_writable
@@ -231,10 +234,12 @@ def _judge(report: Any, passes: int, options: argparse.Namespace) -> int:
         if options.allow_noop:
             return OK
         return complain("nothing to rewrite; nothing was written", NOTHING)
-    idle = [part.spec for part in report.passes if not part.changes]
+    idle = [part for part in report.passes if not part.changes]
     if idle and passes > 1 and not options.allow_noop:
+        names = ", ".join(part.spec for part in idle)
+        why = next((f": {s.target}: {s.reason}" for part in idle for s in part.skips), "")
         raise OptionError(
-            f"{', '.join(idle)} found nothing to rewrite beside the other passes; nothing was "
+            f"{names} found nothing to rewrite beside the other passes{why}; nothing was "
             "written (--allow-noop accepts that)"
         )
     return OK

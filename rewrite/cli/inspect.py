@@ -28,11 +28,12 @@ def add_parsers(commands: Any) -> None:
         "inspect", help="show what is inside a model, and what passes would find"
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--signal", action="store_true",
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--signal", action="store_true",
                         help="measure how activations and gradients propagate")  # fmt: skip
-    parser.add_argument("--path-norm", action="store_true",
+    what.add_argument("--path-norm", action="store_true",
                         help="the norm of all paths, which rescalings do not change")  # fmt: skip
-    parser.add_argument("--balance", action="store_true",
+    what.add_argument("--balance", action="store_true",
                         help="how far the two sides of each channel are from balanced")  # fmt: skip
     parser.add_argument("--plot", metavar="OUT.png|OUT.svg",
                         help="with --signal or --balance: draw it")  # fmt: skip

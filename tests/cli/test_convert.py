@@ -243,3 +243,9 @@ def test_a_page_of_a_conversion_says_that_the_graph_agrees(model_here: Path, cap
     command = "convert --fold --onnx o.onnx model.pt --input 2x3x9x9 --html page.html"
     assert run(capsys, *command.split())[0] == 0
     assert "parity with the PyTorch model" in Path("page.html").read_text(encoding="utf-8")
+
+
+def test_a_model_has_not_the_name_of_a_graph(model_here: Path, capsys) -> None:
+    code, _, err = run(capsys, "convert", "--fold", "model.pt", "-o", "out.onnx")
+    assert code == 2 and "--onnx out.onnx exports it" in err
+    assert files(model_here.parent) == {"model.pt"}

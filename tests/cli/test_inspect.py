@@ -39,3 +39,8 @@ def test_inspect_shows_norms_feeders_modes_and_passes(checkpoint, capsys) -> Non
 def test_inspect_names_opaque_modules_and_the_line_that_stopped_the_tracer(capsys) -> None:
     code, out, _ = run(capsys, "inspect", "models.control:BranchingLeaf")
     assert code == 0 and "control.py:" in out and "Opaque" in out
+
+
+def test_one_thing_is_looked_at_at_a_time(checkpoint, capsys) -> None:
+    code, _, err = run(capsys, "inspect", "--balance", "--signal", checkpoint)
+    assert code == 2 and "not allowed with argument --balance" in err
