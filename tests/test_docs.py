@@ -223,11 +223,15 @@ def commands(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_have_the_options_that_are_shown(page):
-    for arguments in commands(page.read_text(encoding="utf-8")):
-        options = cli._parser(arguments).parse_args(arguments)
-        if arguments[0] == "convert":
-            assert options.passes.build(seed=0), arguments
+def test_commands_have_the_options_that_are_shown(page, tmp_path):
+    text = page.read_text(encoding="utf-8")
+    with furnished(tmp_path):
+        for setup in (match["setup"] for match in BLOCK.finditer(text) if match["setup"]):
+            exec(compile(setup, str(page), "exec"), {"__name__": "__main__"})
+        for arguments in commands(text):
+            options = cli._parser(arguments).parse_args(arguments)
+            if arguments[0] == "convert":
+                assert options.passes.build(seed=0), arguments
 
 
 def test_commands_are_found_in_every_spelling():
