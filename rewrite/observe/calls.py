@@ -153,6 +153,26 @@ def _token_type_calls(model: nn.Module, first: dict[str, Any]) -> Iterator[Examp
         yield ExampleCall("token types", Inputs((), typed))
 
 
+def refusal_of_known_calls(model: nn.Module) -> str:
+    """Return what a model of transformers says to the simplest call of its users.
+
+    "" where it takes it, and for any other model.
+    """
+    config, kind = getattr(model, "config", None), type(model).__name__
+    if config is None or not hasattr(config, "model_type"):
+        return ""
+    with trial(model) as copied:
+        made = InputMaker(copied, config, torch.Generator().manual_seed(0))
+        if (first := made.inputs(1)) is None:
+            return f"no call of {kind} is known: it takes {made.main}; give example_calls"
+        try:
+            call(copied, Inputs((), first).clone())
+        except Exception as error:  # noqa: BLE001 - a forward may raise anything
+            said = one_line(error)
+            return f"{kind} refuses the calls that are known of it: {said}; give example_calls"
+    return ""
+
+
 def hidden_states_call(call: ExampleCall) -> ExampleCall:
     """Return the same call with every hidden state asked for: it shows what else changes."""
     keywords = {**call.inputs.kwargs, "output_hidden_states": True}

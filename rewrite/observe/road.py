@@ -14,6 +14,7 @@ from torch import nn
 
 from rewrite.errors import CaptureError
 from rewrite.graph.captured import Captured
+from rewrite.observe.calls import refusal_of_known_calls
 from rewrite.observe.code.check import CodeCheck, CodeIndex
 from rewrite.observe.code.fields import UnobservedLine
 from rewrite.observe.evidence import Evidence, observe
@@ -40,6 +41,8 @@ def evidence_of(captured: Captured, wanted: bool = False) -> Evidence | None:
     Raises:
         CaptureError: the model refuses a call.
     """
+    if captured.observed is None and not captured.example_calls and not captured.unobserved:
+        _say_why_no_call(captured)
     if captured.observed is None and captured.example_calls and (wanted or _untraced(captured)):
         try:
             captured.observed = observe(captured.model, captured.example_calls)
@@ -54,6 +57,13 @@ def evidence_of(captured: Captured, wanted: bool = False) -> Evidence | None:
         captured.notes += captured.observed.failed
     found: Evidence | None = captured.observed
     return found
+
+
+def _say_why_no_call(captured: Captured) -> None:
+    """Note what a model says to the calls that are known of its kind, where it took none."""
+    if _untraced(captured) and (refusal := refusal_of_known_calls(captured.model)):
+        captured.unobserved = refusal
+        captured.notes.append(refusal)
 
 
 def observed_outcomes(

@@ -109,7 +109,8 @@ def export(
         found = OnnxVerification(str(place), ())
         if verify:
             try:
-                found = verify_onnx(place, model, inputs, level=level, seed=seed)
+                called = "inferred" if example_inputs is None else "given"
+                found = verify_onnx(place, model, inputs, level=level, seed=seed, called=called)
             except VerificationError as error:
                 raise ExportError(str(error).replace(str(place), str(target))) from error
     return replace(found, path=str(target), notes=tuple(notes))

@@ -60,6 +60,7 @@ def verify_onnx(
     expect_no: Iterable[str] = (),
     repro: str | Path | None = None,
     seed: int = 0,
+    called: str = "given",
 ) -> OnnxVerification:
     """Verify an ONNX file.
 
@@ -75,6 +76,7 @@ def verify_onnx(
         expect: how often an operator has to occur; expect_no: operators that may not occur.
         repro: a folder to write a one-node reproduction into, should the graph be wrong.
         seed: of everything random.
+        called: what the report calls the example inputs.
 
     Raises:
         VerificationError: the file cannot be read or run, or the inputs do not fit it.
@@ -91,7 +93,8 @@ def verify_onnx(
     first = _first(example_inputs, feed)
     sizes = list(resized(opened, first, seed))
     checks += _behaviour(opened, live, feed, level, seed, alone=model is None)
-    cases = _cases(opened, example_inputs, first, calibration, level, seed)
+    name = "made up" if example_inputs is None else called
+    cases = _cases(opened, name, first, calibration, level, seed)
     if isinstance(model, nn.Module):
         with evaluating(model):
             against_model(Reference(opened, live, model, level, repro, seed), cases, sizes, parity)
@@ -178,14 +181,14 @@ def _first(example_inputs: Any, feed: Feed) -> Inputs:
 
 def _cases(
     opened: OnnxFile,
-    example_inputs: Any,
+    name: str,
     first: Inputs,
     calibration: Iterable[Any] | None,
     level: Level,
     seed: int,
 ) -> list[tuple[str, Inputs]]:
     """Return named inputs that the graph's declaration takes."""
-    cases = [("given" if example_inputs is not None else "made up", first)]
+    cases = [(name, first)]
     for index, batch in enumerate(calibration or ()):
         cases.append((f"calibration batch {index}", Inputs.of(batch)))
     if level is Level.THOROUGH:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from rewrite.graph.spellings import is_plain
 from rewrite.hub.folder import CheckpointFolder
 from rewrite.hub.structure import Structure, build, persistent
+from rewrite.observe.new_bias import adds_new_bias
 from rewrite.runtime.float64 import KeepFloat64
 
 _FLAG = re.compile(r"(^|_)bias(es)?(_|$)|^(use_|apply_)?weight_norm$")
@@ -75,11 +76,9 @@ class Holding:
 
 def find_holding(folder: CheckpointFolder, structure: Structure, wanted: Wanted) -> Holding | None:
     """Return the configuration under which the class holds what is wanted, None without one."""
-    own = dict(folder.config)
+    own = _own(folder, structure, wanted)
     if not (wanted.appeared or wanted.gone or wanted.exchanged):
         return Holding(own)
-    if any(name in structure.stored for name in wanted.appeared):
-        own["tie_word_embeddings"] = False
     for config, model in _models(folder, structure, own, wanted):
         rms = frozenset(n for n in wanted.exchanged if _is_rms(structure.model, model, n))
         if wanted.exchanged and not rms:
@@ -95,11 +94,21 @@ def find_holding(folder: CheckpointFolder, structure: Structure, wanted: Wanted)
 def attainable(folder: CheckpointFolder, structure: Structure, wanted: Wanted) -> frozenset[str]:
     """Return the most of the new tensors that the class holds under one configuration."""
     best: frozenset[str] = frozenset()
-    for _, model in _models(folder, structure, dict(folder.config), wanted):
-        zeros = _missing(model, wanted, ())
-        if zeros is not None and _are_new_biases(structure.model, model, zeros):
-            best = max(best, wanted.appeared & _held(model).keys(), key=len)
+    untied, given = _own(folder, structure, wanted), dict(folder.config)
+    for own in (untied, given) if untied != given else (given,):
+        tied = structure.stored.keys() if own is given else ()
+        new = wanted.appeared - set(tied)
+        for _, model in _models(folder, structure, own, wanted):
+            zeros = _missing(model, wanted, ())
+            if zeros is not None and _are_new_biases(structure.model, model, zeros):
+                best = max(best, new & _held(model).keys(), key=len)
     return best
+
+
+def _own(folder: CheckpointFolder, structure: Structure, wanted: Wanted) -> dict[str, Any]:
+    """Return the configuration of a folder, without the tie of a head that gets its own weight."""
+    untied = any(name in structure.stored for name in wanted.appeared)
+    return {**folder.config, "tie_word_embeddings": False} if untied else dict(folder.config)
 
 
 def present(structure: Structure) -> set[str]:
@@ -164,12 +173,20 @@ def _are_new_biases(old: nn.Module, new: nn.Module, names: Collection[str]) -> b
     before, after = dict(old.named_modules()), dict(new.named_modules())
     if {n: type(m) for n, m in before.items()} != {n: type(m) for n, m in after.items()}:
         return False
-    owners = {name: name.rpartition(".")[0] for name in names}
-    return all(
-        name == f"{owner}.bias" and is_plain(after[owner]) and isinstance(after[owner], nn.Linear)
-        and before[owner].bias is None
-        for name, owner in owners.items()
-    )  # fmt: skip
+    kinds: dict[type, nn.Module] = {}
+    for name in names:
+        owner = name.rpartition(".")[0]
+        if name != f"{owner}.bias" or before[owner].bias is not None:
+            return False
+        kinds[type(before[owner])] = before[owner]
+    return all(map(_takes_bias, kinds.values()))
+
+
+def _takes_bias(layer: nn.Module) -> bool:
+    """Return whether a layer without a bias adds one that it gets, and is else what it was."""
+    if not isinstance(layer, nn.Linear):
+        return False
+    return is_plain(layer) or adds_new_bias(layer, (1, layer.in_features))
 
 
 def _is_rms(old: nn.Module, new: nn.Module, name: str) -> bool:

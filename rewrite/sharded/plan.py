@@ -219,6 +219,9 @@ class _Draft:
                 reason = "a bias would appear that its class cannot be asked for"
             elif new:
                 reason = f"{new[0]} would appear, which no configuration of {kind} holds"
+            elif touched.appeared:
+                own = min(touched.appeared)
+                reason = f"{own} would be its own, which no configuration of {kind} holds alone"
             elif touched.gone:
                 name = min(touched.gone)
                 reason = f"{name} would go, and every configuration of {kind} holds it"

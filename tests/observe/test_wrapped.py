@@ -235,6 +235,21 @@ class Chooses(nn.Module):
         return self.head(h)
 
 
+def test_a_model_that_refuses_every_known_call_says_what_it_said() -> None:
+    options = {"d_model": 32, "ffn_dim": 48, "num_layers": 1, "attention_heads": 4}
+    config = transformers.XGLMConfig(vocab_size=64, max_position_embeddings=32, **options)
+    model = transformers.XGLMForCausalLM(config).eval()
+
+    def refuses(*given: object, **named: object) -> None:
+        raise ValueError("not today")
+
+    model.model.layers[0].self_attn.forward = refuses
+    result = rewrite.convert(model, "fold", verify=False)
+    said = "XGLMForCausalLM refuses the calls that are known of it: not today; give example_calls"
+    assert said in result.report.notes
+    assert said in reasons(result)["model.layer_norm"]
+
+
 def test_a_forward_that_no_export_follows_names_its_line() -> None:
     result = rewrite.convert(Chooses(), "fold", example_inputs=(torch.ones(2, 8),))
     assert not result.report.changes

@@ -217,6 +217,41 @@ def test_a_bias_is_asked_for_by_whatever_key_has_it(tmp_path: Path) -> None:
     assert error_of(source, out) < 1e-5
 
 
+def test_layers_that_write_their_product_themselves_get_biases_of_zeros(tmp_path: Path) -> None:
+    """Falcon's `bias` gives one to each of its layers, which are of a class of its own."""
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = transformers.FalconForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.3 + 0.8)
+    source, out = tmp_path / "in", tmp_path / "out"
+    model.save_pretrained(source)
+    report = rewrite.convert_checkpoint(source, out, "fold", verify=False)
+    assert [change.target for change in report.changes] == ["transformer.h.0.input_layernorm"]
+    assert json.loads((out / "config.json").read_text())["bias"]
+    assert error_of(source, out) < 1e-5
+
+
+def test_a_head_whose_bias_is_tied_with_it_is_not_untied(tmp_path: Path) -> None:
+    """BERT's configuration unties weight and bias of the decoder, or neither."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=32,
+    )  # fmt: skip
+    model = transformers.BertForMaskedLM(config)
+    source = tmp_path / "in"
+    model.save_pretrained(source)
+    report = rewrite.convert_checkpoint(source, tmp_path / "out", "fold{untie=true}", verify=False)
+    assert [c.target for c in report.changes] == ["bert.encoder.layer.0.output.LayerNorm"]
+    why = {skip.target: skip.reason for skip in report.skips}
+    assert "would be its own" in why["cls.predictions.transform.LayerNorm"]
+
+
 def error_of(source: Path, out: Path) -> float:
     expected, got = logits(source), logits(out)
     return float((expected - got).abs().max() / expected.abs().max())
