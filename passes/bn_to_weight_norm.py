@@ -30,6 +30,7 @@ from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
 from rewrite.weights.fans import linear_maps
 from rewrite.weights.weight_norm import add_weight_norm, weight_layouts, weight_refusal
+from rewrite.weights.weight_norm_recipe import NormedWeight
 
 
 @dataclass(frozen=True)
@@ -162,5 +163,12 @@ def _shift(captured: Captured, site: Site) -> torch.Tensor | None:
 def _normed(captured: Editable, name: str) -> dict[str, str | None]:
     layer = captured.module(name)
     ((key, layout),) = weight_layouts(layer).items()
+    unrounded = (captured.exact or {}).get(f"{name}.{key}")
     add_weight_norm(captured.editor, layer, key, layout)
-    return {f"{name}.{key}": f"{name}.parametrizations.{key}.original1"}
+    stem = f"{name}.parametrizations.{key}.original"
+    if unrounded is not None:
+        groups = layout.groups if layout.inputs_first else 1
+        places = ((f"{name}.{key}", f"{stem}0", f"{stem}1"),)
+        weight = NormedWeight(places, groups, layout.inputs_first)
+        captured.keep_exact(weight.unrounded(unrounded()))
+    return {f"{name}.{key}": f"{stem}1"}

@@ -74,6 +74,8 @@ class ClipChannels(Pass):
         bound = torch.full(plan.shape, plan.clip.high, dtype=tensor.dtype, device=tensor.device)
         name = plan.clip.bound(captured, bound)
         key = f"{name}.bound"
+        exact = torch.full(plan.shape, plan.clip.high, dtype=torch.float64, device=tensor.device)
+        captured.keep_exact({key: lambda: exact})
         recipe = ConstantRecipe(key, plan.clip.high, plan.shape, like)
         after = f"a clip with {bound.numel()} bounds, {name}"
         return Change(site.target, site.before, after, touched=(name,), recipe=recipe.to_data())

@@ -56,6 +56,8 @@ class FreezeBatchNorm(Pass):
         module = ChannelAffine(affine.scale.to(like), affine.shift.to(like))
         module.requires_grad_(self.trainable)
         name, kept = swap.install(captured, norm, module)
+        captured.keep_exact({f"{name}.weight": lambda: affine.scale})
+        captured.keep_exact({f"{name}.bias": lambda: affine.shift})
         after = f"ChannelAffine({len(affine.scale)})"
         return Change(site.target, site.before, after, kept, (site.target, name))
 

@@ -162,6 +162,7 @@ class WeightNorm(Pass):
     def rewrite(self, captured: Editable, site: Site) -> Change:
         """Reparameterize the weights of one layer and of those tied to it."""
         plan: WeightNormPlan = site.plan
+        held = [plan.module._parameters[key] for key in plan.weights]
         for key in plan.old:
             convert_old_weight_norm(captured.editor, plan.module, key)
         touched, tied = [site.target], []
@@ -183,8 +184,12 @@ class WeightNorm(Pass):
             stem = f"{TensorRef(site.target, 'parametrizations').name}.{key}.original"
             keys[TensorRef(site.target, f"{key}_g").name] = f"{stem}0"
             keys[TensorRef(site.target, f"{key}_v").name] = f"{stem}1"
-        recipe = _recipe(captured, site.target, plan, keys).to_data()
-        return Change(site.target, site.before, after, note, tuple(touched), keys, recipe=recipe)
+        recipe = _recipe(captured, site.target, plan, keys)
+        for weight, old in zip(recipe.weights, held, strict=True):
+            if self.contract is Contract.EXACT and old is not None:
+                captured.keep_exact(weight.unrounded(old.detach()))
+        data = recipe.to_data()
+        return Change(site.target, site.before, after, note, tuple(touched), keys, recipe=data)
 
     def rewrite_all(
         self, captured: Editable, sites: Sequence[Site], calibration: Iterable[Any] | None = None

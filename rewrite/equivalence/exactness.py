@@ -2,6 +2,9 @@
 
     |stored - exact| = min over the values v of the type of |v - exact|      for each element
 
+What a pass computes as the model computes it, in its own precision (the norms of a weight), says by
+how many roundings (`roundings`) it may be off instead.
+
 A pass that computes in float64 and rounds once can say what each tensor was before. Then nothing
 has to be assumed about what rounding does to a model: the exact tensors are judged as they are, and
 the rounding by this.
@@ -42,7 +45,8 @@ def misrounded(model: nn.Module, exact: Exact) -> list[str]:
     for name, value in exact.items():
         owner, _, attr = name.rpartition(".")
         stored = _own(tree.names[owner], attr)
-        if stored is not None and (reason := _misrounded(stored.detach(), value())):
+        roundings = getattr(value, "roundings", 0)
+        if stored is not None and (reason := _misrounded(stored.detach(), value(), roundings)):
             reasons.append(f"{name} {reason}")
     return reasons
 
@@ -51,7 +55,7 @@ def _own(module: nn.Module, attr: str) -> Tensor | None:
     return {**module._parameters, **module._buffers}.get(attr)
 
 
-def _misrounded(stored: Tensor, exact: Tensor) -> str:
+def _misrounded(stored: Tensor, exact: Tensor, roundings: int) -> str:
     if stored.shape != exact.shape:
         return f"has the shape {tuple(stored.shape)}, its exact value {tuple(exact.shape)}"
     nearest = exact.to(stored.dtype)
@@ -59,7 +63,8 @@ def _misrounded(stored: Tensor, exact: Tensor) -> str:
         return ""
     off = (stored.double() - exact).abs()
     least = (nearest.double() - exact).abs()
-    wrong = ~(off <= least + _FLOAT64 * exact.abs())
+    more = _FLOAT64 + roundings * torch.finfo(stored.dtype).eps
+    wrong = ~(off <= least + more * exact.abs())
     if not bool(wrong.any()):
         return ""
     worst = float((off / exact.abs().clamp_min(torch.finfo(torch.float64).tiny))[wrong].max())

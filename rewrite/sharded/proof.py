@@ -35,8 +35,6 @@ from rewrite.sharded.plan import FolderPlan
 from rewrite.sharded.recipes import FolderRecipe, layers_of, maps_of
 from rewrite.weights.tensor_recipe import Computed
 
-_ROUNDINGS = 4
-"""How many a tensor may be off that is stored as a model computes it in its own precision."""
 _ALLOWED = 1e-9
 """Relative error of a block: right agrees to about 1e-13, wrong is off by 1e-6 and more."""
 
@@ -141,7 +139,7 @@ def _stored_wrong(
         stored = after.read(name)
         nearest = compute().to(stored.dtype)
         if isinstance(compute, Computed):
-            off = (stored - nearest).abs() > _ROUNDINGS * torch.finfo(
+            off = (stored - nearest).abs() > compute.roundings * torch.finfo(
                 stored.dtype
             ).eps * nearest.abs()
             if bool(off.any()):

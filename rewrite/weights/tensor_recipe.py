@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -22,6 +22,9 @@ class Computed(partial[Tensor]):
 
     What is stored is then within a few roundings of it, and not its nearest value.
     """
+
+    roundings: ClassVar[int] = 16
+    """By how many roundings of its own size a stored value may be off."""
 
 
 class TensorStore(Protocol):

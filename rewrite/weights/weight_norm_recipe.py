@@ -69,6 +69,14 @@ class NormedWeight:
             return made
         return WeightNorm(self.groups, self.inputs_first).forward(g, v)
 
+    def unrounded(self, old: Tensor) -> Exact:
+        """Return what magnitudes and directions of a weight are before they are rounded."""
+        return {
+            name: Computed(_part, self, old, which)
+            for _, *parts in self.places
+            for which, name in enumerate(parts)
+        }
+
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return magnitudes and directions of a weight."""
         return WeightNorm(self.groups, self.inputs_first).right_inverse(weight)
@@ -113,8 +121,7 @@ class AddedWeightNorm(TensorRecipe):
                 store.set(first, g)
                 store.set(second, v)
                 store.delete(name)
-                unrounded[first] = Computed(_part, weight, old, 0)
-                unrounded[second] = Computed(_part, weight, old, 1)
+            unrounded |= weight.unrounded(old)
         for before, after in self.renamed.items():
             store.set(after, store.get(before))
             store.delete(before)
