@@ -27,7 +27,7 @@ from rewrite.training.features import Pair, aligned, swapped_norms
 from rewrite.training.held_out import HeldOut
 from rewrite.training.label_smoothing import OnlineLabelSmoothing, check_labels
 from rewrite.training.loop_state import LoopState, interrupts, load_state, save_state
-from rewrite.training.options import RATES, REFERENCE_BATCH, RecoverOptions
+from rewrite.training.options import REFERENCE_BATCH, RecoverOptions, default_rate
 from rewrite.training.parameter_groups import normalized_decay, parameter_groups
 from rewrite.training.recovered import Recovered
 from rewrite.training.samples import Samples, read_samples, split, step_count, steps_of
@@ -139,7 +139,7 @@ class _Recovery:
             load_state(self.accelerator, folder, (self.state, self.schedule))
         outputs, planes = {"teacher": self.held.outputs}, {"teacher": self.held.plane(self.teacher)}
         if not state.agreements:
-            held, outputs["student before"] = self.held.measure(self.student)
+            held, outputs["student before"] = self.before
             planes["student before"] = self.held.plane(self.student)
             state.note(held)
         stopped = self._train(folder, say)
@@ -260,7 +260,9 @@ class _Recovery:
         for module in self.student.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()  # What no swap replaced keeps its statistics.
-        optimizer = _optimizer(options, self.student, self.batch, len(self.fitted))
+        self.before = self.held.measure(self.student)
+        rate = options.rate or default_rate(options.optimizer, self.before[0].error)
+        optimizer = _optimizer(options, self.student, rate, self.batch, len(self.fitted))
         rising = round(options.warmup * self.total)
         start = min(1.0, REFERENCE_BATCH / self.batch) if self.batch > REFERENCE_BATCH else 0.1
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -304,13 +306,13 @@ class _Recovery:
 
 
 def _optimizer(
-    options: RecoverOptions, student: nn.Module, batch: int, samples: int
+    options: RecoverOptions, student: nn.Module, rate: float, batch: int, samples: int
 ) -> torch.optim.Optimizer:
-    """Return the optimizer, with decay for matrices alone and a rate for this batch size."""
+    """Return the optimizer, with decay for matrices alone and the rate of a batch of 32 scaled."""
     decay = normalized_decay(options.weight_decay, batch, samples, options.epochs)
     groups = [{k: g[k] for k in ("params", "weight_decay")} for g in
               parameter_groups(student, decay)]  # fmt: skip
-    rate = linear_scaling(options.rate or RATES[options.optimizer], batch, REFERENCE_BATCH)
+    rate = linear_scaling(rate, batch, REFERENCE_BATCH)
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=rate)
     return torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)

@@ -8,6 +8,7 @@ from torch import nn
 
 from rewrite.errors import OptionError
 from rewrite.training import RecoverOptions, recover
+from rewrite.training.options import default_rate
 from tests.training.test_recover import _data, _student, _teacher
 
 
@@ -42,3 +43,20 @@ def test_bad_input(
 def test_options_and_their_fields() -> None:
     with pytest.raises(OptionError, match="not both"):
         recover(_student(), _teacher(), _data(), options=RecoverOptions(), epochs=2)
+
+
+def test_a_student_that_begins_further_away_takes_longer_steps() -> None:
+    rates = [default_rate("adamw", error) for error in (0, 0.5, 0.75, 0.9, 30.0, float("nan"))]
+    assert rates == pytest.approx([4e-3, 4e-3, 9e-3, 12e-3, 12e-3, 4e-3])
+    assert default_rate("sgd", 0.1) == default_rate("sgd", 0.9) == 0.01
+
+
+def test_the_rate_of_a_training_is_by_where_it_begins() -> None:
+    def highest(student: nn.Module, **settings: object) -> float:
+        recovered = recover(student, _teacher(), _data(), batch_size=32, warmup=0, **settings)
+        return max(rate for _, _, rate in recovered.steps)
+
+    assert highest(_teacher()) == pytest.approx(4e-3)
+    assert highest(_student()) == pytest.approx(12e-3)
+    assert highest(_student(), rate=1e-3) == pytest.approx(1e-3)
+    assert highest(_student(), optimizer="sgd") == pytest.approx(0.01)
