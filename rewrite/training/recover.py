@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rewrite.errors import OptionError
 from rewrite.runtime.copying import copy_model
@@ -292,17 +292,19 @@ class _Recovery:
 
     def _check_labels(self, classes: int) -> None:
         assert self.fitted.labels is not None
-        given, wanted = self.fitted.labels.shape[1:], self.held.outputs[0].shape[2:]
-        if given != wanted:
-            raise OptionError(
-                f"labels of one sample: shape {tuple(given)}; its output asks for {tuple(wanted)}"
-            )
+        _check_shape(self.fitted.labels, self.held.outputs[0])
         check_labels(self.fitted.labels, classes)
         check_labels(self.held.samples.labels, classes)  # type: ignore[arg-type]  # labelled as those that are fitted
         counts = torch.bincount(self.fitted.labels[self.fitted.labels >= 0], minlength=classes)
         if empty := torch.nonzero(counts == 0).flatten().tolist():
             names = ", ".join(map(str, empty[:10]))
             self.notes.append(f"{len(empty)} classes have no sample to train on: {names}")
+
+
+def _check_shape(labels: Tensor, output: Tensor) -> None:
+    given, wanted = tuple(labels.shape[1:]), tuple(output.shape[2:])
+    if given != wanted:
+        raise OptionError(f"labels of one sample: shape {given}; its output asks for {wanted}")
 
 
 def _optimizer(
