@@ -18,7 +18,7 @@ from benchmarks._table import environment, parser, publish, table
 from rewrite.hub.safetensors_file import bytes_of, header_of
 
 _IMPORTS = (
-    "import torch, transformers, rewrite, passes, rewrite.sharded.convert, rewrite.observe.road"
+    "import torch, transformers, rewrite, passes, rewrite.sharded.convert, rewrite.observe.outcomes"
 )
 
 _PLAN = "convert --fold --dry-run"

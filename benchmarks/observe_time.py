@@ -21,8 +21,8 @@ from rewrite.graph.capture import capture
 from rewrite.observe.calls import default_calls
 from rewrite.observe.evidence import Evidence, observe
 from rewrite.observe.export import export_call
+from rewrite.observe.outcomes import decide
 from rewrite.observe.plan import ObservedFold, Options
-from rewrite.observe.road import decide
 
 transformers = required("transformers")
 

@@ -35,8 +35,8 @@ from passes import FoldNorm
 from rewrite.errors import CaptureError
 from rewrite.graph.capture import capture
 from rewrite.observe.evidence import observe
+from rewrite.observe.outcomes import decide
 from rewrite.observe.plan import ObservedFold, Options
-from rewrite.observe.road import decide
 from rewrite.outcomes import Site, Skip
 from rewrite.protocol import find_sites
 from rewrite.runtime.inputs import ExampleCall, Inputs

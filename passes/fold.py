@@ -33,8 +33,8 @@ from rewrite.fold.unfolded import UnfoldedNorm, drop_affine_part
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
 from rewrite.graph.editor import Editor
+from rewrite.observe.outcomes import ObservedSite, observed_outcomes
 from rewrite.observe.plan import Options
-from rewrite.observe.road import ObservedSite, observed_outcomes
 from rewrite.outcomes import Change, Contract, Declined, Site, Skip
 from rewrite.protocol import Pass
 from rewrite.weights.baking import Baked, bake
@@ -178,7 +178,7 @@ class FoldNorm(Pass):
         return [*changes, *(carry_out(captured, s.plan.fold, s.plan.before) for s in observed)]
 
     def _rewrite_traced(self, captured: Editable, sites: Sequence[Site]) -> list[Change]:
-        """Fold the sites that the symbolic road found."""
+        """Fold the sites that tracing found."""
         decided = self._decided(captured, sites)
         plans = [site for site in decided.outcomes if isinstance(site, Site)]
         for outcome in decided.outcomes:

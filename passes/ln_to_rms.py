@@ -24,8 +24,8 @@ from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
 from rewrite.streams.centre import CentrePlanner, centred
 from rewrite.streams.execute import carry_out
+from rewrite.streams.outcomes import stream_outcomes
 from rewrite.streams.plan import StreamOptions
-from rewrite.streams.road import stream_outcomes
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from rewrite.observe.calls import known_calls
 from rewrite.observe.evidence import Evidence
 from rewrite.observe.export import ObservedCall
 from rewrite.observe.norms import ObservedNorm, norms_of
-from rewrite.observe.road import evidence_of
+from rewrite.observe.outcomes import evidence_of
 from rewrite.observe.spellings import FORM, MOVES, SAME, op_name, shape_of
 from rewrite.protocol import find_sites
 from rewrite.runtime.inputs import Inputs

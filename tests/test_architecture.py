@@ -60,7 +60,7 @@ ELSEWHERE = {
     "cli": "export is tried with bad and good graphs: cli/test_bad_graphs.py, onnx/test_export.py",
     "html": "pages are read as a reader sees them: html/test_page.py, html/test_browser.py",
     "hub": "a folder that is loaded is one that was converted: sharded/test_convert.py",
-    "observe": "exports and labels show in what folds: observe/test_road.py, test_reductions.py",
+    "observe": "exports and labels show in what folds: observe/test_outcomes.py, test_flow.py",
     "sharded": "a plan shows in the folder that it makes: sharded/test_convert.py, test_recipes.py",
     "signals": "a row is a field of a report: signals/test_measure.py",
     "streams": "classes and layers are parts of the values: streams/test_values.py, test_groups.py",

@@ -1,1 +1,1 @@
-"""The observed road: evidence from exported example calls, where symbolic tracing cannot enter."""
+"""Evidence from exported example calls (`torch.export`), where symbolic tracing cannot enter."""

@@ -1,4 +1,4 @@
-"""Factors and shifts behind a norm are folded once, whichever road sees them."""
+"""Factors and shifts behind a norm are folded once, traced or shown by an exported call."""
 
 from __future__ import annotations
 

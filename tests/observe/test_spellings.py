@@ -1,4 +1,4 @@
-"""What the observed road knows of an operator is a row of `rewrite.graph.traits`, and holds."""
+"""What is known of an operator of an exported call is a row of `rewrite.graph.traits`."""
 
 from __future__ import annotations
 

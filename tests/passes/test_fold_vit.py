@@ -13,8 +13,8 @@ import rewrite
 from passes import FoldNorm
 from rewrite.graph.capture import capture
 from rewrite.observe.evidence import observe
+from rewrite.observe.outcomes import decide
 from rewrite.observe.plan import ObservedFold, Options
-from rewrite.observe.road import decide
 from rewrite.outcomes import Site
 from rewrite.runtime.inputs import ExampleCall, Inputs
 

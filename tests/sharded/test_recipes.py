@@ -1,4 +1,4 @@
-"""Passes whose changes are recipes, on folders: the bits of the road in memory, or declined."""
+"""Passes whose changes are recipes, on folders: the bits of a conversion in memory, or declined."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The observed road of a pass: sites and skips of the norms that no trace could reach.
+"""Sites and skips of a pass for norms that tracing could not reach or declined, from example calls.
 
-The symbolic road stays first: a norm that it folds is left to it. What it declines is decided again
-from the evidence of the example calls: with the reason that these show where nothing could be
-traced, and to fold more where an operation is not known to the one road and known to the other.
+Tracing comes first: a norm that folds by its graph is left to that. What it declines is decided
+again from exported calls of the model: they give the true reason where nothing could be traced, and
+they fold more where an operation is known in an exported call and not in a traced graph.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rewrite.outcomes import Declined, Site, Skip
 
 @dataclass(frozen=True, eq=False)
 class ObservedSite:
-    """The plan of a site that was found on the observed road."""
+    """The plan of a site that exported calls showed."""
 
     fold: ObservedFold
     before: str
@@ -72,13 +72,13 @@ def observed_outcomes(
     options: Options,
     unsure: Container[str] = (),
 ) -> Iterator[Site | Skip]:
-    """Yield the outcomes of both roads: the traced ones, and what calls show of what they decline.
+    """Yield the outcomes of tracing, and what exported calls show of those that it declined.
 
     Args:
         captured: the model, with its calls.
-        traced: the outcomes of the symbolic road.
+        traced: the outcomes of tracing.
         options: what a user allows.
-        unsure: what that road declined for an operation or a reader that it does not know.
+        unsure: what tracing declined for an operation or a reader that it does not know.
     """
     traced = list(traced)
     skipped = {o.target for o in traced if isinstance(o, Skip) and o.target in unsure}
@@ -105,7 +105,7 @@ def observed_outcomes(
     told = {outcome.target for outcome in traced} if traced_whole else set()
     known = {target for target, _, _ in decided} - told
     for outcome in traced:
-        # A product with the weight of a norm is that norm: its class stays, on this road.
+        # A product with the weight of a norm is that norm: its class stays here.
         norm = outcome.target.removesuffix(".weight").removesuffix(".bias")
         if outcome.target in owned or norm in folds:
             continue
