@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from rewrite.checkpoint.pickles.unpickle import PickleFile
 from rewrite.checkpoint.prefixes import WithVersions
 from rewrite.checkpoint.vetting.opcodes import ListOf, Made, TupleOf
-from rewrite.checkpoint.vetting.state import is_module, is_tensor, pairs_of, state_of
+from rewrite.checkpoint.vetting.state import is_array, is_module, is_tensor, pairs_of, state_of
 from rewrite.errors import CheckpointError
 
 _DEEPEST = 200
@@ -25,9 +26,20 @@ _DEEPEST = 200
 def build_state(file: PickleFile, node: Any, device: str | torch.device) -> WithVersions:
     """Return the tensors of a state dict or of a module by their keys."""
     entries = dict(_module_entries(node)) if is_module(node) else dict(pairs_of(node) or ())
-    wanted = {key: value for key, value in entries.items() if is_tensor(value)}
-    tensors = file.build(TupleOf(tuple(wanted.values())), map_location=device)
+    wanted = {k: value for k, value in entries.items() if is_tensor(value) or is_array(value)}
+    built = file.build(TupleOf(tuple(wanted.values())), map_location=device)
+    tensors = [_as_tensor(file, key, value) for key, value in zip(wanted, built, strict=True)]
     return WithVersions(dict(zip(wanted, tensors, strict=True)), _versions(node))
+
+
+def _as_tensor(file: PickleFile, key: str, value: Any) -> Any:
+    """Return a tensor as it is, and an array of numbers as a tensor of its own."""
+    if not isinstance(value, np.ndarray):
+        return value
+    try:
+        return torch.from_numpy(value.copy())
+    except TypeError as error:
+        raise CheckpointError(f"{file.path}: {key} is an array of {value.dtype}") from error
 
 
 def _versions(node: Any) -> dict[str, dict[str, int]]:

@@ -6,7 +6,7 @@ state dict = the mapping from names to tensors
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rewrite.checkpoint.vetting.opcodes import DictOf, ListOf, Made, Name, Node, TupleOf
@@ -28,6 +28,9 @@ TENSORS = frozenset(
 )
 """The functions by which torch pickles tensors."""
 
+ARRAYS = frozenset({"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"})
+"""The functions by which numpy pickles arrays."""
+
 NESTED = (
     *("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params"),
     *("model_ema", "ema", "state_dict_ema", "ema_state_dict", "params_ema"),
@@ -38,6 +41,11 @@ NESTED = (
 def is_tensor(value: Any) -> bool:
     """Say whether a node of a pickle is a tensor."""
     return isinstance(value, Made) and value.name in TENSORS
+
+
+def is_array(value: Any) -> bool:
+    """Say whether a node of a pickle is an array of numpy, as Detectron2 writes weights."""
+    return isinstance(value, Made) and value.name in ARRAYS
 
 
 def pairs_of(node: Any) -> list[tuple[Any, Any]] | None:
@@ -67,15 +75,20 @@ def find_state(root: Any, key: str | None = None) -> tuple[str, Any] | None:
     """
     if key is not None:
         node = _at(root, key)
-        found = _search(node, key) if node is not None else None
-        if found is None:
-            known = ", ".join(place for place, _ in _all_states(root, "")) or "none"
-            raise CheckpointError(f"has no state dict called {key}; those in it: {known}")
-        return found
-    found = _search(root, "")
-    if found is not None:
-        return found
-    others = list(_all_states(root, ""))
+        for is_state in (_is_state, _is_mixed_state):
+            found = _search(node, key, is_state) if node is not None else None
+            if found is not None:
+                return found
+        known = ", ".join(place for place, _ in _all_states(root, "", _is_state)) or "none"
+        raise CheckpointError(f"has no state dict called {key}; those in it: {known}")
+    others: list[tuple[str, Any]] = []
+    for is_state in (_is_state, _is_mixed_state):
+        found = _search(root, "", is_state)
+        if found is not None:
+            return found
+        others = list(_all_states(root, "", is_state))
+        if others:
+            break
     if len(others) > 1:
         names = ", ".join(place for place, _ in others)
         raise CheckpointError(f"holds several state dicts ({names}); choose one with --key NAME")
@@ -91,15 +104,17 @@ def _at(root: Any, key: str) -> Any:
     return _at(pairs[first], rest) if rest and first in pairs else None
 
 
-def _search(node: Any, place: str, depth: int = 0) -> tuple[str, Any] | None:
+def _search(
+    node: Any, place: str, is_state: Callable[[Any], bool], depth: int = 0
+) -> tuple[str, Any] | None:
     """Return the state dict, or the module, that a node is or nests under a usual name."""
-    if is_module(node) or _is_state(node):
+    if is_module(node) or is_state(node):
         return place, node
     pairs = {str(key): value for key, value in pairs_of(node) or ()}
     for key in NESTED if depth < 4 else ():
         if key not in pairs:
             continue
-        found = _search(pairs[key], f"{place}.{key}".strip("."), depth + 1)
+        found = _search(pairs[key], f"{place}.{key}".strip("."), is_state, depth + 1)
         if found is not None:
             return found
     return None
@@ -110,23 +125,41 @@ def _is_state(node: Any) -> bool:
     return bool(pairs) and all(isinstance(k, str) and is_tensor(v) for k, v in pairs or ())
 
 
-def _all_states(node: Any, place: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
+def _is_mixed_state(node: Any) -> bool:
+    """Say whether most of a dict are tensors or arrays by dotted names: beside them a version.
+
+    Looked for where nothing else is there: a checkpoint may keep a few tensors of other meaning.
+    """
+    pairs = pairs_of(node) or ()
+    held = [key for key, value in pairs if is_tensor(value) or is_array(value)]
+    named = [key for key in held if isinstance(key, str) and "." in key]
+    return bool(named) and 2 * len(named) > len(pairs)
+
+
+def _all_states(
+    node: Any, place: str, is_state: Callable[[Any], bool], depth: int = 0
+) -> Iterator[tuple[str, Any]]:
     """Yield every state dict and module below a node, but for those of optimizers."""
-    if place and (is_module(node) or _is_state(node)):
+    if place and (is_module(node) or is_state(node)):
         yield place, node
         return
     for key, value in pairs_of(node) or () if depth < 4 else ():
         if isinstance(key, str) and not key.startswith("optim"):
-            yield from _all_states(value, f"{place}.{key}".strip("."), depth + 1)
+            yield from _all_states(value, f"{place}.{key}".strip("."), is_state, depth + 1)
 
 
 def left_out(root: Any, place: str) -> tuple[str, ...]:
-    """Return the entries of a checkpoint beside its state dict, each with what it is."""
+    """Return the entries of a checkpoint that are no part of its state dict, each with what it is.
+
+    Those beside it, and those in it that are no tensors.
+    """
     first = place.partition(".")[0]
+    beside = [pair for pair in pairs_of(root) or () if place and pair[0] != first]
+    inside = pairs_of(_at(root, place) if place else root) or ()
     return tuple(
         f"{key} ({describe_node(value)})"
-        for key, value in (pairs_of(root) or ())
-        if isinstance(key, str) and place and key != first
+        for key, value in [*beside, *(p for p in inside if not (is_tensor(p[1]) or is_array(p[1])))]
+        if isinstance(key, str)
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rewrite.checkpoint.load import load
+from rewrite.errors import CheckpointError
 from tests.checkpoint.files import LINEAR, Call, refused_at_once, same
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -53,3 +54,23 @@ def test_a_wrapped_module_gives_its_tensors(tmp_path):
         wrapper.__class__.__getstate__ = before
     (tmp_path / "c.pt").write_bytes(data.getvalue())
     assert same(load(tmp_path / "c.pt", factory=LINEAR), linear)
+
+
+def test_weights_as_arrays_are_taken_as_tensors(tmp_path):
+    """Detectron2 writes them so; an array of objects is none."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+    arrays = {key: value.numpy() for key, value in net.state_dict().items()}
+    torch.save({"model": arrays, "__author__": "x", "stats": {"mean": arrays}}, tmp_path / "c.pt")
+    factory = "tests.checkpoint.pickles.test_state:linear_and_norm"
+    notes = []
+    opened = load(tmp_path / "c.pt", factory=factory, note=notes.append)
+    assert same(opened, net)
+    assert notes == ["left out __author__ (str)", "left out stats (dict)"]
+    opened[0].weight.data.add_(1)  # of its own memory
+    torch.save({**arrays, "0.weight": arrays["0.weight"].astype("U8")}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=r"0\.weight is an array of <U8"):
+        load(tmp_path / "c.pt", factory=factory)
+
+
+def linear_and_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
