@@ -250,16 +250,18 @@ def check_places(options: argparse.Namespace) -> None:
 
     Raises:
         OptionError: a report, page or picture is a file that is read, or that exists, without
-            --force; or a picture cannot be drawn.
+            --force; two files that are written are one; or a picture cannot be drawn.
     """
     if getattr(options, "plot", None):
         from rewrite.files.figure import check_plot
 
         check_plot(Path(options.plot))
+    outputs = [(f"--{name}", getattr(options, name, None)) for name in ("output", "onnx")]
     read = [getattr(options, name, None) for name in _READ]
     if options.command == "apply-map":
         read.append(options.report)
     named = [*written_reports(options), ("--plot", getattr(options, "plot", None))]
+    check_distinct([*outputs, *(named if options.command != "apply-map" else ())])
     for flag, name in named if options.command != "apply-map" else ():
         if not name or not os.path.lexists(name):
             continue
@@ -270,6 +272,21 @@ def check_places(options: argparse.Namespace) -> None:
             raise OptionError(
                 f"{flag} {name}: already exists; choose another place or pass --force"
             )
+
+
+def check_distinct(named: Iterable[tuple[str, str | Path | None]]) -> None:
+    """Raise OptionError where two of the files that a command writes would be one."""
+    taken: dict[str, str] = {}
+    for flag, name in named:
+        if name is None:
+            continue
+        place = os.path.realpath(name)
+        if place in taken:
+            raise OptionError(
+                f"{flag} {name}: is what {taken[place]} names as well; give each file a place of "
+                "its own"
+            )
+        taken[place] = flag
 
 
 def check_report(options: argparse.Namespace, *others: str | None) -> None:

@@ -17,6 +17,7 @@ from rewrite.cli.common import (
     add_model_arguments,
     add_page_argument,
     calibration_data,
+    check_distinct,
     check_graph_name,
     complain,
     example_inputs,
@@ -118,6 +119,8 @@ def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool
 
     writes = first and not options.dry_run
     reports = (options.report, options.html)
+    given = ("--report", "--html", "--onnx")
+    check_distinct([("--output", output), *zip(given, (*reports, options.onnx), strict=True)])
     if not first:
         options.report = options.html = None
     for path in (output, *reports, options.onnx) if writes else reports:

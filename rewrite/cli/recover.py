@@ -13,6 +13,7 @@ from rewrite.cli.common import (
     OK,
     add_model_arguments,
     calibration_data,
+    check_distinct,
     complain,
     load_model,
     save_model,
@@ -86,6 +87,7 @@ def run_recover(options: argparse.Namespace) -> int:
     from rewrite.files import check_writable
 
     output = Path(options.output or _default_output(options.student))
+    check_distinct([("--output", output), ("--report", options.report), ("--plot", options.plot)])
     check_writable(output, overwrite=options.force)
     for path in (options.report, options.plot):
         if path is not None:

@@ -147,3 +147,35 @@ def test_a_graph_has_the_name_of_one(capsys, model_here: Path, command: str) -> 
 def test_an_export_without_an_input_says_for_which(capsys, model_here: Path) -> None:
     code, out, _ = run(capsys, "export", "model.pt", "o.onnx")
     assert code == 0 and "note: no input was given: exported for 1x3x224x224" in out
+
+
+SAME = {
+    "the report": ("--report", "out.pt"),
+    "spelled otherwise": ("--report", "./x/../out.pt"),
+    "the page": ("--html", "out.pt"),
+    "the graph": ("--onnx", "out.pt"),
+    "both reports": ("--report", "a.json", "--html", "a.json"),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_files_of_a_command_are_never_one(
+    checkpoint, capsys, tmp_path, monkeypatch, name
+) -> None:
+    """The second would take the place of the first, without a word."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    base = ("convert", "--fold", checkpoint, "--input", "1x3x9x9")
+    code, _, err = run(capsys, *base, "-o", "out.pt", *SAME[name])
+    assert code == 2
+    assert "give each file a place of its own" in err
+    assert sorted(tmp_path.rglob("*")) == before
+    code, _, err = run(capsys, *base, "-o", "out.pt", "--report", "out.json", "--html", "out.html")
+    assert code == 0, err
+
+
+def test_a_report_may_not_be_the_default_output(checkpoint, capsys) -> None:
+    place = Path(checkpoint).with_suffix(".rewritten.pt")
+    code, _, err = run(capsys, "convert", "--fold", checkpoint, "--report", place)
+    assert (code, "is what --output names as well" in err) == (2, True)
