@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -309,8 +307,6 @@ _DATA = ("input", "calibration", "data", "recover")
 _READ = (*_MODELS, *_DATA)
 """The options that name what a command reads."""
 
-_MOST_ELEMENTS = 1 << 28
-
 _FILES = (".pt", ".pth", ".pt2", ".ckpt", ".safetensors")
 """Suffixes of what is a file and no name of a library's model."""
 
@@ -356,7 +352,9 @@ def vet_files(options: argparse.Namespace) -> None:
 def _vet_model(options: argparse.Namespace, path: str) -> None:
     if options.command == "verify" and is_onnx(path):
         if Path(path).stat().st_size < _SMALL_GRAPH:
-            _try_graph(options, path)
+            from rewrite.onnx.runtime import try_file
+
+            try_file(path, options.input)
         return
     from rewrite.checkpoint.vetting.vet import vet
 
@@ -370,22 +368,6 @@ def _vet_model(options: argparse.Namespace, path: str) -> None:
         # Of two models that are verified one may be a state dict, which the other one builds.
         state=options.command == "verify",
     )
-
-
-def _try_graph(options: argparse.Namespace, path: str) -> None:
-    """Judge a graph, and run it once where only a run tells what it takes; without torch."""
-    from rewrite.onnx.file import open_onnx
-    from rewrite.onnx.runtime import trial
-
-    opened = open_onnx(path)
-    if options.input is None:
-        trial(opened)
-    elif re.fullmatch(r"\d+(x\d+)*(,\d+(x\d+)*)*", options.input):
-        parts = options.input.split(",")
-        shapes = [[int(size) for size in part.split("x")] for part in parts]
-        # What is too large for any graph is said where inputs are made.
-        if max(math.prod(shape) for shape in shapes) < _MOST_ELEMENTS:
-            trial(opened, shapes)
 
 
 def _vet_data(_: argparse.Namespace, path: str) -> None:

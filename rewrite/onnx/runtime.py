@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 import onnxruntime
 
 from rewrite.errors import VerificationError, one_line
-from rewrite.onnx.file import OnnxFile
+from rewrite.onnx.file import OnnxFile, open_onnx
 from rewrite.onnx.structure import check_sizes
 from rewrite.onnx.vetting.constants import has_open_sizes
 from rewrite.onnx.vetting.made_up import Feed, check_shape, random_feed, synthetic_feeds
@@ -235,3 +236,23 @@ def trial(source: OnnxFile, shapes: Sequence[Sequence[int]] | None = None) -> No
     feed = random_feed(source.path, source.inputs, shapes)
     check_sizes(source, feed)
     run(session_of_file(source, threads=1), feed, graph=source.path)
+
+
+def try_file(path: str, shapes: str | None) -> None:
+    """Judge a graph and try it once, as `trial` does, with shapes such as `1x3x224x224,1x16`.
+
+    Inputs of another form are not tried, nor are those that are too large for any graph.
+
+    Raises:
+        VerificationError: it cannot be read, or is refused.
+    """
+    source = open_onnx(path)
+    if shapes is None:
+        trial(source)
+    elif re.fullmatch(r"\d+(x\d+)*(,\d+(x\d+)*)*", shapes):
+        sizes = [[int(size) for size in part.split("x")] for part in shapes.split(",")]
+        if max(map(math.prod, sizes)) < _MOST_ELEMENTS:
+            trial(source, sizes)
+
+
+_MOST_ELEMENTS = 1 << 28
