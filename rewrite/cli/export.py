@@ -57,8 +57,8 @@ def run_export(options: argparse.Namespace) -> int:
     """Run `rewrite export`; return 0 if the file is verified, else 1."""
     from rewrite.files import check_writable
 
-    check_graph_name("OUT", options.output)
     check_writable(options.output, overwrite=options.force)
+    check_graph_name("OUT", options.output)
     check_report(options, options.model, options.output)
     axes = _axes(options.dynamic_shape)
     model = load_model(options, options.model).eval()
