@@ -56,13 +56,17 @@ def measure(name: str) -> Row:
                 status = "nothing to fold" if not folded.report.changes else "folds in memory only"
                 reasons = left or {skip.reason for skip in report.skips}
                 return {"name": name, "status": status, "reason": "; ".join(sorted(reasons)[:1])}
+            if not folded.report.changes:
+                note = "; ".join(folded.report.notes) or "the model takes no call that is known"
+                return {"name": name, "status": "folds in the folder only", "reason": note}
             if left:
                 kept = tuple(change.target for change in report.changes)
                 loaded = rewrite.load(source)
                 folded = rewrite.convert(loaded, FoldNorm(untie=True), only=kept, verify=False)
             written = rewrite.load(target)
         except (RewriteError, RuntimeError) as error:
-            return {"name": name, "status": "declined", "reason": _short(error)}
+            reason = _short(error).replace(f"{place}/", "")
+            return {"name": name, "status": "declined", "reason": reason}
         wrong = differences(written, folded.model, folded.report.changes)
     status = "equal" if not wrong else "different"
     row = {"name": name, "status": status, "folds": len(report.changes), "reason": "; ".join(wrong)}
@@ -96,7 +100,7 @@ def differences(written: nn.Module, folded: nn.Module, changes: tuple[Change, ..
 
 
 def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[-160:]
+    return " ".join(str(error).split())[-240:]
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:

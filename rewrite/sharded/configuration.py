@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,7 +87,7 @@ def find_holding(folder: CheckpointFolder, structure: Structure, wanted: Wanted)
         zeros = _missing(model, wanted, {f"{name}.bias" for name in rms})
         if zeros is None or not _are_new_biases(structure.model, model, zeros):
             continue
-        if wanted.appeared <= _held(model).keys():
+        if wanted.appeared <= _apart(model, wanted):
             return Holding(config, rms, {name: tuple(_held(model)[name].shape) for name in zeros})
     return None
 
@@ -101,7 +102,7 @@ def attainable(folder: CheckpointFolder, structure: Structure, wanted: Wanted) -
         for _, model in _models(folder, structure, own, wanted):
             zeros = _missing(model, wanted, ())
             if zeros is not None and _are_new_biases(structure.model, model, zeros):
-                best = max(best, new & _held(model).keys(), key=len)
+                best = max(best, new & _apart(model, wanted), key=len)
     return best
 
 
@@ -146,6 +147,17 @@ def _variants(model: nn.Module, own: Mapping[str, Any], wanted: Wanted) -> Itera
 def _held(model: nn.Module) -> dict[str, Tensor]:
     """Return what a file holds of a model, by every name."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **persistent(model)}
+
+
+def _apart(model: nn.Module, wanted: Wanted) -> frozenset[str]:
+    """Return the new tensors that a class holds, each apart from all others.
+
+    Some classes tie the head whatever their configuration says (T5's do, and read the wish for
+    another scale out of it).
+    """
+    held = _held(model)
+    count = Counter(id(held[name]) for name in wanted.names & held.keys())
+    return frozenset(n for n in wanted.appeared & held.keys() if count[id(held[n])] == 1)
 
 
 def _missing(model: nn.Module, wanted: Wanted, dropped: Collection[str]) -> set[str] | None:

@@ -63,3 +63,8 @@ def logits(folder: Path, seed: int = 0) -> torch.Tensor:
     with torch.inference_mode():
         out: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return out
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the largest difference over the largest value."""
+    return float((a - b).abs().max() / a.abs().max())

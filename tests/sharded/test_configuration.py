@@ -14,7 +14,7 @@ from torch import nn
 import rewrite
 from passes import FoldNorm, LayerNormToRMSNorm, RemoveWeightNorm, WeightNorm
 from rewrite.cli.main import main
-from tests.sharded.conftest import Make, logits, transformers
+from tests.sharded.conftest import Make, logits, relative, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -255,3 +255,34 @@ def test_a_head_whose_bias_is_tied_with_it_is_not_untied(tmp_path: Path) -> None
 def error_of(source: Path, out: Path) -> float:
     expected, got = logits(source), logits(out)
     return float((expected - got).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_its_class_ties_in_any_case_is_left_alone(tmp_path: Path, tied: bool) -> None:
+    # T5's ties it whatever its configuration says, and scales what the head reads by that.
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4,
+        decoder_start_token_id=0, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(torch.rand_like(parameter) + 0.5)
+    source, target = tmp_path / "source", tmp_path / "target"
+    model.save_pretrained(source)
+    report = rewrite.convert_checkpoint(source, target, FoldNorm(untie=True), verify=False)
+    reasons = {skip.target: skip.reason for skip in report.skips}
+    assert len(report.changes) == 5  # twice attention, the other one, and both feed-forward parts
+    assert reasons["decoder.final_layer_norm"].startswith("lm_head.weight would be its own, which")
+    assert json.loads((target / "config.json").read_text())["tie_word_embeddings"] == json.loads(
+        (source / "config.json").read_text()
+    ).get("tie_word_embeddings", True)
+    ids = torch.arange(6)[None]
+    outputs = []
+    for folder in (source, target):
+        opened = transformers.T5ForConditionalGeneration.from_pretrained(folder).double().eval()
+        with torch.inference_mode():
+            outputs.append(opened(input_ids=ids, decoder_input_ids=ids).logits)
+    assert relative(*outputs) < 1e-5

@@ -16,17 +16,13 @@ from passes import FoldNorm
 from rewrite.cli.main import main
 from rewrite.sharded import recipes as module
 from rewrite.sharded.writer import FolderWriter
-from tests.sharded.conftest import FAMILIES, LLAMA, Make, logits, transformers
+from tests.sharded.conftest import FAMILIES, LLAMA, Make, logits, relative, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / a.abs().max())
 
 
 def left_behind(folder: Path) -> list[str]:

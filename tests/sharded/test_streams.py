@@ -16,14 +16,10 @@ from rewrite.cli.main import main
 from rewrite.errors import OptionError
 from rewrite.fold.undo import undo_report
 from rewrite.observe.stream_recipe import StreamRecipe
-from tests.sharded.conftest import Make, logits
+from tests.sharded.conftest import Make, logits, relative
 from tests.sharded.test_configuration import hidden, vision
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / a.abs().max())
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
