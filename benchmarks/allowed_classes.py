@@ -107,8 +107,19 @@ def main() -> None:
 
 def values_text() -> str:
     """Return the names of what the reader of pickles makes itself, and the methods of a module."""
-    methods = sorted(name for name in dir(nn.Module) if callable(getattr(nn.Module, name)))
-    return _text({"names": {"values": sorted(own_values()), "methods": methods}})
+    return _text({"names": {"values": sorted(own_values()), "methods": sorted(module_methods())}})
+
+
+def module_methods() -> set[str]:
+    """Return the names of the methods of `nn.Module`, without those that other packages add.
+
+    transformers puts a `smart_apply` of its own there as long as it builds a model.
+    """
+    added = {
+        name for name, held in vars(nn.Module).items()
+        if not str(getattr(held, "__module__", "torch")).startswith("torch")
+    }  # fmt: skip
+    return {name for name in dir(nn.Module) if callable(getattr(nn.Module, name))} - added
 
 
 def _nested(names_: list[str]) -> dict[str, list[str]]:

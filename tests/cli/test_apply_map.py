@@ -69,9 +69,12 @@ def test_the_command(tmp_path: Path, suffix: str) -> None:
 
 
 def test_the_command_complains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "report.json").write_text("no json")
-    code = main(["apply-map", str(tmp_path / "report.json"), "x.pt", str(tmp_path / "out.pt")])
-    assert code == 2
+    report, state = tmp_path / "report.json", tmp_path / "x.pt"
+    report.write_text("no json")
+    assert main(["apply-map", str(report), str(state), str(tmp_path / "out.pt")]) == 2
+    assert "x.pt: no such file" in capsys.readouterr().err
+    torch.save({"weight": torch.zeros(1)}, state)
+    assert main(["apply-map", str(report), str(state), str(tmp_path / "out.pt")]) == 2
     assert "no report can be read" in capsys.readouterr().err
 
 

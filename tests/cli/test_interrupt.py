@@ -47,6 +47,7 @@ def forked(arguments: list[str], folder: Path, after: float | None) -> tuple[int
     """Run a command in a child, interrupt it; return exit code, standard error and seconds."""
     begin = time.monotonic()
     log = folder.parent / "stderr.txt"
+    started, starts = os.pipe()
     if (child := os.fork()) == 0:
         code = 70
         try:
@@ -54,10 +55,13 @@ def forked(arguments: list[str], folder: Path, after: float | None) -> tuple[int
             for stream, name in ((1, os.devnull), (2, str(log))):
                 os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
             os.chdir(folder)
+            os.write(starts, b"!")
             code = main(arguments)
         finally:
             sys.stderr.flush()
             os._exit(code)
+    os.read(started, 1)  # what comes before the command is not interrupted
+    os.close(started), os.close(starts)
     if after is not None:
         time.sleep(after)
         os.kill(child, signal.SIGINT)  # a child that is done waits to be asked for its status

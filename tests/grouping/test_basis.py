@@ -33,8 +33,10 @@ class Stream(nn.Module):
         self.project = nn.ModuleList([nn.Conv2d(20, 12, 1, bias=bias) for _ in range(2)])
         self.bn = nn.ModuleList([nn.BatchNorm2d(12) for _ in range(2)])
         self.head = nn.ConvTranspose2d(12, 6, 2, stride=2)
-        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
-        self.other = nn.Conv2d(12, 12, 1)
+        if way == "depthwise":  # a layer that only another way would call could be chosen later
+            self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        elif way in ("norm input read", "written without a norm"):
+            self.other = nn.Conv2d(12, 12, 1)
         self.free = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

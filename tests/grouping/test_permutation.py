@@ -106,9 +106,11 @@ class Reads(nn.Module):
         self.what = what
         self.conv, self.bn = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
         self.last = nn.Conv2d(8, 4, 1, groups=2 if what == "grouped" else 1)
-        self.slope = nn.PReLU(8)
+        if what == "slope":  # a layer that only another value would call could be chosen later
+            self.slope = nn.PReLU(8)
+        elif what == "group norm":
+            self.group = nn.GroupNorm(2, 8)
         self.scale = nn.Parameter(torch.rand(8, 1, 1))
-        self.group = nn.GroupNorm(2, 8)
 
     def forward(self, x: torch.Tensor) -> object:
         y = self.bn(self.conv(x)).relu()

@@ -9,15 +9,14 @@ from torch import nn
 
 import rewrite
 from rewrite.nn import Centre, ShiftedRMSNorm
-from tests.passes.test_ln_to_rms import X, converted
-from tests.streams.blocks import PreNorm, draw, error
+from tests.streams.blocks import PreNorm, X, centred, draw, error
 
 
 def test_centre_puts_a_module_behind_a_norm_that_writes() -> None:
     model = draw(PreNorm(embedding_norm=True))
-    (skip,) = converted(model).report.skips
+    (skip,) = centred(model).report.skips
     assert "written by layer_norm in first" in skip.reason and "centre=True" in skip.reason
-    result = converted(model, centre=True)
+    result = centred(model, centre=True)
     assert isinstance(result.model.first[1], Centre)  # type: ignore[index]
     assert error(model, result.model, X) < 1e-13
     (change,) = result.report.changes
@@ -25,7 +24,7 @@ def test_centre_puts_a_module_behind_a_norm_that_writes() -> None:
 
 
 def test_a_file_of_it_opens(tmp_path: Any) -> None:
-    result = converted(draw(PreNorm(embedding_norm=True)), centre=True)
+    result = centred(draw(PreNorm(embedding_norm=True)), centre=True)
     assert any(isinstance(m, ShiftedRMSNorm) for m in result.model.modules())
     norm = next(m for m in result.model.modules() if isinstance(m, ShiftedRMSNorm))
     rewrite.save(nn.Sequential(norm, Centre()), tmp_path / "norm.pt")

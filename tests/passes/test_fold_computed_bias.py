@@ -189,7 +189,7 @@ class BothComputed(Twice):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (OtherValues, "runs differently at different calls"),
+        (OtherValues, "which tests its argument scale"),
         (ScaledBehind, ""),
         (Twice, "there is no one bias to absorb a shift"),
         (TwoBiases, "weight is read with another bias at"),
