@@ -1,6 +1,6 @@
 """What `recover` can be told, checked, and the rate where none is told.
 
-    AdamW's rate of a batch of 32      η = 4e-3 · min(max(4 e², 1), 3)
+    AdamW's rate of a batch of 32      η = 4e-3 · min(max((e / 0.6)³, 1), 3)
 
 with e the relative error of the student's outputs on the held-out samples before the first step: a
 step of Adam is about as long as its rate, and a student that begins further away has further to go.
@@ -22,7 +22,7 @@ REFERENCE_BATCH = 32
 _RATES = {"adamw": 4e-3, "sgd": 0.01}
 """Learning rates of the reference batch."""
 
-_NEAR, _MOST = 0.5, 3.0
+_NEAR, _MOST = 0.6, 3.0
 """The relative error up to which AdamW takes its rate as it is, and how many times that at most."""
 
 _BATCH = 8
@@ -35,7 +35,7 @@ def default_rate(optimizer: Optimizer, error: float) -> float:
     """Return the learning rate of a batch of 32, for a student with that relative error."""
     if optimizer == "sgd" or not math.isfinite(error):
         return _RATES[optimizer]
-    return _RATES[optimizer] * min(max((error / _NEAR) ** 2, 1.0), _MOST)
+    return _RATES[optimizer] * min(max((error / _NEAR) ** 3, 1.0), _MOST)
 
 
 @dataclass(frozen=True)
