@@ -24,17 +24,18 @@ def free_memory() -> int:
 
 def used_memory() -> int:
     """Return how many bytes of memory this process holds; 0 where the system does not tell."""
-    try:
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError, IndexError):
-        return 0
+    return _told(1)
 
 
 def private_memory() -> int:
     """Return how many bytes this process has reserved for itself; 0 where the system says not."""
+    return _told(5)
+
+
+def _told(column: int) -> int:
+    """Return a column of what Linux tells of this process, in bytes; 0 elsewhere."""
     try:
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[5]
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[column]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError, IndexError):
         return 0

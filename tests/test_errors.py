@@ -39,4 +39,4 @@ def test_a_pass_error_names_its_site_and_a_contract_error_holds_what_was_made() 
     assert errors.PassError("fold: bn: no", "bn").target == "bn"
     assert errors.PassError("fold: no").target == ""
     made = object()
-    assert errors.ContractError("not exact", made).result is made  # type: ignore[arg-type]
+    assert errors.ContractError("not exact", made).result is made

@@ -44,4 +44,4 @@ def test_a_choice_is_a_member_or_its_name_and_nothing_else() -> None:
     assert as_choice(Contract, Contract.EXACT, "contract") is Contract.EXACT
     for wrong in ("exactt", "EXACT", "", None):
         with pytest.raises(OptionError, match=r"contract is .*; pass exact, exact-in-eval, appr"):
-            as_choice(Contract, wrong, "contract")  # type: ignore[arg-type]
+            as_choice(Contract, wrong, "contract")

@@ -28,6 +28,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 Make = Callable[..., Path]
 
 
+def draw_vectors_(model: torch.nn.Module) -> None:
+    """Draw every parameter of one axis anew: weights of norms, and biases."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.3 + 0.8)
+
+
 def maker(place: Path) -> Make:
     """Return how to write a folder in a place: `make("llama", dtype=torch.bfloat16)`."""
 
@@ -36,10 +44,7 @@ def maker(place: Path) -> Make:
         torch.manual_seed(0)
         config = getattr(transformers, f"{kind}Config")(**options)
         model = getattr(transformers, f"{kind}ForCausalLM")(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.copy_(torch.randn_like(parameter) * 0.3 + 0.8)
+        draw_vectors_(model)
         folder = place / name
         model.to(dtype).save_pretrained(folder, max_shard_size=shard)
         (folder / "tokenizer.json").write_text("{}")

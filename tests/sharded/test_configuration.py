@@ -14,7 +14,7 @@ from torch import nn
 import rewrite
 from passes import FoldNorm, LayerNormToRMSNorm, RemoveWeightNorm, WeightNorm
 from rewrite.cli.main import main
-from tests.sharded.conftest import Make, logits, relative, transformers
+from tests.sharded.conftest import Make, draw_vectors_, logits, relative, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -163,10 +163,7 @@ def saved(kind: str, folder: Path, **options: object) -> Path:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**TINY, **options)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.copy_(torch.randn_like(parameter) * 0.3 + 0.8)
+    draw_vectors_(model)
     model.save_pretrained(folder, max_shard_size="20KB")
     return folder
 
@@ -224,10 +221,7 @@ def test_layers_that_write_their_product_themselves_get_biases_of_zeros(tmp_path
         vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
     )
     model = transformers.FalconForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.copy_(torch.randn_like(parameter) * 0.3 + 0.8)
+    draw_vectors_(model)
     source, out = tmp_path / "in", tmp_path / "out"
     model.save_pretrained(source)
     report = rewrite.convert_checkpoint(source, out, "fold", verify=False)

@@ -27,7 +27,7 @@ from rewrite.graph.editable import Editable
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
 from rewrite.sharded import recipes as module
-from tests.sharded.conftest import Make, logits, transformers
+from tests.sharded.conftest import Make, draw_vectors_, logits, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -181,10 +181,7 @@ def test_the_report_of_a_folder_repeats_what_the_folder_holds(tmp_path: Path) ->
         max_position_embeddings=32, word_embed_proj_dim=32,
     )  # fmt: skip
     model = transformers.OPTForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.copy_(torch.randn_like(parameter) * 0.3 + 0.8)
+    draw_vectors_(model)
     source, out = tmp_path / "in", tmp_path / "out"
     model.save_pretrained(source)
     report = rewrite.convert_checkpoint(source, out, "fold", verify=False)

@@ -12,7 +12,7 @@ def test_one_writer_left_out_is_wrong() -> None:
     model = draw(PreNorm())
     result = centred(model)
     wrong = result.model
-    wrong.blocks[0].mlp[2].bias = model.blocks[0].mlp[2].bias  # type: ignore[index,union-attr]
+    wrong.blocks[0].mlp[2].bias = model.blocks[0].mlp[2].bias
     assert error(model, wrong, X) > 1e-3
 
 
@@ -21,7 +21,7 @@ def test_a_layer_scale_is_absorbed_by_its_writer() -> None:
     result = centred(model)
     assert len(result.report.changes) == 1
     assert error(model, result.model, X) < 1e-13
-    assert torch.equal(result.model.blocks[0].gamma, torch.ones(16, dtype=torch.float64))  # type: ignore[union-attr,index]
+    assert torch.equal(result.model.blocks[0].gamma, torch.ones(16, dtype=torch.float64))
 
 
 def test_one_tensor_left_out_is_wrong() -> None:
@@ -36,8 +36,8 @@ def test_the_inverse_turns_it_back() -> None:
     model = bare()
     turned = rotated(model, seed=5).model
     back = rotated(turned, seed=5, inverse=True).model
-    assert not torch.allclose(turned.embed.weight, model.embed.weight)  # type: ignore[union-attr,arg-type]
+    assert not torch.allclose(turned.embed.weight, model.embed.weight)
     for name, tensor in back.state_dict().items():
         assert torch.allclose(tensor, model.state_dict()[name], atol=1e-14)
     other = rotated(turned, seed=6, inverse=True).model
-    assert not torch.allclose(other.embed.weight, model.embed.weight)  # type: ignore[union-attr,arg-type]
+    assert not torch.allclose(other.embed.weight, model.embed.weight)

@@ -106,7 +106,7 @@ def test_data(kind: type[nn.Module]) -> None:
 class Learned(nn.Embedding):
     """OPT's: made of the mask that comes."""
 
-    def forward(self, mask: Tensor, ids: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, mask: Tensor, ids: Tensor | None = None) -> Tensor:
         if ids is None:
             ids = torch.cumsum(mask, 1)
             ids = (ids * mask - 1).long()
