@@ -41,9 +41,8 @@ def capture(
     traced = trace_regions(tree, inputs)
     found = Captured(
         model, tree, traced.regions, traced.opaque, traced.error, traced.altered,
-        example_calls=tuple(calls),
+        example_calls=tuple(calls), example_inputs=inputs,
     )  # fmt: skip
-    found.example_inputs = inputs
     return Editable.of(found)
 
 
@@ -58,9 +57,10 @@ def in_other_mode(captured: Captured) -> Captured | None:
     if _alike(captured.regions, traced.regions):
         return None
     found = Captured(
-        captured.model, captured.tree, traced.regions, traced.opaque, traced.error, traced.altered
-    )
-    found.example_inputs, found.numbers = captured.example_inputs, captured.numbers
+        captured.model, captured.tree, traced.regions, traced.opaque, traced.error, traced.altered,
+        example_inputs=captured.example_inputs,
+    )  # fmt: skip
+    found.numbers = captured.numbers
     return found
 
 
