@@ -1,98 +1,141 @@
 """Weight decay by structure and by name: which parameters each puts into the wrong group.
 
-    python -m benchmarks.parameter_groups [--draw 100] [--write] [PACKAGE:ARCHITECTURE ...]
+    python -m benchmarks.parameter_groups [--within MINUTES] [--limit 150] [--workers 1] [--write]
+    python -m benchmarks.parameter_groups --summarize --write     # the rows so far; runs nothing
 
 Right is, by the class of the module that holds it: the matrix of a layer (`nn.Linear`,
 convolutions, recurrent layers, attention) decays, parameters of norms and biases do not. Bare
 parameters of other modules, which no class speaks for, are counted beside, and those that decay
 are named by class. The usual rule by name: no decay for what is one-dimensional or whose name
-contains "bias" or "norm". `--draw` adds architectures of the sweep, drawn with a fixed seed.
+contains "bias" or "norm".
+
+All architectures of the sweep, those with fewer parameters first. Neither rule reads a value, so a
+model is built without memory for its weights; where its constructor asks for a value, it is built
+with them, up to 100 million parameters. Rows are appended to parameter_groups.jsonl: what has one
+is not run again, so a run that was stopped goes on; an architecture that fails is a row.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
-import random
+import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from benchmarks._table import environment, parser, publish, table
-from benchmarks.corpus import QUICK, UnbuildableError, installed, make
+from benchmarks.corpus import UnbuildableError, construct, installed, make
+from benchmarks.sweep.workers import Limits, run_all
 from rewrite.training import parameter_groups
 
+RESULTS = Path(__file__).parent / "parameter_groups.jsonl"
 SWEEP = Path(__file__).parent / "coverage.jsonl"
-_SEED, _LARGEST = 19, 100_000_000
+COLUMNS = ("judged", "wrong", "wrong_by_name", "bare", "bare_by_name")
+_LARGEST = 100_000_000
+_SHOWN = 25
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
 _NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "RMSNorm", "InstanceNorm")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Count and publish."""
+    """Run what has no row yet, and print the table."""
     options = parser(__doc__)
-    options.add_argument("--draw", type=int, default=0, help="architectures beside those named")
-    options.add_argument("names", nargs="*", default=QUICK, metavar="PACKAGE:ARCHITECTURE")
+    options.add_argument("--within", type=float, default=1e9, metavar="MINUTES")
+    options.add_argument("--limit", type=int, default=150, help="seconds for one architecture")
+    options.add_argument("--workers", type=int, default=1)
+    options.add_argument("--results", type=Path, default=RESULTS)
+    options.add_argument("--summarize", action="store_true", help="run nothing")
+    options.add_argument("names", nargs="*", metavar="PACKAGE:ARCHITECTURE")
     chosen = options.parse_args(arguments)
+    if not chosen.summarize:
+        done = {row["name"] for row in read(chosen.results)}
+        pending = [name for name in chosen.names or architectures() if name not in done]
+        for package in {name.partition(":")[0] for name in pending}:
+            importlib.import_module(f"benchmarks.corpus.{package}_source")  # once, before the forks
+        end = time.monotonic() + 60 * chosen.within
+        for row in run_all(
+            _until(end, pending), measure, Limits(chosen.limit, 12_000), chosen.workers
+        ):
+            with chosen.results.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+    title = "Weight decay by structure"
+    publish("parameter-groups", title, summary(read(chosen.results)), write=chosen.write)
+
+
+def _until(end: float, names: Sequence[str]) -> Iterator[str]:
+    for name in names:
+        if time.monotonic() > end:
+            return
+        yield name
+
+
+def architectures() -> list[str]:
+    """Return the architectures of the sweep whose package is here, the smallest first."""
+    rows = map(json.loads, SWEEP.read_text(encoding="utf-8").splitlines())
+    sizes = {row["name"]: row["parameters"] for row in rows if "parameters" in row}
+    return sorted(filter(installed, sizes), key=lambda name: (sizes[name], name))
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """Return the rows so far."""
+    if not results.exists():
+        return []
+    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Return the row of one architecture: the counts, and what is counted by class and key."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    counts: list[tuple[str, list[int]]] = []
-    bare: Counter[str] = Counter()
-    left = []
-    names = [*chosen.names, *draw(chosen.draw, exclude=chosen.names)]
-    for name in filter(installed, names):
-        try:
-            counts.append((name, count(make(name), bare)))
-        except UnbuildableError:
-            left.append(name)
-    total = [sum(column) for column in zip(*(row for _, row in counts), strict=True)]
-    by_name = [(name, row) for name, row in counts if row[1] or row[2] or row[3] != row[4]]
-    rows = [[f"all {len(counts)}", *total], *([name, *row] for name, row in by_name)]
-    header = ["architectures", "judged by class", "wrong here", "wrong by name"]
-    header += ["bare, decayed here", "bare, decayed by name"]
-    kinds = ", ".join(f"`{kind}` ({n})" for kind, n in bare.most_common()) or "none"
-    body = (
-        f"{environment('timm')}. Architectures in which both rules agree have no row; not built: "
-        f"{', '.join(left) or 'none'}.\n\n{table(header, rows)}\n\n"
-        f"Bare parameters that decay here: {kinds}."
-    )
-    publish("parameter-groups", "Weight decay by structure", body, write=chosen.write)
+    torch.set_num_threads(1)
+    try:
+        model, device = construct(name, "meta"), "meta"
+    except UnbuildableError:
+        known = map(json.loads, SWEEP.read_text(encoding="utf-8").splitlines())
+        size = next((row["parameters"] for row in known if row["name"] == name), 0)
+        if size > _LARGEST:
+            return {"name": name, "status": "too large", "parameters": size}
+        model, device = make(name), "cpu"
+    kinds: dict[str, Counter[str]] = {column: Counter() for column in COLUMNS[1:]}
+    counts = count(model, kinds)
+    named = {column: dict(found) for column, found in kinds.items() if found}
+    return {"name": name, "status": "done", "device": device, "counts": counts, "kinds": named}
 
 
-def draw(number: int, exclude: Sequence[str]) -> list[str]:
-    """Return `number` architectures of the sweep, the same at every call."""
-    rows = map(json.loads, SWEEP.read_text(encoding="utf-8").splitlines())
-    known = {row["name"] for row in rows if row.get("parameters", _LARGEST) < _LARGEST}
-    rest = sorted(name for name in known - set(exclude) if installed(name))
-    return random.Random(_SEED).sample(rest, min(number, len(rest)))
+def count(model: nn.Module, kinds: dict[str, Counter[str]]) -> list[int]:
+    """Return `COLUMNS`: judged parameters, wrong ones here and by name, and bare ones that decay.
 
-
-def count(model: nn.Module, bare: Counter[str]) -> list[int]:
-    """Return judged parameters, wrong ones here and by name, bare ones decayed here and by name.
-
-    Those that decay here are added to `bare`, by class.
+    What each but the first counts is added to `kinds`, by class and key.
     """
     decayed = set(parameter_groups(model, 0.1)[0]["names"])
-    result = [0, 0, 0, 0, 0]
+    result = dict.fromkeys(COLUMNS, 0)
     for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(name, recurse=False):
+        for full, parameter in module.named_parameters(name, recurse=False):
             if not parameter.requires_grad:
                 continue
-            named = parameter.dim() > 1 and not any(w in key.lower() for w in ("bias", "norm"))
-            wanted = right(module, key.rpartition(".")[2])
+            key = full.rpartition(".")[2]
+            by_name = parameter.dim() > 1 and not any(w in full.lower() for w in ("bias", "norm"))
+            wanted = right(module, key)
             if wanted is None:
-                if key in decayed:
-                    bare[f"{type(module).__name__}.{key.rpartition('.')[2]}"] += 1
-                result[3] += key in decayed
-                result[4] += named
-                continue
-            result[0] += 1
-            result[1] += (key in decayed) != wanted
-            result[2] += named != wanted
-    return result
+                found = {"bare": full in decayed, "bare_by_name": by_name}
+            else:
+                result["judged"] += 1
+                found = {
+                    "wrong": (full in decayed) != wanted,
+                    "wrong_by_name": by_name != wanted,
+                }
+            for column in (column for column, is_so in found.items() if is_so):
+                result[column] += 1
+                kinds[column][f"{type(module).__name__}.{key}"] += 1
+    return list(result.values())
 
 
 def right(module: nn.Module, key: str) -> bool | None:
@@ -101,6 +144,53 @@ def right(module: nn.Module, key: str) -> bool | None:
         return "weight" in key
     kinds = [kind.__name__ for kind in type(module).__mro__]
     return False if any(norm in kind for kind in kinds for norm in _NORMS) else None
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the body of the section: a row a package, what differs by class, what has no count."""
+    done = [row for row in rows if row["status"] == "done"]
+    packages = dict.fromkeys(row["name"].partition(":")[0] for row in done)
+    chosen = {p: [r for r in done if r["name"].startswith(f"{p}:")] for p in sorted(packages)}
+    header = ["architectures", "", "with one wrong here", "by name"]
+    header += ["judged by class", "wrong here", "wrong by name"]
+    header += ["bare, decayed here", "bare, decayed by name"]
+    body = [_totals("all", done), *(_totals(p, of_it) for p, of_it in chosen.items())]
+    without = [row for row in rows if row["status"] != "done"]
+    reasons = Counter(f"{row['status']} ({_reason(row)})" for row in without)
+    return (
+        f"{environment('timm', 'transformers')}. Of {len(architectures())} architectures that the "
+        f"sweep could build, {len(rows)} have a row, smallest first; without a count: "
+        f"{', '.join(f'{n} {reason}' for reason, n in reasons.most_common()) or 'none'}.\n\n"
+        f"{table(header, body)}\n\n"
+        + "\n\n".join(f"{title}: {_named(done, column)}." for column, title in _TITLES.items())
+    )
+
+
+_TITLES = {
+    "wrong": "Wrong here",
+    "wrong_by_name": "Wrong by name, by class and key",
+    "bare": "Bare parameters that decay here",
+    "bare_by_name": "Bare parameters that decay by name",
+}
+
+
+def _totals(title: str, rows: Sequence[dict[str, Any]]) -> list[object]:
+    sums = [sum(column) for column in zip(*(row["counts"] for row in rows), strict=True)]
+    wrong, by_name = (sum(row["counts"][place] > 0 for row in rows) for place in (1, 2))
+    return [title, len(rows), wrong, by_name, *sums]
+
+
+def _named(rows: Sequence[dict[str, Any]], column: str) -> str:
+    total: Counter[str] = Counter()
+    for row in rows:
+        total.update(row["kinds"].get(column, {}))
+    shown = [f"`{kind}` ({n})" for kind, n in total.most_common(_SHOWN)]
+    more = [f"{len(total) - _SHOWN} more classes"] if len(total) > _SHOWN else []
+    return ", ".join([*shown, *more]) or "none"
+
+
+def _reason(row: dict[str, Any]) -> str:
+    return str(row.get("error", "")).partition(":")[0] or "weights do not fit"
 
 
 if __name__ == "__main__":

@@ -74,14 +74,35 @@ def _is_look_up(node: ast.AST, key: str) -> bool:
 def _functions(kind: type) -> dict[str, ast.FunctionDef]:
     """Return the methods of a class by name, those of its own bases too."""
     found: dict[str, ast.FunctionDef] = {}
+    for node in _all_functions(kind):
+        if node.name != "__init__":
+            found.setdefault(node.name, node)
+    return found
+
+
+def _all_functions(kind: type) -> Iterator[ast.FunctionDef]:
+    """Yield the functions in the code of a class and of its own bases, the nearest class first."""
     for base in kind.__mro__:
         if base is object or base.__module__.startswith("torch.nn.modules"):
             continue
         code = source_of(base)
         for node in ast.walk(code) if code is not None else ():
-            if isinstance(node, ast.FunctionDef) and node.name != "__init__":
-                found.setdefault(node.name, node)
-    return found
+            if isinstance(node, ast.FunctionDef):
+                yield node
+
+
+def _registered(constructor: ast.FunctionDef, name: str) -> Iterator[ast.expr]:
+    """Yield what a constructor registers as the buffer `name`, or assigns to `self.name`."""
+    for node in ast.walk(constructor):
+        if isinstance(node, ast.Assign):
+            if any(ast.unparse(target) == f"self.{name}" for target in node.targets):
+                yield node.value
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "self.register_buffer":
+            given = dict(zip(("name", "tensor"), node.args, strict=False))
+            given |= {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+            key = given.get("name")
+            if isinstance(key, ast.Constant) and key.value == name and "tensor" in given:
+                yield given["tensor"]
 
 
 def _arguments(function: ast.FunctionDef) -> dict[str, Kind]:
@@ -160,8 +181,20 @@ class _Values:
         if node.attr in _SIZES:
             return Kind.NEITHER
         if isinstance(node.value, ast.Name) and node.value.id == "self":
-            return _counting(self.holder._buffers.get(node.attr))
+            buffer = self.holder._buffers.get(node.attr)
+            if buffer is not None and buffer.is_meta and not buffer.is_floating_point():
+                return self._written(node.attr)
+            return _counting(buffer)
         return self.of(node.value)
+
+    def _written(self, name: str) -> Kind:
+        """Return what a constructor makes a buffer of: on the device meta it has no values."""
+        constructors = (f for f in _all_functions(type(self.holder)) if f.name == "__init__")
+        for constructor in constructors:
+            inner = _Values(self.holder, self.functions, constructor, {}, self.depth + 1)
+            if made := [inner.of(value) for value in _registered(constructor, name)]:
+                return max(made)
+        return Kind.NEITHER
 
     def _call(self, node: ast.Call) -> Kind:
         called = node.func

@@ -103,6 +103,29 @@ def test_data(kind: type[nn.Module]) -> None:
     assert not looks_up_positions(kind(), "places")
 
 
+class Assigned(nn.Module):
+    """CLIP's, and one whose kinds of tokens are all alike."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.places, self.kinds = nn.Embedding(length, 4), nn.Embedding(2, 4)
+        counted = torch.arange(length)
+        self.ids = nn.Buffer(counted.expand((1, -1)), persistent=False)
+        self.same = nn.Buffer(torch.zeros(1, length, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        return x + self.places(self.ids[:, :n]) + self.kinds(self.same[:, :n])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_buffers_without_values_are_read_in_the_constructor(device: str) -> None:
+    with torch.device(device):
+        filled, assigned, optional = Filled(), Assigned(8), Optional()
+    assert looks_up_positions(filled, "places") and looks_up_positions(assigned, "places")
+    assert not looks_up_positions(assigned, "kinds") and not looks_up_positions(optional, "places")
+
+
 class Learned(nn.Embedding):
     """OPT's: made of the mask that comes."""
 
