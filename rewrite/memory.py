@@ -1,4 +1,4 @@
-"""How much memory of the computer is free."""
+"""Free memory of the computer, and memory that this process holds, in bytes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def free_memory() -> int:
-    """Return how many bytes of memory are to be had; where the system does not tell, very many.
+    """Return how many bytes of memory are available; 2^62 where the system does not say.
 
-    Linux counts what it only keeps of files as to be had, other systems what nobody uses.
+    On Linux this includes the page cache (`MemAvailable`); elsewhere only unused pages count.
     """
     with contextlib.suppress(ValueError, OSError, IndexError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
@@ -23,17 +23,17 @@ def free_memory() -> int:
 
 
 def used_memory() -> int:
-    """Return how many bytes of memory this process holds; 0 where the system does not tell."""
+    """Return the resident memory of this process in bytes; 0 where the system does not say."""
     return _told(1)
 
 
 def private_memory() -> int:
-    """Return how many bytes this process has reserved for itself; 0 where the system says not."""
+    """Return the data segment of this process in bytes (heap and stack); 0 without /proc."""
     return _told(5)
 
 
 def _told(column: int) -> int:
-    """Return a column of what Linux tells of this process, in bytes; 0 elsewhere."""
+    """Return a column of `/proc/self/statm`, in bytes; 0 on other systems than Linux."""
     try:
         pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[column]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, MODEL arguments, example inputs, reports, the console."""
+"""Helpers of all commands: exit codes, MODEL arguments, example inputs, reports, the console."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Reported(Protocol):
 
 
 def complain(message: object, code: int) -> int:
-    """Say what went wrong on standard error, and return `code`."""
+    """Print an error message on standard error, and return `code`."""
     print(f"rewrite: {printable(message)}", file=sys.stderr)
     return code
 
 
 def printable(text: object) -> str:
-    """Return a text that came out of a file with what commands a terminal made visible."""
+    """Return text that was read from a file, with its control characters escaped."""
     return "".join(
         char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
         for char in str(text)
@@ -58,7 +58,7 @@ def printable(text: object) -> str:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every command takes that opens a MODEL."""
+    """Add the arguments of every command that opens a MODEL."""
     parser.add_argument(
         "--factory",
         metavar="PKG.MOD:CALLABLE",
@@ -92,14 +92,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_page_argument(parser: argparse.ArgumentParser) -> None:
-    """Add what a command takes whose report can be an HTML page."""
+    """Add --html, for a command whose report can be an HTML page."""
     parser.add_argument("--html", metavar="OUT.html", help="write the report as one HTML page")
 
 
 def load_model(options: argparse.Namespace, reference: str, *, factory: bool = True) -> nn.Module:
     """Open a MODEL reference with the command's --factory, --trust, --key and --strip-prefix.
 
-    Without `factory` a whole model is opened as it is, though --factory is given.
+    With `factory=False`, a file that holds a whole model is opened as such and --factory ignored.
     """
     from rewrite.checkpoint.load import load
 
@@ -119,9 +119,13 @@ def load_model(options: argparse.Namespace, reference: str, *, factory: bool = T
 
 
 def save_model(options: argparse.Namespace, reference: str, model: nn.Module, output: Path) -> None:
-    """Write what became of the MODEL that `reference` names: of a state dict, a state dict.
+    """Save a converted model in the form of its original: a state dict, or a whole model.
 
-    The suffix of `output` decides the form.
+    Args:
+        options: of the command; --factory and --key say how the original was opened.
+        reference: the MODEL argument that names the original.
+        model: the converted model.
+        output: the file; its suffix decides the format.
     """
     from rewrite.checkpoint.load import holds_state, save, save_state
 
@@ -132,7 +136,7 @@ def save_model(options: argparse.Namespace, reference: str, model: nn.Module, ou
 
 
 def example_inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, ...] | None:
-    """Return what --input describes, or None."""
+    """Return the inputs that --input names (a file, or shapes to draw), None without --input."""
     if options.input is None:
         return None
     from rewrite.runtime.stored.input_files import load_inputs, parse_shapes
@@ -145,11 +149,16 @@ def example_inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, 
 
 
 def calibration_data(reference: str, model: nn.Module, **form: Any) -> Iterable[Any]:
-    """Return the batches that a reference stands for; every file is opened as a checkpoint is.
+    """Return the batches that `reference` names; files are opened with a checkpoint's limits.
+
+    Args:
+        reference: a file of arrays, a folder of images, or a factory `module:function`.
+        model: what the batches are for.
+        form: size, count and preprocessing, as `open_calibration` takes them.
 
     Raises:
-        OptionError: nothing usable is there.
-        CheckpointError: the file may not be opened.
+        OptionError: the reference names no usable data.
+        CheckpointError: the file may run code when it is opened, or is damaged.
     """
     from rewrite.calibration.data import open_calibration
     from rewrite.checkpoint.pickles.unpickle import load_pickle
@@ -160,9 +169,9 @@ def calibration_data(reference: str, model: nn.Module, **form: Any) -> Iterable[
 def or_inferred(
     options: argparse.Namespace, model: nn.Module, inputs: Any, *, small: bool = False
 ) -> Inferred:
-    """Return the inputs that were given, or else ones that are made up, if any are known.
+    """Return the given inputs, or else random ones of an inferred shape, if one can be inferred.
 
-    Those are images of a `small` size, unless the model records which it was made for.
+    With `small`, inferred images are small ones, unless the model records its image size.
     """
     from rewrite.runtime.infer_inputs import Inferred, infer_inputs, recorded_size
 
@@ -172,7 +181,7 @@ def or_inferred(
 
 
 def write_report(options: argparse.Namespace, found: Reported, page: str | None = None) -> None:
-    """Print what was found and write its JSON and its HTML page, as the options say."""
+    """Print a report, or write it as JSON and as an HTML page, as the options say."""
     from rewrite.files import write_bytes
 
     text = _with_provenance(options, found.to_json()) if options.report or options.json else ""
@@ -244,11 +253,11 @@ def _is_same_file(one: str, other: str) -> bool:
 
 
 def check_places(options: argparse.Namespace) -> None:
-    """Raise before any work when a report would take the place of something else.
+    """Raise, before any work is done, when a report would overwrite another file.
 
     Raises:
-        OptionError: a report, page or picture is a file that is read, or that exists, without
-            --force; two files that are written are one; or a picture cannot be drawn.
+        OptionError: a report, page or picture is also an input of the command, or exists and
+            --force is not given; two outputs are the same file; or a plot cannot be drawn.
     """
     if getattr(options, "plot", None):
         from rewrite.files.figure import check_plot
@@ -273,7 +282,7 @@ def check_places(options: argparse.Namespace) -> None:
 
 
 def check_distinct(named: Iterable[tuple[str, str | Path | None]]) -> None:
-    """Raise OptionError where two of the files that a command writes would be one."""
+    """Raise OptionError where two outputs of a command are the same file."""
     taken: dict[str, str] = {}
     for flag, name in named:
         if name is None:
@@ -288,7 +297,7 @@ def check_distinct(named: Iterable[tuple[str, str | Path | None]]) -> None:
 
 
 def check_report(options: argparse.Namespace, *others: str | None) -> None:
-    """Raise when a report cannot be written, or would take the place of another file."""
+    """Raise when a report cannot be written, or would overwrite one of the `others`."""
     from rewrite.files import check_writable
 
     taken = [*others, options.input]
@@ -305,28 +314,28 @@ def check_report(options: argparse.Namespace, *others: str | None) -> None:
 _MODELS = ("model", "other", "student", "teacher", "before", "checkpoint")
 _DATA = ("input", "calibration", "data", "recover")
 _READ = (*_MODELS, *_DATA)
-"""The options that name what a command reads."""
+"""The options that name the files a command reads."""
 
 _FILES = (".pt", ".pth", ".pt2", ".ckpt", ".safetensors")
-"""Suffixes of what is a file and no name of a library's model."""
+"""Suffixes of model files; any other reference is the name of a library's model."""
 
 _SMALL_GRAPH = 64 << 20
-"""Up to which size a graph is read twice: once to judge it, and once with its weights."""
+"""Graphs up to this many bytes are read twice: once to vet them, once with their weights."""
 
 
 def check_graph_name(flag: str, name: str) -> None:
-    """Raise OptionError for a graph that would get the name of something else."""
+    """Raise OptionError unless the name of an ONNX graph to write ends in .onnx."""
     if not is_onnx(name):
         raise OptionError(f"{flag} {name}: a graph is a .onnx file")
 
 
 def is_onnx(name: str) -> bool:
-    """Say whether a reference names a graph and no MODEL."""
+    """Return whether a reference names an ONNX graph (.onnx, .ort) rather than a MODEL."""
     return Path(name).suffix.lower() in (".onnx", ".ort")
 
 
 def vet_files(options: argparse.Namespace) -> None:
-    """Refuse a file that is read before torch is imported, where that needs no torch.
+    """Check the input files of a command before torch is imported, as far as that needs none.
 
     Raises:
         CheckpointError: it is no checkpoint, or one that may not be opened.
@@ -371,7 +380,7 @@ def _vet_model(options: argparse.Namespace, path: str) -> None:
 
 
 def _vet_data(_: argparse.Namespace, path: str) -> None:
-    """Judge a file of inputs or data by its suffix, which decides how it will be read."""
+    """Vet a file of inputs or data as the reader of its suffix will read it."""
     from rewrite.checkpoint.vetting.vet import vet_pickle, vet_safetensors
 
     suffix = Path(path).suffix.lower()

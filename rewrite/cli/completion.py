@@ -1,4 +1,4 @@
-"""The command `rewrite completion`: what a shell runs to complete commands, flags and passes."""
+"""The command `rewrite completion`: print the script that makes a shell complete `rewrite`."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def _run_convert(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool) -> int:
-    """Convert, and, in the first of several processes, write."""
+    """Convert the model, and write the result (of several processes, only the first writes)."""
     output = _output(options)
     if is_onnx(str(output)):
         raise OptionError(f"-o {output}: takes a model, .pt; --onnx {output} exports it")
@@ -165,7 +165,7 @@ def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool
 def _recovered(
     options: argparse.Namespace, result: Result[nn.Module], model: nn.Module
 ) -> Result[nn.Module]:
-    """Return the result trained on --recover DATA, with what came of it among the notes."""
+    """Train the result on --recover DATA; report the recovery among the notes."""
     if options.dry_run:
         return result
     from rewrite.cli.recover import open_data
@@ -191,7 +191,7 @@ def _recovered(
 def _page(
     options: argparse.Namespace, result: Result[nn.Module], model: nn.Module, inputs: Any
 ) -> str:
-    """Return the HTML page of a conversion, on the input that was given or one that is made up."""
+    """Return the HTML page of a conversion, on the given input or an inferred one."""
     from rewrite.cli.common import or_inferred, own_provenance
 
     check = result.report.verification
@@ -215,7 +215,7 @@ def _output(options: argparse.Namespace) -> Path:
 
 
 def _check_names(options: argparse.Namespace, report: Report) -> None:
-    """Raise where --only or --skip names something that no pass found; patterns may."""
+    """Raise where --only or --skip names a module that no pass found; patterns may match none."""
     found = [change.target for change in report.changes]
     found += [skip.target for skip in report.skips]
     for flag, names in (("--only", options.only), ("--skip", options.skip)):

@@ -21,7 +21,7 @@ def run_convert_folder(options: argparse.Namespace, chosen: Sequence[Pass]) -> i
     """Convert a folder and print its report; return the exit code.
 
     Raises:
-        OptionError: an option that needs the model in memory.
+        OptionError: an option was given that needs the whole model in memory.
     """
     for name in _IN_MEMORY:
         if getattr(options, name, None) is not None:
@@ -59,6 +59,6 @@ def run_convert_folder(options: argparse.Namespace, chosen: Sequence[Pass]) -> i
 
 
 def _beside(source: Path) -> Path:
-    """Return where a converted folder goes by itself: beside it, wherever the shell stands."""
+    """Return the default output folder: beside the source, whatever the working directory."""
     own = source if source.name not in ("", "..") else source.resolve()
     return own.with_name(f"{own.name}.rewritten")

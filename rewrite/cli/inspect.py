@@ -67,7 +67,7 @@ def _found(
     inputs: tuple[Any, ...] | None,
     progress: Callable[[str], None],
 ) -> Reported:
-    """Return what the options ask for; draw the picture that they name."""
+    """Return the report that the options ask for; draw its plot, if one is wanted."""
     if options.signal:
         from rewrite.cli.signals import measured_signal
 
@@ -89,7 +89,7 @@ def _found(
 
 
 def _opened(options: argparse.Namespace) -> nn.Module:
-    """Return the model; of a checkpoint folder its structure alone, which is all that is shown."""
+    """Return the model; of a checkpoint folder only the structure, without reading weights."""
     if Path(options.model).is_dir() and not (options.signal or options.path_norm):
         from rewrite.hub.folder import open_folder
         from rewrite.hub.structure import structure_of

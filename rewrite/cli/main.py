@@ -79,13 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _escape_what_has_no_code() -> None:
-    """Escape what a terminal or pipe of another encoding cannot show, where it would fail."""
+    """Escape characters that the encoding of standard output lacks, instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _published(options: argparse.Namespace) -> int:
-    """Run a command, and then give its files their names: all of them, or none."""
+    """Run a command, then publish its output files under their names: all of them, or none."""
     from rewrite.files import publication
 
     with publication() as files:
@@ -105,7 +105,7 @@ def _published(options: argparse.Namespace) -> int:
 
 
 def _finish_interrupted(options: argparse.Namespace) -> None:
-    """Finish what earlier commands were cut off from, in the folders of the files named here."""
+    """Finish publications that a killed command left half done, in the folders named here."""
     from rewrite.files.publishing import finish_interrupted
 
     named = [value for value in vars(options).values() if isinstance(value, str) and value]
@@ -127,14 +127,14 @@ _INTERRUPTED = "interrupted; nothing was written"
 
 
 class _Told:
-    """Whether the process was told to stop."""
+    """A flag: whether a signal has asked the process to stop."""
 
     to_stop = False
 
 
 @contextmanager
 def _stopped_by_signals(told: _Told) -> Iterator[None]:
-    """Leave by an exception when the process is told to end, so that nothing stays behind."""
+    """Turn SIGTERM and its like into an exception, so that temporary files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -156,7 +156,7 @@ def _stopped_by_signals(told: _Told) -> Iterator[None]:
 
 @contextmanager
 def _rare_collection() -> Iterator[None]:
-    """Look for garbage seldom: imports make a million objects that stay, a tenth of a command."""
+    """Collect garbage rarely: imports make a million objects that stay, a tenth of the time."""
     before = gc.get_threshold()
     gc.set_threshold(100_000, 50, 100)
     try:
@@ -186,7 +186,7 @@ def _parser(argv: Sequence[str]) -> Parser:
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
-    """Answer a shell that asks what may stand at the cursor, and leave."""
+    """Answer a shell's request for completions, and exit."""
     import argcomplete
 
     argcomplete.autocomplete(parser)

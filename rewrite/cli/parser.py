@@ -1,15 +1,15 @@
-"""The parser of every command: one-line errors that say what was meant, and a project's defaults.
+"""The parser of every command: one-line errors with suggestions, and a project's defaults.
 
 Defaults stand in `[tool.rewrite]` of the nearest `pyproject.toml`, for CI:
 
     [tool.rewrite]
-    seed = 1                  # of every command that has such an option
+    seed = 1                  # for every command that has the option
 
     [tool.rewrite.verify]
     contract = "exact-in-eval"
     input = "1x3x224x224"
 
-A key is a flag's name without its dashes; what stands on the command line wins.
+A key is the name of a flag without its dashes; the command line overrides it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from rewrite.text.suggest import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors name the flag, command or choice that is closest."""
+    """An `ArgumentParser` whose errors suggest the closest flag, command or choice."""
 
     given: Sequence[str] = ()
     """The words of the command line, of which an error tells what was meant."""
 
     def error(self, message: str) -> NoReturn:
-        """Say in one line what is wrong, and what was probably meant or where help is; leave."""
+        """Print the error and a suggestion, or where help is, in one line; exit with 2."""
         hint = self._hint(message)
         place = self.prog
         if not hint and place == "rewrite" and self.given[:1] and self.given[0][:1] != "-":
@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         return ""
 
     def _hint_at_flag(self, flag: str) -> str:
-        """Name the flags of the command that are close to an unknown one, or whose flag it is."""
+        """Suggest flags close to an unknown one, or name the command or pass that has it."""
         commands = self._commands()
         used = next((word for word in self.given if word in commands), None)
         own = self._flags() if used is None else commands[used]._option_string_actions
@@ -94,10 +94,10 @@ def _passes_with(flag: str) -> list[str]:
 
 
 def find_config(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:
-    """Return the nearest `pyproject.toml` at or above a folder that has a `[tool.rewrite]`.
+    """Return the nearest `pyproject.toml` with a `[tool.rewrite]`, at or above a folder.
 
     Raises:
-        OptionError: the nearest file is no TOML.
+        OptionError: the nearest `pyproject.toml` is not valid TOML.
     """
     for place in (folder, *folder.parents):
         path = place / "pyproject.toml"
@@ -115,7 +115,7 @@ def find_config(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:
 def apply_config(
     commands: Mapping[str, argparse.ArgumentParser], path: Path, table: Mapping[str, Any]
 ) -> None:
-    """Make the values of a configuration the defaults of the commands.
+    """Set the values of `[tool.rewrite]` as the defaults of the commands.
 
     Raises:
         OptionError: an unknown command or option, or a value of another kind.
@@ -160,7 +160,7 @@ def _set(parser: argparse.ArgumentParser, path: Path, where: str, key: str, valu
 
 
 def _fits(action: argparse.Action, value: Any) -> tuple[bool, str]:
-    """Return whether a value of a file is one of an option, and what is."""
+    """Return whether a configured value suits an option, and which values would."""
     if action.choices is not None:
         return value in action.choices, " or ".join(f'"{choice}"' for choice in action.choices)
     if isinstance(action.default, bool):

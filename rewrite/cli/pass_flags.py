@@ -1,4 +1,4 @@
-"""Pass flags: `--bn-to-gn`, `--num-groups 16`, `--pass 'bn-to-gn{num_groups=16}'`, in their order.
+"""Flags of passes, in order: `--bn-to-gn --num-groups 16`, `--pass 'bn-to-gn{num_groups=16}'`.
 
 A flag is known by its entry point's name alone; only the passes that a command names are imported,
 and only their options become flags. An option belongs to the nearest pass before it that has such a
@@ -30,7 +30,7 @@ class PassFlags:
         """Return the passes with their options.
 
         Raises:
-            OptionError: an option that no chosen pass has, or whose value does not fit.
+            OptionError: no chosen pass has the option, or its value does not fit.
         """
         drafts: list[tuple[type[Pass] | Pass, dict[str, Any]]] = []
         early: list[tuple[str, Any]] = []
@@ -99,7 +99,7 @@ def _flags(namespace: argparse.Namespace) -> PassFlags:
 
 
 class _PassAction(argparse.Action):
-    """Choose a pass; the values of one that takes several (`--reinit`) are collected."""
+    """Choose a pass; collect the values of a flag that takes several (`--reinit`)."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         kind = registry.pass_class(str(self.const))

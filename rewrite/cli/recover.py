@@ -1,4 +1,4 @@
-"""The command `rewrite recover`: train a converted model until it answers as the original does."""
+"""The command `rewrite recover`: train a converted model to agree with its original."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def add_parsers(commands: Any) -> None:
 
 
 def run_recover(options: argparse.Namespace) -> int:
-    """Open models and data, train, write what came of it."""
+    """Open models and data, train, and write the result; return the exit code."""
     from rewrite.files import check_writable
 
     output = Path(options.output or _default_output(options.student))
@@ -108,7 +108,7 @@ def run_recover(options: argparse.Namespace) -> int:
 
 
 def finish(options: argparse.Namespace, recovered: Recovered[nn.Module], output: Path) -> int:
-    """Save the model, draw and report; in several processes the first one does."""
+    """Save, plot and report in the first process; return the exit code in all of them."""
     if not _is_first():
         return OK if recovered.ok else FAILED
     save_model(options, options.student, recovered.model, output)
@@ -122,10 +122,12 @@ def finish(options: argparse.Namespace, recovered: Recovered[nn.Module], output:
 
 
 def open_data(reference: str, model: nn.Module, *, labels: bool) -> Iterable[Any]:
-    """Return the batches of DATA; with labels, an .npz of two arrays, or what a factory yields.
+    """Return the batches that DATA names; with `labels`, each ends in its labels.
+
+    Labelled data are an .npz of two arrays (inputs, labels) or the batches of a factory.
 
     Raises:
-        OptionError: nothing usable is there.
+        OptionError: the reference names no usable data.
     """
     path = Path(reference)
     if not labels or not path.exists():

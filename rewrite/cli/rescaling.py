@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 def measured_balance(
     options: argparse.Namespace, model: nn.Module, inputs: tuple[Any, ...] | None
 ) -> BalanceReport:
-    """Measure, and draw the picture that the options name.
+    """Measure the balance of a model, and draw --plot, if it was given.
 
     Raises:
-        OptionError: the picture is no .png or .svg file.
+        OptionError: --plot is neither a .png nor an .svg file.
     """
     from rewrite.rescaling.balance_report import balance_report
 

@@ -23,10 +23,10 @@ def measured_signal(
     inputs: tuple[Any, ...] | None,
     progress: Callable[[str], None],
 ) -> Signal:
-    """Measure, and draw the picture that the options name.
+    """Measure signal propagation through a model, and draw --plot, if it was given.
 
     Raises:
-        OptionError: no input is known.
+        OptionError: no input was given and none can be inferred.
     """
     progress("looking for an input that fits")
     inferred = or_inferred(options, model, inputs, small=True)

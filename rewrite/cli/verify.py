@@ -108,7 +108,7 @@ def run_verify(options: argparse.Namespace) -> int:
 
 
 def _suggest_contract(before: nn.Module, after: nn.Module) -> None:
-    """Say what a swap of norms is held to, where one looks like the reason for a difference."""
+    """Suggest `--contract approximate` where a replaced norm is the likely reason of a failure."""
     from torch.nn import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LayerNorm
 
     others = (GroupNorm, LayerNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d)
@@ -123,7 +123,7 @@ def _suggest_contract(before: nn.Module, after: nn.Module) -> None:
 
 
 def _verify_models(options: argparse.Namespace) -> tuple[Verification, str | None]:
-    """Return what was found, and its HTML page where one is wanted."""
+    """Verify two models; return the result, and its HTML page with --html."""
     from rewrite.equivalence.verification import Level
     from rewrite.equivalence.verify import verify
     from rewrite.outcomes import Contract
@@ -164,7 +164,7 @@ def _verify_models(options: argparse.Namespace) -> tuple[Verification, str | Non
 
 
 def _two_models(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
-    """Open A and B; a state dict without --factory is taken as weights of the other model."""
+    """Open A and B; a state dict without --factory holds weights for the other model's class."""
     from rewrite.checkpoint.load import holds_state, load_into
 
     states = [holds_state(name, options.key) for name in (options.model, options.other)]
@@ -232,7 +232,7 @@ def _write_node_data(options: argparse.Namespace) -> None:
 
 
 def _named_inputs(options: argparse.Namespace) -> dict[str, Any] | None:
-    """Return the inputs of an .npz file that was saved with names, None for anything else."""
+    """Return the arrays of a named .npz file (`np.savez(f, x=…)`), None for any other input."""
     if options.input is None or not options.input.endswith(".npz"):
         return None
     from rewrite.runtime.stored.input_files import load_named_inputs

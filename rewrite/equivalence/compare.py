@@ -1,17 +1,17 @@
-"""Compare what two models return, whatever structure they return it in.
+"""Compare the outputs of two models, whatever their structure (tuples, dicts, dataclasses).
 
     abs  = max |a - b|                  over one tensor pair
-    rel  = max |a - b| / max |a|        the scale of the tensor, not of each element: an element
-                                        near zero carries the rounding of its neighbours
+    rel  = max |a - b| / max |a|        relative to the whole tensor, not to each element, which
+                                        may be near zero by cancellation
     cos  = <a, b> / (|a| |b|)           over all floating-point values together
     top1 = share of positions where b's largest class is (one of) a's largest
 
 Rules for values that have no distance:
 
-1. Integers, booleans, strings, numbers that Python holds and None must be equal.
-2. NaN must stand where NaN stands, an infinity where the same infinity stands; the rest is
-   compared.
-3. Structures must have the same places (keys, fields, lengths), shapes and dtypes.
+1. Integer and boolean tensors, strings, Python numbers and None must be equal.
+2. NaN must be at the same positions, and so must each infinity with its sign; the remaining
+   elements are compared.
+3. Structures must have the same keys, fields and lengths, and tensors the same shape and dtype.
 
 Everything is computed in float64 (complex128), on the device of the first value.
 """
@@ -33,20 +33,20 @@ _CLASS_AXIS_FIRST_FROM = 4
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two outputs are apart; `reasons` are the differences that are no distance.
+    """The distance of two outputs; `reasons` are differences that no distance can express.
 
     Attributes:
         max_abs: the largest absolute difference.
         max_rel: the largest difference relative to its tensor's largest magnitude.
         cosine: cosine similarity of all floating-point values, None without any.
-        agreement: share of equal top-1 classes, None without an axis of classes.
-        predictions: how many top-1 classes were compared; those beside a NaN are none.
-        nothing: whether `a` has values of floating point, and each of them is NaN.
+        agreement: fraction of equal top-1 classes, None without an axis of classes.
+        predictions: the number of top-1 classes compared, those with a NaN left out.
+        nothing: whether `a` has floating-point values, and all of them are NaN.
         finite: whether every floating-point value of `b` is finite.
-        worst: the place of `max_rel`.
-        structure: what differs in places, shapes and dtypes; not the length of an item of a list,
-            which is a value (the number of detections).
-        reasons: `structure`, and what differs in exact values, in NaN or infinity.
+        worst: the path to the tensor with `max_rel`.
+        structure: differences of keys, lengths, shapes and dtypes; the length of a tensor in a
+            list is a value instead (a number of detections).
+        reasons: `structure`, and differences of exact values, of NaN and of infinities.
     """
 
     max_abs: float
@@ -62,7 +62,7 @@ class Comparison:
 
 
 def compare(a: Any, b: Any, dtypes: bool = True) -> Comparison:
-    """Compare two outputs place by place; `dtypes=False` lets the floating-point types differ."""
+    """Compare two outputs tensor by tensor; `dtypes=False` allows other floating-point types."""
     left, right = dict(leaves(a)), dict(leaves(b))
     total = _Total(structure=_missing(left, right))
     for path, value in left.items():
@@ -116,7 +116,7 @@ class _Total:
     values: list[str] = field(default_factory=list)
 
     def add(self, path: str, a: Any, b: Any, dtypes: bool) -> None:
-        """Take one pair in."""
+        """Add one pair of values, found at `path`."""
         a, b = _as_tensor(a), _as_tensor(b)
         if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
             if type(a) is not type(b):
@@ -160,9 +160,9 @@ class _Total:
         self._classify(a, b, unknown)
 
     def _classify(self, a: torch.Tensor, b: torch.Tensor, unknown: torch.Tensor) -> None:
-        """Count equal top-1 classes: channels of images, the last axis of anything else.
+        """Count equal top-1 classes: over channels for images, else over the last axis.
 
-        Where one of the values is NaN there is no largest.
+        Predictions with a NaN among their values (`unknown`) are left out.
         """
         if a.ndim < 2:
             return
@@ -176,7 +176,7 @@ class _Total:
         self.classified += int(known.sum())
 
     def cosine(self) -> float | None:
-        """Return the cosine similarity over everything taken in."""
+        """Return the cosine similarity over all pairs, None without any values."""
         if not self.square_a or not self.square_b:
             return 1.0 if self.square_a == self.square_b and self.classified else None
         return self.dot / math.sqrt(self.square_a) / math.sqrt(self.square_b)

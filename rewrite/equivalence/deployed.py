@@ -2,9 +2,9 @@
 
     d(x) = max |a(x) - b(x)| / max |a(x)|      own(x) = max |a64(x) - a(x)| / max |a64(x)|
 
-Equality is judged in float64, where right and wrong are far apart. What float64 does not show is
-held here: dtype, device and `requires_grad` of the outputs, and a path that only the model's own
-dtype or `inference_mode` takes: d is an error where it is large (0.1) and a hundred times own.
+Equality is judged in float64, where right and wrong are far apart. Checked here is what float64
+does not show: dtype, device and `requires_grad` of the outputs, and code that runs only in the
+model's own dtype or under `inference_mode`. d counts as an error if it exceeds 0.1 and 100 own.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _LARGE, _TIMES = 0.1, 100.0
 
 
 def deployed_mode(model: nn.Module, inputs: Inputs, seed: int) -> tuple[Mode, Any]:
-    """Return how the original is run, and what it returns: without gradients, if it can be so.
+    """Run the original under `inference_mode` if possible, else `no_grad`; return mode and output.
 
-    Whatever it raises when it is run with gradients switched off alone goes on to the caller.
+    What it raises under `no_grad` is not caught.
     """
     try:
         with isolated(model):
@@ -39,7 +39,7 @@ def deployed_mode(model: nn.Module, inputs: Inputs, seed: int) -> tuple[Mode, An
 
 
 def kind_reasons(before: Any, after: Any, compared: Comparison) -> list[str]:
-    """Return how the outputs differ in structure, shape, dtype and device."""
+    """Return the differences of the outputs in structure, shape, dtype and device."""
     reasons = [*compared.structure, *_container_reasons(before, after, "output")]
     theirs = dict(leaves(after))
     for path, value in leaves(before):
@@ -51,7 +51,7 @@ def kind_reasons(before: Any, after: Any, compared: Comparison) -> list[str]:
 
 
 def _container_reasons(before: Any, after: Any, path: str) -> Iterator[str]:
-    """Yield where a list became a tuple, or a tuple a list: `out + (x,)` takes one of them."""
+    """Yield where a list became a tuple or a tuple a list, which breaks code like `out + (x,)`."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in before.keys() & after.keys():
             yield from _container_reasons(before[key], after[key], f"{path}[{key!r}]")
@@ -63,7 +63,7 @@ def _container_reasons(before: Any, after: Any, path: str) -> Iterator[str]:
 
 
 def path_reasons(compared: Comparison, own: float) -> list[str]:
-    """Return whether a difference in the model's own dtype is larger than any rounding."""
+    """Return the reason if a difference in the model's own dtype is too large for rounding."""
     if compared.max_rel <= max(_LARGE, _TIMES * own):
         return []
     return [
@@ -73,7 +73,7 @@ def path_reasons(compared: Comparison, own: float) -> list[str]:
 
 
 def same_classes(a: nn.Module, b: nn.Module) -> bool:
-    """Return whether modules of two models differ in nothing but layers that became Identity."""
+    """Return whether two models have the same classes, except for layers replaced by Identity."""
     old, new = Tree(a).names, Tree(b).names
     return all(
         name in new and type(new[name]) in (type(module), nn.Identity)
@@ -84,12 +84,18 @@ def same_classes(a: nn.Module, b: nn.Module) -> bool:
 def gradient_reasons(
     a: nn.Module, b: nn.Module, inputs: Inputs, seed: int, without: float
 ) -> list[str]:
-    """Return which outputs require gradients in one model alone, where frozen layers excuse none.
+    """Return the differences of two models that only show with gradients enabled.
 
-    Nor may values differ that do not differ `without` gradients (largest relative difference): a
-    forward may take a path of its own where gradients are on.
+    Outputs must require gradients in both models or in neither (unless a frozen layer explains
+    it), and their values may not differ more than without gradients: a forward may branch on
+    `torch.is_grad_enabled()`. Nothing is checked if the original fails with gradients.
 
-    What the original itself cannot compute with gradients is not asked of the other.
+    Args:
+        a: the original.
+        b: the rewritten model.
+        inputs: what both are run on.
+        seed: of the random numbers that a forward draws.
+        without: the largest relative difference without gradients.
     """
     try:
         with isolated(a):

@@ -1,19 +1,18 @@
 """Find the first module or operation at which two models diverge.
 
-A value *agrees* when the other model computes it too, wherever. Rewrites move values on purpose
-(after a fold the convolution's output is the old norm's), so a value that disagrees is no error by
-itself: it is excused when everything computed from it agrees again. Hence
+A value *agrees* if the other model computes it, too, anywhere. Rewrites move values on purpose
+(after a fold the convolution's output is the old norm's), so a value that disagrees is not an error
+by itself, as long as everything computed from it agrees again. Hence
 
     divergent = calls whose inputs all agree and from which a path of values that all disagree
              leads to an output
 
-found by walking back from the outputs over disagreeing values only. Branches need no care: another
-branch that agrees is not on such a path. Both models are walked, because an activation that got
-lost is only visible in the one that still has it, and one that was added only in the other.
+found by walking back from the outputs over disagreeing values only. Branches that agree are not on
+such a path. Both models are searched: an activation that was lost is only visible in the original,
+one that was added only in the rewritten model.
 
-Where both models compute an equal value by a clamp, from values that neither shares with the other,
-the clamp hides the difference (a channel below zero under a ReLU) and excuses nothing: such a
-difference counts as one that never ends.
+A clamp may compute equal values from different ones (a channel below zero under a ReLU). It only
+masks the difference, which therefore counts as one that reaches an output.
 """
 
 from __future__ import annotations
@@ -54,18 +53,18 @@ _SUMS = ("add", "sub")
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first call where two models part.
+    """The first call at which two models diverge.
 
     Attributes:
         target: the qualified name of the module that made the call.
-        function: what it called.
+        function: the name of the function that was called.
         source: the line of code in the original, if known.
         source_after: the line of code in the other model.
-        error_in: how far the call's inputs are apart, relative.
-        error_out: how far its output is apart, relative; infinite when it has no counterpart.
-        rewrite: the pass that touched the module, "" if none did.
+        error_in: the largest relative error of the call's inputs.
+        error_out: the relative error of its output; infinite if it has no counterpart.
+        rewrite: the pass that changed the module, "" if none did.
         node: the node of an ONNX graph, "" in PyTorch.
-        note: what else is to be said.
+        note: a remark, "" for none.
     """
 
     target: str
@@ -99,7 +98,7 @@ class Divergence:
 def recorded(
     model: nn.Module, inputs: Inputs, sketch: Sketcher, seed: int = 0, keep: Key | None = None
 ) -> tuple[Record, Any]:
-    """Run a model that computes in float64 already; return its values and its output."""
+    """Run a model whose tensors are float64 already; return its record and its output."""
     own = inputs.clone()
     with torch.random.fork_rng(), torch.no_grad(), branches_in_python():
         torch.manual_seed(seed)
@@ -107,11 +106,11 @@ def recorded(
 
 
 def value_noise(original: Record, perturbed: Record) -> list[float]:
-    """Return how far each value of the original moves under the rounding of its parameters.
+    """Return the relative change of each value of the original when parameters are rounded.
 
-    A value of few elements may move little by luck; noise does not halve from one call to the
-    next, so half of what came in is the least. A bound that is known of a value (a long sum's) goes
-    on as far as the measured noise does.
+    A value with few elements may change little by chance, so the noise of a call's output is taken
+    as at least half that of its inputs. A known bound of a value (for a long sum) is carried on to
+    the values computed from it.
     """
     if len(original.values) != len(perturbed.values):
         return [max(map(Sketch.distance, original.values, perturbed.values), default=0.0)] * len(
@@ -126,7 +125,7 @@ def value_noise(original: Record, perturbed: Record) -> list[float]:
 
 
 def carried_bounds(record: Record, noise: Sequence[float]) -> list[float]:
-    """Return the bound of each value: its own, or what is left of those of its inputs."""
+    """Return the error bound of each value: its own, or that carried over from its inputs."""
     bounds = [record.bounds.get(number, 0.0) for number in range(len(record.values))]
     for event in record.events if record.bounds else ():
         came_in = max((noise[number] for number in event.inputs), default=0.0)
@@ -139,10 +138,10 @@ def carried_bounds(record: Record, noise: Sequence[float]) -> list[float]:
 
 
 def _share(record: Record, event: Event, given: int, made: int) -> float:
-    """Return how much of an input's relative error a call hands on, at most.
+    """Return the largest factor by which a call passes on an input's relative error.
 
-    In a sum a term weighs as much as its share of the sum: the mean of what is nearly centered may
-    be off by all of itself and hardly move what it is subtracted from.
+    In a sum it is the norm of the term relative to that of the sum: the mean of nearly centered
+    data may have a relative error of 1 and hardly change what it is subtracted from.
     """
     term, total = record.values[given], record.values[made]
     if event.function.lower().strip("_").lstrip("ri") not in _SUMS or not total.norm:
@@ -153,9 +152,13 @@ def _share(record: Record, event: Event, given: int, made: int) -> float:
 def compare_records(
     a: Record, b: Record, noise: Sequence[float] = (), touched: Collection[str] = ()
 ) -> Divergence | None:
-    """Return where the values of two runs first part, None if both end in the same.
+    """Return the first divergence of two runs, None if their outputs agree.
 
-    `noise` is how far each value of `a` may be off, if the models' parameters were rounded.
+    Args:
+        a: the run of the original.
+        b: the run of the rewritten model, on the same input.
+        noise: the relative error that rounding explains for each value of `a`; () for none.
+        touched: names of rewritten modules; a mapping gives the pass of each.
     """
     known_a, known_b = Known(a.values, noise), Known(b.values)
     found_a = [known_b.nearest(value) for value in a.values]
@@ -175,8 +178,10 @@ def first_divergent(
 ) -> Event | None:
     """Return the first divergent call of `subject`, None if there is none.
 
-    `nearest` holds the other model's nearest value for each, `masked` those that disagree although
-    a clamp makes the same of them.
+    Args:
+        subject: the record of one model.
+        nearest: for each of its values the nearest value of the other model.
+        masked: values that disagree, but are hidden by a clamp.
     """
     ratio = [_ratio(near) for near in nearest]
     lasting = _lasting(subject, ratio, masked)
@@ -191,7 +196,7 @@ def first_divergent(
 def masked(
     subject: Record, nearest: Sequence[Near], other: Record, theirs: Sequence[Near]
 ) -> set[int]:
-    """Return the values of `subject` that disagree and that a clamp makes equal to the other's."""
+    """Return the values of `subject` that disagree, but become equal by a clamp."""
     numbers: set[int] = set()
     for event in subject.events:
         for made in event.outputs if is_clamp(event) else ():
@@ -206,22 +211,22 @@ def masked(
 
 
 def is_clamp(event: Event) -> bool:
-    """Return whether a call can hide a difference of its inputs."""
+    """Return whether a call may map different inputs to equal outputs, as a ReLU does."""
     return event.function.lower().strip("_") in CLAMPS
 
 
 def _ratio(near: Near) -> float:
-    """Return a distance in units of its noise; 0 for an exact value, inf for one without noise."""
+    """Return a distance divided by its noise; 0 for no distance, inf without noise."""
     if near.distance <= AGREES:
         return 0.0
     return near.distance / near.noise if near.noise else float("inf")
 
 
 def _lasting(subject: Record, ratio: Sequence[float], masked: Set[int]) -> list[bool]:
-    """Return for each value whether it disagrees, and never again agrees on some way onward.
+    """Return for each value whether it disagrees on some whole path to an output.
 
-    It agrees again where the distance falls sharply, as at the end of a rewrite; one that only
-    sinks below a growing noise has not gone away.
+    A path agrees again where the distance drops sharply, as at the end of a rewrite. A distance
+    that only falls below a growing noise still counts.
     """
     lasting = [False] * len(ratio)
     readers: dict[int, list[Event]] = {}
@@ -292,7 +297,7 @@ def _describe(
 
 
 def _rewritten_by(name: str, touched: Collection[str]) -> str:
-    """Return the pass that touched a module, or the innermost module around it that was."""
+    """Return the pass that rewrote a module, or else the innermost module around it."""
     for candidate in sorted(touched, key=len, reverse=True):
         if name == candidate or (candidate and name.startswith(f"{candidate}.")):
             return touched[candidate] if isinstance(touched, Mapping) else "a pass"

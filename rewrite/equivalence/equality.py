@@ -1,6 +1,6 @@
 """Judge the equality of two models in float64, and collect the errors in their own dtype.
 
-See `rewrite.verify` for the equations; here they are carried out, case by case.
+The equations are those of `rewrite.equivalence.verify`; here they are evaluated case by case.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _WIDEST_ROUNDING = torch.finfo(torch.float64).eps
 
 @dataclass
 class Findings:
-    """What one verification gathers."""
+    """The findings of one verification, collected case by case."""
 
     cases: list[Case] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Findings:
     runs: tuple[Record, Record] | None = None
 
     def measure(self, compared: Comparison) -> None:
-        """Take the agreement of one pair of outputs into account."""
+        """Add the agreement of one pair of outputs."""
         self.nothing.append(compared.nothing)
         if compared.agreement is not None:
             self.agreed += compared.agreement * compared.predictions
@@ -79,16 +79,16 @@ class Findings:
             self.cosines.append(compared.cosine)
 
     def fail(self, name: str, inputs: Inputs, reason: str) -> None:
-        """Note an input on which the rewritten model does not run."""
+        """Record an input on which the rewritten model fails."""
         self.reasons.append(f"{name}: {reason}")
         self.cases.append(Case(name, str(inputs), failed=True))
 
 
 def run_original(model: nn.Module, name: str, inputs: Inputs, seed: int) -> Any:
-    """Run the original on an input that it has to take.
+    """Run the original on an input that it must accept.
 
     Raises:
-        VerificationError: it does not.
+        VerificationError: it raises on that input.
     """
     with original_takes(name, inputs):
         return call(model, inputs.clone(), seed)
@@ -96,7 +96,7 @@ def run_original(model: nn.Module, name: str, inputs: Inputs, seed: int) -> Any:
 
 @contextlib.contextmanager
 def original_takes(name: str, inputs: Inputs) -> Iterator[None]:
-    """Say of whatever the original raises that it does not run on these inputs."""
+    """Turn any exception of the original into a VerificationError that names the inputs."""
     try:
         yield
     except Exception as error:
@@ -118,7 +118,19 @@ def judge(
     seed: int = 0,
     say: Callable[[str], None] = lambda _: None,
 ) -> Findings:
-    """Return what was found when `b` was held to equality with `a`; both are in eval mode."""
+    """Judge whether `b` equals `a`; both are in eval mode.
+
+    Args:
+        a: the original.
+        b: the rewritten model.
+        given: the user's inputs, each with its name.
+        contract: "exact" or "exact-in-eval".
+        level: how many inputs are tried.
+        touched: names of rewritten modules; a mapping gives the pass of each.
+        exact: unrounded values of tensors of `b`, by qualified name.
+        seed: of all random numbers.
+        say: called with a line as each input begins.
+    """
     exact = present(b, exact)
     rounded = {}
     if any(join(*key) not in exact for key in stored_rounding(b, a)):
@@ -167,7 +179,7 @@ class _Judge:
 
     @property
     def allowance(self) -> float:
-        """How far two outputs may be apart, relative."""
+        """The largest relative difference of outputs that passes."""
         return self.floor + EXPLAINS * (self.found.rounding or 0.0)
 
     def run_native(self, name: str, inputs: Inputs) -> None:
@@ -183,13 +195,13 @@ class _Judge:
         self.native.append((before, after))
 
     def compare_gradients(self, name: str, inputs: Inputs) -> None:
-        """Hold outputs of the first input to require gradients where the original's do."""
+        """Compare both models with gradients enabled, on the first input."""
         without = compare(*self.native[0], dtypes=False).max_rel
         reasons = gradient_reasons(self.a, self.b, inputs, self.seed, without)
         self.found.reasons += [f"{name}: {reason}" for reason in reasons]
 
     def judge_given(self, name: str, inputs: Inputs, index: int) -> None:
-        """Judge an input of the user: every value on the way, where parameters were rounded."""
+        """Judge an input of the user; value by value, if stored parameters were rounded."""
         before, after = self.native[index]
         if after is None:
             return
@@ -214,7 +226,7 @@ class _Judge:
         self.found.reasons += [f"{name}: {reason}" for reason in reasons]
 
     def judge_variation(self, name: str, inputs: Inputs) -> None:
-        """Judge an input that was made here, and that the original may refuse."""
+        """Judge a generated input, which the original may reject."""
         wide = inputs.map(widen)
         try:
             before = call(self.a, wide.clone(), self.seed)
@@ -236,7 +248,7 @@ class _Judge:
         self._settle(name, inputs, wide, before, compared)
 
     def _values(self, name: str, wide: Inputs) -> tuple[Any, Comparison]:
-        """Compare every value of both models, given what rounding does to the original's."""
+        """Compare both models value by value, within the noise that rounding explains."""
         sketch = Sketcher(self.seed)
         record_a, before = recorded(self.a, wide, sketch, self.seed)
         record_b, after = recorded(self.b, wide, sketch, self.seed)
@@ -275,7 +287,7 @@ class _Judge:
     def _settle(
         self, name: str, inputs: Inputs, wide: Inputs, before: Any, compared: Comparison
     ) -> None:
-        """Decide one case: equal, apart, or no proof of anything."""
+        """Decide one case: equal, different, or inconclusive."""
         apart = compared.max_rel > self.allowance
         if apart and not self.apart:
             own = self._sensitivity(wide, before)
@@ -303,12 +315,12 @@ class _Judge:
         return compare_records(record_a, record_b, noise, self.touched)
 
     def _sensitivity(self, wide: Inputs, before: Any) -> float:
-        """Return how far the original moves when all its tensors move by a float64 rounding."""
+        """Return the relative change of the original's output when its tensors are rounded."""
         with perturbed(self.a, None, self.seed):
             return compare(before, call(self.a, self._moved(wide), self.seed)).max_rel
 
     def _moved(self, wide: Inputs) -> Inputs:
-        """Return inputs that are a float64 rounding away."""
+        """Return the inputs, perturbed by a float64 rounding."""
         nudge = Perturbation(self.seed)
 
         def moved(leaf: Any) -> Any:
@@ -319,7 +331,7 @@ class _Judge:
         return wide.map(moved)
 
     def sum_up(self) -> None:
-        """Say in one line how far the outputs are apart on how many inputs, or that none tells."""
+        """Add the reason, in one line: the largest error and on how many inputs, or no proof."""
         cases = self.found.cases
         if cases and all(case.skipped for case in cases) and not self.found.reasons:
             self.found.reasons.append(f"no input tells the models apart: {cases[0].skipped}")

@@ -1,13 +1,11 @@
 """Check that stored tensors are their exact values, correctly rounded to their dtype.
 
-    |stored - exact| = min over the values v of the type of |v - exact|      for each element
+    |stored - exact| = min over the values v of the dtype of |v - exact|      for each element
 
-What a pass computes as the model computes it, in its own precision (the norms of a weight), says by
-how many roundings (`roundings`) it may be off instead.
-
-A pass that computes in float64 and rounds once can say what each tensor was before. Then nothing
-has to be assumed about what rounding does to a model: the exact tensors are judged as they are, and
-the rounding by this.
+A pass that computes in float64 and rounds once can report each tensor before rounding. Then no
+assumption is needed about the effect of rounding on the model: the exact tensors are compared in
+float64, and the rounding is checked by this equation. Tensors that a pass computes in the model's
+own precision (the norms of a weight) state how many roundings (`roundings`) they may be off.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ _FLOAT64 = 4 * torch.finfo(torch.float64).eps
 
 
 def present(model: nn.Module, exact: Exact) -> dict[str, Callable[[], Tensor]]:
-    """Return `exact` for the tensors that `model` still has, by their first names."""
+    """Return the entries of `exact` whose tensors `model` still has, each by its first name."""
     tree = Tree(model)
     found = {}
     for name, value in exact.items():
@@ -39,7 +37,7 @@ def present(model: nn.Module, exact: Exact) -> dict[str, Callable[[], Tensor]]:
 
 
 def misrounded(model: nn.Module, exact: Exact) -> list[str]:
-    """Return which tensors of `model` are not what their exact values round to, and by how much."""
+    """Return the tensors of `model` that are not their exact values rounded, with the error."""
     tree = Tree(model)
     reasons = []
     for name, value in exact.items():

@@ -26,7 +26,7 @@ _KEYS = ("decoder_input_ids", "input_ids")
 def compare_generation(
     a: nn.Module, b: nn.Module, given: list[tuple[str, Inputs]], found: Findings
 ) -> None:
-    """Note in `found` whether both models choose the same tokens; nothing if they choose none."""
+    """Add to `found` whether both models generate the same tokens, if they generate any."""
     start = next((inputs for _, inputs in given if generates(a, inputs)), None)
     if start is None or found.reasons:
         return
@@ -50,7 +50,7 @@ def compare_generation(
 
 
 def generates(model: nn.Module, inputs: Inputs) -> bool:
-    """Return whether a model says that it generates, and is given tokens by name, no cache."""
+    """Return whether a model can generate, and the inputs are token ids without a cache."""
     says = getattr(model, "can_generate", None)
     known = callable(says) and bool(says())
     others = {"attention_mask", "past_key_values", "cache", "cache_params"}
@@ -58,7 +58,7 @@ def generates(model: nn.Module, inputs: Inputs) -> bool:
 
 
 def greedy_tokens(model: nn.Module, inputs: Inputs, count: int = _TOKENS) -> list[list[int]]:
-    """Return the `count` tokens that a model chooses after the given ones, one list a sample."""
+    """Return the next `count` greedy tokens after the given ones, one list per sample."""
     kwargs: dict[str, Any] = dict(inputs.kwargs)
     key = next(k for k in _KEYS if k in kwargs)
     start = kwargs[key].shape[1]

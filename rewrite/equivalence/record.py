@@ -3,12 +3,12 @@
     sketch(v) = (<r1, v>, ..., <rk, v>)        rj fixed vectors of +1 and -1
     |sketch(u) - sketch(v)|^2 / k  ~  |u - v|^2
 
-A sketch tells two values apart at any precision without keeping either alive, so memory does not
-grow with the activations, and a value of one model can be looked up among all of another's,
-wherever and under whatever name it is computed there.
+Sketches tell two values apart without keeping either alive, so memory does not grow with the
+activations, and a value of one model can be looked up among all values of another, wherever and
+under whatever name it is computed there.
 
-Recorded are calls of torch functions as the model's code makes them (`F.conv2d`, `Tensor.view`,
-`+`), through a function mode: no tracing, so control flow and opaque code are no obstacle.
+A `TorchFunctionMode` records the calls of torch functions in the model's code (`F.conv2d`,
+`Tensor.view`, `+`). Nothing is traced, so control flow and opaque code do not matter.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PROJECTIONS = 16
 
 @dataclass(frozen=True)
 class Sketch:
-    """A value in a few numbers: its projections, its norm, how many elements it has."""
+    """A summary of one tensor: its projections, its norm and its number of elements."""
 
     numbers: np.ndarray[Any, np.dtype[np.float64]]
     norm: float
@@ -58,7 +58,7 @@ class Sketch:
 
 
 class Sketcher:
-    """Makes sketches, with the same projections for every value of the same run and seed."""
+    """Computes sketches, with the same projections for all values of equal size and seed."""
 
     def __init__(self, seed: int = 0) -> None:
         self._random = np.random.default_rng(seed)
@@ -85,7 +85,7 @@ class Sketcher:
 
 
 def _flat(value: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Return a value as one row of finite float64, and its norm."""
+    """Return a tensor as a flat float64 vector without NaN or infinity, and its norm."""
     value = value.detach()
     if value.is_quantized:
         value = value.dequantize()
@@ -109,10 +109,10 @@ Key = tuple[str, int, str, int]
 
 @dataclass(frozen=True)
 class Event:
-    """One call: which function, by which module, from which values to which.
+    """One call of a function: by which module, its input values and its output values.
 
     Attributes:
-        key: owner, which invocation of the owner, function, which such call of the invocation.
+        key: owner, number of its invocation, function, number of that call in the invocation.
         source: the line of the model's code, "file.py:123".
         inputs, outputs: indices into `Record.values`; constants are not among them.
     """
@@ -137,7 +137,7 @@ class Event:
 class Record:
     """All calls of one forward in order, and a sketch of every value that depends on the inputs.
 
-    `bounds` says of some values how far arithmetic alone may put them off, relative.
+    `bounds` holds, for some values, the relative error that arithmetic alone may cause.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -148,12 +148,12 @@ class Record:
     bounds: dict[int, float] = field(default_factory=dict)
 
     def by_key(self) -> dict[Key, Event]:
-        """Return the events by what identifies them in another model of the same names."""
+        """Return the events by key, under which the other model's same call is found."""
         return {event.key: event for event in self.events}
 
 
 class Near(NamedTuple):
-    """The known value that is nearest to another one."""
+    """The known value nearest to a given one, and its distance."""
 
     distance: float
     """How far it is, relative to the other one; infinite where no value has as many elements."""
@@ -164,11 +164,11 @@ class Near(NamedTuple):
 
 
 class Known:
-    """Looks up whether a value is among those of a record.
+    """Looks up values among those of a record.
 
     Args:
         sketches: the values that are known.
-        noise: how far each may be off, relative; nothing for values that are held to be exact.
+        noise: the relative error that each may have; () if all are exact.
     """
 
     def __init__(self, sketches: Sequence[Sketch], noise: Sequence[float] = ()) -> None:
@@ -238,13 +238,13 @@ class _Recorder(TorchFunctionMode):
         return self.record
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        """Note that a module's forward begins."""
+        """Record that a module's forward begins."""
         name = self._names.get(module, self._stack[-1][0])
         self._stack.append((name, self._invocations[name]))
         self._invocations[name] += 1
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Note that a module's forward ended; values that no function made are its own."""
+        """Record that a module's forward ended; it made the outputs that no function call made."""
         unseen = [t for t in _found(output) if t not in self._numbers]
         inputs = self._known(_found(args))
         if unseen and inputs:
@@ -274,7 +274,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """Return how often a tensor was written; one made in inference mode does not count."""
+    """Return a tensor's version counter; inference tensors have none."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -322,9 +322,9 @@ def record(
     sketch: Sketcher,
     keep: Key | None = None,
 ) -> tuple[Record, Any]:
-    """Run `model` once and return what it computed, and what it returned.
+    """Run `model` once and return the record of its values, and its output.
 
-    Of all values only those that the call `keep` made stay alive, in `Record.kept`.
+    Only the outputs of the call with key `keep` are kept as tensors, in `Record.kept`.
     """
     recorder = _Recorder(model, sketch, keep)
     recorder.start([args, dict(kwargs)])

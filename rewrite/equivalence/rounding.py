@@ -1,12 +1,12 @@
 """Estimate how rounding stored parameters to their dtype changes a model's values.
 
-A rewrite computes in float64 and stores in the model's own dtype, so each parameter it wrote is off
-by up to half a unit in the last place, whatever the rewrite. How much of a difference that explains
-is measured on the original:
+A rewrite computes in float64 and stores in the model's own dtype, so each parameter that it wrote
+has an error of up to half a unit in the last place. How much of a difference this explains is
+measured on the original:
 
     S(x) = | f(x; p) - f(x; p (1 + u)) |      u = +-eps/2 at random, p the parameters that changed
 
-with eps of the dtype that they are stored in. A model that is stored in float64 gets no allowance.
+with eps of the stored dtype. A model stored in float64 gets no allowance.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _SENTINEL = 1e30
 
 
 def stored_rounding(a: nn.Module, b: nn.Module) -> dict[tuple[str, str], float]:
-    """Return the eps of each tensor of `a` that is another one in `b` and narrower than float64.
+    """Return the eps of each tensor of `a` that differs in `b` and is narrower than float64.
 
-    Keys are a module's qualified name and the tensor's.
+    By the qualified name of the module and the name of the tensor in it.
     """
     old, new = Tree(a), Tree(b)
     changed = {}
@@ -69,7 +69,7 @@ def all_rounding(model: nn.Module) -> dict[tuple[str, str], float]:
 
 
 def identical(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    """Return whether two tensors hold the same values in the same type, NaN included."""
+    """Return whether two tensors have equal dtype and values, NaN equal to NaN."""
     if a is None or b is None:
         return a is b
     if is_lazy(a) or is_lazy(b):
@@ -88,9 +88,9 @@ def identical(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 def perturbed(
     model: nn.Module, eps: Mapping[tuple[str, str], float] | None, seed: int
 ) -> Iterator[None]:
-    """Move tensors of `model` by half their eps up or down while the context is open.
+    """Perturb tensors of `model` by a relative ± eps / 2 while the context is open.
 
-    `eps` is by module and tensor; None moves every parameter by the rounding of float64.
+    `eps` is by module and tensor; None perturbs every parameter by the eps of float64.
     """
     nudge = Perturbation(seed)
     tree = Tree(model)
@@ -111,10 +111,10 @@ def perturbed(
 
 
 class Perturbation:
-    """Move tensors by half an eps up or down, at random.
+    """Perturbs tensors by a relative ± eps / 2, at random.
 
-    The signs are drawn once and gone through again and again, from tensor to tensor: their number
-    is a prime, so that rows of a weight, and weights of one shape, meet different ones.
+    A prime number of signs is drawn once and used cyclically from tensor to tensor, so that the
+    rows of a weight, and weights of equal shape, get different signs.
     """
 
     def __init__(self, seed: int) -> None:
@@ -123,11 +123,11 @@ class Perturbation:
         self._at = 0
 
     def stored(self, tensor: torch.Tensor, *, fills: bool = True) -> torch.Tensor:
-        """Return what a float tensor may have been before it was stored in its own type.
+        """Return a float tensor as it may have been before it was rounded to its dtype.
 
-        Numbers that somebody chose are exact and stay: scalars of few bits, masks, what stands for
-        infinity. Of a tensor filled with one number (a fresh norm's weight) nothing tells; it moves
-        with `fills`.
+        Values that were chosen, not computed, are exact and stay: scalars of few bits, masks,
+        numbers that stand for infinity. A tensor filled with one value (the weight of a fresh norm)
+        may be either; it is perturbed if `fills`.
         """
         largest = float(tensor.abs().max()) if tensor.numel() else 0.0
         if largest < _SENTINEL and not bool(_chosen(tensor.reshape(-1)[:_LOOKED_AT]).all()):
@@ -141,7 +141,7 @@ class Perturbation:
         return torch.where(plain, self(tensor, torch.finfo(tensor.dtype).eps), tensor)
 
     def __call__(self, tensor: torch.Tensor, eps: float) -> torch.Tensor:
-        """Return `tensor` with each element half an `eps` larger or smaller, relative."""
+        """Return `tensor` with each element larger or smaller by a relative `eps` / 2."""
         source = tensor.detach()
         moved = torch.empty_like(source)  # has no gaps
         if moved.stride() != source.stride():
@@ -161,7 +161,7 @@ class Perturbation:
 
 
 def _chosen(tensor: torch.Tensor) -> torch.Tensor:
-    """Return where a float tensor holds integers or numbers of few bits."""
+    """Return a mask of the elements that are integers or have few significant bits."""
     wide = tensor.detach().to(torch.float64)
     mantissa = torch.frexp(wide).mantissa * 2**_CHOSEN_BITS
     whole: torch.Tensor = (wide == wide.round()) | (mantissa == mantissa.round())

@@ -4,8 +4,8 @@
     error(m) = max of error(v) over the values v that module m makes
 
 A rewrite moves values on purpose (after a fold the convolution's output is the old norm's), so a
-value is held to whichever value of the other model is nearest to it, wherever it is computed there.
-A call that no value of the other model comes near is held to the call of the same name.
+value is compared with the nearest value of the other model, wherever that is computed. If no value
+is near, it is compared with the output of the call of the same name.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class ModuleRow:
     Attributes:
         name: its qualified name; "" for the model itself.
         kind: the name of its class.
-        parameters: how many numbers it holds itself, without its children.
+        parameters: the number of its own parameters' elements, without its children's.
         calls: the functions that its own forward calls, in order, each with its count.
-        readers: the modules whose forward reads a value that it makes.
-        order: when its first call ran among all calls, None where it was not run.
-        error: how far its values are from the other model's, relative; None where it makes none.
+        readers: the modules whose forward reads a value that it computes.
+        order: the number of its first call among all calls, None if it was not run.
+        error: the largest relative error of its values, None if it computes none.
     """
 
     name: str
@@ -57,22 +57,22 @@ class ModuleRow:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The modules of two models, in the order of their trees."""
+    """The modules of two models, in the order of `named_modules`."""
 
     before: tuple[ModuleRow, ...]
     after: tuple[ModuleRow, ...]
 
     @property
     def parameters(self) -> tuple[int, int]:
-        """How many parameters each model holds."""
+        """The number of parameters of each model."""
         before, after = (sum(row.parameters for row in rows) for rows in (self.before, self.after))
         return before, after
 
     def different(self) -> Iterator[tuple[str, str, str, float | None]]:
-        """Yield name, class before, class after and error of each module that is not the same.
+        """Yield name, class before, class after and error of each module that differs.
 
-        A class is "" where the module is missing. A module that both models hold counts where its
-        class or its number of parameters changed, or where its values are off.
+        A class is "" where the module is missing. A module of both models differs if its class, its
+        number of parameters or its values do.
         """
         before = {row.name: row for row in self.before}
         after = {row.name: row for row in self.after}
@@ -86,7 +86,7 @@ class SideBySide:
                 yield name, a.kind if a else "", b.kind if b else "", error
 
     def summary(self) -> str:
-        """Return in one sentence how many modules differ, and by how much at most."""
+        """Return in one sentence how many modules differ, and the largest error."""
         rows = list(self.different())
         errors = [row.error for row in self.after if row.error is not None]
         ran = f"largest relative error {max(errors):.1e}" if errors else "nothing was run"
@@ -97,9 +97,9 @@ class SideBySide:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     def tables(self, *, verbose: bool = False) -> Iterator[Any]:
-        """Yield what a terminal shows: the modules that differ, then the summary.
+        """Yield rich renderables: a table of the modules that differ, then the summary.
 
-        Modules that differ alike are one row with the largest of their errors, unless `verbose`.
+        Modules that differ in the same way share a row, with the largest error, unless `verbose`.
         """
         from rich.text import Text
 
@@ -125,12 +125,17 @@ def side_by_side(
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> SideBySide:
-    """Return both models' modules; without `inputs` neither is run, and no error is known.
+    """Compare two models module by module.
 
-    `progress` is called with a line as each step begins.
+    Args:
+        before: the original.
+        after: the rewritten model.
+        inputs: what both are run on; without them neither is run, and no error is known.
+        seed: of the random numbers that a forward draws.
+        progress: called with a line as each step begins.
 
     Raises:
-        VerificationError: one of them does not run on the inputs.
+        VerificationError: a model raises on the inputs.
     """
     if inputs is None:
         return SideBySide(_rows(before, None, ()), _rows(after, None, ()))
@@ -157,7 +162,7 @@ def side_by_side(
 
 
 def of_runs(before: nn.Module, after: nn.Module, runs: tuple[Record, Record]) -> SideBySide:
-    """Return both models' modules from what each computed on one input; nothing is run."""
+    """Compare two models module by module from the records of a run on one input."""
     record_a, record_b = runs
     return SideBySide(
         _rows(before, record_a, _distances(record_a, record_b)),
@@ -166,7 +171,7 @@ def of_runs(before: nn.Module, after: nn.Module, runs: tuple[Record, Record]) ->
 
 
 def _distances(own: Record, other: Record) -> list[float]:
-    """Return for each value its distance to the other model's nearest, or to the same call's."""
+    """Return each value's distance to the other's nearest value, or that of the same call."""
     known = Known(other.values)
     found = [known.nearest(value).distance for value in own.values]
     theirs = other.by_key()

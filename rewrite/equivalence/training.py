@@ -1,10 +1,10 @@
 """Compare two models in training mode: outputs, running statistics and gradients.
 
-    loss(x) = sum_i <r_i, f(x)_i>       r_i random: no gradient cancels by symmetry
+    loss(x) = sum_i <r_i, f(x)_i>       r_i random, so that gradients do not cancel by symmetry
     equal:  d loss / d x,  d loss / d p  for every parameter p that both models have by name
 
-What a rewrite renamed (weight norm's g and v) has no counterpart; its effect is in the gradients of
-the inputs and of every parameter before it.
+Parameters that a rewrite renamed (g and v of weight norm) have no counterpart; their effect shows
+in the gradients of the inputs and of all parameters before them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FLOOR = 1e-3
 
 @dataclass(frozen=True)
 class _Pass:
-    """What one forward and backward yields, by name."""
+    """The tensors of one forward and backward pass, by name."""
 
     output: Any
     gradients: dict[str, torch.Tensor | None]
@@ -41,9 +41,10 @@ class _Pass:
 def judge_training(
     a: nn.Module, b: nn.Module, inputs: Inputs, tolerance: float, seed: int
 ) -> Iterator[tuple[Case, list[str]]]:
-    """Yield a case and its reasons for gradients in eval mode, then for a step in train mode.
+    """Compare gradients in eval mode, then outputs, buffers and gradients in train mode.
 
-    The models compute in float64 already, and the caller puts their modes back.
+    Yields each case and the reasons why it fails. The models are in float64 already; the caller
+    restores their modes.
     """
     generator = torch.Generator().manual_seed(seed)
     # Batch statistics need more than one sample.

@@ -1,12 +1,12 @@
 """Vary an example input to expose errors: other values, order, batch sizes and image sizes.
 
-An equality that holds on one random batch may fail on another: zeros hide biases, one scale hides
-eps, batch size 1 hides a mixed-up batch axis, one spatial size hides a baked-in shape. The cases
-made here vary one thing at a time:
+Two models that agree on one random batch may differ on another: a single scale hides eps, batch
+size 1 hides a mixed-up batch axis, a single spatial size hides a shape that became a constant. Each
+variation changes one thing:
 
     value   normal x {1, 0.1, 10}, uniform, zeros, ones, tiny (1e-6), large (1e3), one impulse
     batch   1, 2, 7
-    space   another height and width, where the model takes it
+    space   another height and width
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _VALUES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def adversarial(inputs: Inputs, seed: int = 0) -> Iterator[tuple[str, Inputs]]:
     """Yield named variations of `inputs`: of value, of batch size, of spatial size.
 
-    Values are varied at batch size 1, so that a large example does not make them dear. A variation
-    that a model refuses is the caller's to leave out.
+    Values are varied at batch size 1, to save time on large examples. A model may reject a
+    variation; the caller leaves it out then.
     """
     generator = torch.Generator().manual_seed(seed)
     single = with_batch(inputs, 1, generator) or inputs
@@ -62,7 +62,7 @@ def adversarial(inputs: Inputs, seed: int = 0) -> Iterator[tuple[str, Inputs]]:
 
 
 def _impulse(noise: torch.Tensor) -> torch.Tensor:
-    """Return zeros with a single one off the center: tells axes, flips and paddings apart."""
+    """Return zeros with a single one off the center, which reveals axes, flips and padding."""
     value = torch.zeros_like(noise)
     if value.numel():
         value.view(-1)[value.numel() // 3] = 1
@@ -89,7 +89,7 @@ def _shuffled(leaf: Any, generator: torch.Generator) -> Any:
 
 
 def _batched(inputs: Inputs) -> int | None:
-    """Return the size of the first axis if all tensors agree on it."""
+    """Return the size of the first axis, if it is the same in all tensors."""
     sizes = {t.shape[0] if t.ndim else None for t in tensors([inputs.args, dict(inputs.kwargs)])}
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -108,7 +108,7 @@ def with_batch(inputs: Inputs, size: int, generator: torch.Generator) -> Inputs 
 
 
 def _with_space(inputs: Inputs, scale: float, generator: torch.Generator) -> Inputs | None:
-    """Scale the two last axes of every image, in steps of 32 where the example is in them."""
+    """Scale the last two axes of every image, to multiples of 32 if the example's are."""
 
     def side(length: int) -> int:
         step = 32 if length % 32 == 0 else 1

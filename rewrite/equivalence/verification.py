@@ -25,7 +25,7 @@ JUDGED = (Contract.EXACT, Contract.EXACT_IN_EVAL)
 
 
 class Level(enum.StrEnum):
-    """How much to look at."""
+    """How many inputs a verification tries: the given ones, or variations of them as well."""
 
     QUICK = "quick"
     """The given input alone: what `convert` affords on every run."""
@@ -35,7 +35,7 @@ class Level(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Case:
-    """One input both models ran on: its name, how far they were apart, or why it was left out."""
+    """One input: its name, the distance of both models' outputs, or why it was left out."""
 
     name: str
     inputs: str
@@ -47,27 +47,27 @@ class Case:
 
 @dataclass(frozen=True)
 class Verification:
-    """What a comparison of two models found; true when the contract holds.
+    """The result of comparing two models; true if the contract holds.
 
     Attributes:
-        contract: what the models were held to.
-        level: how much was looked at.
+        contract: the contract that was checked.
+        level: how many inputs were tried.
         max_abs: the largest absolute difference over all cases (float64 for exact contracts).
         max_rel: likewise relative to the output's largest magnitude.
-        agreement: share of equal top-1 classes, None where outputs have no classes.
-        predictions: how many top-1 classes were compared: a sample has one, an image of a
-            segmentation one a pixel.
+        agreement: fraction of equal top-1 classes, None where outputs have no classes.
+        predictions: the number of top-1 classes compared: one per sample, or per pixel of a
+            segmentation.
         cosine: cosine similarity of the outputs.
         drift: the largest difference in the models' own dtype.
-        rounding: what the rounding of stored parameters explains of `max_rel`, None where they
-            are stored in float64.
+        rounding: the part of `max_rel` that rounding of stored parameters explains, None where
+            they are stored in float64.
         noise: the original's own distance to its float64 self, on the same input.
         cases: every input that was tried.
-        reasons: why the contract does not hold; empty when it does.
-        divergence: the first place where the models part, if they do.
-        seconds: how long it took.
-        runs: what each model computed in float64 on one input that was compared value by value: the
-            first, or the first on which they part; None where none was.
+        reasons: why the contract does not hold; empty if it does.
+        divergence: the first call at which the models diverge, if they do.
+        seconds: wall-clock time.
+        runs: the records of both models in float64 on one input that was compared value by value:
+            the first on which they diverge, else the first; None where none was.
     """
 
     contract: Contract
@@ -95,7 +95,7 @@ class Verification:
         return self.ok
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: the terminal's text."""
+        """Return the report as HTML for a notebook, with the terminal's text."""
         return f"<pre>{html.escape(str(self))}</pre>"
 
     def __repr__(self) -> str:
@@ -140,7 +140,7 @@ class Verification:
         return "\n".join(lines)
 
     def tables(self, *, verbose: bool = False) -> Iterator[Table | Text | str]:
-        """Yield what a terminal shows."""
+        """Yield the report as rich renderables."""
         from rich.table import Table
         from rich.text import Text
 
@@ -176,7 +176,7 @@ class Verification:
 
 
 def same_top1(share: float, predictions: int) -> str:
-    """Return an agreement in words, with what agrees with what, and on how many predictions."""
+    """Return an agreement in words: the fraction of equal top-1 classes, and of how many."""
     agreed = round(share * predictions)
     rate = f" ({share:.1%})" if agreed < predictions else ""
     return f"same top-1 as the original: {agreed:,} of {predictions:,}{rate}"

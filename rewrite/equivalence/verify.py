@@ -4,20 +4,19 @@
     drift(x) = max |a(x)   - b(x)  |                     in the model's own dtype: a number
     noise(x) = max |a(x)   - a64(x)|                     the rounding of the original: its scale
 
-A right rewrite differs by about 1e-13 in float64 and a wrong one by 1e-3 and more, so no tolerance
-has to be chosen between them. Whoever rewrote the model may know what each parameter was before it
-was rounded: then those are judged, and the rounding by itself (`rewrite.equivalence.exactness`).
-Where nobody does, what the rounding of narrower types explains is measured and allowed
-(`rewrite.equivalence.rounding`), for each value on the way. A drift says nothing by itself and is
-set against the noise.
+A correct rewrite differs by about 1e-13 in float64 and a wrong one by 1e-3 and more, so the exact
+tolerance does not matter. If the unrounded parameters of the rewrite are known, those are compared,
+and their rounding is checked separately (`rewrite.equivalence.exactness`). If not, the difference
+that rounding to a narrower dtype explains is measured and allowed, for each intermediate value
+(`rewrite.equivalence.rounding`). The drift is only reported, beside the noise.
 
 1. `exact`: equal in eval and in train mode, with equal gradients and running statistics.
 2. `exact-in-eval`: equal in eval mode.
-3. `approximate`, `redefining`: runs, same structure, shapes and dtypes, finite, deterministic; how
-   often and how well both agree is measured and judged by nobody.
+3. `approximate`, `redefining`: `b` runs, has the same structure, shapes and dtypes, is finite and
+   deterministic. The agreement of both is measured, but not judged.
 
-An input on which float64 itself is not enough (the original moves as far when its own tensors move
-by one rounding) proves nothing and is left out, by name.
+An input on which float64 does not suffice (the original changes as much when its own tensors are
+perturbed by one rounding) is inconclusive: it is left out and named.
 """
 
 from __future__ import annotations
@@ -64,29 +63,32 @@ def verify(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Verification:
-    """Hold `b` to `contract` against the original `a`; neither is changed.
+    """Check that `b` keeps `contract` with respect to the original `a`; neither is changed.
 
     Args:
         a: the original.
         b: the rewritten model.
-        example_inputs: a tensor, a tuple of positional inputs or a dict of keywords; without them
-            some are inferred from the layers of `a`.
-        calibration: batches of your own; the first eight are judged too.
-        contract: what `b` promises.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; without
+            them inputs are inferred from the layers of `a`.
+        calibration: batches of real data; the first eight are inputs as well.
+        contract: the contract of `b`, or its text.
         level: quick or thorough.
-        touched: qualified names of the modules that were rewritten, if known (a mapping gives the
-            pass of each); the report of a divergence then says which rewrite it lies in.
-        calls: calls that are judged beside the example inputs, by their names; where equality is
-            promised and the model generates, 16 greedy tokens have to be equal, too.
-        exact: what tensors of `b` are before they are rounded, in float64 and by qualified name, if
-            whoever made `b` knows it: they are judged, and the rounding by itself.
-        seed: of every random number, so that two runs see the same inputs.
-        progress: called with a line as each input begins: which it is, and the time left.
+        touched: qualified names of the rewritten modules, if known; a mapping gives the pass of
+            each, which the report of a divergence then names.
+        calls: further calls to judge, with their names; if the contract is exact and the model
+            generates text, 16 greedy tokens must be equal as well.
+        exact: the unrounded float64 tensors of `b` by qualified name, if known; these are
+            compared, and their rounding is checked separately.
+        seed: of all random numbers, so that two runs use the same inputs.
+        progress: called with a line as each input begins: its name, and the time left.
+
+    Returns:
+        The result, true if the contract holds.
 
     Raises:
-        OptionError: no such contract or level.
-        VerificationError: no input is known, the original does not run on the given one, or
-            returns NaN alone there.
+        OptionError: the contract or the level is unknown.
+        VerificationError: no input is known, or the original raises on a given input or returns
+            nothing but NaN.
     """
     contract = as_choice(Contract, contract, "contract")
     level = as_choice(Level, level, "level")
@@ -130,11 +132,10 @@ def verify(
 
 
 def check_untouched(before: nn.Module, after: nn.Module, touched: Collection[str]) -> list[str]:
-    """Return the names of parameters and buffers that changed outside of what was touched.
+    """Return the names of parameters and buffers that changed outside of `touched`.
 
-    A module called in `touched` may change its own tensors, and everything below it when it
-    became another class; so may a tensor that is called there. Anything else is held to be
-    bit-identical.
+    A module named in `touched` may change its own tensors, and everything below it if its class
+    changed; a tensor named there may change. All others must be bit-identical.
     """
     old, new = Tree(before), Tree(after)
     free = set(touched)
@@ -159,7 +160,7 @@ def check_untouched(before: nn.Module, after: nn.Module, touched: Collection[str
 
 
 def _computing(name: str) -> str | None:
-    """Return the layer whose weight a parametrization of this name computes, None for others."""
+    """Return the layer whose weight the parametrization `name` computes, None for other names."""
     parts = name.split(".")
     if "parametrizations" not in parts:
         return None
@@ -187,7 +188,7 @@ def _given(
     contract: Contract,
     seed: int,
 ) -> list[tuple[str, Inputs]]:
-    """Return the inputs that the user gave, or inferred ones."""
+    """Return the given inputs, or else inferred ones, each with its name."""
     device = device_of(model)
     given = []
     if example_inputs is not None:
@@ -212,7 +213,7 @@ def _given(
 def _observe(
     a: nn.Module, b: nn.Module, given: list[tuple[str, Inputs]], level: Level, seed: int
 ) -> Findings:
-    """Measure two different functions: does `b` run, keep its form, stay finite and repeat."""
+    """Measure the agreement of different functions; check that `b` runs and is deterministic."""
     found = Findings()
     with isolated(a), isolated(b):
         for name, inputs in given:

@@ -1,1 +1,1 @@
-"""A checkpoint folder as Hugging Face writes it: opened, checked, built."""
+"""Checkpoint folders in the layout of Hugging Face: open them, check them, build their model."""

@@ -1,7 +1,7 @@
-"""Experts of transformers' models, in code that meta, fake tensors and float64 take.
+"""Mixture-of-experts layers of transformers, run by code that supports meta, fake and float64.
 
-The loop over experts depends on data, and the grouped kernel knows neither meta nor float64;
-products of batches are the spelling that everything here follows.
+The default loop over experts depends on data, and the grouped kernel supports neither meta tensors
+nor float64. The implementation by batched matrix products computes the same and supports both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def plain_experts(model: nn.Module) -> nn.Module:
-    """Let the experts of a model run by products of batches, if it has any; return the model."""
+    """Select batched matrix products for the experts of a model, if any; return the model."""
     choose: Any = getattr(model, "set_experts_implementation", None)
     if choose is not None and any(map(_are_experts, model.modules())):
         choose("batched_mm")
@@ -20,5 +20,5 @@ def plain_experts(model: nn.Module) -> nn.Module:
 
 
 def _are_experts(module: nn.Module) -> bool:
-    """Return whether a module holds experts in one tensor, whose code can be chosen."""
+    """Return whether a module stores its experts in one tensor, with selectable code."""
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed")

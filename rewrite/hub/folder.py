@@ -1,7 +1,7 @@
-"""A checkpoint folder as Hugging Face writes it: configuration, shards, index, and the rest.
+"""A checkpoint folder in the layout of Hugging Face: configuration, shards, index, other files.
 
-Only `config.json`, the index and the headers of the shards are read when a folder is opened; every
-tensor that the index names is found in its shard, once, before anything else happens.
+Opening a folder reads `config.json`, the index and the headers of the shards, no tensors, and
+checks that each tensor of the index stands in its shard exactly once.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", "
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """An open folder.
+    """An open folder: its configuration, and where each tensor is stored.
 
     Attributes:
-        path: where it lies.
-        config: what `config.json` says.
-        shards: the files that hold tensors, by name.
-        places: the shard of each tensor.
-        index: what the index says; None for a folder with one file.
-        merged: what the class puts together of several tensors, by its name in the model.
-        copies: tensors that hold what another does, with which the class ties them, by that name.
+        path: the folder.
+        config: the contents of `config.json`.
+        shards: the safetensors files, by file name.
+        places: the file name of the shard that holds each tensor.
+        index: the contents of the index; None for a folder with a single file.
+        merged: tensors of the model that are assembled from several stored ones, by their names in
+            the model.
+        copies: stored duplicates of tied tensors: the name of the duplicate, and of the tensor
+            that the class ties it to.
     """
 
     path: Path
@@ -52,20 +54,20 @@ class CheckpointFolder:
     copies: Mapping[str, str] = field(default_factory=dict)
 
     def holds(self, name: str) -> bool:
-        """Return whether there is a tensor of that name, or what it is put together of."""
+        """Return whether a tensor of that name is stored, or can be assembled from stored ones."""
         return name in self.places or name in self.merged
 
     def entry(self, name: str) -> Entry:
-        """Return type, shape and place of a tensor."""
+        """Return dtype, shape and byte range of a tensor; KeyError if there is none."""
         if name in self.merged:
             return self.merged[name].entry(self.entry)
         return self.shards[self.places[name]].entries[name]
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor.
+        """Read a tensor into memory, in the dtype it is stored in.
 
         Raises:
-            CheckpointError: there is none of that name, or it cannot be computed with.
+            CheckpointError: there is none of that name, or torch has no such dtype.
         """
         if name in self.merged:
             return self.merged[name].read(self.read)
@@ -74,7 +76,7 @@ class CheckpointFolder:
         return self.shards[self.places[name]].read(name)
 
     def same(self, name: str, other: str) -> bool:
-        """Return whether two tensors are the same bytes; neither is read as a whole."""
+        """Return whether two tensors are stored as the same bytes; they are read block by block."""
         if name in self.merged or other in self.merged:
             return False
         shards = [self.shards[self.places[each]] for each in (name, other)]
@@ -85,14 +87,14 @@ class CheckpointFolder:
         return all(a == b for a, b in blocks)
 
     def others(self) -> list[Path]:
-        """Return the files that hold no tensors: tokenizer, generation configuration and so on."""
+        """Return all other files, sorted: tokenizer, generation configuration and so on."""
         own = {*self.shards, CONFIG, INDEX}
         found = sorted(path for path in self.path.rglob("*") if path.is_file())
         return [path for path in found if path.relative_to(self.path).as_posix() not in own]
 
 
 def other_weights(folder: CheckpointFolder) -> list[str]:
-    """Return the files beside the shards that hold weights, which no conversion changes."""
+    """Return other files with weights (.bin, .onnx, …), which a conversion leaves as they are."""
     return [
         path.relative_to(folder.path).as_posix()
         for path in folder.others()
@@ -101,16 +103,16 @@ def other_weights(folder: CheckpointFolder) -> list[str]:
 
 
 def is_checkpoint_folder(path: Path) -> bool:
-    """Return whether a path is a folder with a configuration in it."""
+    """Return whether a path is a folder that contains `config.json`."""
     return path.is_dir() and (path / CONFIG).is_file()
 
 
 def open_folder(path: str | Path) -> CheckpointFolder:
-    """Open a folder and check that it is whole.
+    """Open a folder and check that it is complete; no tensor is read.
 
     Raises:
-        CheckpointError: no configuration, code of its own, quantized weights, no safetensors, or an
-            index and shards that do not fit each other.
+        CheckpointError: it has no configuration, needs code of its own, is quantized, has no
+            safetensors files, or its index and shards contradict each other.
     """
     folder = Path(path)
     _check_form(folder)

@@ -1,7 +1,7 @@
-"""The model of a checkpoint folder, in memory, with its numbers.
+"""Load the model of a checkpoint folder into memory, with its weights.
 
-The class is built from `config.json` by this toolkit and given the tensors of the shards: nothing
-of the folder is run, and nothing is unpickled.
+The class is one of transformers, built from `config.json`, and the tensors come from the shards: no
+code of the folder runs, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from rewrite.hub.structure import assembled, persistent
 def load_folder(
     path: str | os.PathLike[str], map_location: str | torch.device = "cpu"
 ) -> nn.Module:
-    """Return the model of a folder, in eval mode, its tensors in the types of the folder.
+    """Return the model of a folder, in eval mode, its tensors in the stored dtypes.
 
     Raises:
-        CheckpointError: the folder is not whole, or its class does not hold its tensors.
+        CheckpointError: the folder is incomplete, or its tensors do not fit its class.
         OptionError: transformers is not installed.
     """
     model, folder, names = assembled(open_folder(os.fspath(path)), meta_buffers=False)

@@ -1,9 +1,9 @@
-"""Tensors that a class of transformers puts together when it loads a folder.
+"""Tensors that transformers assembles from several stored ones when it loads a folder.
 
-    T[e] = cat([A_e, B_e])       what lies in the folder expert by expert, and is one in the model
+    T[e] = cat([A_e, B_e])       stored expert by expert, a single tensor in the model
 
-A folder keeps its own form: such a tensor is read of its parts, and written into them again. All of
-it is in memory at once, as it is in the model.
+The layout of the folder is kept: such a tensor is read from its parts, and split into them again
+when it is written. The assembled tensor is held in memory as a whole.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from rewrite.hub.safetensors_file import Entry
 
 @dataclass(frozen=True)
 class Merged:
-    """One such tensor.
+    """One assembled tensor.
 
     Attributes:
         groups: names in the folder; each group is stacked along a new first axis, and the stacks
-            are put one behind the other.
-        axis: of the stacks, along which that is done.
+            are concatenated.
+        axis: the axis of the stacks along which they are concatenated, at least 1.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -32,11 +32,11 @@ class Merged:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names in the folder."""
+        """The names of all parts in the folder, group by group."""
         return tuple(name for group in self.groups for name in group)
 
     def entry(self, entry_of: Callable[[str], Entry]) -> Entry:
-        """Return type, shape and size of the whole; its bytes are in no one place."""
+        """Return dtype, shape and size of the assembled tensor; its offset is meaningless."""
         first = [entry_of(group[0]) for group in self.groups]
         shape = [len(self.groups[0]), *first[0].shape]
         shape[self.axis] = sum((1, *entry.shape)[self.axis] for entry in first)
@@ -44,7 +44,7 @@ class Merged:
         return Entry(first[0].dtype, tuple(shape), 0, size)
 
     def fits(self, entry_of: Callable[[str], Entry]) -> bool:
-        """Return whether the parts are of one type, and of shapes that can be put together."""
+        """Return whether the parts have one dtype, and shapes that can be stacked and joined."""
         alike = {len(group) for group in self.groups}
         types = {entry_of(name).dtype for name in self.parts}
         rest = set()
@@ -59,14 +59,14 @@ class Merged:
         return len(alike) == len(types) == len(rest) == 1
 
     def read(self, read: Callable[[str], Tensor]) -> Tensor:
-        """Return the whole, part by part."""
+        """Return the assembled tensor; `read` returns a part by its name."""
         stacks: list[list[Tensor]] = [[read(name) for name in group] for group in self.groups]
         return torch.cat([torch.stack(stack) for stack in stacks], self.axis)
 
     def split(
         self, tensor: Tensor, entry_of: Callable[[str], Entry]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name in the folder and the values of each part."""
+        """Yield each part's name in the folder and its values, the inverse of `read`."""
         at = 0
         for group in self.groups:
             length = (1, *entry_of(group[0]).shape)[self.axis]

@@ -1,9 +1,8 @@
-"""One safetensors file by its header: where each tensor lies, without reading any.
+"""The header of a safetensors file, and single tensors read through it.
 
     u64 n | n bytes of JSON: {name: {dtype, shape, data_offsets: [begin, end]}} | data
 
-Reading goes into memory of its own: a mapped page would count as resident until the system takes it
-back.
+Tensors are read, not mapped: a mapped page counts as resident until the system reclaims it.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "U32": 32, "U64": 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its type in the format's words, its shape, its bytes in the data."""
+    """One tensor of a file: its dtype as the format spells it, its shape, its range of bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -49,13 +48,13 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """How many bytes it takes."""
+        """The size in bytes."""
         return self.end - self.begin
 
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """An open file: its tensors by name in the order of their bytes, and its metadata."""
+    """A safetensors file: its entries by name, in the order of their offsets, and its metadata."""
 
     path: Path
     entries: Mapping[str, Entry]
@@ -64,7 +63,7 @@ class SafetensorsFile:
     """Where the data begin."""
 
     def blocks(self, name: str) -> Iterator[bytes]:
-        """Yield the bytes of one tensor, some at a time.
+        """Yield the bytes of one tensor, block by block.
 
         Raises:
             CheckpointError: the file cannot be read.
@@ -79,10 +78,10 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: {system_reason(error)}") from error
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor.
+        """Read one tensor into memory.
 
         Raises:
-            CheckpointError: its type is not one to compute with, or the file cannot be read.
+            CheckpointError: torch has no such dtype, or the file cannot be read.
         """
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
@@ -104,10 +103,10 @@ class SafetensorsFile:
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:
-    """Read the header of a file.
+    """Read and check the header of a file.
 
     Raises:
-        CheckpointError: it cannot be read, or is no whole safetensors file.
+        CheckpointError: it cannot be read, is no safetensors file, or is truncated.
     """
     if wrong := no_file(path):
         raise CheckpointError(f"{path}: {wrong}")
@@ -155,11 +154,11 @@ def _entry(path: Path, name: str, held: Any) -> Entry:
 def header_of(
     tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, Entry]]:
-    """Return the head of a file that holds `tensors` one after the other, and their entries.
+    """Return the header of a file that stores `tensors` in order, and their entries.
 
     Args:
-        tensors: type, shape and number of bytes by name.
-        metadata: texts that the file carries.
+        tensors: dtype as the format spells it, shape and number of bytes, by name.
+        metadata: the `__metadata__` of the file.
     """
     entries, at = {}, 0
     for name, (dtype, shape, size) in tensors.items():
@@ -178,18 +177,18 @@ def header_of(
 
 
 def type_name(dtype: torch.dtype) -> str:
-    """Return what the format calls a type."""
+    """Return the format's name of a dtype: "BF16" for `torch.bfloat16`."""
     return next(name for name, held in DTYPES.items() if held == dtype)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor as the format holds them, without a copy of a contiguous one."""
+    """Return the bytes of a tensor as the format stores them; a contiguous one is not copied."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy().data)
 
 
 def copy_range(source: int, target: int, begin: int, length: int, at: int) -> None:
-    """Copy bytes between open files, inside the system where it can."""
+    """Copy `length` bytes between file descriptors, in the kernel where possible."""
     while length:
         if hasattr(os, "copy_file_range"):
             try:

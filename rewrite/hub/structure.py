@@ -1,7 +1,7 @@
-"""The model of a folder without its numbers: the class that `config.json` names, on meta.
+"""The model of a checkpoint folder on the meta device: the class of `config.json`, no weights.
 
-The class is one of transformers, never code of the folder. What a class holds under several names
-(a head tied to the embedding) stands once in the folder.
+The class is one of transformers, never code of the folder. A tensor that the class holds under
+several names (a head tied to the embedding) is stored once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from rewrite.hub.safetensors_file import DTYPES
 
 @dataclass(frozen=True)
 class Structure:
-    """A model on meta, its folder as its class sees it, and where each of its tensors lies."""
+    """A model on the meta device, and where its tensors are stored.
+
+    Attributes:
+        model: in eval mode, its tensors on meta, in the stored dtypes.
+        stored: the name in the folder of each tensor of the model.
+        folder: the folder, with the tensors that its class assembles.
+    """
 
     model: nn.Module
     stored: Mapping[str, str]
@@ -32,10 +38,10 @@ class Structure:
 
 
 def structure_of(folder: CheckpointFolder) -> Structure:
-    """Build the model of a folder on meta, with its types, and find each tensor in the folder.
+    """Build the model of a folder on meta, in the stored dtypes, and map its tensors to files.
 
     Raises:
-        CheckpointError: an unknown class, or tensors that the class does not have so.
+        CheckpointError: the class is unknown, or the stored tensors do not fit it.
     """
     model, folder, stored = assembled(folder, meta_buffers=True)
     held = {**dict(model.named_parameters(remove_duplicate=False)), **persistent(model)}
@@ -49,13 +55,13 @@ def structure_of(folder: CheckpointFolder) -> Structure:
 def assembled(
     folder: CheckpointFolder, *, meta_buffers: bool
 ) -> tuple[nn.Module, CheckpointFolder, dict[str, str]]:
-    """Return the model of a folder on meta, the folder as its class sees it, and where tensors lie.
+    """Return the model on meta, the folder with assembled tensors, and the stored names.
 
-    A tensor that the folder holds under two names is one where transformers makes it one: it ties
-    what is equal. Where the two differ it loads them as two, and so the configuration says here.
+    Transformers ties two stored tensors that its class ties only if they are equal. Where they
+    differ, it loads both; here the configuration is changed to untie them.
 
     Raises:
-        CheckpointError: an unknown class, or tensors that the class does not have so.
+        CheckpointError: the class is unknown, or the stored tensors do not fit it.
     """
     model = build(folder, folder.config, meta_buffers=meta_buffers)
     seen = seen_by(model, folder)
@@ -78,9 +84,9 @@ def assembled(
 
 
 def _held_twice(model: nn.Module, folder: CheckpointFolder) -> Iterator[tuple[list[str], bool]]:
-    """Yield the places of each tensor of a model that stands in its folder under several names.
+    """Yield the stored names of each tensor of a model that is stored more than once.
 
-    With them, whether they differ.
+    With each list: whether its copies differ.
     """
     found = _loaded_names(model, folder)
     for names in _groups(model):
@@ -91,7 +97,7 @@ def _held_twice(model: nn.Module, folder: CheckpointFolder) -> Iterator[tuple[li
 
 
 def _check_tensors(model: nn.Module, folder: CheckpointFolder, stored: Mapping[str, str]) -> None:
-    """Raise CheckpointError where a tensor is not of the shape or the kind of its class."""
+    """Raise CheckpointError where a stored tensor has another shape or kind than in the class."""
     held = {**dict(model.named_parameters(remove_duplicate=False)), **persistent(model)}
     for name, place in stored.items():
         entry, shape = folder.entry(place), tuple(held[name].shape)
@@ -112,7 +118,7 @@ def stored_names(model: nn.Module, folder: CheckpointFolder) -> dict[str, str]:
     """Return the name in the folder of each tensor of the model.
 
     Raises:
-        CheckpointError: the folder lacks one under every name that it has.
+        CheckpointError: a tensor is stored under none of its names.
     """
     stored: dict[str, str] = {}
     renamed = _loaded_names(model, folder)
@@ -128,7 +134,7 @@ def stored_names(model: nn.Module, folder: CheckpointFolder) -> dict[str, str]:
 
 
 def _groups(model: nn.Module) -> list[list[str]]:
-    """Return the names of each tensor of a model that a file holds."""
+    """Return the names of each persistent tensor of a model; tied names form one list."""
     groups: dict[int, list[str]] = {}
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **persistent(model)}
     for name, tensor in tensors.items():
@@ -139,12 +145,12 @@ def _groups(model: nn.Module) -> list[list[str]]:
 def build(
     folder: CheckpointFolder, config: Mapping[str, Any], *, meta_buffers: bool = False
 ) -> nn.Module:
-    """Return a model of a configuration, in eval mode, its parameters on meta.
+    """Build the model of a configuration, in eval mode, its parameters on meta.
 
     Args:
         folder: where the configuration comes from, for messages.
-        config: what `config.json` says, or a variant of it.
-        meta_buffers: put buffers on meta as well; else those that no file holds have their values.
+        config: the contents of `config.json`, or a variant of them.
+        meta_buffers: put buffers on meta as well; else non-persistent buffers have their values.
 
     Raises:
         CheckpointError: transformers does not know the class, or cannot build it.
@@ -183,17 +189,17 @@ def build(
 
 
 def _loaded_names(model: nn.Module, folder: CheckpointFolder) -> dict[str, str]:
-    """Return the name in the folder of each tensor, by what transformers calls it once loaded."""
+    """Map the name of each tensor once transformers has loaded it to its name in the folder."""
     renamed = _Renaming(model)
     found = {renamed(name, merged=False)[0]: name for name in folder.places}
     return found | {name: name for name in folder.merged}
 
 
 class _Renaming:
-    """What transformers calls the tensors of a folder once they are loaded into a model.
+    """The renaming of tensors that transformers does when it loads a folder into a model.
 
     Attributes:
-        converters: by a pattern of names, what is put together of the tensors of such names.
+        converters: by a pattern of stored names, the step that assembles those tensors.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -210,11 +216,11 @@ class _Renaming:
         self._rename: Any = loading.rename_source_key
 
     def __call__(self, name: str, *, merged: bool = True) -> tuple[str, str | None]:
-        """Return the name once loaded, and the pattern of what it is put together with.
+        """Return a tensor's name once loaded, and the pattern of names it is assembled from.
 
         Args:
-            name: in the folder.
-            merged: whether tensors are put together at all.
+            name: its name in the folder.
+            merged: whether steps that assemble tensors apply; else the pattern is None.
         """
         converters = self._converters if merged else []
         found, pattern = self._rename(name, self._renamings, converters, self._prefix, self._names)
@@ -224,7 +230,7 @@ class _Renaming:
 
 
 def seen_by(model: nn.Module, folder: CheckpointFolder) -> CheckpointFolder:
-    """Return a folder with what the class of a model puts together of its tensors."""
+    """Return a folder with the tensors that the class of a model assembles from stored ones."""
     renamed = _Renaming(model)
     parts: dict[str, dict[str, list[str]]] = {}
     for name in sorted(folder.places, key=_natural):
@@ -242,7 +248,7 @@ def seen_by(model: nn.Module, folder: CheckpointFolder) -> CheckpointFolder:
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """Return what sorts names by the numbers in them."""
+    """Return a sort key that compares the numbers in names as numbers."""
     return [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in re.split(r"(\d+)", name)]
 
 
@@ -257,14 +263,14 @@ def _axis_of(operations: Any) -> int | None:
 
 
 def persistent(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that a file holds."""
+    """Return the persistent buffers of a model, by qualified name."""
     names = set(model.state_dict(keep_vars=True))
     return {n: b for n, b in model.named_buffers(remove_duplicate=False) if n in names}
 
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Put each parameter on meta when a module takes it in; buffers keep their values."""
+    """Put parameters on meta as modules register them; buffers keep their values."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):

@@ -1,4 +1,4 @@
-"""Scales that balance what is written and what is read, unit by unit.
+"""Scales that balance the weights into each unit against those out of it.
 
     P_u = Σ or max over edges into u of M r_u / r_i,     Q_u = the same over edges out of u
 
@@ -7,11 +7,11 @@
     "path"       min n log S - Σ_u k_u log r_u,  S = Σ all edges,  n = how many edges there are,
                  k_u = edges into u - out of u;  n (P_u - Q_u) / S = k_u   r = 1/d²,  m = κ(w)
 
-The first and the third are convex in log r: block coordinate descent, one group of channels at a
-time, goes down to the only minimum there is, where the equation holds. One step solves it for all
-units of a group, with a = n P / S and b = n Q / S: r ← r (k + √(k² + 4ab)) / 2a, which is √(Q/P)
-for k = 0. For "path" that is the minimum of a bound (log S ≤ log S₀ + S / S₀ - 1), so it too goes
-down. Where units of a group are coupled, half a step does: e^((x-y)/2) ≤ (e^x + e^-y) / 2.
+The first and the third are convex in log r, so block coordinate descent, one group of channels at a
+time, converges to the only minimum, where the equation holds. One step solves it for all units of
+a group, with a = n P / S and b = n Q / S: r ← r (k + √(k² + 4ab)) / 2a, which is √(Q/P) for k = 0.
+For "path" this minimizes an upper bound (log S ≤ log S₀ + S / S₀ - 1), so the objective decreases,
+too. Where units of a group are coupled, half a step decreases it: e^((x-y)/2) ≤ (e^x + e^-y) / 2.
 
 Stock et al. 2019, https://arxiv.org/abs/1902.10416 (ENorm); Nagel et al. 2019,
 https://arxiv.org/abs/1906.04721 (equalization); Lebeurrier et al. 2026,
@@ -40,14 +40,14 @@ _COARSE_SWEEPS, _COARSE_TOLERANCE = 30, 1e-12
 
 @dataclass(frozen=True)
 class Balanced:
-    """Scales, and how well they balance.
+    """Scales, and how well they balance a network.
 
     Attributes:
-        log_scales: log d of every unit, float64; 0 for a unit that nothing writes or nothing reads,
-            or that is left alone.
+        log_scales: log d of every unit, float64; 0 for a unit without nonzero edges into it or out
+            of it, and for one that keeps its scale.
         before, after: the largest |log d| of a single step, at the beginning and at the end.
-        sweeps: how many rounds it took.
-        loss: what is minimized, before and after; None for "equalize".
+        sweeps: the number of sweeps over all groups.
+        loss: the objective before and after; None for "equalize".
     """
 
     log_scales: Tensor
@@ -59,7 +59,7 @@ class Balanced:
 
 @dataclass(frozen=True)
 class _Sides:
-    """By layer what each output of a writer gathers, and each input of a reader gives."""
+    """Sums of edges around one group, layer by layer: into its units, and out of them."""
 
     written: Mapping[int, Tensor]
     read: Mapping[int, Tensor]
@@ -69,10 +69,10 @@ class Balance:
     """Block coordinate descent over the groups of units of one network.
 
     Args:
-        edges: the couplings; units are numbers, -1 has scale 1.
-        groups: the units that may change, group by group.
+        edges: the edges of each layer; units are numbered, -1 has scale 1.
+        groups: the units whose scales may change, group by group.
         left: units of them that keep their scale.
-        largest: max instead of Σ.
+        largest: use max instead of Σ.
         counted: whether units have a k ("path").
     """
 
@@ -108,7 +108,7 @@ class Balance:
         self._totals = [float(self._rows(i).sum()) + e.constant for i, e in enumerate(edges)]
 
     def run(self, tolerance: float = 1e-10, sweeps: int = 1000) -> Balanced:
-        """Go down until no step changes a scale by more than `tolerance`, relative."""
+        """Descend until no step changes a scale by more than `tolerance`, relative."""
         before, first = self._imbalance(), self.loss()
         moved, done = math.inf, 0
         while moved > tolerance and done < sweeps:
@@ -123,7 +123,7 @@ class Balance:
         return Balanced(scales, half * before, half * self._imbalance(), done, loss)
 
     def loss(self) -> float:
-        """Return what is minimized; for "equalize" the sum of what outputs gather, which is not."""
+        """Return the objective; for "equalize", which minimizes none, the sum over all outputs."""
         total = sum(self._totals)
         if not self._counted:
             return total
@@ -154,12 +154,12 @@ class Balance:
         return solve(scale * p, scale * q, self.k[self._slices[number]]).log()
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the units of each group that something writes and reads, their P and their Q."""
+        """Yield, group by group, the units with edges on both sides, their P and their Q."""
         for number, part in enumerate(self._slices):
             yield (self._units[part], *self._sums(number, self._sides(number)))
 
     def _sides(self, number: int) -> _Sides:
-        """Return what the layers around a group gather and give."""
+        """Return the sums of edges of the layers around a group."""
         writers, readers = self._around[number]
         return _Sides({i: self._rows(i) for i in writers}, {i: self._columns(i) for i in readers})
 
@@ -170,7 +170,7 @@ class Balance:
         return written, self._collect(sides.read, self._reads)[part]
 
     def _follow(self, sides: _Sides, part: slice, change: Tensor) -> None:
-        """Add up the layers around a group whose scales have changed, from what they gathered."""
+        """Update the sums of the layers around a group after a change of its scales."""
         ratio = torch.ones(self._size + 1, dtype=torch.float64)
         ratio[part] = change.exp()
         both = sides.written.keys() & sides.read.keys()
@@ -188,7 +188,7 @@ class Balance:
         return max((float(w.abs().max()) for w in wanted if w.numel()), default=0.0)
 
     def _shift_groups(self) -> None:
-        """Balance whole groups against each other: what single groups pass on only slowly."""
+        """Balance whole groups against each other, which steps of single groups do only slowly."""
         place = torch.full((self._size + 1,), len(self._slices))
         for number, part in enumerate(self._slices):
             place[part] = number
@@ -221,7 +221,7 @@ class Balance:
         return self.log_r[numbers].exp()
 
     def _rows(self, i: int) -> Tensor:
-        """Return what each output of a layer gathers, (groups, out)."""
+        """Return the sum of edges into each output of a layer, (groups, out)."""
         inverse = (-self.log_r[self._reads[i]]).exp()
         matrix = self._edges[i].matrix
         gathered = (
@@ -232,7 +232,7 @@ class Balance:
         return gathered * self._r(self._writes[i])
 
     def _columns(self, i: int) -> Tensor:
-        """Return what each input of a layer gives, (groups, in)."""
+        """Return the sum of edges out of each input of a layer, (groups, in)."""
         scale = self._r(self._writes[i])
         matrix = self._edges[i].matrix
         gathered = (
@@ -253,7 +253,7 @@ class Balance:
         return total
 
     def _add_up(self, layers: Iterable[int]) -> None:
-        """Add up the edges of layers anew."""
+        """Recompute the sums of the given layers."""
         for i in layers:
             self._totals[i] = float(self._rows(i).sum()) + self._edges[i].constant
 
@@ -267,7 +267,7 @@ class Balance:
 def _balance_of_counts(
     edges: Sequence[Coupling], writes: Sequence[Tensor], reads: Sequence[Tensor], size: int
 ) -> Tensor:
-    """Return k of every unit: how many edges come into it less how many leave it."""
+    """Return k of every unit: the number of edges into it minus the number out of it."""
     balance = torch.zeros(size + 1, dtype=torch.float64)
     for edge, written, read in zip(edges, writes, reads, strict=True):
         counts = edge.counts.double()
@@ -279,14 +279,14 @@ def _balance_of_counts(
 
 
 def _alive(edges: Sequence[Coupling]) -> set[int]:
-    """Return the units that something other than zero writes, and something reads."""
+    """Return the units with nonzero edges into them and out of them."""
     written = {u for e in edges for u in e.writes[e.matrix.amax(2) > 0].tolist()}
     read = {u for e in edges for u in e.reads[e.matrix.amax(1) > 0].tolist()}
     return written & read
 
 
 def _touching(numbers: Sequence[Tensor], parts: Sequence[slice]) -> list[list[int]]:
-    """Return for each part the layers of whose units some lie in it."""
+    """Return, for each part, the layers with a unit in it."""
     found: list[list[int]] = [[] for _ in parts]
     stops = torch.tensor([part.stop for part in parts])
     for layer, own in enumerate(numbers):
@@ -303,14 +303,14 @@ def solve(a: Tensor, b: Tensor, k: Tensor) -> Tensor:
 
 
 def shift_of_groups(between: Tensor, k: Tensor, count: float | None, loops: float) -> Tensor:
-    """Return log r of each group that balances them: the same descent, one unit a group.
+    """Return log r of each group that balances whole groups: the same descent on their sums.
 
     Args:
         between: the sums of edges from group to group, (groups + 1, groups + 1); row and column
             of the last are of scale 1.
-        k: of each group.
+        k: the sum of k over each group.
         count: n of "path"; None for "l2".
-        loops: the sum of edges that nothing changes and that are not in `between`.
+        loops: the sum of the edges within groups, which are not in `between`.
     """
     # Numbers of Python: a step is a few dozen of them, and a tensor operation costs as much as all.
     loops += float(between.diagonal().sum())
@@ -338,11 +338,11 @@ def shift_of_groups(between: Tensor, k: Tensor, count: float | None, loops: floa
 
 
 def _solve_one(a: float, b: float, k: float) -> float:
-    """Return what `solve` does, of three numbers."""
+    """Return `solve` for three Python numbers."""
     root = math.sqrt(k * k + 4 * a * b)
     return (k + root) / (2 * a) if k > 0 else 2 * b / (root - k)
 
 
 def _sumprod(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return Σ of the products of numbers at equal places."""
+    """Return the inner product of two sequences of numbers."""
     return float(sum(map(operator.mul, one, other)))

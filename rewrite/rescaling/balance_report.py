@@ -1,7 +1,7 @@
 """How far a model's layers are from balanced, group by group: `rewrite inspect --balance`.
 
-written_u = Σ w² over what writes channel u      read_u = Σ w² over what reads it
-factor_u = (read_u / written_u)^(1/4)            what balances u, its neighbours as they are
+written_u = Σ w² over weights that write channel u      read_u = Σ w² over weights that read it
+factor_u = (read_u / written_u)^(1/4)            the scale that balances u, all others fixed
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class BalanceRow:
     """Channels that share their scales, and the layers on their two sides.
 
     Attributes:
-        channels: how many there are.
-        writers, readers: the layers, by name.
+        channels: the number of channels.
+        writers, readers: the names of the layers that write them and that read them.
         typical, worst: the median and the largest factor (or its reciprocal) that would balance a
             channel; 1 is balanced.
-        dominant: the channels with most of the squares, and the share of each in all of the group.
+        dominant: the channels with the largest sums of squares, and their fractions of the group's.
         log_ratios: log10 of written / read, channel by channel.
     """
 
@@ -102,7 +102,7 @@ class BalanceReport:
 
 
 def balance_report(model: nn.Module, example_inputs: Any = None) -> BalanceReport:
-    """Return how balanced the weights of `model` are; it is neither changed nor run.
+    """Return how well the weights of `model` are balanced; it is neither changed nor run.
 
     Raises:
         OptionError: squares of weights overflow float64.

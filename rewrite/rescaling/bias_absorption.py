@@ -1,11 +1,11 @@
-"""High biases moved into the next layer, by what a batch norm knows: an approximation.
+"""Absorption of high biases into the next layer, by the statistics of a batch norm; approximate.
 
     y = relu(γ n + β),  n ~ N(0, 1) by the norm's statistics,   c = max(0, β - 3 |γ|)
     relu(γ n + β) = relu(γ n + β - c) + c   unless γ n + β < c: about 1 value of 740
     β → β - c,      W₂ x + b₂ → W₂ x + (b₂ + W₂ c)
 
-Activations lose what lies above nothing but bias, so that their range fits fewer bits (Nagel et al.
-2019, section 4.1.3). Zero padding absorbs no shift: such a layer is declined.
+The range of activations shrinks by c, which helps quantization to few bits (Nagel et al. 2019,
+section 4.1.3). A layer with zero padding cannot absorb a shift, and is declined.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class BiasAbsorption:
     """Biases of one batch norm that the layers behind its ReLU can absorb.
 
     Attributes:
-        target: the norm.
-        before: it in a few words.
-        found: the recipe, or why there is none.
+        target: the name of the norm.
+        before: a short description of it.
+        found: the recipe, or the reason why there is none.
     """
 
     target: str

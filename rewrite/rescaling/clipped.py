@@ -24,9 +24,9 @@ class Clip:
     """One clipping activation.
 
     Attributes:
-        target: the module, or that whose forward holds the line.
-        what: it in a few words.
-        high: the bound c.
+        target: the name of the module, or of the module whose forward calls the function.
+        what: a short description.
+        high: the upper bound c.
         nodes: its calls.
         refusal: why it cannot become a ReLU, or "".
     """
@@ -38,7 +38,7 @@ class Clip:
     refusal: str = ""
 
     def replace(self, captured: Editable) -> None:
-        """Put a ReLU in its place."""
+        """Replace it by a ReLU."""
         node = self.nodes[0]
         if node.op == "call_module":
             old = captured.module(self.target)
@@ -47,7 +47,7 @@ class Clip:
             captured.editor.substitute(node, nn.ReLU(), "relu")
 
     def bound(self, captured: Editable, bound: Tensor) -> str:
-        """Put a clip with a bound a channel in its place, and return its name."""
+        """Replace it by a clip with one upper bound per channel, (C,); return the name of that."""
         return captured.editor.substitute(self.nodes[0], ChannelClip(bound), "clip")
 
 
@@ -68,7 +68,7 @@ def clips(captured: Captured) -> list[Clip]:
 
 
 def rectifies(call: Call) -> bool:
-    """Return whether a call is max(x, 0), spelled as a clamp or a threshold."""
+    """Return whether a call computes max(x, 0) as a clamp or a threshold."""
     if call.name == "threshold":
         return _is_zero(call.get("threshold")) and _is_zero(call.get("value"))
     if call.name not in ("clamp", "clamp_min"):
@@ -89,7 +89,7 @@ def _refusal(captured: Captured, node: Node) -> str:
 
 
 def _clips(captured: Captured, node: Node) -> tuple[str, float] | None:
-    """Return what a node clips, in words, and its bound, or None."""
+    """Return a description and the upper bound of a clipping activation, else None."""
     activation = activation_of(captured, node)
     if activation is not None and activation.name == "relu6":
         return "ReLU6", 6.0

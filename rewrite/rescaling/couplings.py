@@ -1,10 +1,10 @@
-"""What each pair of scales has between it: the weights of all layers, summed up by unit.
+"""The edges between units of a network: a measure of all weights, summed up for each pair.
 
     M[o, i] = Σ_taps m(W[o, i, tap])        m(w) = w², κ(w) or, with max for Σ, |w|
     after W → D_out W D_in⁻¹:               M[o, i] r_o / r_i,   r = d², d⁻² or d
 
-A norm's weight is a layer with one edge a channel, from a unit whose scale is 1; so is a bias,
-where biases count.
+The weight of a norm has one edge per channel, from a unit of scale 1; so has a bias, if biases
+count.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Coupling:
     """The edges of one layer.
 
     Attributes:
-        name: the layer.
+        name: the name of the layer.
         matrix: M, float64, (groups, out, in); edges from a unit to itself are 0.
         writes: the unit of each output, (groups, out); -1 where the scale is 1.
         reads: the unit of each input, (groups, in).
-        counts: how many numbers an edge stands for, (groups, 1, in).
+        counts: the number of weights that an edge sums up, (groups, 1, in).
         constant: Σ of m over edges from a unit to itself.
     """
 
@@ -50,12 +50,12 @@ class Coupling:
 
 
 def couplings(scales: Scales, measure: Measure, largest: bool, biases: bool) -> list[Coupling]:
-    """Return the edges of every layer of which some scale is free.
+    """Return the edges of every layer with at least one free scale.
 
     Args:
-        scales: those of a captured model.
-        measure: m.
-        largest: whether the taps of a kernel give their maximum, not their sum.
+        scales: the scales of a captured model.
+        measure: m, applied to each weight.
+        largest: take the maximum over the taps of a kernel, not the sum.
         biases: whether biases are edges.
     """
     found: list[Coupling] = []
@@ -108,7 +108,7 @@ def _kernel(
 
 
 def _merge_inputs(coupling: Coupling, largest: bool) -> None:
-    """Make one column of the inputs that a flatten gave one unit: 512 of 25088 in a VGG-16."""
+    """Merge the input columns that share a unit after a flatten: 25088 to 512 in a VGG-16."""
     groups, outputs, width = coupling.matrix.shape
     kinds, place = torch.unique(coupling.reads[0], return_inverse=True)
     if groups > 1 or len(kinds) * 2 > width:
@@ -123,7 +123,7 @@ def _merge_inputs(coupling: Coupling, largest: bool) -> None:
 
 
 def _without_loops(coupling: Coupling) -> Coupling:
-    """Take out what no scale changes: edges from a unit to itself."""
+    """Remove edges from a unit to itself, which no scale changes, into the constant."""
     loops = coupling.writes[:, :, None] == coupling.reads[:, None, :]
     loops &= coupling.writes[:, :, None] >= 0
     if bool(loops.any()):

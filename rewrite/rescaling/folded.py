@@ -1,7 +1,7 @@
-"""The affine maps of a network folded on paper: new tensors beside the model, which stays.
+"""The result of a fold without editing the model: its new tensors, and the calls it removes.
 
-What `fold` would do to norms and constants, without an edit: calls that pass their input on, and
-the tensors that layers would hold, in the dtype of the model.
+What `fold` would do to norms and constants: which calls become the identity, and which tensors the
+layers would hold, in the dtype of the model.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from rewrite.graph.traits import Trait, has
 
 @dataclass(frozen=True)
 class FoldedTensors:
-    """What a fold makes of a captured model.
+    """The result of folding a captured model.
 
     Attributes:
-        passes_on: calls that are gone, and the value that each passes on.
+        passes_on: the calls that become the identity, each with the value that it returns.
         tensors: the new weight and bias of each layer that absorbed a map, by the layer's key.
-        planner: knows the layer of a call; None where nothing is folded.
+        planner: finds the layer of a call; None if nothing is folded.
     """
 
     passes_on: Mapping[Node, Node] = field(default_factory=dict)
@@ -42,9 +42,10 @@ class FoldedTensors:
 
 
 def fold_on_paper(captured: Captured) -> FoldedTensors:
-    """Return what folding every norm and constant of a model in float64 gives.
+    """Fold every norm and constant of a model in float64, without editing it.
 
-    A norm right behind the only layer that it normalizes is left to the caller, if all are.
+    If every norm directly follows the only layer that it normalizes, nothing is folded here: the
+    caller treats such pairs as one layer.
     """
     if not any(_stands_apart(captured, node) for node in captured.nodes()):
         return FoldedTensors()
@@ -62,7 +63,7 @@ def fold_on_paper(captured: Captured) -> FoldedTensors:
 
 
 def _stands_apart(captured: Captured, node: Node) -> bool:
-    """Return whether a norm or a constant is more than the last step of one layer."""
+    """Return whether a norm or constant is anything but the last step of a single layer."""
     norm = norm_of(captured, node)
     if norm is not None:
         source = norm.input

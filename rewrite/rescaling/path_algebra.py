@@ -1,10 +1,10 @@
-"""Adding up paths: the two ways in which a norm of all paths is one forward of a network.
+"""The two semirings in which the norm of all paths is one forward of a network.
 
     sum of powers    x ⊕ y = x + y,       |w|ᵖ in place of w      Σ over paths of |product|ᵖ
     largest          x ⊕ y = max(x, y),   |w| in place of w       max over paths of |product|
 
-Both are semirings over numbers ≥ 0 with 0 the neutral element of ⊕, and a product distributes over
-⊕: one forward adds up exponentially many paths. Nothing here knows about graphs.
+Both are semirings over numbers ≥ 0; 0 is the neutral element of ⊕, and products distribute over ⊕,
+so one forward adds up exponentially many paths. Graphs are handled elsewhere (`path_forward`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _MAX_POOL: Mapping[int, Callable[..., Tensor]] = {1: F.max_pool1d, 2: F.max_pool
 
 @dataclass(frozen=True)
 class Window:
-    """The windows of a pooling layer, one number an axis."""
+    """The windows of a pooling layer, one number per spatial axis."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -59,11 +59,11 @@ class Window:
 
 
 class PathAlgebra(ABC):
-    """How the values of paths that meet are added up. All values are float64 and ≥ 0."""
+    """How the values of paths that meet are combined; all values are float64 and ≥ 0."""
 
     @abstractmethod
     def power(self, weight: Tensor) -> Tensor:
-        """Return what stands for a weight: |w|ᵖ, or |w|."""
+        """Return the value of a weight as an edge: |w|ᵖ, or |w|."""
 
     @abstractmethod
     def plus(self, one: Tensor, other: Tensor) -> Tensor:
@@ -71,11 +71,11 @@ class PathAlgebra(ABC):
 
     @abstractmethod
     def power_(self, weight: Tensor) -> Tensor:
-        """Put the `power` of a tensor in its place and return it."""
+        """Replace a tensor by its `power` in place, and return it."""
 
     @abstractmethod
     def scaled_plus(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """Return x · scale ⊕ shift, one number a channel; both are powers.
+        """Return x · scale ⊕ shift channel by channel; scale and shift are powers.
 
         Args:
             x: (N, C, *space), or (C,).
@@ -88,7 +88,7 @@ class PathAlgebra(ABC):
 
     @abstractmethod
     def conv(self, conv: Conv, x: Tensor, weight: Tensor) -> Tensor:
-        """Return what a convolution without bias and without padding mode adds up.
+        """Return the ⊕ over the products of a convolution without bias, zero-padded.
 
         Args:
             conv: its hyperparameters; `padding` is a tuple.
@@ -110,7 +110,7 @@ class PathAlgebra(ABC):
 
     @abstractmethod
     def norm(self, total: Tensor) -> Tensor:
-        """Return the norm whose power (or itself) the ⊕ over all outputs is."""
+        """Return the path norm, given the ⊕ over all outputs: its p-th root, or itself."""
 
 
 @dataclass(frozen=True)

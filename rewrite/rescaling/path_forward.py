@@ -1,10 +1,10 @@
-"""One forward that adds up every path of a network, from its graph.
+"""Add up all paths of a network in one forward, from its graph.
 
     Σ over paths of |Π weights|ᵖ  =  the network with |w|ᵖ for w, without relu, on ones
 
 A path begins at an input, or at a bias, which is an edge from a unit of value 1; it ends at an
 output. This holds where every operation is positively homogeneous (f(d x) = d f(x) for d > 0); any
-other is refused with its line. A batch norm is what it is in eval mode: x s + t.
+other is refused with its line. A batch norm is the affine map of eval mode: x s + t.
 
 Gonon et al. 2024, https://arxiv.org/abs/2310.01225, theorem A.1.
 """
@@ -40,13 +40,13 @@ from rewrite.runtime.leaves import tensors
 
 @dataclass(frozen=True, eq=False)
 class Constants:
-    """The tensors that the code of one region reads by their names, beside its layers."""
+    """The tensors that the code of one region reads itself, rather than through its layers."""
 
     _captured: Captured
     _region: Region
 
     def parameter(self, node: Node) -> TensorRef | None:
-        """Return the parameter that a node reads, or None: it reads anything else."""
+        """Return the parameter that a node reads, None if it reads anything else."""
         ref = self._captured.ref(node) if node.op == "get_attr" else None
         if ref is None:
             return None
@@ -54,7 +54,7 @@ class Constants:
         return ref if module._parameters.get(ref.attr) is not None else None
 
     def value(self, name: str) -> Any:
-        """Return a copy of what a name holds, which code may write; floats are in float64."""
+        """Return a copy of the value of a name, floats in float64; code may write to it."""
         owner, _, attr = name.rpartition(".")
         value = self._region.constants.get(name)
         if value is None:
@@ -70,11 +70,11 @@ class PathForward:
 
     Args:
         captured: the model; its root has been traced.
-        algebra: how paths add up.
-        weights: returns `algebra.power` of a tensor of the model, in float64; by default of what
-            the model holds. Gradients flow to what it returns.
-        folded: what a fold makes of norms that stand apart; a norm right behind a layer is one
-            layer with it. None: each norm is a layer of its own, with a mean, a scale and a bias.
+        algebra: the semiring of path values.
+        weights: returns `algebra.power` of a tensor of the model, in float64; by default of the
+            model's own tensors. Gradients flow to what it returns.
+        folded: the result of a fold for separate norms; a norm that directly follows a layer is
+            merged with it. None: each norm is a layer of its own, with mean, scale and bias.
 
     Raises:
         CaptureError: the root was not traced as one graph.
@@ -179,7 +179,7 @@ class PathForward:
         return self._operation(node, call, inputs)
 
     def _operation(self, node: Node, call: Call | None, inputs: list[Node]) -> Any:
-        """Return what an operation without weights of its own makes of paths."""
+        """Return the value of an operation without weights of its own."""
         if call is None:
             raise self._refusal(node, "an operation that is not known to be homogeneous")
         if call.name in ADDS:
@@ -197,7 +197,7 @@ class PathForward:
         return result
 
     def _known(self, node: Node) -> Any:
-        """Return the value of what is computed from shapes and constants; None on a path."""
+        """Return a value that is computed from shapes and constants alone; None on a path."""
         return None if node in self._on_path else self._values[node]
 
     def _call(self, node: Node) -> Any:
@@ -214,7 +214,7 @@ class PathForward:
         return node.target(*args, **kwargs)
 
     def _check_moved(self, node: Node, inputs: list[Node]) -> None:
-        """Refuse what moves values by an index that is itself computed, or mixes in constants."""
+        """Raise on indexing by computed indices, and on concatenation with constants."""
         for operand in node.all_input_nodes:
             value = self._values[operand]
             if operand not in inputs and isinstance(value, Tensor) and value.is_floating_point():
@@ -251,7 +251,7 @@ class PathForward:
         return self._powered(one) * self._powered(other)
 
     def _powered(self, value: Any) -> Tensor:
-        """Return a value on a path as it is, and of a constant the power."""
+        """Return a value on a path unchanged, and the power of a constant."""
         if isinstance(value, Node):
             if value in self._on_path:
                 return cast(Tensor, self._values[value])
@@ -268,7 +268,7 @@ class PathForward:
 
 
 def _operands(node: Node) -> tuple[Any, Any]:
-    """Return what a sum or a product is of."""
+    """Return the two operands of a sum or a product."""
     one = node.args[0] if node.args else node.kwargs.get("input")
     other = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
     return one, other

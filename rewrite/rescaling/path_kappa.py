@@ -1,10 +1,10 @@
-"""The curvature of the squared path norm by each parameter, of one forward and one backward.
+"""The curvature of the squared path norm in each parameter, by one forward and one backward.
 
     γ²(w) = Σ over paths Π w_e²           κ_e = ½ ∂²γ²/∂w_e² = ∂γ²/∂(w_e²)
 
-It is the sum over the paths through e of all other weights squared: what Path-SGD divides by
-(Neyshabur et al. 2015), and the diagonal of ∂Φᵀ∂Φ that path-conditioned training balances. Scaling
-w_e by d divides κ_e by d².
+κ_e is the sum, over the paths through e, of the product of all their other weights squared.
+Path-SGD divides by it (Neyshabur et al. 2015), and it is the diagonal of ∂Φᵀ∂Φ, which
+path-conditioned training balances. Scaling w_e by d divides κ_e by d².
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from rewrite.runtime.inputs import device_of
 
 
 class PathCurvature:
-    """κ of every parameter of one captured model, computed anew from its weights as they are.
+    """κ of every parameter of one captured model, recomputed from its current weights.
 
     Args:
-        captured: the model; a norm is read as it is in eval mode, as a layer of its own.
-        ones: ones of the shapes of its inputs, float64; None for an input at its default.
+        captured: the model; a batch norm is taken as in eval mode, as a layer of its own.
+        ones: tensors of ones, float64, in the shapes of its inputs; None for an omitted input.
 
     Raises:
         CaptureError: the root was not traced as one graph.
@@ -38,7 +38,7 @@ class PathCurvature:
         self._forward = PathForward(captured, PowerSum(2), self._square, folded=None)
 
     def compute(self) -> dict[int, Tensor]:
-        """Return κ, float64, by the `id` of each parameter that is on a path.
+        """Return κ of each parameter on a path, float64 and of its shape, by the parameter's `id`.
 
         Raises:
             CaptureError: the model is not positively homogeneous; the message names the line.
@@ -59,10 +59,10 @@ class PathCurvature:
 
 
 def ones_of(captured: Captured) -> tuple[Tensor | None, ...] | None:
-    """Return ones of the shapes of the root's inputs, one sample each; None if one is unknown.
+    """Return ones in the shapes of the root's inputs, one sample each; None if a shape is unknown.
 
-    An input that was left at its default, or that collects further ones and is empty, is None. A
-    root that was not traced has no inputs: `PathForward` says why.
+    An omitted optional input, or an empty `*args`, is None. A root that was not traced has no
+    inputs: `PathForward` says why.
     """
     region = next((region for region in captured.regions if not region.name), None)
     ones: list[Tensor | None] = []

@@ -1,11 +1,11 @@
-"""Layers with weights, as sums over the paths that end in their units.
+"""Layers with weights as sums over the paths that end in their units.
 
     y = W x + b                     |W|ᵖ x ⊕ |b|ᵖ
     batch norm behind it, folded    |s W|ᵖ x ⊕ |t + s b|ᵖ,   s = γ/σ, t = β - s μ
     batch norm as a layer           |γ|ᵖ |1/σ|ᵖ (x ⊕ |μ|ᵖ) ⊕ |β|ᵖ
 
 The first form of a batch norm is that of the folded network. In the second each parameter is an
-edge of its own, which it takes to differentiate by one.
+edge of its own, as derivatives with respect to it require.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class NotHomogeneous(Exception):  # noqa: N818 - control flow; `PathForward` nam
 
 @dataclass(frozen=True, eq=False)
 class Layers:
-    """The layers of one captured model, with values of one algebra.
+    """The layers of one captured model, evaluated in one semiring.
 
     Attributes:
-        weights: returns what stands for a parameter.
-        folded: what a fold makes of the model; None: a batch norm is a layer of its own.
+        weights: returns the `power` of a parameter.
+        folded: the result of a fold; None: each batch norm is a layer of its own.
     """
 
     _captured: Captured
@@ -54,7 +54,7 @@ class Layers:
             x: the value of its input.
 
         Raises:
-            NotHomogeneous: a norm by statistics of its input.
+            NotHomogeneous: a norm that uses statistics of its input.
         """
         if isinstance(layer, Norm):
             return self._norm(node, layer, x)
@@ -95,7 +95,7 @@ class Layers:
         return self._algebra.conv(conv, x, weight)
 
     def _takes_bias(self, node: Node) -> Node | None:
-        """Return the batch norm that the bias of a layer goes into, if it alone reads the layer."""
+        """Return the batch norm that absorbs the bias of a layer, if it alone reads the layer."""
         if self._folded is None or len(node.users) != 1:
             return None
         user = next(iter(node.users))
@@ -131,7 +131,7 @@ class Layers:
         return self._algebra.scaled_plus(x, power(scale), power(shift))
 
     def _now(self, node: Node, layer: Conv | Linear | Norm) -> tuple[Tensor | None, Tensor | None]:
-        """Return weight and bias of a layer, as a fold makes them."""
+        """Return weight and bias of a layer, after the fold if there is one."""
         held = {} if self._folded is None else self._folded.of(node)
         refs = {"weight": layer.weight, "bias": layer.bias}
         own = {
@@ -145,11 +145,10 @@ class Layers:
 
 
 class Powers:
-    """The power of each tensor of a model as it is, large ones in one buffer.
+    """The powers of a model's own tensors; those of large ones share one buffer.
 
-    A network has more memory in its kernels than in its values: to fill new memory for each costs
-    as much as to run it. A kernel is good until the next one is asked for, which is when its layer
-    is done.
+    Kernels take more memory than activations, and allocating new memory for each takes as long as
+    running the layer. The result for a large kernel is valid until the next call.
     """
 
     def __init__(self, captured: Captured, algebra: PathAlgebra) -> None:
@@ -179,7 +178,7 @@ _BLOCK = 1 << 15
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Return whether the elements of a tensor fill a stretch of memory, in whichever order."""
+    """Return whether the elements of a tensor fill one block of memory, in any order."""
     plain = tensor.layout is torch.strided and not tensor.is_quantized
     return plain and (
         tensor.is_contiguous()

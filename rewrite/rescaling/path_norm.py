@@ -1,9 +1,9 @@
-"""The path norm: one number for all paths of a network, the same for all of its rescalings.
+"""The path norm: a norm over all paths of a network, which no rescaling changes.
 
     ‖Φ‖_p = (Σ over paths of |Π weights on the path|ᵖ)^(1/p),   p = ∞: the largest
 
-One forward on ones with |w|ᵖ in place of w, batch norms folded first (`path_forward`). A rescaling
-W₁ → D W₁, W₂ → W₂ D⁻¹ multiplies and divides the same path: nothing changes. Gonon et al. 2024,
+It is one forward on ones with |w|ᵖ in place of w, after folding batch norms (`path_forward`). A
+rescaling W₁ → D W₁, W₂ → W₂ D⁻¹ multiplies and divides each path by the same. Gonon et al. 2024,
 https://arxiv.org/abs/2310.01225; Neyshabur et al. 2015, https://arxiv.org/abs/1506.02617.
 """
 
@@ -38,8 +38,8 @@ class RegionNorm:
 
     Attributes:
         name: the qualified name; "" for the whole model.
-        norms: the norm for each p that was asked for; empty if there is none.
-        reason: what is not positively homogeneous, and on which line.
+        norms: the norm for each p; empty if there is none.
+        reason: the operation that is not positively homogeneous, with its line.
     """
 
     name: str
@@ -54,8 +54,8 @@ def path_norm(model: nn.Module, p: float = 2, example_inputs: Any = None) -> flo
         model: a network of positively homogeneous operations, in any mode and dtype; it does not
             change.
         p: 1, 2 or another number > 0; `math.inf` for the largest path.
-        example_inputs: a tensor, a tuple of positional inputs; only shapes are read, and of a batch
-            the first sample. Without them an input is inferred where possible.
+        example_inputs: a tensor, or a tuple of positional inputs, with the samples along axis 0;
+            only shapes are used. Without them an input is inferred where possible.
 
     Returns:
         (Σ |path|ᵖ)^(1/p) over all paths from inputs and biases to outputs.
@@ -100,13 +100,13 @@ def path_norms(
 def path_norms_by_region(
     model: nn.Module, ps: tuple[float, ...] = (1, 2, math.inf), example_inputs: Any = None
 ) -> Iterator[RegionNorm]:
-    """Yield the path norms of the model, or why it has none and those of its largest parts.
+    """Yield the path norms of the model; if it has none, the reason, and those of its parts.
 
-    A module that is refused is taken apart: those of its children that hold several layers follow,
-    each on ones of the shape that it is given in a run of the model.
+    The parts are the largest submodules with several layers that have path norms, each computed on
+    ones of the shape that the submodule gets in a run of the model.
 
     Raises:
-        OptionError: no input is known, or the model does not run on it.
+        OptionError: no input is known, or the model raises on it.
     """
     inputs = _inputs(model, example_inputs)
     try:
@@ -134,7 +134,7 @@ def _parts(
 
 
 def _observed(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Return the positional inputs that each module is called with in one run."""
+    """Run the model once, and return the positional inputs of each module, by name."""
     found: dict[str, Any] = {}
     with trial(model) as copied:
         for name, module in Tree(copied).modules():
@@ -189,7 +189,7 @@ def _inputs(model: nn.Module, given: Any) -> Inputs:
 
 
 def _ones(model: nn.Module, given: Any) -> tuple[Tensor, ...]:
-    """Return ones of the shapes of the inputs, one sample each."""
+    """Return ones in the shapes of the inputs, one sample each."""
     inputs = _inputs(model, given).args
     wrong = next(
         (x for x in inputs if not isinstance(x, Tensor) or not x.is_floating_point()), None
@@ -205,7 +205,7 @@ def _ones(model: nn.Module, given: Any) -> tuple[Tensor, ...]:
 
 
 def _folded(model: nn.Module, ones: tuple[Tensor, ...]) -> tuple[Captured, FoldedTensors]:
-    """Return the captured model and what folding makes of it, in float64."""
+    """Return the captured model and the result of folding it, in float64."""
     captured = capture(model)
     folded = fold_on_paper(captured)
     if folded.planner is None:

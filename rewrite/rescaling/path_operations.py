@@ -1,16 +1,16 @@
-"""What each operation without weights of its own does to sums over paths.
+"""Operations without weights of their own, as maps of sums over paths.
 
-    activation    relu, leaky_relu, abs, dropout      a path passes: y = x
-    movement      flatten, permute, cat, chunk, pad    as it is
-    max pooling   every value of the window is on a path of its own: ⊕ (Gonon et al. 2024, "sum")
+    activation    relu, leaky_relu, abs, dropout       the identity: y = x
+    movement      flatten, permute, cat, chunk, pad    the same movement
+    max pooling   each value of the window is on a path of its own: ⊕ (Gonon et al. 2024, "sum")
     mean of n     n edges of weight 1/n: ⊕, times |1/n|ᵖ
-    product       by a constant c: an edge of weight c; by another value: not homogeneous
+    product       with a constant c: an edge of weight c; of two values: not homogeneous
     sum           of two values: ⊕; with a constant: a bias
 
 Definition: Gonon et al. 2024, "A path-norm toolkit for modern networks", as in its implementation
-`pathnorm-pytorch`: max pooling adds up, average pooling is linear, a slope of a leaky unit belongs
-to the activation and not to the path. What stands in no row is not known to be positively
-homogeneous: the traits stand in `rewrite.graph.traits`.
+`pathnorm-pytorch`: max pooling sums, average pooling is linear, and the slope of a leaky ReLU
+belongs to the activation, not to the path. Any other operation is not known to be positively
+homogeneous (`rewrite.graph.traits` classifies operations).
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ _SUMS_UP = frozenset({"fold"})
 
 
 def asks(call: Call) -> bool:
-    """Return whether a call asks a value for its shape, dtype or device and nothing else."""
+    """Return whether a call only reads the shape, dtype or device of a value."""
     return Trait.ASKS in call.operation.traits or call.name == "getattr"
 
 
 def moves(call: Call) -> bool:
-    """Return whether values move and none changes."""
+    """Return whether a call only moves values."""
     return Trait.MOVES in call.operation.traits and call.name not in _SUMS_UP
 
 
 def passes(call: Call) -> bool:
-    """Return whether f(d x) = d f(x) for d > 0, value by value."""
+    """Return whether a call is elementwise with f(d x) = d f(x) for d > 0."""
     row = call.operation
     if rectifies(call):
         return True
@@ -66,12 +66,12 @@ _CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
 
 class Operations:
-    """The operations without weights, on values of one algebra.
+    """The operations without weights, evaluated in one semiring.
 
     Args:
         captured: the model.
-        algebra: how paths add up.
-        known: returns a value that is computed from shapes, or None: it depends on the input.
+        algebra: the semiring of path values.
+        known: returns a value that is computed from shapes; None if it depends on the input.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class Operations:
         self._known = known
 
     def unary(self, node: Node, name: str, x: Tensor) -> Tensor | None:
-        """Return what pools, reductions, padding and resizing make of x, or None: another one.
+        """Return the value of pooling, a reduction, padding or resizing; None for other calls.
 
         Args:
             node: the call.
-            name: its plain name.
+            name: the canonical name of the operation.
             x: its first input, float64.
         """
         if "pool" in name:
@@ -140,7 +140,7 @@ class Operations:
         )
 
     def _average(self, node: Node, x: Tensor, dims: int) -> Tensor:
-        """Return the ⊕ over windows, each times the power of what its mean divides by."""
+        """Return the ⊕ over windows, each times the power of 1 over the divisor of its mean."""
         kernel = _each(self._option(node, 1, "kernel_size", None), dims)
         stride = self._option(node, 2, "stride", None)
         stride = kernel if stride in (None, [], ()) else _each(stride, dims)
@@ -178,7 +178,7 @@ class Operations:
     # -- resizing and padding -----------------------------------------------------------------
 
     def _resize(self, node: Node, x: Tensor) -> Tensor | None:
-        """Resize axis by axis: a linear mode is a product of matrices, each along one axis."""
+        """Resize axis by axis: a linear mode is a product with one matrix per axis."""
         mode = str(self._option(node, 3, "mode", "nearest"))
         sizes = self._option(node, 1, "size", None)
         factors = self._option(node, 2, "scale_factor", None)
@@ -221,9 +221,9 @@ class Operations:
         return F.pad(x, list(sizes), value=value)
 
     def _option(self, node: Node, position: int, name: str, default: Any) -> Any:
-        """Return an option of a layer or of a call; a size that is computed by its value.
+        """Return an option of a layer or of a call; a computed size is replaced by its value.
 
-        One that depends on the input becomes None, and a list that holds one, too.
+        None if it depends on values of the input, also within a list.
         """
         if node.op == "call_module":
             module: nn.Module = self._captured.module(str(node.target))

@@ -22,7 +22,7 @@ ORDERS = (1.0, 2.0, math.inf)
 
 @dataclass(frozen=True)
 class PathNormReport:
-    """The path norms of a model, or of the largest parts of it that have any."""
+    """The path norms of a model, or else of its largest parts that have path norms."""
 
     rows: tuple[RegionNorm, ...]
 

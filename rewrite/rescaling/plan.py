@@ -1,4 +1,4 @@
-"""A rescaling as a plan: the scale of each channel, and recipes that state dicts repeat."""
+"""The plan of a rescaling: the scale of each channel, and recipes that apply it to state dicts."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ OBJECTIVES = ("path", "l2", "equalize")
 
 @dataclass(frozen=True, eq=False)
 class Rescaling:
-    """Scales of one model that balance it.
+    """The scales that balance one model.
 
     Attributes:
-        scales: which channels share one.
-        groups: those that may change.
-        log_scales: log d of the units of each group.
-        found: how well they balance.
-        left: units that would need a scale beyond what is inverted, and keep theirs.
+        scales: which channels share a scale.
+        groups: the groups of channels whose scales may change.
+        log_scales: log d of the units of each group, float64.
+        found: how well the scales balance the model.
+        left: units that keep their scale, because the balancing one is too large or too small.
     """
 
     scales: Scales
@@ -44,14 +44,14 @@ class Rescaling:
     left: frozenset[int] = frozenset()
 
     def unmoved(self, number: int) -> str:
-        """Return why a group that keeps its scales does."""
+        """Return why a group keeps its scales."""
         beyond = len(self.left & set(self.groups[number].units.tolist()))
         if not beyond:
             return "balanced already"
         return f"{beyond} of them would need a scale beyond 2^19 or 2^-19"
 
     def recipe(self, number: int) -> FoldRecipe:
-        """Return what it takes to rescale one group, here or on another checkpoint."""
+        """Return the recipe that rescales one group, in this model or another checkpoint."""
         group = self.groups[number]
         place = {unit: position for position, unit in enumerate(group.units.tolist())}
 
@@ -85,14 +85,14 @@ def plan_rescaling(
     """Return the scales that balance a model.
 
     Args:
-        scales: those of the captured model.
+        scales: the scales of the captured model.
         objective: "path", "l2" or "equalize".
-        wanted: the targets of the groups that may change; all of them without it.
+        wanted: the targets of the groups that may change; None for all.
 
     Raises:
-        OptionError: another objective, "path" without a known input shape, or numbers whose squares
-            overflow.
-        CaptureError: "path", and the model is not positively homogeneous.
+        OptionError: the objective is unknown, "path" lacks an input shape, or squares of weights
+            overflow float64.
+        CaptureError: the objective is "path", and the model is not positively homogeneous.
     """
     groups = tuple(g for g in scales.groups() if wanted is None or g.target in wanted)
     largest, counted = objective == "equalize", objective == "path"
@@ -112,7 +112,7 @@ def plan_rescaling(
 
 
 def edges_of(scales: Scales, objective: str) -> list[Coupling]:
-    """Return what an objective balances: the edges of every layer, those that it can add up.
+    """Return the edges that an objective balances, layer by layer.
 
     Raises:
         OptionError, CaptureError: as `plan_rescaling`.
@@ -128,7 +128,7 @@ def edges_of(scales: Scales, objective: str) -> list[Coupling]:
 
 
 def measure_of(captured: Captured, objective: str) -> Measure:
-    """Return what an objective weighs each number of a layer by.
+    """Return the measure m(w) of an objective for each weight of a layer.
 
     Raises:
         OptionError, CaptureError: as `plan_rescaling`.
@@ -153,13 +153,13 @@ def measure_of(captured: Captured, objective: str) -> Measure:
 
 
 def _curved(curvature: dict[int, Tensor], tensor: Tensor) -> Tensor:
-    """Return κ of a tensor; 0 where no path passes: an unused head."""
+    """Return κ of a tensor; 0 if it is on no path, as an unused head."""
     found = curvature.get(id(tensor))
     return torch.zeros_like(tensor, dtype=torch.float64) if found is None else found
 
 
 def describe(group: ScaleGroup) -> str:
-    """Return a group in a few words: "64 channels of conv1, read by conv2"."""
+    """Return a short description of a group: "64 channels of conv1, read by conv2"."""
 
     def names(layers: Sequence[ScaledLayer]) -> str:
         found = [scaled.layer.name for scaled in layers]

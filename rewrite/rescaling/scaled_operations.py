@@ -1,12 +1,12 @@
-"""What operations without weights make of the scales of their inputs, and the tensors beside them.
+"""Propagate the scales of channels through operations without weights.
 
-y = f(x)     f(d x) = d f(x): relu, pooling     one scale before and behind
-y = x + z    one scale for all three
-y = x + b,   y = min(x, b),   y = max(x, b)     b, a tensor of the model with one number a
-                                                channel, is scaled as x is: b → D b
-y = [x, z]   each its own part
-y = x g      g a gate or a constant: x and y share, g keeps its scale
-y = P x      a view, a transposition: where each label goes is read off a tensor of labels
+y = f(x)     f(d x) = d f(x): relu, pooling     x and y share a scale
+y = x + z    all three share a scale
+y = x + b,   y = min(x, b),   y = max(x, b)     b, a tensor of the model with one number per
+                                                channel, is scaled like x: b → D b
+y = [x, z]   each part keeps its own scale
+y = x g      g a gate or a constant: x and y share a scale, g keeps its own
+y = P x      a view, a transposition: a tensor of labels shows where each channel goes
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _SUMS = frozenset({"add", "sub", "rsub", "maximum", "minimum"})
 
 
 class Units:
-    """Labels of channels, united as it is found that they share a scale.
+    """Labels of channels in a union-find structure: channels that share a scale have one root.
 
-    A label is an integer; the united ones have one root. A root may be fixed: its scale is 1.
+    Labels are integers. The scale of a root may be fixed to 1.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Units:
         self._reasons: dict[int, str] = {}
 
     def new(self, count: int) -> Tensor:
-        """Return labels of channels that nothing is known of, int64."""
+        """Return new labels, (count,) int64, each its own root."""
         start = len(self._parents)
         self._parents.extend(range(start, start + count))
         return torch.arange(start, start + count)
@@ -62,7 +62,7 @@ class Units:
         return torch.tensor([self.root(label) for label in labels.tolist()], dtype=torch.int64)
 
     def unite(self, one: Tensor, other: Tensor) -> None:
-        """Let each channel of one value share the scale of the other's at its position."""
+        """Unite the labels of two values, (C,) each, position by position."""
         for a, b in zip(one.tolist(), other.tolist(), strict=True):
             a, b = self.root(a), self.root(b)
             if a != b:
@@ -71,18 +71,18 @@ class Units:
                     self._reasons.setdefault(a, reason)
 
     def fix(self, labels: Tensor, reason: str) -> None:
-        """Let the scales of channels be 1; the first reason is kept."""
+        """Fix the scales of channels to 1; the first reason is kept."""
         for label in set(labels.tolist()):
             self._reasons.setdefault(self.root(label), reason)
 
     def reason(self, label: int) -> str | None:
-        """Return why the scale of a label is 1, or None if it is free."""
+        """Return why the scale of a label is fixed to 1, None if it is free."""
         return self._reasons.get(self.root(label))
 
 
 @dataclass(eq=False)
 class ScaledLayer:
-    """One layer, and the label of each channel that it reads and writes."""
+    """One layer, with the labels of the channels that it reads and writes."""
 
     layer: Layer
     reads: Tensor
@@ -90,11 +90,11 @@ class ScaledLayer:
 
 
 class ScaledOperations:
-    """What operations without weights make of the labels of their inputs.
+    """Propagates labels through operations without weights.
 
     Args:
-        planner: what is known of the operations of the model.
-        units: where labels are united and fixed.
+        planner: the planner of the captured model.
+        units: the labels, to be united and fixed.
         known: the labels of each value that was visited.
         clipped: calls of clipping activations that become ReLU.
     """
@@ -120,11 +120,11 @@ class ScaledOperations:
         """Labels, position by position, of values whose channels lie along several axes."""
 
     def result(self, node: Node, inputs: list[Node]) -> ChannelMap | None:
-        """Return the labels of what a call returns, or None; what it does not scale is fixed.
+        """Return the labels of a call's result, if any; fix those of inputs it cannot scale.
 
         Args:
             node: the call.
-            inputs: those of its inputs that have labels.
+            inputs: its inputs that have labels.
         """
         inputs = [value for value in inputs if not self._rules.reads_only_shape(node, value)]
         if not inputs:
@@ -139,11 +139,11 @@ class ScaledOperations:
             return None
 
     def gathered(self, node: Node, inputs: list[Node]) -> ChannelMap | None:
-        """Return the labels of a call that reads `scattered` values, once they lie along one axis.
+        """Return the labels of a call on scattered values, if they lie along one axis again.
 
         Args:
             node: the call.
-            inputs: those of its inputs that are scattered.
+            inputs: its inputs whose labels vary along several axes.
         """
         inputs = [value for value in inputs if not self._rules.reads_only_shape(node, value)]
         if len(inputs) == 1 and self._moved(node, self.scattered[inputs[0]]):
@@ -157,14 +157,14 @@ class ScaledOperations:
         return None
 
     def _placed(self, value: Node) -> Tensor | None:
-        """Return a label for each position of a value, in its shape; None if that is unknown."""
+        """Return the label of each element of a value, in its shape; None if that is unknown."""
         found, shape = self._known[value], self._captured.shape(value)
         if shape is None or found.axis >= 0 or found.spread:
             return None
         return found.index.view(-1, *(1,) * (-found.axis - 1)).expand(shape)
 
     def _moved(self, node: Node, labels: Tensor | None) -> bool:
-        """Move labels as a view, a transposition or a copy moves values; False for other calls."""
+        """Apply a view, a transposition or a copy to labels; return False for other calls."""
         call, shape = call_of(self._captured, node), self._captured.shape(node)
         if call is None or labels is None or shape is None or shape.numel() != labels.numel():
             return False
@@ -237,7 +237,7 @@ class ScaledOperations:
         return found
 
     def _join(self, node: Node, parts: list[Node], axis: int) -> ChannelMap:
-        """Put the labels of the parts one behind the other; what has none keeps its scale."""
+        """Concatenate the labels of the parts; a part without labels gets fixed ones."""
         called = self._called(node)
         known = [self._known[part] for part in parts if part in self._known]
         if axis >= 0 or any(part.axis >= 0 or part.spread for part in known):
@@ -269,7 +269,7 @@ class ScaledOperations:
         return fixed
 
     def _shuffled(self, call: Call, given: ChannelMap) -> ChannelMap:
-        """Let the channels that a pixel shuffle makes one of share a scale."""
+        """Unite the channels that a pixel shuffle merges into one."""
         factor = call.get("upscale_factor")
         if not isinstance(factor, int) or len(given.index) % factor**2:
             raise DeclinedError("a pixel shuffle by an unknown factor", call.node)
@@ -280,7 +280,7 @@ class ScaledOperations:
 
 
 def along_one_axis(labels: Tensor) -> ChannelMap | None:
-    """Return where channels lie if labels, (batch, *axes), vary along one axis alone."""
+    """Return the axis and labels of channels if labels (batch, *axes) vary along one axis only."""
     rank = labels.dim()
     varying = [a for a in range(rank) if not bool((labels == labels.narrow(a, 0, 1)).all())]
     if len(varying) != 1 or varying[0] == 0:
@@ -291,7 +291,7 @@ def along_one_axis(labels: Tensor) -> ChannelMap | None:
 
 
 def _keeps(call: Call) -> bool:
-    """Return whether a call keeps the channels of its operand where they are, or parts them."""
+    """Return whether a call keeps the order of its operand's channels, or splits them."""
     return call.name == "abs" or rectifies(call) or Trait.SPLITS in call.operation.traits
 
 
@@ -300,15 +300,15 @@ def _alike(one: ChannelMap, other: ChannelMap) -> bool:
 
 
 def vector_of(planner: Planner, call: Call, found: ChannelMap) -> Layer | None:
-    """Return the tensor beside a value as a layer with a bias alone; None if there is none.
+    """Return the model's tensor in a sum, minimum or maximum as a layer with only a bias, if any.
 
     Args:
-        planner: of the captured model.
+        planner: the planner of the captured model.
         call: a sum, a minimum or a maximum.
-        found: how the channels lie in the other operand.
+        found: the axis and labels of the channels of the other operand.
 
     Raises:
-        DeclinedError: there is one, and it must not change, or is not one number a channel.
+        DeclinedError: the tensor must not change, or does not have one number per channel.
     """
     captured, called = planner.captured, planner.called(call.node)
     node = _read(captured, call.operand) or _read(captured, call.get("other"))
@@ -336,7 +336,7 @@ def vector_of(planner: Planner, call: Call, found: ChannelMap) -> Layer | None:
 
 
 def _read(captured: Captured, value: Any) -> Node | None:
-    """Return the line that reads the tensor of a module that `value` is, cast or not."""
+    """Return the node that reads the model's tensor in `value`, cast or not."""
     while isinstance(value, Node) and _casts(captured, value):
         value = value.all_input_nodes[0]
     return None if captured.ref(value) is None else value
@@ -350,7 +350,7 @@ def _casts(captured: Captured, node: Node) -> bool:
 
 
 def _computing(captured: Captured, readers: TensorReaders, name: str) -> list[Node]:
-    """Return the lines that compute with a tensor, cast or not."""
+    """Return the nodes that compute with a tensor, cast or not."""
     found: list[Node] = []
     lines = list(readers.lines(name))
     while lines:

@@ -1,16 +1,16 @@
 """Which channels of a network share one positive scale, found through its graph.
 
     y = W x      W → D_out W D_in⁻¹                 inputs and outputs have scales of their own
-    y = γ n(x)   γ → D_out γ                        any norm: its input keeps its scale
-    y = f(x)     f(d x) = d f(x): relu, pooling     one scale before and behind
-    y = x + z    one scale for all three            all of a residual stream has one a channel
-    y = x + b    b a tensor of the model: scaled as x is (`rewrite.rescaling.scaled_operations`)
-    y = [x, z]   each its own part
-    y = x g      g a gate or a constant: x and y share, g keeps its scale
+    y = γ n(x)   γ → D_out γ                        any norm: its input has scale 1
+    y = f(x)     f(d x) = d f(x): relu, pooling     x and y share a scale
+    y = x + z    all three share a scale            a residual stream has one scale per channel
+    y = x + b    b a tensor of the model: scaled like x (`rewrite.rescaling.scaled_operations`)
+    y = [x, z]   each part keeps its own scale
+    y = x g      g a gate or a constant: x and y share a scale, g has scale 1
 
-What reaches an input, an output, code that was not traced, or any other operation keeps scale 1.
-Every value of every traced forward is visited once, in data-flow order; calls of one layer share
-its scales.
+Channels that reach an input, an output, untraced code or any other operation have scale 1. Every
+value of every traced forward is visited once, in data-flow order; all calls of a layer share its
+scales.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from rewrite.rescaling.scaled_operations import ScaledLayer, ScaledOperations, U
 
 @dataclass(frozen=True, eq=False)
 class ScaleGroup:
-    """Channels of values that belong together, and the layers around them.
+    """The channels of one or more values with their free scales, and the layers around them.
 
     Attributes:
-        target: the first layer that writes them.
+        target: the name of the first layer that writes them.
         units: the roots of their free scales, in the order of its channels.
-        writers, readers: the layers that would change, in data-flow order.
-        beside: tensors that are scaled as these channels are.
+        writers, readers: the layers that a rescaling changes, in data-flow order.
+        beside: further tensors of the model that are scaled like these channels.
     """
 
     target: str
@@ -53,9 +53,9 @@ class Scales:
     """The scales of one captured model.
 
     Args:
-        captured: the model; with shapes more of it can be followed.
-        clipped: calls of clipping activations that become ReLU, and so pass a scale.
-        other: the model in its other mode, where that runs other lines; a scale has to suit both.
+        captured: the model; with shapes more operations can be followed.
+        clipped: calls of clipping activations that will become ReLU, and then pass a scale.
+        other: the model in its other mode, if that runs other lines; scales must suit both.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Scales:
 
     @classmethod
     def _sharing(cls, scales: Scales, other: Captured, clipped: frozenset[Node]) -> Scales:
-        """Visit the model in another mode, with the units and the layers of the first."""
+        """Visit the model in its other mode, with the units and layers of the first."""
         made = cls.__new__(cls)
         made.captured, made.planner = other, Planner(other)
         made.units, made.layers, made._maps = scales.units, scales.layers, {}
@@ -87,7 +87,7 @@ class Scales:
         return made
 
     def _join(self, other: Scales) -> None:
-        """Keep what only the other mode reads as it is."""
+        """Fix the scales of what only the other mode reads."""
         known = {vector.layer.key for vector in self._operations.vectors}
         for vector in other._operations.vectors:
             if vector.layer.key not in known:
@@ -105,7 +105,7 @@ class Scales:
         )
 
     def channels(self, node: Node) -> ChannelMap | None:
-        """Return how the channels of a value lie, and their labels; None if it is not followed."""
+        """Return the axis and labels of a value's channels; None if it is not followed."""
         return self._maps.get(node)
 
     def groups(self) -> Iterator[ScaleGroup]:
@@ -129,9 +129,9 @@ class Scales:
             )
 
     def refused(self) -> Iterator[tuple[Layer, str]]:
-        """Yield every layer of which no output may be scaled, and why.
+        """Yield every layer whose outputs all have scale 1, with the reason.
 
-        A layer in front of a norm is left out: the norm carries its scale.
+        A layer that a norm follows is left out: the norm's weight has the scale.
         """
         for scaled in self.layers.values():
             behind = [self.planner.layer(user) for user in scaled.layer.node.users]
@@ -186,7 +186,7 @@ class Scales:
         return ChannelMap(layer.axis, scaled.writes, scale=True, shift=False)
 
     def _read(self, scaled: ScaledLayer, given: ChannelMap | None) -> None:
-        """Let what a call reads be what the layer reads at its other calls."""
+        """Unite the labels of a call's input with those of the layer's other calls."""
         layer = scaled.layer
         if given is None:
             self.units.fix(scaled.reads, f"the input of {layer.name} has a fixed scale")
@@ -231,7 +231,7 @@ class Scales:
 
 
 class _ByUnit:
-    """Which layers have which free units, looked up by unit."""
+    """An index of layers by their free units."""
 
     def __init__(self, own: Sequence[dict[int, None]]) -> None:
         self.own = own
@@ -241,11 +241,11 @@ class _ByUnit:
                 self._having[unit].append(number)
 
     def having(self, units: Iterable[int]) -> list[int]:
-        """Return the numbers of the layers that have one of `units`, in their order."""
+        """Return the numbers of the layers that have any of `units`, in order."""
         return sorted({number for unit in units for number in self._having.get(unit, ())})
 
     def joined(self, units: dict[int, None]) -> dict[int, None]:
-        """Return `units` with all others of the layers that have one of them, and so on."""
+        """Return the closure of `units` under sharing a layer."""
         found, new = dict(units), units
         while new:
             others = (unit for number in self.having(new) for unit in self.own[number])

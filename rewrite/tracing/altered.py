@@ -1,11 +1,12 @@
-"""Modules that a traced forward altered: another attribute, another place.
+"""Detect forwards that alter the model's modules: set their attributes, swap or reorder them.
 
-    self.bn.eps = 1e-3                         what the layer computes from here on is another map
-    self.a, self.b = self.b, self.a            the next call takes the other module
+    self.bn.eps = 1e-3                         the layer computes another map from here on
+    self.a, self.b = self.b, self.a            the next call runs the other module
     self.norms.append(self.norms.pop(0))       likewise
 
-A forward may do so in any spelling, through any helper: what it did is seen on the stand-in that
-was traced. Lines that a trace did not take are read instead (`rewrite.graph.model_code`).
+Code may spell this in any way and call any helper, so it is detected by its effect: by comparing
+the traced stand-in of the model before and after. Lines that the trace did not run are analyzed
+from their source instead (`rewrite.graph.model_code`).
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ UNUSED_IN_EVAL = frozenset({"momentum", "num_batches_tracked"})
 
 
 class Layers:
-    """What the layers of a stand-in hold, before anything is traced."""
+    """The attributes of all layers of a stand-in, noted before anything is traced."""
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
         self._layers = {m: dict(vars(m)) for _, m in tree.modules() if not m._modules}
 
     def altered(self, moved: set[nn.Module]) -> dict[str, str]:
-        """Return why modules are not the same at every call, by name.
+        """Return the modules that a forward altered, by name, each with the reason.
 
-        `moved`: modules that a forward put elsewhere.
+        Args:
+            moved: modules that a forward assigned to another place.
         """
         found: dict[str, str] = {}
         for module, held in self._layers.items():
@@ -49,7 +51,7 @@ class Layers:
 
 
 def _assigned(module: nn.Module, held: dict[str, Any]) -> str | None:
-    """Return an attribute that a layer had, and that is something else now."""
+    """Return the first attribute of a layer that has another value than was noted, if any."""
     now = vars(module)
     for attr, value in held.items():
         same = now.get(attr) is value or isinstance(value, Tensor | dict)

@@ -1,13 +1,13 @@
-"""Branches on input sizes: whether another size could take the other branch.
+"""Branches on input sizes, and the values that the branch not taken may read or replace.
 
-    if x.shape[-1] % 2:              # an input of another size takes the other way
-        x = self.pad(x)              # x is read here, and is another value from here on
+    if x.shape[-1] % 2:              # an input of another size takes the other branch
+        x = self.pad(x)              # it reads x, and x is another value from here on
     return self.conv(x)
 
-A trace with example inputs follows the way of their sizes. The function that decided may read, in
-the code that did not run, any value that it had at hand, and what it makes from there on may be
-something else: those values have readers that no graph shows. Code that only raises, and a size
-that only becomes the size of a new tensor, decide nothing.
+A trace with example inputs takes the branches of their sizes. The code that did not run may read
+any value that its function had at that point, and the function may compute something else
+afterwards: those values have readers that the graph does not show. A branch that only raises, and
+a size that only becomes the size of a new tensor, decide nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NUMBERS = frozenset({"torch", "F", "math", "np", "max", "min", "abs", "nn"})
 
 
 def uncertain_values(decisions: Iterable[Decision]) -> dict[Node, str]:
-    """Return the values that code which did not run may read, where it stands and when it runs."""
+    """Return the values that code which did not run may read, each with where and when."""
     found: dict[Node, str] = {}
     for decision in decisions:
         for node in decision.nodes:
@@ -40,16 +40,16 @@ def uncertain_values(decisions: Iterable[Decision]) -> dict[Node, str]:
 
 
 def place_of(decision: Decision) -> str:
-    """Return "file.py:123", where a decision is made."""
+    """Return "file.py:123", the line of a decision."""
     return f"{decision.code.co_filename.rpartition('/')[2]}:{decision.line}"
 
 
 def real_decisions(
     decisions: Iterable[Decision], lines: Mapping[Node, tuple[CodeType, int]]
 ) -> tuple[Decision, ...]:
-    """Return those after which something else may run, or be read, for another size.
+    """Return the decisions after which other code may run, or other values be read.
 
-    One that only gives names another value is about the values of those names alone.
+    A decision that only rebinds local names is reduced to the values of those names.
     """
     trees: dict[CodeType, ast.Module | None] = {}
     statements: dict[tuple[CodeType, int], ast.stmt | None] = {}
@@ -69,7 +69,7 @@ def real_decisions(
 def statement_at(
     code: CodeType, line: int, trees: dict[CodeType, ast.Module | None]
 ) -> ast.stmt | None:
-    """Return the statement that decides on a line of a function; None where it has no source."""
+    """Return the branching statement on a line of a function; None without its source."""
     if code not in trees:
         trees[code] = source_of(code)
     tree = trees[code]
@@ -87,7 +87,7 @@ def statement_at(
 
 @lru_cache(maxsize=4096)
 def returns_an_answer(code: CodeType) -> bool:
-    """Return whether a function may return a condition or a number: its caller may decide by it."""
+    """Return whether a function may return a condition or number, for its caller to branch on."""
     tree = source_of(code)
     if tree is None:
         return True

@@ -4,8 +4,8 @@
     y = x + torch.rand(()).item()               the number of a tensor that was drawn
     y = x * self.rng.random()                   a generator that a module holds
 
-Where the model's own code asks for one while it is traced, the trace of that forward ends: what is
-in it is declined, with the line. A number that is the same at each call (`np.sqrt(64)`) is none.
+Where the model's own code draws one during a trace, the trace of that forward fails, and sites in
+it are declined with that line. A number that is the same at each call (`np.sqrt(64)`) is no draw.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ _NUMBERS = ("item", "tolist", "__bool__", "__float__", "__int__")
 
 
 def refuse_draws(patcher: Any, model: nn.Module) -> None:
-    """End a trace where the model's code draws a number, until `patcher` puts back what was there.
+    """Make drawing functions raise while the model's code is traced, until `patcher` undoes it.
 
     Args:
-        patcher: of `torch.fx`.
-        model: a stand-in; what its modules hold and what their code names are exchanged, too.
+        patcher: the patcher of `torch.fx`.
+        model: a stand-in; generators in its attributes and in the globals of its code are
+            replaced as well.
     """
     modules: dict[str, ModuleType] = {"random": random, "time": time, "uuid": uuid, "os": os}
     if (numpy := sys.modules.get("numpy.random")) is not None:
@@ -71,7 +72,7 @@ def refuse_draws(patcher: Any, model: nn.Module) -> None:
 
 
 def _named_by(model: nn.Module) -> list[dict[str, Any]]:
-    """Return the names of the files that hold the model's classes, and those of their functions."""
+    """Return the namespaces that the model's code looks names up in: its files' globals."""
     kinds = {kind for own in {type(module) for module in model.modules()} for kind in own.__mro__}
     files = {kind.__module__ for kind in kinds if not kind.__module__.startswith("torch.")}
     found = {
@@ -87,7 +88,7 @@ def _named_by(model: nn.Module) -> list[dict[str, Any]]:
 def _hold_generators(
     patcher: Any, model: nn.Module, numpy: ModuleType | None
 ) -> list[torch.Generator]:
-    """Exchange the generators that modules hold, but those of torch, which are returned."""
+    """Replace generators in attributes of modules; return torch's own, which stay."""
     kinds: tuple[type, ...] = (random.Random,)
     if numpy is not None:
         kinds += (numpy.Generator, numpy.RandomState)
@@ -105,7 +106,7 @@ def _hold_generators(
 
 
 class _Held:
-    """Stands for a generator of numbers while a forward is traced."""
+    """The replacement of a random generator while a forward is traced: drawing raises."""
 
     def __init__(self, name: str) -> None:
         self._name = name

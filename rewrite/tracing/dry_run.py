@@ -1,7 +1,7 @@
 """Run a call on the meta device, or with fake tensors, to learn shapes without computing values.
 
-A module that cannot be traced is run as it is on the stand-in, and the inputs of all that it calls
-are noted on the way.
+A module that cannot be traced is run as it is on the stand-in, and the inputs of every module that
+it calls are recorded.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class DryRun:
-    """Runs functions, and modules of a model, on tensors without numbers.
+    """Runs functions, and modules of a model, on meta or fake tensors.
 
     Args:
         model: the model.
         copied: its stand-in, on the meta device.
-        call: the inputs of the model.
+        call: the example inputs of the model.
 
     Attributes:
-        inputs: by module, the inputs of its first call, as far as one was seen.
-        running: whether a call is being run.
+        inputs: the inputs of each module's first call, by name, as far as one was recorded.
+        running: whether a dry run is in progress.
         device: the device that the model is on.
     """
 
@@ -44,11 +44,11 @@ class DryRun:
         self._copied = copied
 
     def run_function(self, function: Callable[..., Any], call: Call) -> Any:
-        """Return what a function makes of a call."""
+        """Return what a function returns for a call."""
         return self._either(function, lambda mode: function, call)
 
     def run_module(self, name: str, call: Call, opaque: bool) -> Any:
-        """Return what a module makes of a call; note what it calls if it is opaque.
+        """Return what a module returns for a call; record the modules it calls if it is opaque.
 
         Raises:
             RuntimeError: it is compiled.
@@ -64,7 +64,7 @@ class DryRun:
     def _either(
         self, meta: Callable[..., Any], fake: Callable[[Any], Callable[..., Any]], call: Call
     ) -> Any:
-        """Call on the meta device, or with fake tensors where it does not know the operation."""
+        """Call on the meta device, or with fake tensors where an operation lacks a meta kernel."""
         args, kwargs = tree_map(_argument_on_meta, call)
         try:
             with self._computing(), torch.device("meta"):
@@ -95,7 +95,7 @@ class DryRun:
             self.running = before
 
     def _watched(self, name: str, tree: Tree, opaque: bool, inside: str = "") -> Callable[..., Any]:
-        """Return a call of a module that leaves it as it was, and notes what it calls."""
+        """Return a call of a module that restores it afterwards, and records what it calls."""
         module = tree.get("" if inside else name)
         if not opaque:
             return module
@@ -141,5 +141,5 @@ def _tensor_on_meta(value: Any) -> Any:
 
 
 def _argument_on_meta(value: Any) -> Any:
-    """Return one argument of a call; what it asks to be put on a device is put on meta too."""
+    """Return an argument of a call on meta: tensors, and devices by name or object."""
     return torch.device("meta") if isinstance(value, torch.device) else _tensor_on_meta(value)

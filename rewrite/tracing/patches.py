@@ -39,7 +39,7 @@ _ASKED = {
 
 @contextlib.contextmanager
 def tracing(model: nn.Module) -> Iterator[None]:
-    """Prepare for any number of traces of a stand-in, and leave random generators as they were."""
+    """Patch torch for traces of a stand-in; on exit undo it and restore random generators."""
     numpy = sys.modules.get("numpy")
     states = torch.random.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
     try:
@@ -58,16 +58,16 @@ def tracing(model: nn.Module) -> Iterator[None]:
 
 
 def _wrap_math(patcher: Any) -> None:
-    """Let `math.sqrt(size)` be a call in the graph; torch.fx alone does so anew at each trace."""
+    """Record `math.sqrt(size)` as a call in the graph, once for all traces."""
     for name, function in list(vars(math).items()):
         if callable(function) and not name.startswith("_"):
             patcher.patch(vars(math), name, _create_wrapped_func(function))
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """Run what `torch.compile` wraps as the code that it was made from.
+    """Run functions wrapped by `torch.compile` as the code that was compiled.
 
-    Compiled code takes the memory of its inputs for granted: a tensor without any ends the process.
+    Compiled kernels read the memory of their inputs: a meta tensor crashes the process.
     """
     if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
         return contextlib.nullcontext()
@@ -77,7 +77,7 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def contexts_entered() -> Iterator[list[str]]:
-    """Collect the names of the contexts of torch that a forward enters, however it does."""
+    """Collect the names of all context managers of torch that a forward enters."""
     entered: list[str] = []
 
     def noted(enter: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,7 +94,7 @@ def contexts_entered() -> Iterator[list[str]]:
 
 
 def _skip_dimension_checks(patcher: Any) -> None:
-    """Let `super().forward(x)` of a norm subclass be traced: its check compares proxies."""
+    """Skip the dimension check of norms, which compares proxies: subclasses call it traced."""
 
     def skip(self: nn.Module, input: Any) -> None:
         return None
@@ -108,7 +108,7 @@ def _skip_dimension_checks(patcher: Any) -> None:
 
 
 def _record_factories(patcher: Any) -> None:
-    """Let `torch.zeros(n, c)` be a call in the graph where a size is a proxy."""
+    """Record `torch.zeros(n, c)` as a call in the graph where a size is a proxy."""
 
     def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
@@ -128,7 +128,7 @@ def _record_factories(patcher: Any) -> None:
 
 @contextlib.contextmanager
 def modes_noted(note: Callable[[str], None]) -> Iterator[None]:
-    """Call `note` with when the answer is another one, each time the model's code asks."""
+    """Call `note(condition)` whenever the model's code asks for a mode that may be another."""
 
     def noted(function: Callable[..., Any], when: str) -> Callable[..., Any]:
         def ask(*args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,9 @@
-"""Tracing proxies: a node together with its meta tensor or known Python value, if there is one.
+"""Tracing proxies that know the shape, or the Python value, of their node.
 
-A proxy of torch.fx cannot say how long an axis is. With example inputs each node knows the shape of
-its value, and a size, a comparison of sizes, a number of axes is known exactly: where a forward
-needs the number itself (a branch, a loop, a new tensor), it gets it, and the tracer notes the line.
+A proxy of torch.fx does not know the length of an axis. With example inputs each node has the shape
+of its value, so sizes, comparisons of sizes and numbers of axes are known exactly. Where a forward
+needs such a number itself (a branch, a loop, a new tensor), it gets it, and the tracer notes the
+line.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _ASSIGNED = frozenset({"data", "grad", "requires_grad"})
 
 
 class ValueProxy(Proxy):
-    """A proxy that turns into a number where the number is known."""
+    """A proxy that converts to a Python number where its value is known."""
 
     tracer: Any
 
@@ -27,13 +28,13 @@ class ValueProxy(Proxy):
         return ValueAttribute(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse what would be lost: an assignment to a tensor's data."""
+        """Raise on an assignment to an attribute (`x.data = …`), which the graph would lose."""
         if name in _ASSIGNED:
             raise TraceError(f"assigns .{name} of a tensor")
         super().__setattr__(name, value)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Record `x[key] = value`: a call that writes into x and returns nothing."""
+        """Record `x[key] = value` as a call of `operator.setitem`."""
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
     def __int__(self) -> int:
@@ -54,11 +55,11 @@ class ValueProxy(Proxy):
 
 
 class ValueAttribute(Attribute, ValueProxy):
-    """An attribute of a proxy: a method that is about to be called, or a value such as a shape."""
+    """An attribute of a proxy: a method to be called, or a value such as a shape."""
 
 
 def nodes_of(value: Any) -> Iterator[Node]:
-    """Yield the nodes in a value; an attribute that nothing has used yet has none."""
+    """Yield the nodes in a value; an attribute that was not used yet has none."""
     for proxy in proxies_in(value):
         if not isinstance(proxy, ValueAttribute) or proxy._node is not None:
             yield proxy.node

@@ -3,11 +3,11 @@
     if x.ndim == 3:                  # x may be another value from here on,
         x = x.unsqueeze(0)           # every later line reads it as it would have
 
-Neither way calls a layer, writes into a tensor, counts or leaves the function, so both go on with
-the same code. Only a name that no other statement spells may stand for a number: another would
-choose what later lines do. Uncertain are the values that its names hold before, and those that it
-makes.
-What later lines make of them has the readers that the graph shows, whichever way was taken.
+Neither branch calls a layer, writes into a tensor, changes a counter or leaves the function, so
+both continue with the same code. A name that holds a number must not occur in any other statement,
+or it could decide what later lines do. Uncertain are the values that the rebound names had before,
+and those that the branch computes; whatever later lines compute from them has the readers that the
+graph shows, whichever branch was taken.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def touched_by_rebinding(
 
 
 def _own_names(statement: ast.stmt, function: ast.AST) -> set[str]:
-    """Return the names that a statement assigns, and that nothing else in the function spells."""
+    """Return the names that a statement assigns and that occur nowhere else in the function."""
     inside = set(ast.walk(statement))
     spelled: set[str] = set()
     for node in ast.walk(function):
@@ -87,13 +87,13 @@ def _only_rebinds(statement: ast.stmt, decision: Decision, own: set[str]) -> boo
 
 
 def _is_tensor(target: ast.AST, decision: Decision) -> bool:
-    """Return whether a name stood for tensors: a number would choose what later lines do."""
+    """Return whether a name held tensors; a number could decide what later lines do."""
     nodes = decision.held.get(target.id, ()) if isinstance(target, ast.Name) else ()
     return bool(nodes) and all(isinstance(node.meta.get("val"), Tensor) for node in nodes)
 
 
 def _is_new(node: ast.AST, decision: Decision) -> bool:
-    """Return whether an expression reads local values, and makes new ones of them alone."""
+    """Return whether an expression only computes new values from local ones."""
     if isinstance(node, ast.Name):
         return node.id in decision.held
     if isinstance(node, ast.Attribute):
@@ -123,6 +123,6 @@ def _is_pure(function: ast.expr, decision: Decision) -> bool:
 
 
 def _is_constant(node: ast.Attribute) -> bool:
-    """Return whether it is a name of torch's: `torch.float16`."""
+    """Return whether an attribute is a constant of torch, such as `torch.float16`."""
     path = path_of(node)
     return path is not None and len(path) == 2 and path[0] == "torch"

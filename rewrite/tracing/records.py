@@ -14,12 +14,12 @@ BY_SIZE = "for an input of another size"
 
 @dataclass(frozen=True)
 class Opaque:
-    """A module that is one call to the tracer.
+    """A module that the tracer could not enter: it is one call in the graph.
 
     Attributes:
         name: its qualified name.
-        reason: what stopped the tracer, in one line.
-        source: "file.py:123", the line of the model's code where that happened, if known.
+        reason: why it could not be traced, in one line.
+        source: "file.py:123", the line of the model's code that stopped the trace, if known.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Opaque:
 
 @dataclass(frozen=True)
 class Frame:
-    """One invocation of a module's forward: its name, and which invocation of the trace it is."""
+    """One invocation of a module's forward: the module's name, and its number in the trace."""
 
     owner: str
     invocation: int
@@ -37,15 +37,15 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """A place where code needed a size as a number, or asked for a mode: it may do something else.
+    """A line that needed a size as a number, or asked for a mode, and may branch on it.
 
     Attributes:
         owner: the module whose forward was running.
         code, line: the function and its line.
-        nodes: the values at hand there, and those made by that function since.
-        held: what the local names stand for there: the nodes in a value, none in a number;
-            "self.NAME" stands for a number of the module.
-        when: for what it may do something else, in words.
+        nodes: the values that the function had at that point, and those it computed since.
+        held: the nodes in the value of each local name at that point, none for a number;
+            "self.NAME" is a number in an attribute of the module.
+        when: in words, the condition under which it may do something else.
     """
 
     owner: str
@@ -58,17 +58,17 @@ class Decision:
 
 @dataclass
 class Trace:
-    """What one traced root yields.
+    """The result of tracing one root.
 
     Attributes:
         graph: the fx graph.
         frames, lines: per node, the forward that made the call and the line of its code.
         constants: tensors of the graph that no module holds.
-        made: those of them that no attribute holds, or that were written: made at each call.
+        made: those of them that the forward creates or writes to at each call.
         entered: the modules whose forward the trace went through, the root first.
-        kept: the values that a forward keeps on its module, and where.
-        decisions: where a size was needed as a number, or a mode of torch asked for.
-        augmented: the nodes that `x += y` and its like made.
+        kept: the values that a forward assigns to attributes, and to which.
+        decisions: lines that needed a size as a number, or asked for a mode of torch.
+        augmented: the nodes of augmented assignments, `x += y` and its like.
     """
 
     graph: Graph

@@ -36,14 +36,14 @@ class Region:
         name: qualified name of the module whose forward was traced; "" for the model.
         graph: the fx graph; targets are qualified names of the whole model.
         assumed: parameters of the forward that were taken at their defaults.
-        branches: those of them that the forward's own code branches on.
+        branches: those of the assumed parameters that the forward's own code branches on.
         frames, lines: per node, the forward that made the call and the line of its code.
         constants: tensors of the graph that no module holds.
-        made: those of them that are made anew, or written, at each call.
+        made: those of them that the forward creates or writes to at each call.
         entered: the modules whose forward this trace went through.
-        kept: values that a forward keeps on its module, and the attribute that holds each.
-        decisions: where its code needed a size as a number, and may do something else for another.
-        augmented: the nodes that `x += y` and its like made.
+        kept: the values that a forward assigns to attributes, and to which.
+        decisions: lines that needed a size as a number, and may branch on it.
+        augmented: the nodes of augmented assignments, `x += y` and its like.
     """
 
     name: str
@@ -62,13 +62,13 @@ class Region:
 
 @dataclass
 class Traced:
-    """What tracing a model yields.
+    """The result of tracing a model.
 
     Attributes:
         regions: the traced forwards, the model's own first if it could be traced.
-        opaque: what could not be traced, by name.
-        error: why some values have no shape although there are inputs.
-        altered: by name, why a module is not the same at every call: a forward alters it.
+        opaque: the modules that could not be traced, by name.
+        error: why some values have no shape although inputs were given.
+        altered: the modules that a forward alters, by name, each with the reason.
     """
 
     regions: tuple[Region, ...]
@@ -78,9 +78,12 @@ class Traced:
 
 
 def trace_regions(model: Tree, inputs: Inputs | None = None, *, other_mode: bool = False) -> Traced:
-    """Trace everything that can be traced; nothing is visited twice, nothing is left out.
+    """Trace every forward that can be traced, each once; the model itself is only read.
 
-    What is traced, and with inputs run without numbers, is a stand-in: the model is only read.
+    Args:
+        model: the model under its qualified names.
+        inputs: example inputs, for shapes; they are propagated on the meta device.
+        other_mode: trace the model in the mode (train or eval) that it is not in.
     """
     tree = Tree(stand_in(model, without_values, lazy_copy))
     if other_mode:
@@ -144,9 +147,9 @@ def _is_boundary(item: Opaque | None) -> bool:
 
 
 def _is_iterated(tree: Tree, module: nn.Module, seen: set[str]) -> bool:
-    """Return whether a Sequential serves as a list: its items are called, itself it is not.
+    """Return whether a Sequential is used as a list: its items are called, but not itself.
 
-    An empty one that is never called is a list of nothing.
+    So is an empty one that is never called.
     """
     if inspect.getattr_static(type(module), "forward") is not nn.Sequential.forward:
         return False
@@ -155,7 +158,7 @@ def _is_iterated(tree: Tree, module: nn.Module, seen: set[str]) -> bool:
 
 
 def _children(module: nn.Module) -> list[nn.Module]:
-    """Return what a module is made of, in the order of registration; lists by their items."""
+    """Return the submodules of a module in order of registration, lists replaced by their items."""
     found: list[nn.Module] = []
     for _, child in slots(module):
         if not _has_forward(child) or isinstance(child, nn.ModuleList):
@@ -225,9 +228,9 @@ def _leaf_region(module: nn.Module, name: str, shapes: Shapes | None) -> Region:
 
 
 def forward_defaults(module: nn.Module) -> dict[str, Any]:
-    """Return the forward's parameters that have defaults: a trace takes those.
+    """Return the defaults of a forward's optional parameters, which a trace assumes.
 
-    Where every parameter has one, the first is an input all the same: `forward(pixel_values=None)`
+    If all parameters are optional, the first still is an input: `forward(pixel_values=None)`
     computes nothing without it.
     """
     parameters = [
@@ -241,7 +244,7 @@ def forward_defaults(module: nn.Module) -> dict[str, Any]:
 
 
 def forward_branches(module: nn.Module, assumed: dict[str, Any]) -> tuple[str, ...]:
-    """Return the assumed parameters that the forward's code tests: it may do something else."""
+    """Return the assumed parameters that the forward's own code branches on."""
     if not assumed or str(type(module).forward.__module__).startswith("torch.nn."):
         return ()  # torch's own layers choose between ways to compute one function
     if isinstance(graph := getattr(type(module), "graph", None), Graph):
@@ -259,7 +262,7 @@ def forward_branches(module: nn.Module, assumed: dict[str, Any]) -> tuple[str, .
 
 
 def _checked(graph: Graph, assumed: Iterable[str]) -> tuple[str, ...]:
-    """Return the parameters that a generated forward holds to one value."""
+    """Return the parameters that a generated forward asserts to have the assumed value."""
     read = {n.target: n.users for n in graph.nodes if n.op == "placeholder"}
     return tuple(
         key

@@ -1,8 +1,7 @@
 """Propagate shapes while a graph is built, by running every call on meta tensors.
 
-Each node is computed once, without numbers, when it is traced; what cannot be traced is run as it
-is on the stand-in. What cannot be run either (control flow on values) leaves its nodes without a
-shape.
+Each node is computed once, on the meta device, as it is traced; a module that cannot be traced is
+run as it is on the stand-in. Where that fails, too (control flow on values), nodes have no shape.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ _OF_DEVICES: frozenset[Any] = frozenset({getattr, operator.eq, operator.ne})
 
 
 class Shapes:
-    """Computes what each node of a trace is worth, without its numbers.
+    """Computes the meta tensor, or the Python value, of each node of a trace.
 
     Attributes:
         error: why something could not be run.
@@ -65,13 +64,13 @@ class Shapes:
 
     @property
     def running(self) -> bool:
-        """Whether a forward is being run here, rather than traced."""
+        """Whether a dry run is in progress, so that calls are not to be traced."""
         return self._dry.running
 
     def given(self, root: nn.Module, assumed: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments of the model that are no inputs: optional ones, as they are given.
+        """Return the model's non-tensor optional arguments, at their given or default values.
 
-        A tensor that is given for one makes it an input.
+        An optional argument that is given as a tensor is an input instead.
         """
         found = dict(assumed)
         args, kwargs = self._dry.inputs[""]
@@ -88,7 +87,7 @@ class Shapes:
         return found
 
     def enter(self, name: str, root: nn.Module) -> None:
-        """Begin a trace of `root`: its placeholders are the inputs that were seen, if any."""
+        """Begin a trace of `root`: its placeholders get the inputs recorded for it, if any."""
         self._placed = {}
         if name in self._dry.inputs:
             args, kwargs = self._dry.inputs[name]
@@ -106,7 +105,7 @@ class Shapes:
             self._placed = rest | bound
 
     def attach(self, node: Node, constants: Mapping[str, Tensor], opaque: bool) -> None:
-        """Compute `meta["val"]` of a new node; `meta["fixed"]` says that no input changes it."""
+        """Set `meta["val"]` of a new node, and `meta["fixed"]` if it depends on no input."""
         if node.op == "output":
             return
         if node.op == "placeholder":
@@ -135,7 +134,7 @@ class Shapes:
             node.meta["val"] = map_aggregate(value, lambda item: item)
 
     def observe(self, name: str) -> None:
-        """Run a root that cannot be traced, and note the inputs of all that it calls."""
+        """Run a root that cannot be traced, and record the inputs of the modules it calls."""
         if name in self._dry.inputs:
             try:
                 self._run(name, self._dry.inputs[name], opaque=True)
@@ -190,7 +189,7 @@ class Shapes:
 
 
 def _wider(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return which of two tensors has the shape and type of their sum; None where neither has."""
+    """Return the operand that has the shape and dtype of a sum of two; None if neither has."""
     if kwargs or len(args) != 2 or not all(type(value) is Tensor for value in args):
         return None
     one, other = args
@@ -208,7 +207,7 @@ def _wider(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _pooled(module: nn.Module, x: Any) -> Tensor | None:
-    """Return what an adaptive average pool of a batch of images makes; None: it has to be run."""
+    """Return the result of adaptive average pooling of images; None if it has to be run."""
     if type(module) is not nn.AdaptiveAvgPool2d or type(x) is not Tensor or x.dim() != 4:
         return None
     size: Any = module.output_size

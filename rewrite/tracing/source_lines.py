@@ -1,4 +1,4 @@
-"""Find the line and the instruction of the model's own code that runs or raised an error."""
+"""Find the line of the model's own code that is running or that raised an error."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def user_frame(start: FrameType | None = None) -> FrameType | None:
 
 
 def runs_in_torch() -> bool:
-    """Return whether the code that runs is that of torch.nn, or of one of its functions.
+    """Return whether the running code is that of torch.nn.
 
-    It chooses between ways to compute one function: its fast path, a nested tensor for padding.
+    Its branches choose between implementations of one function, such as the fast path of attention.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(_TRACERS):
@@ -67,7 +67,7 @@ def runs_in_torch() -> bool:
 
 
 def asked_by_model(frame: FrameType) -> bool:
-    """Return whether a frame runs the model's own code: none of torch, the tracer or Python."""
+    """Return whether a frame runs the model's own code, not torch, the tracer or Python itself."""
     file = frame.f_code.co_filename
     installed = "site-packages" in file or "dist-packages" in file
     standard = file.startswith((_STANDARD, "<frozen")) and not installed
@@ -80,6 +80,6 @@ def short(source: str | None) -> str:
 
 
 def is_augmented(frame: FrameType) -> bool:
-    """Return whether a frame is at an augmented assignment, which reaches a proxy as `x + y`."""
+    """Return whether a frame is at an augmented assignment, which calls a proxy like `x + y`."""
     code, place = frame.f_code.co_code, frame.f_lasti
     return code[place] == dis.opmap["BINARY_OP"] and code[place + 1] in _AUGMENTED

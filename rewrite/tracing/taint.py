@@ -1,8 +1,8 @@
 """Taint analysis of one function: which names depend on its arguments.
 
-A name is tainted if it is one of the given parameters or is computed from one; what a call returns
-is not, unless a builtin or a method of the value itself was called. Code is chosen by a tainted
-name if it runs or not by it, or computes with it.
+A name is tainted if it is one of the given parameters or computed from one. The result of a call is
+not tainted, except of a builtin or of a method of a tainted value. Code is *chosen* by a tainted
+name if that decides whether it runs, or if it computes with it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ _Comprehension = ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
 
 
 class TaintAnalysis:
-    """One function: which of its names depend on the tainted ones, and what hangs on those.
+    """The tainted names of one function, and the code and calls that depend on them.
 
     Attributes:
         parameters: the tainted parameters.
         first: the name of its first parameter.
-        chosen: the code that runs or not by a tainted name; None for what can be anything.
-        calls: the calls that are given a tainted value.
+        chosen: the code that a tainted name chooses; None where that may be any code.
+        calls: the calls with a tainted argument.
 
     Args:
         code: the function.
-        tainted: its parameters that are.
-        ignored: attributes and methods that say nothing of a value, such as its shape.
+        tainted: its tainted parameters.
+        ignored: attributes and methods that do not depend on values, such as the shape.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TaintAnalysis:
         self.calls = [n for n in ast.walk(code) if isinstance(n, ast.Call) and self._gets(n)]
 
     def _depends(self, node: ast.AST, calls: bool = True) -> bool:
-        """Return whether a tainted name is in `node`; without `calls`, not as what a call gets."""
+        """Return whether `node` contains a tainted name; without `calls`, outside of arguments."""
         if isinstance(node, ast.Name):
             return node.id in self._tainted
         if isinstance(node, ast.Attribute) and node.attr in self._ignored:
@@ -65,7 +65,7 @@ class TaintAnalysis:
         return any(self._depends(child, calls) for child in ast.iter_child_nodes(node))
 
     def spells(self, code: ast.AST) -> bool:
-        """Return whether a tainted name is anywhere in `code`."""
+        """Return whether `code` mentions a tainted name."""
         return self._depends(code)
 
     def _gets(self, call: ast.Call) -> bool:
@@ -104,9 +104,9 @@ class TaintAnalysis:
         return isinstance(statement, ast.Raise) or self._is_own_default(statement)
 
     def by_none(self, names: Set[str]) -> tuple[set[str], list[ast.AST]]:
-        """Return which of `names` are compared with None, and the code that runs or not by that.
+        """Return which of `names` are compared with None, and the code that this chooses.
 
-        A trace has a proxy in its place, which is not None; every other test of one raises.
+        In a trace they are proxies, which are not None; any other test of a proxy raises.
         """
         found: set[str] = set()
         chosen: list[ast.AST] = []
@@ -121,7 +121,7 @@ class TaintAnalysis:
         return found, self._with_aliases(chosen)
 
     def _is_own_default(self, node: ast.AST) -> bool:
-        """Return whether `node` only fills in an argument: `n = n if n is not None else 3`."""
+        """Return whether `node` only fills in a default: `n = n if n is not None else 3`."""
         if not isinstance(node, ast.Assign) or any(
             isinstance(part, ast.Call) for part in ast.walk(node.value)
         ):
@@ -159,7 +159,7 @@ class TaintAnalysis:
         return frozenset(found)
 
     def _with_aliases(self, parts: list[Any]) -> list[Any]:
-        """Return `parts`, and what the names in them were assigned: `conv = self.block.conv`."""
+        """Return `parts` and the expressions assigned to their names: `conv = self.block.conv`."""
         names: set[str] = set()
         size = -1
         while size < len(names):
@@ -193,7 +193,7 @@ def path_of(node: ast.AST) -> list[str] | None:
 
 
 def is_super(node: ast.AST) -> bool:
-    """Return whether `node` is a method of `super()`."""
+    """Return whether `node` is an attribute of `super()`."""
     return (
         isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Call)

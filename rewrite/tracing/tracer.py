@@ -7,13 +7,13 @@ Differences from `torch.fx.Tracer`, each for a reason:
 2. Targets are qualified names of the whole model, whichever submodule is the root of the region.
 3. A submodule whose forward raises becomes one `call_module` node; the nodes of the attempt are
    erased as far as nothing else reads them. Tracing goes on.
-4. A module with forward hooks is a boundary: a hook may read or change what passes.
-5. A split by sizes has as many parts as sizes, and can be iterated over.
-6. Nothing of the model changes: what is traced is a stand-in of it, constants are kept beside the
-   graph, and the state of the random generators is put back.
-7. With example inputs each value has a shape, and a branch or a loop on sizes is followed; its line
-   is noted, with the values that it may have to do with.
-8. A slice of a Sequential, which no attribute holds, is entered: its items are known.
+4. A module with forward hooks is not entered: a hook may read or change inputs and outputs.
+5. A split by a list of sizes can be iterated over: it has as many parts as sizes.
+6. The model does not change: a stand-in is traced, constants are stored beside the graph, and the
+   state of the random generators is restored.
+7. With example inputs each value has a shape, and branches and loops on sizes are followed; the
+   line is recorded as a `Decision`, with the values that it may affect.
+8. A slice of a Sequential, which no attribute holds, is entered: its items belong to the model.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _LAYER_METHODS = ("forward", "_conv_forward", "_check_input_dim")
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Return whether `module` is a standard layer: torch.nn's own, or one that only inherits."""
+    """Return whether `module` is a standard layer: its forward is the one of torch.nn."""
     kind = type(module)
     if isinstance(module, _CONTAINERS + _COMPOSED):
         return False
@@ -81,13 +81,13 @@ def is_leaf(module: nn.Module) -> bool:
 def has_parametrizations(module: nn.Module) -> bool:
     """Return whether `torch.nn.utils.parametrize` computes a tensor of `module`.
 
-    Most modules have none, and their dict of children tells so without an exception inside.
+    Looked up in the dict of children: `hasattr` is slow on modules that have none, as most.
     """
     return "parametrizations" in module._modules and is_parametrized(module)
 
 
 def hook_reasons(module: nn.Module) -> tuple[str, ...]:
-    """Return why a call of `module` is more than its forward: hooks, a forward set by hand."""
+    """Return why a call of `module` runs more than its class's forward: hooks, an override."""
     reasons = []
     if module._forward_pre_hooks and not _is_old_weight_norm(module):
         reasons.append("has a forward pre-hook")
@@ -107,9 +107,9 @@ def _is_old_weight_norm(module: nn.Module) -> bool:
 
 
 class RegionTracer(ValueTracer):
-    """Trace one root (the model, or a submodule below an opaque one) without ever giving up.
+    """Traces one root: the model, or a submodule below an opaque one.
 
-    Use it inside `tracing()`, on a stand-in of the model: a forward may write to what it holds.
+    To be used inside `tracing()`, on a stand-in of the model: a forward may write to attributes.
 
     Args:
         tree: the stand-in, under the names of the whole model.
@@ -118,7 +118,7 @@ class RegionTracer(ValueTracer):
         shapes: computes the shape of each value, if there are example inputs.
 
     Attributes:
-        moved: modules that a forward has put into another place so far.
+        moved: modules that a forward has assigned to another place so far.
         altered: whether a forward has changed any attribute, or the items of one.
     """
 
@@ -202,7 +202,7 @@ class RegionTracer(ValueTracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Record a leaf, enter anything else, and fall back to one opaque call if that raises."""
+        """Record a leaf, or enter a module; one whose forward raises becomes one opaque call."""
         if self._computes() or self._is_slice(m):
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
@@ -244,7 +244,7 @@ class RegionTracer(ValueTracer):
         return self.shapes is not None and self.shapes.running
 
     def _is_slice(self, module: nn.Module) -> bool:
-        """Return whether `module` is made of the model's own in passing: `self.layers[:-1]`."""
+        """Return whether `module` is a temporary slice of a Sequential: `self.layers[:-1]`."""
         if module in self.tree or type(module).forward is not nn.Sequential.forward:
             return False
         return all(child in self.tree or self._is_slice(child) for child in module.children())
@@ -252,7 +252,7 @@ class RegionTracer(ValueTracer):
     def create_arg(self, a: Any) -> Any:
         """Turn a tensor into a `get_attr` node without storing anything on the model.
 
-        What nearly every argument is comes first: fx's own asks each one for a dozen rarer types.
+        The commonest types come first, for speed: fx's own method tests a dozen rare ones first.
         """
         if isinstance(a, Proxy):
             return a.node
@@ -274,7 +274,7 @@ class RegionTracer(ValueTracer):
         return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
-        """Create a node and note which forward made it, and on which line."""
+        """Create a node, and record the forward and the line that made the call."""
         node = super().create_node(*args, **kwargs)
         self._trace.frames[node] = self._frames[-1]
         if node.op not in ("placeholder", "output", "get_attr"):
@@ -295,14 +295,14 @@ class RegionTracer(ValueTracer):
         return self.graph._root._prev
 
     def _erase_dead(self) -> None:
-        """Erase what failed attempts left, except what living code reads (cached attributes)."""
+        """Erase nodes of failed attempts, unless other nodes read them (cached attributes)."""
         for node in reversed(self._dead):
             if not node.users and not node._erased:
                 self.graph.erase_node(node)
 
 
 def _filled(value: Any) -> bool:
-    """Return whether a value may hold proxies: it is one, or a container with anything in it."""
+    """Return whether a value may contain proxies: it is one, or a container that is not empty."""
     return isinstance(value, Proxy) or bool(len(value))
 
 

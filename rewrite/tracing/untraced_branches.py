@@ -1,15 +1,15 @@
-"""Code that a trace did not take: what other values of optional arguments would make it do.
+"""Branches that a trace did not take: code that runs for other values of optional arguments.
 
     def forward(self, x, raw=False):
-        if raw:                          # a choice: values of this forward may be read elsewhere,
-            return self.block.conv(x)    # and what is spelled here may be called from here
+        if raw:                          # a choice: other code may read values of this forward,
+            return self.block.conv(x)    # and call the modules that it mentions
         return self.block(x)
 
-A trace takes every optional argument of the model at its default, and every other one to be there.
-This reads the code instead: from the forward of a region's root, on into each method, module and
-function that is given an optional argument, or what is computed from it. Names are followed, values
-are not: what is found may run. What a call returns is a new value, so an attention's mask, which is
-added to scores, says nothing of the value that the attention was given.
+A trace takes every optional argument at its default, and assumes that every other one is given. The
+analysis here works on the source instead: it starts at the forward of a region's root and follows
+optional arguments, and values computed from them, into each method, module and function that gets
+them. It follows names, not values, so it finds everything that may run. The result of a call counts
+as a new value: a mask of an attention, which is added to scores, does not taint its input.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ _SIZES = frozenset({"shape", "size", "ndim", "dim", "numel", "dtype", "device"})
 
 @dataclass
 class BranchEffects:
-    """What the code of one module does by the value of an argument.
+    """What the code of one module may do for another value of an argument, a size or a mode.
 
     Attributes:
         arguments: the names of the arguments, in that code.
-        called: attributes that it calls there.
-        used: attributes that it spells in any other way there.
-        anything: whether it may call whatever it holds.
+        called: paths of attributes that such code calls.
+        used: paths of attributes that it mentions in any other way.
+        anything: whether it may call any submodule.
         incoming: whether it may read a value that the module was given.
-        sizes: the lines on which it decides by a size or a mode, and when that is another.
+        sizes: the lines that branch on a size or a mode, each with the condition, in words.
     """
 
     arguments: dict[str, None]
@@ -61,13 +61,13 @@ class BranchEffects:
 
     @property
     def words(self) -> str:
-        """When it does that."""
+        """The condition under which it does so, in words."""
         if self.sizes:
             return f"{next(iter(self.sizes.values()))} ({', '.join(self.sizes)})"
         return f"for another value of its argument {', '.join(self.arguments)}"
 
     def may_call(self, path: str) -> bool:
-        """Return whether that code could call the module at `path`, below its own."""
+        """Return whether that code may call the submodule at `path`."""
         parts = path.split(".")
         item = parts[-1].isdigit()
         while len(parts) > 1 and parts[-1].isdigit():
@@ -76,7 +76,7 @@ class BranchEffects:
 
 
 class UntracedBranches:
-    """The choices of a captured model, read from its code when somebody first asks."""
+    """The branches of a captured model that its trace did not take, analyzed at first use."""
 
     def __init__(self, tree: Tree, regions: tuple[Region, ...]) -> None:
         self._tree = tree
@@ -85,7 +85,7 @@ class UntracedBranches:
 
     @cached_property
     def _choices(self) -> dict[str, dict[str, BranchEffects]]:
-        """By region, and by the name of the module whose code chooses."""
+        """The effects by region, and by the name of the module whose code branches."""
         found: dict[str, dict[str, BranchEffects]] = {}
         for region in self._regions:
             search = _Search(self._tree, region.entered, self._readers)
@@ -100,7 +100,7 @@ class UntracedBranches:
 
     @cached_property
     def _by_size(self) -> dict[str, dict[str, BranchEffects]]:
-        """By region: what its code may call for an input of another size."""
+        """The effects of other input sizes by region, and by the name of the module."""
         trees: dict[CodeType, ast.Module | None] = {}
         found: dict[str, dict[str, BranchEffects]] = {}
         for region in self._regions:
@@ -125,7 +125,7 @@ class UntracedBranches:
 
     @cached_property
     def _repeated(self) -> dict[str, set[str]]:
-        """By region: the modules whose forward ran more than once."""
+        """The modules whose forward ran more than once, by region."""
         found: dict[str, set[str]] = {}
         for region in self._regions:
             runs = Counter(frame.owner for frame in set(region.frames.values()))
@@ -133,7 +133,7 @@ class UntracedBranches:
         return found
 
     def caller(self, place: str) -> str | None:
-        """Return what may call the module at `place` in code that did not run, in words."""
+        """Return, in words, what may call the module at `place` in code that did not run."""
         for region in (*self._choices.values(), *self._by_size.values()):
             for owner, does in region.items():
                 below = place[len(owner) :].lstrip(".") if is_within(place, owner) else ""
@@ -143,7 +143,7 @@ class UntracedBranches:
         return None
 
     def reader(self, region: Region, node: Node) -> str | None:
-        """Return what may read `node` otherwise in code that did not run, in words."""
+        """Return, in words, what else may read `node` in code that did not run."""
         if (line := self._uncertain[region.name].get(node)) is not None:
             return f"the code at {line}"
         if not (found := self._choices[region.name]):
@@ -161,9 +161,9 @@ class UntracedBranches:
         return None
 
     def _passes_through(self, owner: str, made: str, read: str, region: Region) -> bool:
-        """Return whether the forward of `owner` holds a value that `made` makes and `read` reads.
+        """Return whether a value from module `made` to module `read` passes through `owner`.
 
-        A value from one module to another goes by those around the one and the other.
+        It passes through the forwards of all modules around the one and the other.
         """
         if not is_within(made, owner) or not is_within(read, owner):
             return is_within(made, owner) or is_within(read, owner)
@@ -174,7 +174,7 @@ class UntracedBranches:
 
 
 def is_within(name: str, owner: str) -> bool:
-    """Return whether `name` is that of `owner` or of a module in it."""
+    """Return whether `name` is `owner` or the name of a module below it."""
     return not owner or name == owner or name.startswith(f"{owner}.")
 
 
@@ -189,7 +189,7 @@ def _below(owner: str, name: str, entered: Set[str]) -> str | None:
 
 
 class _Search:
-    """Follows arguments through the code of modules, each function once for each set of them."""
+    """Follows arguments through the code of modules; each set of them in a function once."""
 
     def __init__(self, tree: Tree, entered: Set[str], readers: _Readers) -> None:
         self.found: dict[str, BranchEffects] = {}
@@ -205,9 +205,13 @@ class _Search:
         tainted: frozenset[str],
         given: frozenset[str],
     ) -> None:
-        """Read a function that is run by the module `owner`.
+        """Analyze a function that the module `owner` runs.
 
-        Its parameters `tainted` are free, and `given` may hold what the module was given.
+        Args:
+            owner: the name of the module.
+            function: the function.
+            tainted: its parameters that may have any value.
+            given: its parameters that may hold a value that the module was given.
         """
         function = inspect.unwrap(function)
         if not tainted or (owner, function, tainted, given) in self._seen:
@@ -232,7 +236,7 @@ class _Search:
             self._follow(owner, function, (reader, values), call)
 
     def by_none(self, owner: str, function: Callable[..., Any], assumed: frozenset[str]) -> None:
-        """Note what a root does where one of its inputs is None; a trace has seen the other way."""
+        """Note what a root does where one of its inputs is None; in a trace none is."""
         function = inspect.unwrap(function)
         reader = None if _is_torch(function) else self._read(function, frozenset())
         if reader is None:
@@ -267,7 +271,7 @@ class _Search:
         readers: tuple[TaintAnalysis, TaintAnalysis],
         call: ast.Call,
     ) -> None:  # fmt: skip
-        """Go on in what `call` calls; where that is unknown, in each module that it could be."""
+        """Analyze what `call` calls; where that is unknown, every module that it could be."""
         assert isinstance(function, FunctionType)
         reader, values = readers
         path = path_of(call.func) or []
@@ -308,9 +312,10 @@ class _Search:
         call: ast.Call,
         caller: str,
     ) -> bool:
-        """Read the method of a module that `call` calls; return whether it has such a method.
+        """Analyze the method of a module that `call` calls; return whether there is one.
 
-        Whatever another module is given is given to it; its own methods may be given less.
+        All arguments of another module's method are values that it was given; a method of the
+        module itself may get others.
         """
         found = False
         for base in type(self._tree.get(owner)).__mro__:

@@ -1,8 +1,8 @@
 """Answer number, length and item queries on proxies whose value is known while tracing.
 
-With example inputs each node has a value without numbers, so a branch or a loop on sizes can be
-followed. An input of another size may take another way: the line that asked is noted as a decision,
-with the values at hand there and those that its function makes from there on.
+With example inputs each node has a meta tensor, so branches and loops on sizes can be followed. An
+input of another size may take another branch: the line that asked is recorded as a `Decision`, with
+the values that its function has at that point and those that it computes afterwards.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _UNROLLED = 64
 
 
 class ValueTracer(Tracer):
-    """Answers for the values of proxies, and notes the decisions in the trace under way.
+    """A tracer that answers with known values, and records decisions in the current trace.
 
     Args:
         shapes: computes the shape of each value, if there are example inputs.
@@ -51,11 +51,11 @@ class ValueTracer(Tracer):
         self._deciding: dict[FrameType, list[Decision]] = {}
 
     def proxy(self, node: Node) -> Proxy:
-        """Return what flows through the forward in place of the value of `node`."""
+        """Return the proxy that stands for the value of `node` in the traced forward."""
         return ValueProxy(node, self)
 
     def iter(self, obj: Proxy) -> Iterator[Any]:
-        """Iterate over what `split` returns if it is given the sizes, and over what is known."""
+        """Iterate over a proxy of known length: parts of a split by sizes, a shape, a container."""
         parts = _parts(obj.node)
         if parts is None and (value := self._known(obj)) is not None:
             parts = len(value) if isinstance(value, tuple | list) else None
@@ -66,21 +66,21 @@ class ValueTracer(Tracer):
         return super().iter(obj) if parts is None else map(cast(Any, obj).__getitem__, range(parts))
 
     def keys(self, obj: Proxy) -> Any:
-        """Return the keys of keywords that are known."""
+        """Return the keys of a known dict, as of `**kwargs`."""
         value = self._known(obj)
         return list(value) if isinstance(value, dict) else super().keys(obj)
 
     def to_bool(self, obj: Proxy) -> bool:
-        """Return what a condition on sizes is, where they are known."""
+        """Return the value of a condition on known sizes, and record the decision."""
         if isinstance(self._known(obj), bool | int | float | tuple | list | torch.Size):
             return bool(self.number(obj))
         return super().to_bool(obj)  # raises
 
     def number(self, obj: Proxy) -> Any:
-        """Return the value of a size, and note which line needs it.
+        """Return the number that a proxy stands for, and record the decision.
 
         Raises:
-            TraceError: it is not known, or it is a tensor.
+            TraceError: it is not known, or is a tensor.
         """
         value = self._known(obj)
         if value is None or isinstance(value, torch.Tensor):
@@ -89,7 +89,7 @@ class ValueTracer(Tracer):
         return value
 
     def length(self, obj: Proxy) -> int:
-        """Return how many items a value has, and note which line needs to know.
+        """Return the number of items of a value, and record the decision.
 
         Raises:
             TraceError: it is not known.
@@ -102,18 +102,18 @@ class ValueTracer(Tracer):
         return len(value)
 
     def _known(self, obj: Proxy) -> Any:
-        """Return the value of a proxy, tensors without numbers; None where there is none."""
+        """Return the value of a proxy, tensors on meta; None where it is unknown."""
         return None if self.shapes is None else obj.node.meta.get("val")
 
     def _decide(self, obj: Proxy) -> None:
-        """Note that the running line has seen a size that another input may not have."""
+        """Record that the running line has read a size that differs for other inputs."""
         if not obj.node.meta.get("fixed") and not runs_in_torch():
             self.decide(BY_SIZE)
 
     def decide(self, when: str) -> None:
-        """Note that the running line may do something else: `when`, in words.
+        """Record that the running line may branch; `when` is the condition, in words.
 
-        So may the line that called its function, where that returns what it found.
+        So may the line that called its function, if that returns a condition or a number.
         """
         frame = user_frame()
         while frame is not None:
@@ -141,7 +141,7 @@ class ValueTracer(Tracer):
         self._deciding.setdefault(frame, []).append(decision)
 
     def _note_decided(self, node: Node) -> None:
-        """Add a new node to the decisions of the functions that are making it."""
+        """Add a new node to the earlier decisions of the functions that compute it."""
         frame = user_frame()
         while frame is not None:
             for decision in self._deciding.get(frame, ()):
@@ -150,7 +150,7 @@ class ValueTracer(Tracer):
 
 
 def _parts(node: Node) -> int | None:
-    """Return how many parts a split by sizes has; by one size, or a chunk, it is the input's."""
+    """Return the number of parts of a split by a list of sizes; None for any other split."""
     if node.target not in (torch.split, "split", torch.split_with_sizes, "split_with_sizes"):
         return None
     names = ("split_size_or_sections", "split_size", "split_sizes")

@@ -1,4 +1,4 @@
-"""Training that goes on after a rewrite: pieces for any trainer, and the loop of `recover`.
+"""Training after a rewrite: losses, schedules and groups for any loop, and the loop of `recover`.
 
 The public names stand in `__init__.pyi`, and each is imported with its first use.
 """

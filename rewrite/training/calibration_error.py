@@ -1,4 +1,4 @@
-"""How far a classifier's confidence is from its accuracy, and the temperature that helps.
+"""Expected calibration error of a classifier, and the temperature that minimizes its loss.
 
     ECE = Σ_b |B_b| / n · | accuracy(B_b) − confidence(B_b) |,   bins b of equal width
     T* = argmin_T −Σ_i log softmax(z_i / T)[y_i]
@@ -35,9 +35,12 @@ class Reliability:
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> Reliability:
-    """Return the expected calibration error of logits (N, K), floating, for labels (N,), int64.
+    """Return the expected calibration error of a classifier's logits.
 
-    Confidences fall into `bins` intervals of one width, at least 1.
+    Args:
+        logits: (N, K), floating point.
+        labels: (N,), int64 from 0 to K − 1.
+        bins: how many intervals of equal width [0, 1] is divided into, at least 1.
 
     Raises:
         OptionError: no sample, fewer than one bin, or a label out of range.
@@ -59,9 +62,14 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> Reliabi
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the T by which logits (N, K) are divided for the least loss, from 0.01 to 100.
+    """Return the temperature T that minimizes the cross entropy of logits / T.
 
-    The loss is the cross entropy with `labels`, (N,) and int64.
+    Args:
+        logits: (N, K), floating point.
+        labels: (N,), int64 from 0 to K − 1.
+
+    Returns:
+        T, from 0.01 to 100.
 
     Raises:
         OptionError: no sample, or a label out of range.

@@ -1,15 +1,16 @@
-"""Distillation: a student learns what its teacher answers (Hinton et al. 2015).
+"""Distillation losses: a student is trained on the outputs of its teacher (Hinton et al. 2015).
 
     L = T² KL( softmax(z_t / T) ‖ softmax(z_s / T) ) + λ Σ_l ‖f_s,l − f_t,l‖² / ‖f_t,l − mean‖²
 
-over the classes (axis 1). T² keeps the size of the gradients whatever T is. The second part matches
-features, each relative to how much the teacher's vary. (https://arxiv.org/abs/1503.02531)
+over the classes (axis 1). The factor T² makes the size of the gradients independent of T. The
+second term matches features, each relative to the variance of the teacher's.
+(https://arxiv.org/abs/1503.02531)
 
-What `recover` trains a student for is that, or another distance, and labels:
+`recover` minimizes this, or another distance, together with the loss on labels:
 
     L = (1 − w) Σ distance(student, teacher) + w Σ cross entropy(student, labels)
 
-a sum over samples, so that the mean over a global batch, whatever it is divided into, is L / n.
+summed over samples, so that the mean over a global batch of n is L / n, however it is divided.
 """
 
 from __future__ import annotations
@@ -62,15 +63,15 @@ class Distillation(nn.Module):
         teacher_features: Sequence[Tensor] = (),
         variances: Sequence[float] | None = None,
     ) -> Tensor:
-        """Return the loss of two outputs (N, K, *), and of features (N, *) in the same order.
+        """Return the loss, a scalar, of outputs (N, K, *) and of lists of features (N, *).
 
         Args:
-            student: its outputs.
-            teacher: its outputs, of the same shape.
-            student_features: what else of the student is matched.
-            teacher_features: what it is matched with.
-            variances: of the teacher's features, from more samples than these, so that losses of
-                parts add up to that of the whole batch; None takes those of this batch.
+            student: the student's logits.
+            teacher: the teacher's logits, of the same shape.
+            student_features: tensors of the student to be matched.
+            teacher_features: the teacher's, in the same order and of the same shapes.
+            variances: the variance of each of the teacher's features, from more samples than
+                these, so that losses of micro-batches add up; None: that of this batch.
 
         Raises:
             OptionError: the shapes of student and teacher differ.
@@ -98,7 +99,7 @@ class Distillation(nn.Module):
 
 
 def relative_error(student: Tensor, teacher: Tensor, variance: float | None = None) -> Tensor:
-    """Return the mean of (student − teacher)² over `variance`; None is the teacher's here."""
+    """Return mean (student − teacher)² / `variance`; None: the variance of `teacher`."""
     fixed = teacher.detach()
     known = (
         (fixed - fixed.mean()).square().mean() if variance is None else fixed.new_tensor(variance)

@@ -1,15 +1,15 @@
-"""Which outputs of a student's norms are which of the teacher's, and how they are collected.
+"""Match the channels of a student's norms to those of its teacher, and collect their outputs.
 
     S[c, d] = 2 cov(s_c, t_d) / (var s_c + var t_d + (mean s_c − mean t_d)²)
 
 is the concordance of channel c of the student's norm with channel d of the teacher's over samples
-and positions (Lin 1989, https://doi.org/10.2307/2532051): 1 where both are equal, and nowhere else.
-A swap leaves each channel where it was. One that fits to data may put the channels of a stream in
-another order, or in another basis; then a feature has its partner elsewhere, or has none:
+and positions (Lin 1989, https://doi.org/10.2307/2532051): 1 if and only if both are equal. A plain
+swap keeps the order of channels. A swap that fits to data may permute the channels of a residual
+stream or change its basis; then a channel has its partner elsewhere, or has none:
 
-    Σ S[c, c] ≥ 0.7 Σ max_d S[c, d]      the channels stand where they stood
-    S[c, d] ≥ ½, largest of its row and   channel c is channel d, if half of the channels have one
-    of its column
+    Σ S[c, c] ≥ 0.7 Σ max_d S[c, d]       the order is kept
+    S[c, d] ≥ ½, largest of its row and   channel c matches channel d, if at least half of the
+    of its column                         channels have such a partner
     else                                  the norm has no features in common with the teacher's
 """
 
@@ -35,14 +35,14 @@ _SAMPLES, _CHUNK, _POSITIONS = 64, 8, 64
 
 @dataclass(frozen=True)
 class Pair:
-    """A norm of the student, and what stands there in the teacher.
+    """A norm of the student, and the module of the same name in the teacher.
 
     Attributes:
-        name: of both.
+        name: the qualified name of both.
         own, other: the student's module and the teacher's.
-        channels: numbers of channels of the student and of the teacher, int64, that belong
-            together; None if all stand where they stood.
-        variance: of all values of the teacher's output.
+        channels: two int64 tensors of equal length, the matching channels of the student and of
+            the teacher; None if the order is kept.
+        variance: the variance of all values of the teacher's output.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Pair:
     variance: float | None = None
 
     def select(self, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the channels of two outputs (N, C, *) that belong together."""
+        """Return the matching channels of two outputs (N, C, *), in the same order."""
         if self.channels is None:
             return own, other
         mine, theirs = (numbers.to(own.device) for numbers in self.channels)
@@ -60,7 +60,7 @@ class Pair:
 
 
 def swapped_norms(student: nn.Module, teacher: nn.Module) -> list[Pair]:
-    """Return the modules of one name where the teacher has a BatchNorm and the student has none."""
+    """Return the pairs where the teacher has a BatchNorm and the student another module."""
     own, kind = Tree(student), nn.modules.batchnorm._BatchNorm
     return [
         Pair(name, own.names[name], module)
@@ -72,13 +72,13 @@ def swapped_norms(student: nn.Module, teacher: nn.Module) -> list[Pair]:
 def aligned(
     pairs: Sequence[Pair], student: nn.Module, teacher: nn.Module, samples: Samples
 ) -> tuple[list[Pair], list[str]]:
-    """Return the pairs whose channels are known to belong together, and what to say of the others.
+    """Return the pairs whose channels could be matched, and a note on each of the others.
 
     Args:
         pairs: norms of both models.
-        student: the converted model, as it was converted.
+        student: the converted model, before any training.
         teacher: the original, in eval mode.
-        samples: what both are run on; the first 64.
+        samples: the inputs that both are run on; the first 64 are used.
     """
     sums = {pair.name: _Concordance() for pair in pairs}
     parameter = next(student.parameters())
@@ -113,7 +113,7 @@ def _some(names: Sequence[str]) -> str:
 def run_noted(
     model: nn.Module, batch: Samples, watched: Sequence[nn.Module]
 ) -> tuple[Any, list[list[Tensor]]]:
-    """Return what a model returns, and the outputs of each watched module, call by call."""
+    """Run a model; return its output, and the outputs of each watched module, call by call."""
     with _outputs(watched) as noted:
         output = model(*batch.inputs.args, **batch.inputs.kwargs)
     return output, noted
@@ -173,7 +173,7 @@ class _Concordance:
         return float(tt.mean() - t.mean().square())
 
     def channels(self) -> tuple[Tensor, Tensor] | Declined | None:
-        """Return the channels that belong together, or None if all stand where they stood."""
+        """Return the matching channels, None if the order is kept, or why there are too few."""
         if self.differ:
             return Declined("other shapes than the teacher's")
         matrix = self.matrix() if self.count else torch.zeros(1, 1)
@@ -190,7 +190,7 @@ class _Concordance:
 
 
 def _values(output: Tensor) -> Tensor:
-    """Return an output (N, C, *) as (C, values), of maps so many positions."""
+    """Return an output (N, C, *) as (C, values); of large maps a sample of the positions."""
     flat = output.detach().flatten(2) if output.dim() > 2 else output.detach()[:, :, None]
     flat = flat[:, :, :: max(1, flat.shape[2] // _POSITIONS)]
     return flat.transpose(0, 1).flatten(1).double().cpu()

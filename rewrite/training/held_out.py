@@ -1,4 +1,4 @@
-"""Student and teacher on the samples that no step has seen."""
+"""Agreement of student and teacher on held-out samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHUNK = 64
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out samples with the teacher's outputs on them, noted once."""
+    """Held-out samples, and the teacher's outputs for them, computed once."""
 
     samples: Samples
     outputs: tuple[Tensor, ...]
@@ -34,10 +34,10 @@ class HeldOut:
         return cls(samples, outputs_of(teacher, samples))
 
     def measure(self, student: nn.Module) -> tuple[Held, tuple[Tensor, ...]]:
-        """Return how a student agrees with the teacher, and its outputs.
+        """Return the agreement of a student with the teacher, and the student's outputs.
 
         Raises:
-            OptionError: it returns other shapes than the teacher.
+            OptionError: the student's outputs have other shapes than the teacher's.
         """
         found = outputs_of(student, self.samples)
         check_fit(found, self.outputs)
@@ -57,7 +57,7 @@ class HeldOut:
     def calibration(
         self, outputs: Mapping[str, tuple[Tensor, ...]]
     ) -> dict[str, Calibrated] | None:
-        """Return how sure and how right several models are, where labels are known."""
+        """Return the calibration of several models by name; None without labels."""
         labels = self.samples.labels
         if labels is None or self.outputs[0].dim() != 2:
             return None
@@ -67,10 +67,10 @@ class HeldOut:
         }
 
     def plane(self, model: nn.Module) -> dict[int, Tensor]:
-        """Return the penultimate layer in the plane of the three commonest classes.
+        """Return the penultimate activations of the three commonest classes, in their plane.
 
-        It is empty without labels of three classes, for inputs that are more than one tensor, and
-        where no linear layer makes the logits.
+        By class, (n, 2). Empty without labels of three classes, for models with several inputs,
+        and where no linear layer computes the logits.
         """
         labels, inputs = self.samples.labels, self.samples.inputs
         if labels is None or inputs.kwargs or len(inputs.args) != 1:
@@ -88,7 +88,7 @@ class HeldOut:
 
 
 def outputs_of(model: nn.Module, samples: Samples) -> tuple[Tensor, ...]:
-    """Return every tensor that a model returns in eval mode, for all samples, on the CPU."""
+    """Run a model in eval mode; return each tensor of its output for all samples, on the CPU."""
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     dtype = None if parameter is None else parameter.dtype

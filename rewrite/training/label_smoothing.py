@@ -5,7 +5,7 @@
                 S_y = mean of p(x) over the samples of class y that the last epoch got right
                                                                      (Zhang et al. 2020)
 
-with L(t) = −Σ_k t_k log p_k. S of the first epoch is uniform. A class of which nothing was right in
+with L(t) = −Σ_k t_k log p_k. In the first epoch S is uniform. A class without a right prediction in
 an epoch keeps its S. (https://arxiv.org/abs/1906.02629, https://arxiv.org/abs/2011.12562)
 """
 
@@ -57,8 +57,8 @@ class LabelSmoothing(nn.Module):
 class OnlineLabelSmoothing(nn.Module):
     """Cross entropy against labels that follow the model's own correct predictions.
 
-    In train mode each call adds to the statistics of the epoch; `next_epoch` makes them the labels.
-    All of it lies in buffers, so that a state dict resumes it.
+    In train mode each call adds to the statistics of the epoch; `next_epoch` turns them into the
+    soft labels. Both are buffers, so that a state dict resumes them.
 
     Args:
         classes: K.
@@ -107,10 +107,10 @@ class OnlineLabelSmoothing(nn.Module):
         return loss.sum() if self.reduction == "sum" else loss.sum() / known.sum()
 
     def next_epoch(self) -> tuple[int, ...]:
-        """Make the labels of the next epoch of this one's correct predictions, over all processes.
+        """Compute the soft labels of the next epoch from this one's, over all processes.
 
         Returns:
-            The classes of which nothing was right: they keep the labels that they had.
+            The classes without a correct prediction, which keep their soft labels.
         """
         all_reduce(self.sums)
         all_reduce(self.counts)

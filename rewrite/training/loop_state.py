@@ -1,7 +1,7 @@
-"""Where a training stands, to stop anywhere and go on from there as if nothing had been.
+"""The state of a training: saved and loaded, so that a resumed run equals an uninterrupted one.
 
-The optimizer, the schedule, the model and the random generators are accelerate's to keep; this is
-the rest: the step, the curves, the best state, what the loss and the recentering remember.
+accelerate saves optimizer, schedule, model and random generators. This module holds the rest: the
+step, the curves, the best state, and the states of the loss and of the recentering.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from rewrite.training.recovered import Held
 
 @dataclass
 class LoopState:
-    """What the loop knows beside its optimizer.
+    """The state of the training loop, except for optimizer and model.
 
     Attributes:
         student: the model that is trained, not wrapped.
         target: the loss on labels, with its statistics; None without labels.
-        recentering: the schedule of the anchors; None to keep them.
-        seed, plan: what a state has to have in common with the training that it goes on with.
-        step: steps done.
+        recentering: the schedule that anneals the anchors away; None keeps them.
+        seed, plan: must be equal in a saved state and in the training that resumes it.
+        step: number of steps done.
         steps, agreements: the curves so far.
         best: the best state on the held-out samples, with the eps of each norm.
-        stale: evaluations since then.
+        stale: number of evaluations since the best one.
     """
 
     student: nn.Module
@@ -53,7 +53,7 @@ class LoopState:
     stale: int = 0
 
     def note(self, held: Held) -> None:
-        """Take an evaluation in: the best state is kept."""
+        """Record an evaluation, and the present state if it is the best so far."""
         self.agreements.append((self.step, held))
         if not self.best or held.score > tuple(self.best["score"]):
             self.keep(held)
@@ -61,7 +61,7 @@ class LoopState:
             self.stale += 1
 
     def keep(self, held: Held) -> None:
-        """Make the present state the best one."""
+        """Store the present state as the best one."""
         tensors = {k: v.detach().cpu().clone() for k, v in self.student.state_dict().items()
                    if isinstance(v, Tensor)}  # fmt: skip
         eps = {name: module.eps for name, module in self.student.named_modules()
@@ -70,7 +70,7 @@ class LoopState:
         self.stale = 0
 
     def restore_best(self) -> None:
-        """Give the student its best state back."""
+        """Load the best state into the student."""
         self.student.load_state_dict(self.best["state"])
         for name, module in self.student.named_modules():
             if name in self.best["eps"]:
@@ -90,11 +90,11 @@ class LoopState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state.
+        """Restore a saved state.
 
         Raises:
-            CheckpointError: its best state is not one of this student.
-            OptionError: it is of another training.
+            CheckpointError: its best state does not fit this student.
+            OptionError: it belongs to a training with another seed or plan.
         """
         for key, value in self.plan.items():
             if state["plan"].get(key) != value:
@@ -115,12 +115,12 @@ class LoopState:
 
 
 def save_state(accelerator: Any, folder: Path, own: Sequence[Any]) -> None:
-    """Write everything that is needed to go on into `folder`, completely or not at all.
+    """Save a training into `folder`, completely or not at all.
 
     Args:
-        accelerator: what keeps model, optimizer and random generators.
-        folder: what is replaced.
-        own: what keeps the rest; each has a `state_dict` of plain data and tensors.
+        accelerator: saves model, optimizer and random generators.
+        folder: replaced if it exists.
+        own: objects with the rest of the state; each has a `state_dict` of plain data and tensors.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -144,13 +144,13 @@ def save_state(accelerator: Any, folder: Path, own: Sequence[Any]) -> None:
 
 
 def load_state(accelerator: Any, folder: Path, own: Sequence[Any]) -> None:
-    """Go on from what `save_state` wrote; every file is judged before accelerate opens any.
+    """Restore what `save_state` wrote; all files are vetted before accelerate opens any.
 
-    The parts of `own` are opened by this project's reader: accelerate unpickles such files whole.
+    Files of `own` are opened by this project's restricted reader, not unpickled by accelerate.
 
     Raises:
         CheckpointError: a file may not be opened, is damaged or missing.
-        OptionError: the state is of another training.
+        OptionError: the state belongs to a training with another seed or plan.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is no folder of a training")
@@ -175,10 +175,10 @@ _OWN = "loop_{}.pt"
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Note Ctrl-C instead of raising it, so that a step is never cut in two.
+    """Record Ctrl-C instead of raising it, so that a step is completed.
 
     Yields:
-        A list that is empty until somebody interrupts. A second Ctrl-C raises.
+        A list that is empty until SIGINT arrives. A second SIGINT raises KeyboardInterrupt.
     """
     met: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -1,13 +1,13 @@
-"""A model for libraries that compute the gradient of each sample layer by layer, as one layer.
+"""Per-sample gradients of any model: it is presented to Opacus as a single layer.
 
     θ_n = θ,        y_n = f(x_n; θ_n),        g_n = ∂L/∂θ_n        for every sample n
 
-Such a library (Opacus) has a rule for each kind of layer, reads the batch off the first axis of
-that layer's input, and refuses a layer with buffers. Relative position tables (bare parameters,
-with index buffers beside them) and attention over windows or heads (the first axis holds several
-rows a sample) do not fit. Here the one layer that it sees hands out the parameters, once a sample:
-its gradient for sample n is what reaches row n. Whatever the model does inside, with random numbers
-too, and whatever it returns, g_n is exact: no sample meets the parameters of another.
+Opacus has one rule for each kind of layer, takes the first axis of a layer's input for the batch,
+and rejects layers with buffers. Relative position tables (bare parameters with index buffers) and
+attention over windows or heads (several rows per sample along the first axis) do not fit. Here the
+only layer that it sees expands the parameters to one row per sample; the gradient of row n is the
+gradient of sample n. So g_n is exact whatever the model computes, random numbers included: no
+sample uses the parameters of another.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from rewrite.graph.effects import Effects
 
 
 class ParametersOfSamples(nn.Module):
-    """The parameters of a model, side by side in one row a sample: (N, *) to (N, P).
+    """A layer that expands a model's P trained numbers to one row per sample: (N, *) to (N, P).
 
-    A parameter that is frozen when the row is made up stays out of it.
+    Parameters that are frozen when it is built are not part of the row.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,12 +40,12 @@ class ParametersOfSamples(nn.Module):
         self.trained = [key for key in self.names if self.get_parameter(key).requires_grad]
 
     def forward(self, samples: Tensor) -> Tensor:
-        """Return the row of trained parameters as often as there are samples (N, *)."""
+        """Return the trained parameters as (N, P), one row per sample of `samples` (N, *)."""
         row = torch.cat([getattr(self, key).flatten() for key in self.trained])
         return row.expand(len(samples), -1)
 
     def of(self, row: Tensor) -> dict[str, Tensor]:
-        """Return the parameters by the names of the model, the trained ones out of `row` (P,)."""
+        """Return all parameters by name, the trained ones as views of `row` (P,)."""
         given = self.shared()
         parts = torch.split(row, [given[self.names[key]].numel() for key in self.trained])
         for key, part in zip(self.trained, parts, strict=True):
@@ -54,29 +54,29 @@ class ParametersOfSamples(nn.Module):
         return given
 
     def shared(self) -> dict[str, Tensor]:
-        """Return the parameters themselves by the names of the model."""
+        """Return the parameters themselves by name."""
         return {name: self.get_parameter(key) for key, name in self.names.items()}
 
 
 class AsOneLayer(nn.Module):
-    """A model that shows the parameters it has as one layer, and no module or buffer of its own.
+    """A model whose parameters appear as those of a single layer without buffers.
 
         private, optimizer, loader = PrivacyEngine().make_private(module=AsOneLayer(model), …)
 
-    The parameters are those of the model, not copies: what is trained is the model. While it
-    trains, each sample goes through it alone, with its own row of parameters, whose gradients take
-    N times the memory of the parameters. Modes "hooks" and "functorch" of Opacus take it.
+    The parameters are shared with the model, not copied: training this trains the model. In train
+    mode each sample runs alone, with its own row of parameters, whose gradients take N times the
+    memory of the parameters. Opacus' modes "hooks" and "functorch" both work.
 
     Args:
-        model: takes tensors with the N samples along axis 0, in any nesting, and returns such. No
-            layer of it may look at other samples or write a buffer. Random numbers differ by
-            sample. What is frozen now stays frozen.
-        vectorize: all samples by one `torch.func.vmap` instead of one after the other: for a GPU
-            that one sample does not fill. Slower on a CPU, and `vmap` refuses some forwards.
+        model: takes and returns tensors with the N samples along axis 0, in any nesting. No layer
+            may mix samples or write to a buffer. Random numbers differ from sample to sample.
+            Parameters that are frozen now stay frozen.
+        vectorize: run all samples by one `torch.func.vmap` instead of a loop: for GPUs, which one
+            sample does not fill. It is slower on a CPU, and `vmap` rejects some forwards.
 
     Raises:
-        OptionError: a norm uses statistics of the batch, the forward writes a buffer, or nothing
-            can be trained.
+        OptionError: a norm uses statistics of the batch, the forward writes to a buffer, or all
+            parameters are frozen.
     """
 
     def __init__(self, model: nn.Module, *, vectorize: bool = False) -> None:
@@ -96,10 +96,10 @@ class AsOneLayer(nn.Module):
         return self._held[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the model returns for these samples.
+        """Return the model's output for these samples.
 
         Raises:
-            OptionError: the tensors do not agree in their first axis, or an output lacks it.
+            OptionError: the first axes of the inputs differ, or an output has no axis of samples.
         """
         if not (self.training and torch.is_grad_enabled()):
             return functional_call(self.model, self.layer.shared(), args, kwargs)
@@ -142,7 +142,7 @@ class AsOneLayer(nn.Module):
 
 
 def _count_of_samples(tensors: Sequence[Tensor]) -> int:
-    """Return the N that every input has along axis 0."""
+    """Return N, the length of axis 0 of every input."""
     counts = {tensor.shape[0] if tensor.dim() else None for tensor in tensors}
     if len(counts) != 1 or None in counts:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "no tensor"
@@ -152,7 +152,7 @@ def _count_of_samples(tensors: Sequence[Tensor]) -> int:
 
 
 def _joined(output: Tensor) -> Tensor:
-    """Return (N, k, *), what each of N samples returned alone, as (N k, *)."""
+    """Return the outputs (N, k, *) of single samples as one batch (N k, *)."""
     if output.dim() < 2:
         raise OptionError(
             "the model returns a number for all samples together; return one for each sample"

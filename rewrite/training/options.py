@@ -1,9 +1,10 @@
-"""What `recover` can be told, checked, and the rate where none is told.
+"""The options of `recover`, validated, and the default learning rate.
 
-    AdamW's rate of a batch of 32      η = 4e-3 · min(max((e / 0.6)³, 1), 3)
+    AdamW, batch size 32      η = 4e-3 · min(max((e / 0.6)³, 1), 3)
 
 with e the relative error of the student's outputs on the held-out samples before the first step: a
-step of Adam is about as long as its rate, and a student that begins further away has further to go.
+step of Adam changes each weight by about η, and a student that starts further away has further to
+go.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ parts of the training images of MNIST and of the digits that neither teacher nor
 
 
 def default_rate(optimizer: Optimizer, error: float) -> float:
-    """Return the learning rate of a batch of 32, for a student with that relative error."""
+    """Return the default rate for batches of 32, given a student's initial relative error."""
     if optimizer == "sgd" or not math.isfinite(error):
         return _RATES[optimizer]
     return _RATES[optimizer] * min(max((error / _NEAR) ** 3, 1.0), _MOST)
@@ -43,24 +44,24 @@ class RecoverOptions:
     """How a student is trained.
 
     Attributes:
-        epochs: passes over the data.
-        labels: whether the data have labels, which the loss takes part of.
+        epochs: passes over the data, at least 1.
+        labels: whether the data have labels, for a second term of the loss.
         optimizer: "adamw" (decoupled decay) or "sgd" (Nesterov momentum 0.9).
-        loss: "distill" for classes, "match" for any output: the relative squared error.
-        rate: learning rate of a batch of 32; None for `default_rate`. It is scaled linearly.
-        batch_size: samples of a micro-batch.
-        accumulate: micro-batches of a step.
-        weight_decay: of the matrices of layers; normalized by the length of the training.
-        temperature: of the soft targets.
-        features: weight of the features at norms that the student has other than the teacher.
-        smoothing: ε of the labels, or "online".
-        label_weight: share of the labels in the loss.
-        warmup: share of the steps in which the rate rises.
-        recenter: whether the anchors of the norms go, so that plain norms are left.
-        evaluations: how often the held-out agreement is measured.
-        patience: evaluations without a better agreement after which to stop; 0 for never.
+        loss: "distill" for logits, or "match", the relative squared error, for any output.
+        rate: learning rate for a batch of 32, scaled linearly; None for `default_rate`.
+        batch_size: samples per micro-batch.
+        accumulate: micro-batches per step.
+        weight_decay: normalized decay λ_n of weight matrices (`normalized_decay`), 0 or more.
+        temperature: T of the soft targets, positive.
+        features: weight λ of the features at replaced norms, 0 or more.
+        smoothing: ε of label smoothing, or "online".
+        label_weight: weight of the labels in the loss, from 0 to 1.
+        warmup: fraction of the steps in which the rate rises.
+        recenter: whether to anneal the anchors of the norms away, so that plain norms remain.
+        evaluations: how many times the held-out agreement is measured.
+        patience: stop after so many evaluations without improvement; 0 never stops.
         precision: mixed precision, as accelerate names it.
-        seed: of the order, and of everything else that is random.
+        seed: seed of the order of samples, and of all other randomness.
     """
 
     epochs: int = 1

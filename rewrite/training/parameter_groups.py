@@ -24,7 +24,8 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.05) -> list[dict[
     """Return what an optimizer of `torch.optim` takes: the parameters in two groups.
 
     Args:
-        model: any module. What it is made of decides, by its graph; it is neither run nor changed.
+        model: any module. Parameters are classified by their use in its graph, not by their
+            names; it is neither run nor changed.
         weight_decay: λ of the first group, 0 or more.
 
     Returns:

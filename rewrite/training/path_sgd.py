@@ -26,20 +26,21 @@ from rewrite.runtime.modes import evaluating
 class PathSGD(Optimizer):
     """Stochastic gradient descent that divides each gradient by the curvature of the path norm.
 
-    A weight that no path passes through (its unit is dead) has κ = 0, and does not move.
+    A weight on no path (its unit is dead) has κ = 0, and does not change.
 
     Args:
-        model: what is trained; all that `rewrite.path_norm` takes. A norm counts as in eval mode,
-            with its running statistics.
-        params: parameters or groups with an `lr` and a `momentum` of their own; all without it.
-        lr: the step. It is no SGD's: the direction is g / κ.
-        momentum: of the directions, in [0, 1).
-        interval: κ is computed anew at every so many steps.
-        example_inputs: a tensor or a tuple of positional inputs, of which the shapes are read.
+        model: the model to train, any that `rewrite.path_norm` accepts. Batch norms are taken as
+            in eval mode, with their running statistics.
+        params: parameters, or groups with `lr` and `momentum` of their own; default: all.
+        lr: the learning rate, not comparable to SGD's: the direction is g / κ.
+        momentum: momentum of the directions, in [0, 1).
+        interval: recompute κ after so many steps.
+        example_inputs: a tensor or a tuple of positional inputs; only shapes are used.
 
     Raises:
         CaptureError: the model is not positively homogeneous; the message names the line.
-        OptionError: a number out of range, no input shape, or a parameter that is on no path.
+        OptionError: a number is out of range, no input shape is known, or a parameter of
+            `params` is on no path.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class PathSGD(Optimizer):
         super().__init__(given, {"lr": lr, "momentum": momentum})
 
     def kappa(self) -> dict[str, Tensor]:
-        """Return κ of every parameter that is on a path, float64, by its name in the model."""
+        """Return κ of every parameter on a path, float64 and of its shape, by qualified name."""
         found = self._compute()
         return {
             name: found[id(parameter)]
@@ -88,13 +89,13 @@ class PathSGD(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Move every parameter that has a gradient.
+        """Update every parameter that has a gradient.
 
         Args:
-            closure: computes the gradients anew and returns the loss.
+            closure: recomputes the gradients and returns the loss.
 
         Raises:
-            OptionError: a parameter has a gradient, and no path passes through it.
+            OptionError: a parameter has a gradient but is on no path.
         """
         loss = None
         if closure is not None:

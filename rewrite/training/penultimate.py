@@ -1,9 +1,9 @@
 """The penultimate layer of a classifier, seen in the plane through three class templates.
 
 The template of class k is row w_k of the last linear layer. With P an orthonormal basis of the
-plane through w_a, w_b, w_c, a sample is drawn at P (h − w_a): with hard labels classes are broad
-clouds, with smoothed ones tight and equally far apart (Müller et al. 2019, §2; what distillation
-loses of that is §5). (https://arxiv.org/abs/1906.02629)
+plane through w_a, w_b, w_c, a sample with penultimate activations h is drawn at P (h − w_a). Hard
+labels give broad clusters, smoothed labels tight and equidistant ones (Müller et al. 2019, §2; §5
+on distillation). (https://arxiv.org/abs/1906.02629)
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from rewrite.training.plot import draw_plane, new_panels
 
 
 class NoTemplatesError(OptionError):
-    """No linear layer makes the logits of a model."""
+    """No linear layer computes the logits of a model."""
 
 
 def penultimate_plane(
     model: nn.Module, inputs: Tensor, labels: Tensor, classes: Sequence[int] = (0, 1, 2)
 ) -> dict[int, Tensor]:
-    """Return where the samples of three classes lie in the plane through their templates.
+    """Project the penultimate activations of three classes onto the plane of their templates.
 
     Args:
-        model: a classifier whose last call of an `nn.Linear` makes its logits.
+        model: a classifier whose last call of an `nn.Linear` computes its logits.
         inputs: (N, *), as the model takes them.
         labels: (N,), int64.
-        classes: three different ones.
+        classes: three different class numbers.
 
     Returns:
-        Per class the points of its samples, (n, 2), in float64.
+        The points of the samples by class, (n, 2), float64.
 
     Raises:
-        OptionError: no linear layer makes the logits, or the classes do not fit.
+        OptionError: no linear layer computes the logits, or a class is out of range or repeated.
     """
     if len(set(classes)) != 3:
         raise OptionError(f"classes are {tuple(classes)}; pass three different ones")
@@ -57,11 +57,11 @@ def plot_penultimate(planes: Mapping[str, Mapping[int, Tensor]], path: str | Pat
     """Draw the planes of several models side by side, each under its name, into a .png or .svg.
 
     Args:
-        planes: by the name of the model, of each class its samples on the plane, (N, 2).
-        path: where the picture goes; what is there is replaced.
+        planes: by the name of the model, the points of each class, (n, 2).
+        path: the file, ending in .png or .svg; overwritten.
 
     Raises:
-        OptionError: another suffix, nothing to draw, or matplotlib is not installed.
+        OptionError: the suffix is another, there is nothing to draw, or matplotlib is missing.
     """
     if not planes:
         raise OptionError("no plane to draw")
@@ -72,7 +72,7 @@ def plot_penultimate(planes: Mapping[str, Mapping[int, Tensor]], path: str | Pat
 
 
 def _last_linear(model: nn.Module, inputs: Tensor) -> tuple[nn.Linear, Tensor]:
-    """Return the linear layer whose output the model returns, and what it reads, in float64."""
+    """Return the linear layer whose output the model returns, and its input, in float64."""
     calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
 
     def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

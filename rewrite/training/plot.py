@@ -1,4 +1,4 @@
-"""A recovery as a picture: loss, rate and agreement by step, reliability, penultimate layers."""
+"""Plot a recovery: loss, rate and agreement by step, reliability, penultimate activations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def new_panels(columns: int) -> tuple[Figure, list[Any]]:
 
 
 def draw_plane(panel: Any, name: str, plane: Mapping[int, Tensor]) -> None:
-    """Draw the points (n, 2) of each class of a penultimate layer."""
+    """Draw the projected penultimate activations of each class, (n, 2)."""
     for label, points in plane.items():
         panel.scatter(points[:, 0], points[:, 1], s=6, label=f"class {label}")
     panel.set_title(name, fontsize=10)
@@ -36,7 +36,7 @@ def draw_plane(panel: Any, name: str, plane: Mapping[int, Tensor]) -> None:
 
 
 def plot_recovery(recovered: Recovered[Any], path: Path) -> Path:
-    """Draw a recovery; return `path`."""
+    """Draw a recovery into a .png or .svg file; return `path`."""
     reliability = recovered.calibration or {}
     figure, panels = new_panels((3 if reliability else 2) + len(recovered.planes))
     steps = [step for step, _, _ in recovered.steps]

@@ -1,10 +1,10 @@
-"""`recover`: a few steps of training that bring a converted model back to what it was.
+"""`recover`: train a converted model to agree with its original again.
 
     teacher: the original     student: the converted model     L / n over the global batch of n
 
-The loop is plain; what may run on several devices, in mixed precision, and stop and go on, is
-accelerate's. The samples of a step, and the mean of its loss, do not depend on how many workers and
-micro-batches share it.
+A plain loop on accelerate, which provides several devices, mixed precision and resuming. The
+samples of a step, and its mean loss, do not depend on the number of workers and micro-batches that
+share it.
 """
 
 from __future__ import annotations
@@ -48,20 +48,21 @@ def recover(
     progress: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Recovered[Model]:
-    """Train a copy of `student` until it answers as `teacher` does.
+    """Train a copy of `student` to agree with `teacher`.
 
     Args:
-        student: the converted model; it is left as it is.
+        student: the converted model; it does not change.
         teacher: the original.
-        data: batches: tensors, tuples of inputs, dicts; with `labels` they end in labels.
+        data: batches: tensors, tuples of positional inputs, or dicts of keyword inputs; with
+            `labels`, a tuple ends in labels (N,), int64, and a dict has the key "labels".
         options: how to train.
-        settings: the fields of those options by keyword instead: `epochs`, `labels`, `optimizer`, …
-        state: a folder: the training is saved there at each evaluation and when interrupted, and
-            goes on from what is there.
-        progress: called with a line at each step.
+        settings: the fields of `RecoverOptions` as keywords instead: `epochs`, `labels`, …
+        state: a folder in which the training is saved at each evaluation and when interrupted, and
+            from which it resumes.
+        progress: called with one line of text at each step.
 
     Returns:
-        The best state on the samples that were held out, and how it was found.
+        The model with the best state on held-out samples, and a report of the training.
 
     Raises:
         OptionError: student, teacher, data and options do not fit, or accelerate is missing.
@@ -102,7 +103,7 @@ def _check_trainable(model: nn.Module) -> None:
 
 
 class _Recovery:
-    """One training, from its samples to its result."""
+    """One run of training."""
 
     def __init__(
         self,
@@ -131,7 +132,7 @@ class _Recovery:
     # -- the course ---------------------------------------------------------------------------
 
     def run(self, folder: Path | None, say: Callable[[str], None]) -> Recovered[nn.Module]:
-        """Train, and return the best state."""
+        """Train, and return the result with the best state."""
         start = time.perf_counter()
         self._prepare()
         state = self.state
@@ -154,7 +155,7 @@ class _Recovery:
         )  # fmt: skip
 
     def _train(self, folder: Path | None, say: Callable[[str], None]) -> str:
-        """Run the steps that are left; return why they ended early, or ""."""
+        """Run the remaining steps; return why they ended early, or ""."""
         state, options = self.state, self.options
         every = max(1, self.total // options.evaluations)
         began, first = time.perf_counter(), state.step
@@ -183,7 +184,7 @@ class _Recovery:
         return ""
 
     def _steps(self, epoch: int) -> Iterable[tuple[int, list[Samples]]]:
-        """Return the steps of an epoch that are left."""
+        """Return the remaining steps of an epoch."""
         options, accelerator = self.options, self.accelerator
         place = (accelerator.process_index, accelerator.num_processes)
         steps = steps_of(
@@ -310,7 +311,7 @@ def _check_shape(labels: Tensor, output: Tensor) -> None:
 def _optimizer(
     options: RecoverOptions, student: nn.Module, rate: float, batch: int, samples: int
 ) -> torch.optim.Optimizer:
-    """Return the optimizer, with decay for matrices alone and the rate of a batch of 32 scaled."""
+    """Return the optimizer: decay for matrices only, the rate scaled from a batch of 32."""
     decay = normalized_decay(options.weight_decay, batch, samples, options.epochs)
     groups = [{k: g[k] for k in ("params", "weight_decay")} for g in
               parameter_groups(student, decay)]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a recovery did: agreement before and after, its course, why it ended."""
+"""The result of `recover`: agreement before and after, curves, and why it ended."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Held:
-    """How student and teacher agree on what was held out.
+    """The agreement of student and teacher on held-out samples.
 
     Attributes:
-        samples: how many there were.
-        top1: share of samples with the same largest output; None if the output has no classes.
-        cosine, error: of the outputs; the error is relative to how much the teacher's vary.
-        accuracy: share of right answers; None without labels.
+        samples: the number of samples.
+        top1: fraction of samples with the same top-1 class; None if the output has no classes.
+        cosine: cosine similarity of the outputs.
+        error: ‖student − teacher‖ / ‖teacher − its mean‖, over all outputs.
+        accuracy: the student's accuracy; None without labels.
     """
 
     samples: int
@@ -37,7 +38,7 @@ class Held:
 
     @property
     def score(self) -> tuple[float, float]:
-        """What is compared: top-1 first, then the error."""
+        """The key by which states are ranked: top-1 first, then the error."""
         return (-1.0 if self.top1 is None else self.top1, -self.error)
 
     def __str__(self) -> str:
@@ -49,7 +50,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """How sure one model is, beside how right: its bins, and the temperature that fits best."""
+    """The calibration of one model: its reliability bins, and its best temperature."""
 
     reliability: Reliability
     temperature: float
@@ -57,19 +58,19 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Recovered(Generic[Model]):
-    """A student that was trained, and how that went.
+    """A trained student, and the report of its training.
 
     Attributes:
-        model: the best state on the held-out samples; the start, where nothing was better.
-        before, after: agreement with the teacher on what was held out.
-        steps: of each step: its number, loss and learning rate.
-        agreements: of each evaluation: after which step, and what it found.
-        stopped: why it ended before its time; "" if it did not.
-        notes: what the user should know beside it.
+        model: the student with its best state on held-out samples, which may be the initial one.
+        before, after: agreement with the teacher on held-out samples.
+        steps: for each step its number, loss and learning rate.
+        agreements: for each evaluation the number of the step before it, and the agreement.
+        stopped: why the training ended early; "" if it did not.
+        notes: further remarks for the user.
         calibration: with labels, of "teacher", "student before" and "student after".
-        planes: with labels, of the same models: the penultimate layer's held-out samples in the
-            plane through the templates of three classes, (n, 2) a class.
-        seconds: how long it took.
+        planes: with labels, for the same models: the held-out penultimate activations of three
+            classes in the plane through their templates, (n, 2) per class.
+        seconds: wall-clock time.
     """
 
     model: Model
@@ -85,12 +86,12 @@ class Recovered(Generic[Model]):
 
     @property
     def ok(self) -> bool:
-        """Whether the training came to its end, or stopped because nothing improved any more."""
+        """Whether the training ran to its end, or stopped by `patience`."""
         return not self.stopped or self.stopped.startswith("no better")
 
     @property
     def interrupted(self) -> bool:
-        """Whether somebody stopped it (Ctrl-C)."""
+        """Whether Ctrl-C stopped it."""
         return self.stopped.startswith("interrupted")
 
     def to_json(self) -> str:
@@ -112,10 +113,10 @@ class Recovered(Generic[Model]):
         return json.dumps(held | more, indent=2)
 
     def plot(self, path: str | Path) -> Path:
-        """Draw the course into a .png or .svg, with labels also reliability and penultimate layers.
+        """Plot the curves, with labels also reliability and penultimate activations.
 
         Raises:
-            OptionError: another suffix, or matplotlib is not installed.
+            OptionError: the suffix is neither .png nor .svg, or matplotlib is not installed.
         """
         from rewrite.training.plot import plot_recovery
 

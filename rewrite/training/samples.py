@@ -1,10 +1,10 @@
-"""Training data in memory: read once, a part held out, in an order that a seed decides.
+"""Training data in memory: read once, split into training and held-out samples, shuffled by a seed.
 
-    held out   sample number n with n mod 5 = 4, at most 512; of fewer than five the last
-    a step     the next b k w samples of the epoch's permutation: b a micro-batch, k accumulated,
-               w workers; worker r takes numbers r, r + w, r + 2 w …
+    held out   sample number n with n mod 5 = 4, at most 512; of fewer than five samples the last
+    a step     the next b k w samples of the epoch's permutation, for micro-batches of b samples, k
+               micro-batches per step and w workers; worker r takes numbers r, r + w, r + 2 w …
 
-So k workers with batches of n read what one with batches of k n reads, step by step.
+So w workers with batches of b read in each step what one worker with batches of w b reads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HOLD_OUT, _MOST_HELD = 5, 512
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs of a model, stacked along axis 0, and their labels, if there are any."""
+    """Inputs of a model, stacked along axis 0, and their labels (N,), int64, or None."""
 
     inputs: Inputs
     labels: Tensor | None = None
@@ -38,12 +38,12 @@ class Samples:
         return len(tensors([self.inputs.args, dict(self.inputs.kwargs)])[0])
 
     def take(self, index: Tensor) -> Samples:
-        """Return the samples of these numbers, int64."""
+        """Return the samples with the given numbers, an int64 tensor."""
         chosen = self.inputs.map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf)
         return Samples(chosen, None if self.labels is None else self.labels[index])
 
     def to(self, device: torch.device, dtype: torch.dtype | None) -> Samples:
-        """Return these samples on a device, what floats in `dtype`."""
+        """Return the samples on a device, floating-point inputs cast to `dtype`."""
 
         def moved(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -58,9 +58,9 @@ def read_samples(model: nn.Module, source: Iterable[Any], labels: bool) -> Sampl
     """Read batches: tensors, tuples of positional inputs, or dicts of keyword inputs.
 
     Args:
-        model: what the inputs are for; values beyond what its forward takes are left out.
-        source: the batches; of a source that is no list, the first 4096 samples.
-        labels: whether a tuple ends in labels, or a dict has `labels`.
+        model: the model; values beyond the parameters of its forward are dropped.
+        source: the batches; of an iterator, the first 4096 samples.
+        labels: whether a tuple ends in labels, or a dict has the key "labels".
 
     Raises:
         OptionError: there are fewer than two samples, or labels are missing.
@@ -112,7 +112,7 @@ def _joined(*leaves: Any) -> Any:
 
 
 def split(samples: Samples) -> tuple[Samples, Samples]:
-    """Return what to fit to, and what is held out."""
+    """Return the training samples and the held-out samples."""
     numbers = torch.arange(len(samples))
     held = (numbers % _HOLD_OUT == _HOLD_OUT - 1) & (numbers < _HOLD_OUT * _MOST_HELD)
     if not held.any():
@@ -131,12 +131,12 @@ def steps_of(
     """Yield, step by step, the size of the global batch and this worker's micro-batches.
 
     Args:
-        samples: what to fit to.
-        epoch: its number; it decides the permutation, with `seed`.
-        seed: of the order.
-        batch_size: samples of a micro-batch.
-        accumulate: micro-batches of a step.
-        place: rank of this worker, and how many there are.
+        samples: the training samples.
+        epoch: the number of the epoch, from 0.
+        seed: with `epoch` it determines the permutation.
+        batch_size: samples per micro-batch.
+        accumulate: micro-batches per step.
+        place: the rank of this worker, and the number of workers.
     """
     rank, world = place
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -148,6 +148,6 @@ def steps_of(
 
 
 def step_count(samples: Samples, batch_size: int, accumulate: int, world: int) -> int:
-    """Return how many steps an epoch has."""
+    """Return the number of steps of an epoch."""
     whole, rest = divmod(len(samples), batch_size * accumulate * world)
     return whole + (rest >= world)

@@ -1,1 +1,1 @@
-"""The source of a module class: what its code does with submodules beside calling them."""
+"""Static analysis of a module class's source: uses of submodules other than calls."""

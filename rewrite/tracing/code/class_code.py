@@ -1,13 +1,13 @@
 """Analyze the source of a module class: how its code uses submodules besides calling them.
 
-    isinstance(self.norm, nn.BatchNorm1d)      a test: another class takes another way
-    self.bn.num_features                       a read of what another module may not have
+    isinstance(self.norm, nn.BatchNorm1d)      a test: a replacement may fail it
+    self.bn.num_features                       a read: a replacement may lack the attribute
     sum(p.pow(2).sum() for p in self.parameters())       a read of every tensor below
-    self.bn[self.domain](x)                    a choice that an attribute makes
+    self.bn[self.domain](x)                    a choice by the value of an attribute
     self.cache = x[..., -2:]                   an assignment
 
-Read are the functions that `forward` reaches: methods by name, properties, bases, and functions of
-the same file that are given a module.
+Analyzed are `forward` and all functions that it reaches: methods by name, properties, methods of
+base classes, and functions of the same file that take a module as an argument.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ _MOVES = frozenset(
 
 @dataclass(frozen=True)
 class ModuleUse:
-    """One line that does something with a module other than calling it.
+    """One line that uses a module other than by calling it.
 
     Attributes:
-        path: the module below the class's own; None where it is a local variable.
-        text: the code.
+        path: the path of the module below `self`; None where it is a local variable.
+        text: the source of the line.
         place: "file.py:123".
         kinds: the classes that a test names.
-        keys: a pattern of the names that an attribute may choose, as of a file.
-        below: whether a test looks at the modules below as well.
+        keys: of a choice, a glob pattern of the names that it may choose.
+        below: whether a test also examines the submodules.
     """
 
     path: Path | None
@@ -75,11 +75,11 @@ class ModuleUse:
 
 @dataclass(frozen=True)
 class Handed:
-    """A call of something that a module holds, with modules below `self` among its arguments.
+    """A call of an attribute of `self` that gets modules below `self` as arguments.
 
     Attributes:
-        callee: the path of what is called.
-        given: the paths of the arguments, by position or keyword.
+        callee: the path of the called attribute.
+        given: the paths of the module arguments, by position or keyword.
         use: the line.
     """
 
@@ -90,19 +90,18 @@ class Handed:
 
 @dataclass
 class ClassCode:
-    """What the code of one class does.
+    """The uses of submodules in the code of one class.
 
     Attributes:
-        tests, reads, tensors, choices, assigned: uses by kind. A path that is read or assigned
-            ends with the attribute; one whose tensors are read, or that is chosen from, is a
-            module's.
-        calls: what is called, by path.
-        handed: calls of what the module holds that are given modules.
-        contexts: context managers that are entered, and decorators around what `forward` reaches.
-        stores: assignments to attributes, as they are in `assigned`.
-        moved: calls that change a list or dict: its items may be elsewhere at the next call.
+        tests, reads, tensors, choices, assigned: uses by kind. The path of a read or an assignment
+            ends with the attribute; that of a use of tensors, or of a choice, is a module's.
+        calls: the paths of what is called.
+        handed: calls of attributes of `self` that get modules as arguments.
+        contexts: context managers entered, and decorators of functions that `forward` reaches.
+        stores: assignments to attributes, as statements like those in `assigned`.
+        moved: calls that mutate a list or dict of modules, whose items may move by that.
         elsewhere: assignments to attributes in methods that `forward` does not reach.
-        others: by the name of each public method that `forward` does not reach, what it spells.
+        others: for each public method that `forward` does not reach, the paths that it mentions.
     """
 
     tests: list[ModuleUse] = field(default_factory=list)
@@ -120,7 +119,7 @@ class ClassCode:
 
 
 def code_of(kind: type) -> ClassCode:
-    """Return what the code of a class does; it is read once for as long as its functions stay."""
+    """Return the analysis of a class, cached until one of its functions is replaced."""
     functions = _functions(kind)
     return _read(kind, tuple((name, *several) for name, several in functions.items()))
 
@@ -156,9 +155,9 @@ def _read(kind: type, named: tuple[tuple[Any, ...], ...]) -> ClassCode:
 
 @lru_cache(maxsize=256)
 def code_given(function: FunctionType, given: tuple[tuple[str, Path], ...]) -> ClassCode | None:
-    """Return what a function does with the modules that its arguments are; None without source.
+    """Return the analysis of a function, given which of its arguments are which modules.
 
-    Like a class it is read once, however many modules hand it something.
+    None if its source is not available. Cached, like that of a class.
     """
     found = ClassCode()
     if not _Reader(function, dict(given), found).read():
@@ -168,7 +167,7 @@ def code_given(function: FunctionType, given: tuple[tuple[str, Path], ...]) -> C
 
 
 def _once(found: ClassCode) -> None:
-    """Leave each use once: a function is read as often as its names have meanings."""
+    """Remove duplicate uses: a function is analyzed once for each meaning of its names."""
     for name in (
         "tests", "reads", "tensors", "choices", "assigned", "contexts", "stores", "moved", "handed",
     ):  # fmt: skip
@@ -196,9 +195,9 @@ def _functions(kind: type) -> dict[str, list[FunctionType]]:
 
 
 class _Reader:
-    """Reads one function.
+    """The analysis of one function.
 
-    Its first name stands for `self`, unless `env` says which names stand for which modules.
+    Its first parameter is `self`, unless `env` maps its parameters to modules.
     """
 
     def __init__(
@@ -214,7 +213,7 @@ class _Reader:
         self._around = Surroundings(ast.Module([], []), {})
 
     def read(self) -> bool:
-        """Note what the function does; return whether its source is known."""
+        """Analyze the function; return whether its source is available."""
         tree = source_of(self._function)
         if tree is None:
             return False
@@ -285,7 +284,7 @@ class _Reader:
             self._hand(node, callee)
 
     def _hand(self, node: ast.Call, callee: Path) -> None:
-        """Note which modules something that `self` holds is given."""
+        """Note a call of an attribute of `self` that gets modules as arguments."""
         named = [*enumerate(node.args), *((k.arg, k.value) for k in node.keywords)]
         paths = ((name, self._paths.of(value)) for name, value in named if name is not None)
         given = tuple((name, path) for name, path in paths if path is not None)
@@ -293,7 +292,7 @@ class _Reader:
             self._found.handed.append(Handed(callee, given, self._use(node, None)))
 
     def _test(self, node: ast.AST, looked: ast.expr, below: bool) -> None:
-        """Note a line that looks at what a module is; what is only said to somebody is none."""
+        """Note a line that tests what a module is, unless it only builds a message."""
         path = self._paths.of(looked)
         kinds: tuple[type, ...] = ()
         scope = self._function.__globals__
@@ -308,7 +307,7 @@ class _Reader:
             self._found.tests.append(replace(self._use(node, path, kinds), below=below))
 
     def _enter(self, node: ast.Call) -> None:
-        """Read a function of the same file that is given a module."""
+        """Analyze a function of the same file that gets a module as an argument."""
         function = self._function.__globals__.get(getattr(node.func, "id", ""))
         function = inspect.unwrap(function) if callable(function) else function
         if not isinstance(function, FunctionType):
@@ -323,9 +322,9 @@ class _Reader:
             _Reader(function, env, self._found, self._depth + 1).read()
 
     def _by_name(self, node: ast.Call, first: ast.expr) -> None:
-        """Note what `getattr(self.bn, "eps")` reads, and what `getattr(self, name)` chooses from.
+        """Note the read of `getattr(self.bn, "eps")` and the choice of `getattr(self, name)`.
 
-        So does `self.get_submodule(name)`.
+        `self.get_submodule(name)` is a choice, too.
         """
         if called(node) == "getattr" and len(node.args) > 1:
             path, key = self._paths.of(first), node.args[1]
@@ -379,7 +378,7 @@ class _Reader:
         self._choose(parts, replace(use, text=f"{word} {use.text}"))
 
     def _choose(self, parts: Iterable[ast.AST], use: ModuleUse) -> None:
-        """Note every module that `parts` spell as one that `use` may choose."""
+        """Note every module that `parts` mention as one that the choice `use` may take."""
         for part in parts:
             names = isinstance(self._around.parents.get(part), _NAMES_A_VALUE)
             spelled = part.func if isinstance(part, ast.Call) else part if names else None
@@ -387,7 +386,7 @@ class _Reader:
                 self._found.choices.append(replace(use, path=path))
 
     def _holds_state(self, node: ast.AST) -> bool:
-        """Return whether an attribute of the module itself is in `node`, which somebody may set."""
+        """Return whether `node` reads an attribute of the module itself, which callers may set."""
         return any(self._is_state(part) for part in ast.walk(node))
 
     def _is_state(self, node: ast.AST) -> bool:

@@ -1,7 +1,7 @@
-"""The classes of a model's modules with their code, and the modules that a path in it leads to.
+"""The code of all classes of a model, with the modules of the model that its paths refer to.
 
-Each class is read once (`class_code`); what it does with a path below `self` is looked up in the
-tree, so that the answers are about modules by name.
+Each class is analyzed once (`class_code`), in terms of paths below `self`; here these are resolved
+in the model's tree to qualified names of modules.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rewrite.tracing.code.module_paths import Path
 
 
 class CodePaths:
-    """The code of the classes of a model, and where its paths lead.
+    """The analyzed classes of a model, and the resolution of their paths.
 
     Args:
         tree: the modules of the model.
@@ -30,7 +30,7 @@ class CodePaths:
 
     @cached_property
     def classes(self) -> dict[type, ClassCode]:
-        """The classes that are no library's of torch, each with what its code does."""
+        """The analysis of each class of the model that is not one of torch."""
         kinds = {type(module) for _, module in self._tree.modules()}
         own = (
             k for k in kinds if not k.__module__.startswith(("torch.nn", "torch.ao", "torch.fx"))
@@ -39,7 +39,7 @@ class CodePaths:
 
     @cached_property
     def owners(self) -> list[tuple[str, nn.Module, ClassCode]]:
-        """The modules whose class was read, by name, with their code."""
+        """The modules whose class was analyzed: name, module, analysis."""
         found = []
         for name, module in self._tree.modules():
             kind = original_class(type(module))
@@ -48,7 +48,7 @@ class CodePaths:
         return found
 
     def at(self, owner: str, path: Path) -> Iterator[tuple[str, Path]]:
-        """Yield the modules that `path` goes to, by first name, and what is left of the path."""
+        """Yield the modules that `path` leads to from `owner`, each with the rest of the path."""
         places: list[str] = [owner]
         left = list(path)
         while left:

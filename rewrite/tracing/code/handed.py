@@ -1,12 +1,12 @@
-"""Read the functions that a module holds and hands modules to.
+"""Analyze functions stored in attributes of a module that get submodules as arguments.
 
     self.body(self, x)                  a function or a partial in an attribute
     self.steps[i](self.norm, x)         any of several
     self.policy.run(self, x)            a method of an object
     self.helper(self.norm, x)           a method of its own, here with what its argument is
 
-Which function that is depends on the module, not on its class. One whose source is not known may
-read everything that it is given.
+Which function runs depends on the instance, not on its class. A function without available source
+is assumed to read everything that it is given.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rewrite.tracing.code.module_paths import Path
 
 
 def with_handed(module: nn.Module, code: ClassCode) -> ClassCode:
-    """Return `code` with what the functions do that `module` hands modules to."""
+    """Return `code` with the uses in functions that `module` passes submodules to."""
     found = [code]
     pending, seen = list(code.handed), set(code.handed)
     while pending:
@@ -45,7 +45,7 @@ def with_handed(module: nn.Module, code: ClassCode) -> ClassCode:
 
 
 def _values(value: Any, path: Path) -> Iterator[Any]:
-    """Yield what a path below a module leads to; every item where it does not say which."""
+    """Yield the values at a path below a module; None in a path stands for every item."""
     if not path:
         yield value
         return
@@ -74,7 +74,7 @@ def _attribute(value: Any, name: str) -> Any:
 
 
 def _read(module: nn.Module, callee: Any, handed: Handed) -> ClassCode:
-    """Return what one function does with the modules that it is given."""
+    """Return the analysis of one function for the modules that it is given."""
     function, bound, names_self = _function(module, callee)
     if function is None or function.__module__.partition(".")[0] in ("torch", "builtins"):
         return ClassCode()
@@ -96,7 +96,7 @@ def _read(module: nn.Module, callee: Any, handed: Handed) -> ClassCode:
 
 
 def _function(module: nn.Module, callee: Any) -> tuple[Any, int, bool]:
-    """Return the function of a callable, how many arguments it has already, and if one is self."""
+    """Return the function of a callable, its number of bound arguments, and if one is `self`."""
     bound, names_self = 0, False
     if isinstance(callee, functools.partial):
         callee, bound = callee.func, len(callee.args)

@@ -4,7 +4,7 @@
     bn = getattr(self, "bn")                   bn is ("bn",) from there on
     for block in self.blocks:                  block is ("blocks", None): any item
 
-A name that stands for one module here and for another there is read once for each.
+Code in which a name refers to several modules in turn is analyzed once for each of them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _READINGS = 8
 
 
 class ModulePaths:
-    """The names of one function that stand for modules; `given` are those of its arguments."""
+    """The names in one function that refer to modules, starting from `given`, its arguments."""
 
     def __init__(self, given: Mapping[str, Path]) -> None:
         self._names: dict[str, list[Path]] = {name: [path] for name, path in given.items()}
         self._reading = 0
 
     def of(self, node: ast.AST) -> Path | None:
-        """Return what an expression stands for; None where that is nothing below `self`."""
+        """Return the path that an expression refers to; None if it is not below `self`."""
         if isinstance(node, ast.Name):
             paths = self._names.get(node.id)
             return None if paths is None else paths[min(self._reading, len(paths) - 1)]
@@ -53,7 +53,7 @@ class ModulePaths:
         return None
 
     def readings(self, tree: ast.AST) -> Iterator[int]:
-        """Add the names that the code itself gives to modules; go through what they stand for."""
+        """Bind local names to modules, and step through the combinations of what they refer to."""
         while self._reading < max(map(len, self._names.values()), default=1):
             for _ in range(2):  # an alias of an alias
                 self._aliases(tree)
@@ -80,7 +80,7 @@ class ModulePaths:
                         paths.append(path)
 
     def _pairs(self, target: ast.AST, value: ast.AST) -> Iterator[tuple[ast.AST, Path | None]]:
-        """Yield the names of an assignment, and what each of them stands for."""
+        """Yield the targets of an assignment, each with the path that it refers to."""
         parts = target.elts if isinstance(target, ast.Tuple | ast.List) else []
         items = value.elts if isinstance(value, ast.Tuple | ast.List) else []
         if parts and len(parts) == len(items):
@@ -90,7 +90,7 @@ class ModulePaths:
             yield target, self.of(value)
 
     def _items(self, target: ast.AST, source: ast.AST) -> Iterator[tuple[ast.AST, Path | None]]:
-        """Yield the names of a loop, and the items that they stand for."""
+        """Yield the targets of a loop, each with the path of the items."""
         if isinstance(source, ast.Call) and isinstance(target, ast.Tuple):
             name = called(source)
             if name == "zip":
@@ -114,10 +114,10 @@ class ModulePaths:
 
 
 def looked_at(node: ast.AST) -> tuple[ast.expr, bool] | None:
-    """Return an expression that code looks at (what it is or has), and whether below it as well.
+    """Return the expression whose type or attributes `node` inspects, and if submodules count.
 
-    `type(m)`, `dir(m)` and `match m:` look at one module; `str(m)`, `f"{m}"` and `m.apply(f)` look
-    at all below it. None for other code.
+    `type(m)`, `dir(m)` and `match m:` inspect one module; `str(m)`, `f"{m}"` and `m.apply(f)` all
+    of its submodules as well. None for other code.
     """
     if isinstance(node, ast.Match):
         return node.subject, False
@@ -147,14 +147,14 @@ _LOOKS_AT = {
 
 
 def called(node: ast.AST) -> str:
-    """Return the last name of what a call calls; "" for anything else."""
+    """Return the last name of a call's function ("relu" of `F.relu(x)`); "" for other nodes."""
     if not isinstance(node, ast.Call):
         return ""
     return str(getattr(node.func, "id", getattr(node.func, "attr", "")))
 
 
 def pattern_of(key: ast.expr) -> str:
-    """Return the names that an expression may make: "bn_*" of `f"bn_{self.domain}"`."""
+    """Return a pattern of the strings an expression may be: "bn_*" of `f"bn_{self.domain}"`."""
     if isinstance(key, ast.Constant):
         return str(key.value)
     if isinstance(key, ast.JoinedStr):
@@ -178,7 +178,7 @@ def classes_of(node: ast.AST, namespace: Mapping[str, Any]) -> tuple[type, ...]:
 
 
 def only_watches(node: ast.With) -> bool:
-    """Return whether a context measures or names what runs in it, and changes nothing."""
+    """Return whether a context only profiles or annotates its body (`record_function`)."""
     return all(
         "record_function" in (text := ast.unparse(item.context_expr)) or "profiler" in text
         for item in node.items

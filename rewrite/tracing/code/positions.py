@@ -1,14 +1,13 @@
-"""Which look-ups in the code of a class are by position, and which by data.
+"""Tell embedding look-ups by position from look-ups by data, in the code of a class.
 
-    self.places(torch.arange(n)), self.places(self.ids[:, :n])    positions: alike for every input
+    self.places(torch.arange(n)), self.places(self.ids[:, :n])    positions: the same for all inputs
     self.words(ids)                                               data
 
-For forwards that no trace follows. Every value is read as one of three: it counts (`arange`,
-`cumsum`, a buffer of different numbers, and what is made of those), it is data (an argument that
-has to be given, and what is made of it), or neither (a constant, a size, an argument that may be
-left out).
-Where one is added to another, data wins: `ids + offsets` is looked up by data. A product with what
-counts counts: `cumsum(mask) * mask`, positions of what is not padding.
+Used for forwards that cannot be traced. Every value is one of three kinds: positions (`arange`,
+`cumsum`, a buffer of distinct integers, and what is computed from those), data (a required
+argument, and what is computed from it), or neither (a constant, a size, an optional argument). In a
+sum data dominates: `ids + offsets` is data. A product with positions is positions:
+`cumsum(mask) * mask`, the positions of tokens that are not padding.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _DEEPEST = 3
 
 
 class Kind(enum.IntEnum):
-    """What a value is; of a sum the largest."""
+    """The kind of a value; that of a sum is the largest of its terms'."""
 
     NEITHER = 0
     COUNTS = 1
@@ -41,10 +40,10 @@ class Kind(enum.IntEnum):
 
 
 def looks_up_positions(holder: nn.Module, key: str) -> bool:
-    """Return whether the calls of `self.key` in the code of `holder` are given positions.
+    """Return whether `self.key` is called with positions in the code of `holder`.
 
-    Some have to count, and none be data. With key "" they are what `holder`, an embedding with a
-    forward of its own, hands to the look-up of its base, or takes of its weight.
+    At least one call has to get positions, and none data. With key "", `holder` is an embedding
+    with a forward of its own, and the calls are the look-ups of its base class or in its weight.
     """
     functions = _functions(type(holder))
     found = {
@@ -106,7 +105,7 @@ def _registered(constructor: ast.FunctionDef, name: str) -> Iterator[ast.expr]:
 
 
 def _arguments(function: ast.FunctionDef) -> dict[str, Kind]:
-    """Return what the arguments are: data if they have to be given."""
+    """Return the kinds of a function's arguments: data if they are required."""
     places = [*function.args.posonlyargs, *function.args.args]
     needed = places[: len(places) - len(function.args.defaults)]
     found = {argument.arg: Kind.NEITHER for argument in (*places, *function.args.kwonlyargs)}
@@ -115,7 +114,7 @@ def _arguments(function: ast.FunctionDef) -> dict[str, Kind]:
 
 @dataclass
 class _Values:
-    """What the values of one function are, given what its arguments are."""
+    """The kinds of the values in one function, given those of its arguments."""
 
     holder: nn.Module
     functions: Mapping[str, ast.FunctionDef]
@@ -125,14 +124,14 @@ class _Values:
     _open: dict[str, Kind] = field(default_factory=dict)
 
     def looked_up(self, node: ast.AST) -> Kind:
-        """Return what `self.places(…)` or `self.weight[…]` is given; rows in a row count."""
+        """Return the kind of the index of a look-up; a slice of consecutive rows is positions."""
         if isinstance(node, ast.Subscript):
             return Kind.COUNTS if isinstance(node.slice, ast.Slice) else self.of(node.slice)
         assert isinstance(node, ast.Call)
         return self.of(node.args[0])
 
     def of(self, node: ast.expr) -> Kind:
-        """Return what an expression is."""
+        """Return the kind of an expression."""
         if isinstance(node, ast.Name):
             return self._name(node.id)
         if isinstance(node, ast.Attribute):
@@ -152,7 +151,7 @@ class _Values:
         return max(map(self.of, parts), default=Kind.NEITHER)
 
     def _name(self, name: str) -> Kind:
-        """Return the largest kind that a name is given; `x = x * y` reads what x is before it."""
+        """Return the largest kind assigned to a name; `x = x * y` reads the x before it."""
         if name in self._open:
             return self._open[name]
         self._open[name] = self.given.get(name, Kind.NEITHER)
@@ -165,7 +164,7 @@ class _Values:
             del self._open[name]
 
     def _assigned(self, name: str) -> Iterator[ast.expr]:
-        """Yield what is assigned to a name, anywhere in the function."""
+        """Yield the expressions assigned to a name anywhere in the function."""
         for node in ast.walk(self.function):
             if isinstance(node, ast.Assign):
                 targets: Iterable[ast.expr] = node.targets
@@ -212,7 +211,7 @@ class _Values:
         return max(kinds, default=Kind.NEITHER)
 
     def _returned(self, function: ast.FunctionDef, call: ast.Call) -> Kind:
-        """Return what a method of the class returns for what it is given here."""
+        """Return the kind of what a method of the class returns for the arguments of a call."""
         places = [a.arg for a in (*function.args.posonlyargs, *function.args.args)]
         places = places[1:] if places[:1] == ["self"] else places
         given = dict(zip(places, map(self.of, call.args), strict=False))
@@ -229,7 +228,7 @@ def _mentions(value: ast.expr, name: str) -> bool:
 
 
 def _counting(buffer: torch.Tensor | None) -> Kind:
-    """Return whether a buffer holds different whole numbers, as positions are."""
+    """Return the kind of a buffer: positions if it holds distinct integers."""
     if buffer is None or buffer.is_floating_point() or buffer.is_meta or buffer.numel() < 2:
         return Kind.NEITHER
     return Kind.COUNTS if bool((buffer != buffer.flatten()[0]).any()) else Kind.NEITHER

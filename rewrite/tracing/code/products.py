@@ -1,9 +1,10 @@
-"""What the code of a class multiplies with: the tensors of `self` that are the matrix of a product.
+"""Find tensors of `self` that the code of a class uses as the matrix of a product.
 
-    x @ self.w, F.linear(x, self.w), torch.einsum("ni,io->no", x, self.w)     self.w is one
-    x * self.w, F.linear(self.w, v), torch.einsum("ni,i->ni", x, self.w)      self.w is none
+    x @ self.w, F.linear(x, self.w), torch.einsum("ni,io->no", x, self.w)     self.w is a matrix
+    x * self.w, F.linear(self.w, v), torch.einsum("ni,i->ni", x, self.w)      it is not
 
-For forwards that no trace follows. A name that is made of `self.w` (`v = self.w.t()`) counts as it.
+Used for forwards that cannot be traced. A local name computed from `self.w` (`v = self.w.t()`)
+stands for it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from rewrite.tracing.code.source import source_of
 
 
 def writes_product(kind: type, key: str, products: frozenset[str]) -> bool:
-    """Return whether a method of `kind` takes `self.key` for the matrix of a product.
+    """Return whether a method of `kind` uses `self.key` as the matrix of a product.
 
     Args:
         kind: the class of a module; its bases are read too.
@@ -27,9 +28,9 @@ def writes_product(kind: type, key: str, products: frozenset[str]) -> bool:
 
 
 def sums_over(equation: str, place: int) -> bool:
-    """Return whether einsum sums over an axis of operand `place`: else it only scales.
+    """Return whether einsum contracts an axis of operand number `place` with another operand.
 
-    An axis that no other operand has is summed alone, and makes no product.
+    An operand without such an axis only scales; an axis of its own is summed by itself.
     """
     inputs, _, output = equation.replace(" ", "").replace("...", "").partition("->")
     operands = inputs.split(",")

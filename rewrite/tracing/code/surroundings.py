@@ -1,7 +1,7 @@
-"""Where a piece of syntax stands in a function, and what the code around it asks for.
+"""The syntactic context of an expression, which may make it harmless to a rewrite.
 
-for m in self.modules(): if isinstance(m, nn.Conv2d): …      looks at the modules of one class
-raise ValueError(f"{self.norm} …")                           is only said to somebody
+for m in self.modules(): if isinstance(m, nn.Conv2d): …      inspects modules of one class alone
+raise ValueError(f"{self.norm} …")                           only builds a message
 next(self.parameters()).device                               reads no values
 """
 
@@ -28,7 +28,7 @@ class Surroundings:
         scope: the globals of its module, by which names of classes are found.
 
     Attributes:
-        parents: of each node the one that holds it.
+        parents: the parent of each node.
     """
 
     def __init__(self, tree: ast.AST, scope: Mapping[str, Any]) -> None:
@@ -38,7 +38,7 @@ class Surroundings:
         }
 
     def asks_classes(self, node: ast.AST) -> bool:
-        """Return whether a loop over modules picks by name, or looks at those of a class alone."""
+        """Return whether a loop over modules selects by name, or inspects one class alone."""
         holder = self.parents.get(node)
         if called(holder or node) == "dict":
             return True
@@ -62,7 +62,7 @@ class Surroundings:
         )
 
     def is_said(self, node: ast.AST) -> bool:
-        """Return whether a text goes into an error, an assertion or a log."""
+        """Return whether a string is only the message of an error, an assertion or a log."""
         parent: ast.AST | None = node
         while parent is not None and not isinstance(parent, ast.stmt):
             if called(parent) in _SAYS:
@@ -97,7 +97,7 @@ class Surroundings:
         )
 
     def _is_of_class(self, test: ast.AST) -> bool:
-        """Return whether a condition is `isinstance(name, K)`, for a class that is known."""
+        """Return whether a condition is `isinstance(name, K)`, where K can be resolved."""
         if not isinstance(test, ast.Call) or called(test) != "isinstance" or len(test.args) < 2:
             return False
         return bool(classes_of(test.args[1], self._scope))
