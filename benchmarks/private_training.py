@@ -277,6 +277,7 @@ def _gradients(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _kind(text: str) -> str:
+    left = "a BatchNorm is left: the model chooses it by an attribute"
     known = {
         "modified inplace": "a view is modified in place",
         "with buffers": "Opacus: a trainable layer with buffers",
@@ -286,6 +287,8 @@ def _kind(text: str) -> str:
         "Expanded Weights": "Opacus, mode ew: an operation without a rule",
         "wrap it to return one tensor": "as one layer: several outputs",
         "randomness": "as one layer: random numbers",
+        "BatchNorm cannot support": left,
+        "keeps statistics of the batch": left,
         "IllegalModuleConfiguration": "Opacus: a layer that it does not know",
         "UnsupportedModuleError": "Opacus: a layer that it does not know",
     }

@@ -179,6 +179,48 @@ def test_a_fit_keeps_keys_and_shapes() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("swaps", [True, False])
+def test_the_average_of_a_diffusion_policy(swaps: bool) -> None:
+    """diffusers' EMAModel averages parameters alone, so statistics of a BatchNorm stay behind."""
+    pytest.importorskip("diffusers")
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import EMAModel
+
+    torch.manual_seed(0)
+    encoder, images, spec = load_digits_resnet(), torch.rand(16, 1, 8, 8), _SPECS[0]
+    if swaps:
+        encoder = rewrite.convert(encoder, [spec], example_inputs=images[:2], verify=False).model
+    policy = nn.ModuleDict({"encoder": encoder, "noise": nn.Linear(10 + 4 + 1, 4)}).double()
+    images, actions = images.double(), torch.rand(16, 4).double()
+    deployed, start = copy.deepcopy(policy), copy.deepcopy(policy.state_dict())
+    scheduler, average = DDPMScheduler(100), EMAModel(policy.parameters(), decay=0.5)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    averaged = {key: value.clone() for key, value in start.items()}
+    for step in range(4):
+        time, noise = torch.randint(0, 100, (16,)), torch.randn(16, 4).double()
+        noisy = scheduler.add_noise(actions, noise, time)
+        policy.train()
+        given = torch.cat([policy["encoder"](images), noisy, time[:, None] / 100], 1)
+        loss = (policy["noise"](given) - noise).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.step(policy.parameters())
+        decay = average.get_decay(step + 1)
+        for key, value in policy.state_dict().items():
+            averaged[key] = decay * averaged[key] + (1 - decay) * value
+    average.copy_to(deployed.parameters())
+    wanted = copy.deepcopy(policy)
+    wanted.load_state_dict(averaged)
+    with torch.no_grad():
+        whole, found = (m.eval()["encoder"](images) for m in (wanted, deployed))
+    error = float((whole - found).norm() / whole.norm())
+    assert error < 1e-12 if swaps else error > 1e-3
+    moved = [k for k, v in policy.state_dict().items() if not torch.equal(v, start[k])]
+    assert len(moved) >= len(list(policy.parameters())) - 1
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_encoder_of_a_robot_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     """lerobot's own: it swaps norms of fresh weights only, here the function of old ones stays."""
     pytest.importorskip("lerobot")
