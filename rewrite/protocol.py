@@ -10,10 +10,8 @@ exception.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch.nn.parameter import is_lazy
@@ -26,6 +24,7 @@ from rewrite.outcomes import Change, Contract, Selection, Site, Skip
 from rewrite.runtime.tree import Tree, join
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from torch.fx import GraphModule
     from torch.fx.passes.infra.pass_base import PassResult
@@ -270,31 +269,47 @@ def _complete(captured: Captured, change: Change) -> Change:
     return replace(change, touched=tuple(touched))
 
 
-def _shapes(model: nn.Module) -> dict[str, dict[str, list[int]]]:
+def _shapes(model: nn.Module) -> dict[str, dict[str, torch.Size]]:
     """Return the shape of every tensor of floating point, under its own and its module's name."""
-    found: dict[str, dict[str, list[int]]] = defaultdict(dict)
-    for name, tensor in chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    ):
-        if tensor.is_floating_point() and not is_lazy(tensor):
-            shape = list(tensor.shape)
-            found[name.rpartition(".")[0] or name][name] = found[name][name] = shape
+    found: dict[str, dict[str, torch.Size]] = {}
+    pending = [("", model)]
+    while pending:
+        prefix, module = pending.pop()
+        held = {
+            f"{prefix}{key}": tensor.shape
+            for tensors in (module._parameters, module._buffers)
+            for key, tensor in tensors.items()
+            if tensor is not None and tensor.is_floating_point() and not is_lazy(tensor)
+        }
+        if prefix and held:
+            found[prefix[:-1]] = held
+        for name, shape in held.items():
+            found[name] = {name: shape}
+        for key, child in module._modules.items():
+            if child is not None:
+                pending.append((f"{prefix}{key}.", child))
     return found
 
 
-def _with_shapes(change: Change, shapes: Mapping[str, Mapping[str, list[int]]]) -> Change:
+def _with_shapes(change: Change, shapes: Mapping[str, Mapping[str, torch.Size]]) -> Change:
     """Return `change` with the shapes of what its recipe names: tensors, and those of modules."""
+    named: set[str] = set()
+    _collect_strings(change.recipe, named)
     read: dict[str, list[int]] = {}
-    for named in sorted(_strings(change.recipe) & shapes.keys()):
-        read |= shapes[named]
+    for part in sorted(named & shapes.keys()):
+        read |= {name: list(shape) for name, shape in shapes[part].items()}
     return replace(change, shapes=read)
 
 
-def _strings(data: Any) -> set[str]:
-    """Return every text in plain data."""
+def _collect_strings(data: Any, found: set[str]) -> None:
+    """Add every text in plain data to `found`."""
     if isinstance(data, str):
-        return {data}
+        found.add(data)
+        return
     parts = data.values() if isinstance(data, Mapping) else data
-    if not isinstance(parts, Iterable):
-        return set()
-    return {text for part in parts if not isinstance(part, int | float) for text in _strings(part)}
+    if isinstance(parts, Iterable):
+        for part in parts:
+            if type(part) is str:
+                found.add(part)
+            elif not isinstance(part, int | float | None):
+                _collect_strings(part, found)

@@ -12,7 +12,8 @@ dtype, device and memory layout of the old tensor. Nothing here knows about grap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +23,10 @@ from torch import Tensor
 _BLOCK = 1 << 17
 """Elements converted to float64 at a time: few enough to stay in the cache, enough for several
 threads and to make the cost of a call of no account."""
+
+
+See = Callable[[Tensor], object]
+"""Is shown a new weight block by block, as each is made: it is in the cache then."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,10 @@ class Affine:
     @cached_property
     def finite(self) -> bool:
         """Whether every scale and every shift is a number."""
-        # x - x is zero for a number, and NaN for an infinity and for NaN.
-        return not bool((self.scale - self.scale + (self.shift - self.shift)).any())
+        # One infinity or NaN makes the sum of all products one, too; so may large numbers.
+        if math.isfinite(torch.dot(self.scale, self.shift)):
+            return True
+        return bool((self.scale.isfinite() & self.shift.isfinite()).all())
 
     @cached_property
     def scales(self) -> bool:
@@ -69,12 +76,12 @@ class Affine:
         eps: float,
     ) -> Affine:
         """Return what a batch normalization computes from its running statistics."""
-        scale = (var.detach().double() + eps).rsqrt()
+        scale = (var.detach().double() + eps).rsqrt_()
         if weight is not None:
-            scale = scale * weight.detach().double()
-        shift = -mean.detach().double() * scale
+            scale.mul_(weight.detach())
+        shift = torch.mul(scale, mean.detach()).neg_()
         if bias is not None:
-            shift = shift + bias.detach().double()
+            shift.add_(bias.detach())
         return cls(scale, shift)
 
     def after(self, first: Affine) -> Affine:
@@ -134,33 +141,49 @@ def scale_weight(
     output_side: Tensor | None,
     input_side: Tensor | None,
     dtype: torch.dtype | None = None,
+    see: See | None = None,
 ) -> Tensor:
     """Return the weight of `output_side . (W * (input_side . x))`, rounded once.
 
-    The dtype is that of the weight, unless another is given.
+    The dtype is that of the weight, unless another is given. `see` is shown all of the result.
     """
     rows, columns = (input_side, output_side) if layout.transposed else (output_side, input_side)
     source = weight.detach()
-    result = torch.empty_like(source, dtype=dtype)
-    if not source.numel():
-        return result
-    step = max(1, _BLOCK // (source.numel() // source.shape[0]))
     taps = (1,) * (source.dim() - 2)
-    by_row = None if rows is None else torch.split(rows.view(-1, 1, *taps), step)
+    by_row = None if rows is None else rows.view(-1, 1, *taps)
     by_group = None if columns is None else columns.view(layout.groups, -1, *taps)
+    group = None
     if layout.groups > 1 and by_group is not None:
         group = torch.arange(len(source), device=source.device) // (len(source) // layout.groups)
+    if source.numel() <= _BLOCK:
+        columns = by_group if by_group is None or group is None else by_group[group]
+        exact = _scaled(source.to(torch.float64, copy=True), by_row, columns)
+        result = exact.to(dtype or source.dtype)
+        if see is not None:
+            see(result)
+        return result
+    result = torch.empty_like(source, dtype=dtype)
+    step = max(1, _BLOCK // (source.numel() // source.shape[0]))
     # One buffer that stays in the cache: fresh temporaries cost more than the arithmetic.
     buffer = torch.empty_like(source[:step], dtype=torch.float64)
-    for number, block in enumerate(torch.split(source, step)):
-        exact = buffer[: block.shape[0]].copy_(block)
-        if by_row is not None:
-            exact.mul_(by_row[number])
-        part = slice(number * step, number * step + step)
-        if by_group is not None:
-            exact.mul_(by_group if layout.groups == 1 else by_group[group[part]])
-        result[part].copy_(exact)
+    for start in range(0, len(source), step):
+        part = slice(start, start + step)
+        block = source[part]
+        columns = by_group if by_group is None or group is None else by_group[group[part]]
+        exact = _scaled(
+            buffer[: len(block)].copy_(block), None if by_row is None else by_row[part], columns
+        )
+        rounded = result[part].copy_(exact)
+        if see is not None:
+            see(rounded)
     return result
+
+
+def _scaled(exact: Tensor, *factors: Tensor | None) -> Tensor:
+    for factor in factors:
+        if factor is not None:
+            exact.mul_(factor)
+    return exact
 
 
 def shift_through(weight: Tensor, layout: KernelLayout, shift: Tensor) -> Tensor:
@@ -201,8 +224,12 @@ def absorbed_weight(
     output_side: Affine | None,
     input_side: Affine | None,
     dtype: torch.dtype | None = None,
+    see: See | None = None,
 ) -> Tensor:
-    """Return the weight of `output_side(W * input_side(x) + b)`, rounded to `dtype` or its own."""
+    """Return the weight of `output_side(W * input_side(x) + b)`, rounded to `dtype` or its own.
+
+    `see` is shown all of it.
+    """
     device = weight.device
     return scale_weight(
         weight,
@@ -210,6 +237,7 @@ def absorbed_weight(
         None if output_side is None else output_side.scale.to(device),
         None if input_side is None else input_side.scale.to(device),
         dtype,
+        see,
     )
 
 

@@ -53,9 +53,9 @@ class ChannelMap:
     @cached_property
     def trivial(self) -> bool:
         """Whether nothing happens to the value."""
-        return not (self.scale or self.shift) or bool(
-            self.index.numel() == 0 or self.index.max() < 0
-        )
+        if not (self.scale or self.shift) or not self.index.numel():
+            return True
+        return int(self.index.max()) < 0
 
     def same(self, other: ChannelMap) -> bool:
         """Return whether both say the same."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rewrite.affine.algebra import Affine, absorbed_bias, absorbed_weight
+from rewrite.affine.algebra import Affine, See, absorbed_bias, absorbed_weight
 from rewrite.affine.layers import Layer, Side
 from rewrite.graph.captured import TensorRef
 
@@ -77,10 +77,10 @@ class Ledger:
             for attr, tensor in self.new_tensors(layer).items():
                 write(layer, attr, tensor)
 
-    def new_tensors(self, layer: Layer) -> dict[str, Tensor]:
+    def new_tensors(self, layer: Layer, see: See | None = None) -> dict[str, Tensor]:
         """Return the new weight of a layer, if it has one, and its bias if it has or needs one.
 
-        Each is rounded once.
+        Each is rounded once. `see` is shown all of the weight of a kernel.
         """
         like = layer.weight or layer.mean or layer.bias
         assert like is not None
@@ -88,7 +88,7 @@ class Ledger:
         if layer.kind == "vector":
             return {"bias": self.exact(layer, "bias").to(dtype)}
         if layer.kind == "kernel":
-            new = {"weight": self._kernel(layer, None)}
+            new = {"weight": self._kernel(layer, None, see)}
         else:
             new = {"weight": self.exact(layer, "weight").to(dtype)}
         shift = self.exact(layer, "bias")
@@ -127,11 +127,11 @@ class Ledger:
             scale = scale * (self._read(layer.var).detach().double() + layer.eps).sqrt()
         return scale if attr == "weight" else shift
 
-    def _kernel(self, layer: Layer, dtype: torch.dtype | None) -> Tensor:
+    def _kernel(self, layer: Layer, dtype: torch.dtype | None, see: See | None = None) -> Tensor:
         assert layer.weight is not None
         return absorbed_weight(
             self._read(layer.weight), layer.layout,
-            self._output.get(layer.key), self._input.get(layer.key), dtype,
+            self._output.get(layer.key), self._input.get(layer.key), dtype, see,
         )  # fmt: skip
 
     def alone(self, layer: Layer) -> Ledger:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,10 +43,16 @@ class Edit:
             (other.scale, other.shift) == (self.scale, self.shift)
         )
 
+    @cached_property
+    def whole(self) -> bool:
+        """Whether each channel of the layer is the channel of that number of a map."""
+        return torch.equal(self.index, torch.arange(len(self.index)))
+
     def affine(self, affine: Affine) -> Affine:
         """Return what the layer absorbs if the whole map is `affine`."""
         part = affine.part(self.scale, self.shift)
-        return (part.inverse() if self.inverse else part).at(self.index)
+        part = part.inverse() if self.inverse else part
+        return part if self.whole and len(part.scale) == len(self.index) else part.at(self.index)
 
 
 @dataclass(frozen=True, eq=False)

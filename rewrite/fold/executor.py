@@ -57,10 +57,11 @@ def run_recipes(recipes: Sequence[Recipe], store: TensorStore, exact: Exact | No
         if isinstance(recipe, AffineRecipe):
             unrounded |= _write_affine(recipe, ledger, store)
     for layer in ledger.layers():
-        own = ledger.alone(layer)
-        for attr, tensor in own.new_tensors(layer).items():
+        own, weight = ledger.alone(layer), _Sum()
+        for attr, tensor in own.new_tensors(layer, weight).items():
+            total = weight.total if attr == "weight" else None
             for name in names_of(layer, attr, aliases.get(layer.name, ())):
-                set_finite(store, name, tensor)
+                set_finite(store, name, tensor, total)
                 if exact is not None or name in merged_names:
                     unrounded[name] = _promise(own, layer, attr)
     for recipe in recipes:
@@ -99,8 +100,12 @@ def names_of(layer: Layer, attr: str, aliases: Sequence[str] = ()) -> tuple[str,
 
 def _enter(recipe: FoldRecipe, ledger: Ledger, store: TensorStore) -> None:
     origin = recipe.origin
-    dtype = narrowest(recipe.layers(), lambda ref: store.get(ref.name))
-    if isinstance(origin, Layer):
+    dtype = torch.float64
+    if recipe.requirements.invertible:
+        dtype = narrowest(recipe.layers(), lambda ref: store.get(ref.name))
+    if recipe.planned is not None:
+        affine = recipe.planned
+    elif isinstance(origin, Layer):
         affine = ledger.affine(origin)
     elif isinstance(origin, Affine):
         affine = origin
@@ -250,8 +255,24 @@ class _Finite:
         self.store.delete(name)
 
 
-def set_finite(store: TensorStore, name: str, tensor: Tensor) -> None:
+class _Sum:
+    """The sum of the blocks that it is shown; None of no block."""
+
+    total: float | None = None
+
+    def __call__(self, block: Tensor) -> None:
+        if not block.is_meta:
+            self.total = (self.total or 0.0) + float(block.sum(dtype=torch.float32))
+
+
+def set_finite(store: TensorStore, name: str, tensor: Tensor, total: float | None = None) -> None:
     """Set a tensor.
+
+    Args:
+        store: where it goes.
+        name: its name.
+        tensor: its values.
+        total: their sum, if somebody has added them up already.
 
     Raises:
         CheckpointError: it holds NaN or infinity in its dtype, or its dtype is none of numbers with
@@ -259,13 +280,15 @@ def set_finite(store: TensorStore, name: str, tensor: Tensor) -> None:
     """
     if not tensor.is_floating_point():
         raise CheckpointError(f"{name} is stored in {tensor.dtype}, which would round its weights")
-    _check_finite(name, tensor)
+    _check_finite(name, tensor, total)
     store.set(name, tensor)
 
 
-def _check_finite(name: str, tensor: Tensor) -> None:
+def _check_finite(name: str, tensor: Tensor, total: float | None = None) -> None:
     # The sum reads the tensor once; if it is finite, so is every value.
-    if tensor.is_meta or math.isfinite(tensor.sum(dtype=torch.float32)):
+    if tensor.is_meta:
+        return
+    if math.isfinite(tensor.sum(dtype=torch.float32) if total is None else total):
         return
     if not bool(tensor.isfinite().all()):
         raise CheckpointError(f"{name} would hold values that are not finite in {tensor.dtype}")

@@ -58,6 +58,8 @@ class FoldRecipe:
         aliases: other names of those layers' modules, by the name of the layer.
         neutral: what becomes of the tensors of a norm that has to keep them: all ones, all zeros.
         gone: the tensors that go, where a store is to be told so.
+        planned: the map as the plan computed it, where the recipe runs on the model that it was
+            planned on; without one it is made of the tensors.
     """
 
     target: str
@@ -67,6 +69,7 @@ class FoldRecipe:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     neutral: Mapping[str, float] = field(default_factory=dict)
     gone: tuple[str, ...] = ()
+    planned: Affine | None = None
 
     def layers(self) -> tuple[Layer, ...]:
         """Return the layers that absorb something."""
@@ -179,14 +182,15 @@ def recipe_of(captured: Captured, fold: Fold) -> FoldRecipe:
         origin = tuple(constant_link(captured, constant) for constant in source.constants)
     else:
         origin = fold.affine
-    layers = {e.layer for move in fold.moves for e in move.absorption.edits}
+    layers = [e.layer for move in fold.moves for e in move.absorption.edits]
     if source.layer is not None:
-        layers.add(source.layer)
-    aliases = {
-        layer.name: captured.aliases(layer.module) for layer in layers if layer.module is not None
-    }
+        layers.append(source.layer)
+    modules = {layer.name: layer.module for layer in layers if layer.module is not None}
+    aliases = {name: captured.aliases(module) for name, module in modules.items()}
     neutral = _neutral(captured, fold.source.layer) if source.kind == "gain" else {}
-    return FoldRecipe(source.target, origin, fold.requirements, fold.moves, aliases, neutral)
+    return FoldRecipe(
+        source.target, origin, fold.requirements, fold.moves, aliases, neutral, planned=fold.affine
+    )
 
 
 def _neutral(captured: Captured, norm: Layer | None) -> dict[str, float]:
@@ -200,11 +204,10 @@ def _neutral(captured: Captured, norm: Layer | None) -> dict[str, float]:
 
 def edit_data(edit: Edit, aliases: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
     """Return what one layer absorbs, as JSON's own types."""
-    plain = torch.equal(edit.index, torch.arange(len(edit.index)))
     return {
         "layer": _layer_data(edit.layer, aliases),
         "side": edit.side.value,
-        "index": len(edit.index) if plain else edit.index.tolist(),
+        "index": len(edit.index) if edit.whole else edit.index.tolist(),
         "scale": edit.scale,
         "shift": edit.shift,
         "inverse": edit.inverse,

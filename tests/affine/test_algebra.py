@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,6 +163,25 @@ def test_blocks_agree_with_the_whole() -> None:
     want = want * front.view(2, 1, 500, 1, 1).expand(2, 350, 500, 1, 1).reshape(700, 500, 1, 1)
     got = scale_weight(weight, KernelLayout(groups=2), scale, front)
     assert torch.allclose(got.double(), want, rtol=2**-23, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (700, 500, 1, 1)])
+def test_every_block_of_a_new_weight_is_shown(shape: tuple[int, ...]) -> None:
+    shown: list[torch.Tensor] = []
+    weight = torch.randn(shape)
+    scale = torch.randn(shape[0]).double()
+    got = scale_weight(weight, KernelLayout(), scale, None, see=shown.append)
+    assert torch.equal(torch.cat(shown), got)
+
+
+def test_a_map_is_finite_whatever_its_size_unless_one_value_is_none() -> None:
+    large, nothing = torch.full((3,), 1e300, dtype=torch.float64), torch.zeros(3).double()
+    assert Affine(large, large).finite
+    for value in (math.inf, -math.inf, math.nan):
+        broken = torch.tensor([0.0, value, 0.0], dtype=torch.float64)
+        assert not Affine(broken, nothing).finite
+        assert not Affine(nothing, broken).finite
+        assert not Affine(large, broken).finite
 
 
 def test_keeps_channels_last() -> None:

@@ -193,6 +193,17 @@ def test_a_value_that_overflows_its_type_is_no_fold() -> None:
             assert len(result.report.changes) == changes
 
 
+@pytest.mark.parametrize("channel", [0, 599])
+def test_a_value_that_overflows_is_found_in_each_block_of_a_large_weight(channel: int) -> None:
+    model = nn.Sequential(nn.Conv1d(600, 600, 1), nn.BatchNorm1d(600)).half().eval()
+    assert len(rewrite.convert(model, "fold", verify=False).report.changes) == 1
+    with torch.no_grad():
+        model[1].weight[channel] = 6e4
+        model[0].weight[channel, 599] = 10
+    with pytest.raises(rewrite.PassError, match=r"0\.weight would hold values that are not finite"):
+        rewrite.convert(model, "fold", verify=False)
+
+
 def test_branches_are_added_up_before_they_are_rounded() -> None:
     model, inputs = models.build("parallel_branches")
     narrow = copy_model(model).float()
