@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -189,7 +190,7 @@ class FoldNorm(Pass):
                     outcome.target,
                 )
         baked = _bake_all(captured, plans)
-        ran = _run(captured, plans)
+        ran = _run(captured, plans, baked)
         merged = _merge_all(captured, decided.branches, plans, ran.exact)
         inside = {node for merge in merged for node in merge.inside}
         changes = []
@@ -204,8 +205,8 @@ class FoldNorm(Pass):
                 changes.append(change)
             elif isinstance(site.plan, Merge):
                 changes.append(_merged_change(site, merged[site.plan]))
-        # A baked weight was rounded before it was folded: its exact value is not what was computed.
-        rounded = {f"{name}.{attr}" for name in baked for attr in ("weight", "bias")}
+        # What float64 does not compute alike was rounded before it was folded.
+        rounded = {name for one in baked.values() for name in one.tensors if name not in one.exact}
         captured.keep_exact({n: e for n, e in ran.exact.items() if n not in rounded})
         return changes
 
@@ -244,8 +245,13 @@ class _Ran:
                 self.exact[f"{new}.{attr}"] = exact
 
 
-def _run(captured: Editable, plans: Sequence[Site]) -> _Ran:
+def _run(captured: Editable, plans: Sequence[Site], baked: Mapping[str, Baked]) -> _Ran:
     """Run the recipe of every fold, and of every norm that becomes a multiply-add."""
+    known = {
+        name: partial(Tensor.detach, value)
+        for one in baked.values()
+        for name, value in one.exact.items()
+    }
     recipes: dict[Site, FoldRecipe | AffineRecipe] = {}
     for site in plans:
         if isinstance(site.plan, Fold):
@@ -255,7 +261,7 @@ def _run(captured: Editable, plans: Sequence[Site]) -> _Ran:
     store = ModelStore(captured, list(recipes.values()))
     # Branches are added up as they were before their norms' folds were rounded.
     asked = captured.exact is not None or any(isinstance(site.plan, Merge) for site in plans)
-    exact: Exact | None = {} if asked else None
+    exact: Exact | None = {**known} if asked or known else None
     try:
         run_recipes(list(recipes.values()), store, exact)
     except CheckpointError as error:

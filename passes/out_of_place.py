@@ -84,6 +84,10 @@ class OutOfPlace(Pass):
         """Turn one flag, or edit one line."""
         plan: WritePlan = site.plan
         module = captured.module(site.target)
+        owners = tuple(dict.fromkeys(captured.owner(node) for node in plan.lines))
+        for name in (site.target, *owners):
+            held = captured.module(name)
+            captured.keep_stored(name, {**held._parameters, **held._buffers})
         if plan.make is None:
             after = f"{type(module).__name__}(inplace=False)"
             module.inplace = False  # type: ignore[assignment]  # an attribute of activations, for nn.Module a Tensor or a Module
@@ -96,7 +100,6 @@ class OutOfPlace(Pass):
             assert isinstance(operand, Node)
             also = (operand,) if plan.redirected else ()
             captured.editor.recompute(node, plan.make or same, also)
-        owners = tuple(dict.fromkeys(captured.owner(node) for node in plan.lines))
         note = "later lines read the new value" if plan.redirected else ""
         return Change(site.target, site.before, after, note, (site.target, *owners))
 

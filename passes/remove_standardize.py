@@ -14,7 +14,7 @@ from rewrite.graph.editable import Editable
 from rewrite.graph.order import in_data_flow_order
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
-from rewrite.weights.standardization import is_standardized
+from rewrite.weights.standardization import is_standardized, weight_unrounded
 from rewrite.weights.weight_norm import remove_weight_norm
 
 
@@ -46,9 +46,11 @@ class RemoveStandardize(Pass):
     def rewrite(self, captured: Editable, site: Site) -> Change:
         """Bake the weight of one layer."""
         module = captured.module(site.target)
+        weight = TensorRef(site.target, "weight").name
+        captured.keep_exact({weight: weight_unrounded(module)})
         remove_weight_norm(captured.editor, module, "weight")
-        *scales, weight = site.plan
+        *scales, v = site.plan
         keys: dict[str, str | None] = dict.fromkeys(scales)
-        keys[weight] = TensorRef(site.target, "weight").name
+        keys[v] = weight
         after = type(module).__name__
         return Change(site.target, site.before, after, touched=(site.target,), keys=keys)

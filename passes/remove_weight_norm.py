@@ -22,6 +22,7 @@ from rewrite.weights.weight_norm import (
     remove_weight_norm,
     weight_norm_sources,
     weight_norm_step,
+    weight_norm_tensors,
     weight_normed,
 )
 from rewrite.weights.weight_norm_recipe import NormedWeight, RemovedWeightNorm
@@ -73,7 +74,11 @@ class RemoveWeightNorm(Pass):
         keys: dict[str, str | None] = {}
         weights: list[NormedWeight | None] = []
         for key, ties in plan.ties.items():
-            weights.append(_recipe(captured, plan.module, TensorRef(site.target, key), ties))
+            made = _recipe(captured, plan.module, TensorRef(site.target, key), ties)
+            weights.append(made)
+            if made is not None:
+                g, v = weight_norm_tensors(plan.module, key)
+                captured.keep_exact(made.made(g.detach(), v.detach()))
             keys |= _keys(plan.module, TensorRef(site.target, key))
             for ref in ties:
                 keys |= _keys(captured.module(ref.owner), ref)

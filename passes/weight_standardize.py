@@ -20,7 +20,11 @@ from rewrite.graph.order import in_data_flow_order
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
 from rewrite.weights.fans import layer_kind
-from rewrite.weights.standardization import standardization_refusal, standardize_weight
+from rewrite.weights.standardization import (
+    sources_unrounded,
+    standardization_refusal,
+    standardize_weight,
+)
 from rewrite.weights.weight_norm import weight_layouts
 
 _KINDS = ("conv", "conv_transpose", "linear")
@@ -90,8 +94,10 @@ class WeightStandardize(Pass):
         module = captured.module(site.target)
         standardize_weight(captured.editor, module, site.plan, self.eps)
         ref = TensorRef(site.target, "weight")
-        stem = f"{TensorRef(site.target, 'parametrizations').name}.weight.original"
+        place = f"{TensorRef(site.target, 'parametrizations').name}.weight"
+        captured.keep_exact(sources_unrounded(module, place))
         after = f"{site.before} with weight standardization"
         return Change(
-            site.target, site.before, after, touched=(site.target,), keys={ref.name: f"{stem}2"}
-        )
+            site.target, site.before, after, touched=(site.target,),
+            keys={ref.name: f"{place}.original2"},
+        )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,12 +23,20 @@ class Ledger:
 
     Args:
         read: returns the tensor of a reference.
+        unrounded: what tensors that were computed before are in float64; they are taken as that.
         keeps_zero_bias: whether a layer without bias gets one even if it is zero: what keys there
             are then depends on the graph alone, and not on the values of a checkpoint.
     """
 
-    def __init__(self, read: Read, *, keeps_zero_bias: bool = False) -> None:
+    def __init__(
+        self,
+        read: Read,
+        unrounded: Mapping[str, Callable[[], Tensor]] | None = None,
+        *,
+        keeps_zero_bias: bool = False,
+    ) -> None:
         self._read = read
+        self._unrounded = unrounded or {}
         self._keeps_zero_bias = keeps_zero_bias
         self._layers: dict[str, Layer] = {}
         self._input: dict[str, Affine] = {}
@@ -62,8 +71,8 @@ class Ledger:
         return tuple(self._layers.values())
 
     def _base(self, layer: Layer) -> Affine:
-        weight = None if layer.weight is None else self._read(layer.weight)
-        bias = None if layer.bias is None else self._read(layer.bias)
+        weight = None if layer.weight is None else self._value(layer.weight)
+        bias = None if layer.bias is None else self._value(layer.bias)
         if layer.mean is not None and layer.var is not None:
             mean, var = self._read(layer.mean), self._read(layer.var)
             return Affine.batch_norm(mean, var, weight, bias, layer.eps)
@@ -88,7 +97,7 @@ class Ledger:
         if layer.kind == "vector":
             return {"bias": self.exact(layer, "bias").to(dtype)}
         if layer.kind == "kernel":
-            new = {"weight": self._kernel(layer, None, see)}
+            new = {"weight": self._kernel(layer, dtype, see)}
         else:
             new = {"weight": self.exact(layer, "weight").to(dtype)}
         shift = self.exact(layer, "bias")
@@ -109,14 +118,14 @@ class Ledger:
             if attr == "weight":
                 return self._kernel(layer, torch.float64)
             assert layer.weight is not None
-            bias = None if layer.bias is None else self._read(layer.bias)
+            bias = None if layer.bias is None else self._value(layer.bias)
             return absorbed_bias(
-                self._read(layer.weight), bias, layer.layout,
+                self._value(layer.weight), bias, layer.layout,
                 self._output.get(layer.key), self._input.get(layer.key),
             )  # fmt: skip
         if layer.kind == "vector":
             assert layer.bias is not None
-            held = self._read(layer.bias).detach().double()
+            held = self._value(layer.bias).detach().double()
             scale = self._output[layer.key].scale.to(held.device)
             return held * scale.view(held.shape)
         affine = self.affine(layer)
@@ -127,18 +136,26 @@ class Ledger:
             scale = scale * (self._read(layer.var).detach().double() + layer.eps).sqrt()
         return scale if attr == "weight" else shift
 
-    def _kernel(self, layer: Layer, dtype: torch.dtype | None, see: See | None = None) -> Tensor:
+    def _kernel(self, layer: Layer, dtype: torch.dtype, see: See | None = None) -> Tensor:
         assert layer.weight is not None
         return absorbed_weight(
-            self._read(layer.weight), layer.layout,
+            self._value(layer.weight), layer.layout,
             self._output.get(layer.key), self._input.get(layer.key), dtype, see,
         )  # fmt: skip
+
+    def _value(self, ref: TensorRef) -> Tensor:
+        """Return a tensor as it is stored, or as it was before it was rounded."""
+        known = self._unrounded.get(ref.name)
+        return self._read(ref) if known is None else known()
 
     def alone(self, layer: Layer) -> Ledger:
         """Return a ledger of this layer only, which holds the tensors that the layer has now."""
         refs = (layer.weight, layer.bias, layer.mean, layer.var)
         held = {ref: self._read(ref) for ref in refs if ref is not None}
-        ledger = Ledger(held.__getitem__)
+        exact = {ref.name: self._value(ref) for ref in held if ref.name in self._unrounded}
+        ledger = Ledger(
+            held.__getitem__, {name: partial(Tensor.detach, t) for name, t in exact.items()}
+        )
         ledger._layers[layer.key] = layer
         for mine, maps in ((ledger._input, self._input), (ledger._output, self._output)):
             if layer.key in maps:

@@ -5,7 +5,8 @@
 A pass that computes in float64 and rounds once can report each tensor before rounding. Then no
 assumption is needed about the effect of rounding on the model: the exact tensors are compared in
 float64, and the rounding is checked by this equation. Tensors that a pass computes in the model's
-own precision (the norms of a weight) state how many roundings (`roundings`) they may be off.
+own precision (the norms of a weight) state how many roundings (`roundings`) they may be off, of
+their own size or of that of the terms whose sum they are (`terms`).
 """
 
 from __future__ import annotations
@@ -43,8 +44,7 @@ def misrounded(model: nn.Module, exact: Exact) -> list[str]:
     for name, value in exact.items():
         owner, _, attr = name.rpartition(".")
         stored = _own(tree.names[owner], attr)
-        roundings = getattr(value, "roundings", 0)
-        if stored is not None and (reason := _misrounded(stored.detach(), value(), roundings)):
+        if stored is not None and (reason := _misrounded(stored.detach(), value)):
             reasons.append(f"{name} {reason}")
     return reasons
 
@@ -53,7 +53,8 @@ def _own(module: nn.Module, attr: str) -> Tensor | None:
     return {**module._parameters, **module._buffers}.get(attr)
 
 
-def _misrounded(stored: Tensor, exact: Tensor, roundings: int) -> str:
+def _misrounded(stored: Tensor, value: Callable[[], Tensor]) -> str:
+    exact = value()
     if stored.shape != exact.shape:
         return f"has the shape {tuple(stored.shape)}, its exact value {tuple(exact.shape)}"
     nearest = exact.to(stored.dtype)
@@ -61,8 +62,11 @@ def _misrounded(stored: Tensor, exact: Tensor, roundings: int) -> str:
         return ""
     off = (stored.double() - exact).abs()
     least = (nearest.double() - exact).abs()
-    more = _FLOAT64 + roundings * torch.finfo(stored.dtype).eps
-    wrong = ~(off <= least + more * exact.abs())
+    allowed = least + _FLOAT64 * exact.abs()
+    if roundings := getattr(value, "roundings", 0):
+        terms = getattr(value, "terms", exact.abs)()
+        allowed = allowed + roundings * torch.finfo(stored.dtype).eps * terms
+    wrong = ~(off <= allowed)
     if not bool(wrong.any()):
         return ""
     worst = float((off / exact.abs().clamp_min(torch.finfo(torch.float64).tiny))[wrong].max())

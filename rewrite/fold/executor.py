@@ -38,13 +38,13 @@ def run_recipes(recipes: Sequence[Recipe], store: TensorStore, exact: Exact | No
     Args:
         recipes: those of one fold.
         store: what is read and written.
-        exact: is told what each written tensor is before it is rounded, if given. The old tensors
-            live as long as it does.
+        exact: what tensors that were written before are, and is told what each written tensor is
+            before it is rounded, if given. The old tensors live as long as it does.
 
     Raises:
         CheckpointError: a tensor is missing, or the tensors break what the plan relied on.
     """
-    ledger = Ledger(lambda ref: store.get(ref.name))
+    ledger = Ledger(lambda ref: store.get(ref.name), exact)
     aliases: dict[str, tuple[str, ...]] = {}
     for recipe in recipes:
         if isinstance(recipe, FoldRecipe):
@@ -52,7 +52,7 @@ def run_recipes(recipes: Sequence[Recipe], store: TensorStore, exact: Exact | No
             aliases |= recipe.aliases
     merges = [recipe for recipe in recipes if isinstance(recipe, MergeRecipe)]
     merged_names = {name for recipe in merges for name in recipe.reads()}
-    unrounded: Exact = {}
+    unrounded: Exact = dict(exact or {})
     for recipe in recipes:
         if isinstance(recipe, AffineRecipe):
             unrounded |= _write_affine(recipe, ledger, store)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from rewrite.fold.swap_recipe import apply_swaps
 from rewrite.init.draw_recipe import DRAWN
 from rewrite.observe.recipe import KIND as OBSERVED
 from rewrite.observe.stream_recipe import KIND as STREAM
+from rewrite.weights.tensor_recipe import Exact
 from rewrite.weights.weight_norm_keys import fit_weight_norm_keys
 
 
@@ -35,11 +37,30 @@ def apply_recipes(
     recipes = list(recipes)
     normed = {name for recipe in recipes for name in recipe.get("weight_normed", ())}
     store = StateDictStore(fit_weight_norm_keys(state, normed))
-    run_recipes([from_data(recipe) for recipe in recipes], store)
+    run_recipes([from_data(recipe) for recipe in recipes], store, _baked(state, normed, store))
     written = {f"{r['name']}.{attr}" for r in recipes if "name" in r for attr in ("weight", "bias")}
     for key in set(drop) - written:
         store.delete(key)
     return store.state
+
+
+def _baked(
+    state: Mapping[str, Tensor], normed: Collection[str], store: StateDictStore
+) -> Exact | None:
+    """Return what the weights are that weight norms had computed, in float64; round them once."""
+    sources = {key: t.double() for key, t in state.items() if _is_source(key, normed)}
+    exact: Exact = {}
+    for name, wide in fit_weight_norm_keys(sources, normed).items():
+        if name in normed and name not in state:
+            store.set(name, wide.to(store.get(name).dtype))
+            exact[name] = partial(Tensor.detach, wide)
+    return exact or None
+
+
+def _is_source(key: str, normed: Collection[str]) -> bool:
+    """Return whether a key is of the magnitudes or directions of one of the weights `normed`."""
+    plain = key.replace("parametrizations.", "").removesuffix(".original0")
+    return plain.removesuffix(".original1").removesuffix("_g").removesuffix("_v") in normed
 
 
 def check_tensors(changes: Iterable[Data], state: Mapping[str, Tensor]) -> None:

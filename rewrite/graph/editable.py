@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import cast
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from rewrite.graph.captured import Captured
 from rewrite.graph.editor import Editor
+from rewrite.runtime.tree import join
 
 
 class Editable(Captured):
@@ -35,6 +38,12 @@ class Editable(Captured):
         if "_editor" not in held:
             held["_editor"] = Editor(self.evidence)
         return cast(Editor, held["_editor"])
+
+    def keep_stored(self, name: str, tensors: Mapping[str, Tensor | None]) -> None:
+        """Note that module `name` holds these tensors as they are: nothing of them is rounded."""
+        for key, tensor in tensors.items():
+            if tensor is not None and not is_lazy(tensor) and tensor.is_floating_point():
+                self.keep_exact({join(name, key): partial(Tensor.double, tensor.detach())})
 
     def keep_exact(self, exact: Mapping[str, Callable[[], Tensor]]) -> None:
         """Note what written tensors are before they are rounded, if somebody is going to ask."""

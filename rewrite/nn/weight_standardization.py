@@ -33,9 +33,17 @@ class WeightStandardization(nn.Module):
         weight = standardized * gain.reshape(shape) + offset.reshape(shape)
         return weight.to(v.dtype).reshape(v.shape)
 
+    def terms(self, gain: Tensor, offset: Tensor, v: Tensor) -> Tensor:
+        """Return how large the terms are of which each value of the weight is the sum."""
+        grouped, mean, deviation = self._statistics(v)
+        shape = mean.shape
+        spread = (grouped.abs() + self._statistics(v.abs())[1]) / deviation
+        size: Tensor = spread * gain.reshape(shape).abs() + offset.reshape(shape).abs()
+        return size.reshape(v.shape)
+
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return g, o and v of a weight."""
-        _, mean, deviation = self._statistics(weight.detach())
+        """Return g, o and v of a weight; g and o are rounded once."""
+        _, mean, deviation = self._statistics(weight.detach().double())
         return (
             deviation.reshape(-1).to(weight.dtype),
             mean.reshape(-1).to(weight.dtype),

@@ -2,8 +2,9 @@
 
     w = f(originals)   ->   w          weight norm, spectral norm, pruning, any parametrization
 
-The weight that the layer computes in eval mode is the one that it keeps, bit for bit. Whether it
-may is decided before anything is changed: `bake_refusal` reads, `bake` edits.
+The weight that the layer computes in eval mode is the one that it keeps: as it is in float64,
+rounded once. (One that float64 does not compute alike, a quantizer's, is kept bit for bit.) Whether
+it may is decided before anything is changed: `bake_refusal` reads, `bake` edits.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod as _Pruning
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -22,6 +23,8 @@ from torch.nn.utils.weight_norm import WeightNorm as OldWeightNorm
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.editable import Editable
 from rewrite.graph.tensor_writer import TensorWriter
+from rewrite.runtime.float64 import in_float64
+from rewrite.runtime.modes import WIDE
 from rewrite.tracing.tracer import has_parametrizations, hook_reasons
 from rewrite.weights.weight_norm import has_old_weight_norm, remove_weight_norm, weight_normed
 
@@ -39,11 +42,13 @@ class Baked:
         tensors: the tensors that are plain now, by qualified name, and what had computed each.
         keys: what became of the state-dict keys.
         normed: those of `tensors` that a weight norm had computed.
+        exact: what those of `tensors` that float64 computes alike are before they are rounded.
     """
 
     tensors: dict[str, str]
     keys: dict[str, str | None]
     normed: tuple[str, ...]
+    exact: dict[str, Tensor]
 
     @property
     def words(self) -> str:
@@ -122,8 +127,13 @@ def bake(captured: Editable, name: str) -> Baked | None:
     places = (name, *captured.aliases(name))
     old = set(module.state_dict())
     normed = set(weight_normed(module))
+    exact: dict[str, Tensor] = {}
     for key in computed:
-        _bake_tensor(captured.editor, module, key)
+        wide = _in_float64(module, key)
+        weight = _bake_tensor(captured.editor, module, key)
+        if wide is not None and _alike(weight.detach(), wide):
+            captured.editor.refill(weight, wide.to(weight.dtype))
+            exact[f"{name}.{key}"] = wide
     gone = old - set(module.state_dict())
     keys: dict[str, str | None] = {}
     for place in places:
@@ -133,11 +143,41 @@ def bake(captured: Editable, name: str) -> Baked | None:
             direction = {f"{key}_v", f"parametrizations.{key}.original1"} & gone
             keys |= {f"{place}.{part}": f"{place}.{key}" for part in direction}
     tensors = {f"{name}.{key}": kind for key, kind in computed.items()}
-    return Baked(tensors, keys, tuple(f"{name}.{key}" for key in sorted(normed)))
+    return Baked(tensors, keys, tuple(f"{name}.{key}" for key in sorted(normed)), exact)
 
 
-def _bake_tensor(writer: TensorWriter, module: nn.Module, key: str) -> None:
+def _in_float64(module: nn.Module, key: str) -> Tensor | None:
+    """Return what the module computes as `key`, in float64; None if that does not know it."""
+    with torch.no_grad(), in_float64(module):
+        try:
+            if is_parametrized(module, key):
+                value = getattr(module, key)
+            else:
+                (hook,) = (hook for name, hook in _old_hooks(module) if name == key)
+                value = _computed(hook, module)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            return None  # an operator without float64, or another one that a step cannot do there
+    wide = isinstance(value, Tensor) and value.dtype == torch.float64 and not value.is_meta
+    return value.detach().clone() if wide else None
+
+
+def _computed(hook: Any, module: nn.Module) -> Any:
+    if isinstance(hook, _Pruning):
+        return hook.apply_mask(module)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    if isinstance(hook, SpectralNorm):
+        return hook.compute_weight(module, do_power_iteration=False)
+    return hook.compute_weight(module)
+
+
+def _alike(weight: Tensor, wide: Tensor) -> bool:
+    """Return whether two computations of one weight differ by what rounding explains."""
+    if weight.shape != wide.shape or weight.dtype not in WIDE:
+        return False
+    off = (weight.double() - wide).abs().max() if weight.numel() else torch.zeros(())
+    return bool(off <= torch.finfo(weight.dtype).eps ** 0.5 * wide.abs().max())
+
+
+def _bake_tensor(writer: TensorWriter, module: nn.Module, key: str) -> nn.Parameter:
     if is_parametrized(module, key) or key in has_old_weight_norm(module):
-        remove_weight_norm(writer, module, key)
-    else:
-        writer.remove_hook(module, key)
+        return remove_weight_norm(writer, module, key)
+    return writer.remove_hook(module, key)

@@ -2,13 +2,63 @@
 
 from __future__ import annotations
 
-from torch import nn
+from functools import partial
+
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.nn.weight_standardization import WeightStandardization
 from rewrite.weights.layout import Layout
+from rewrite.weights.tensor_recipe import Computed, Exact
 from rewrite.weights.weight_norm import weight_refusal
+
+
+class StandardizedWeight(Computed):
+    """The weight of (step, g, o, v) in float64, which is stored as the layer computes it."""
+
+    def __new__(cls, step: WeightStandardization, *sources: Tensor) -> StandardizedWeight:
+        """Return the weight that `step` makes of g, o and v."""
+        return super().__new__(cls, _weight, step, *sources)
+
+    def terms(self) -> Tensor:
+        """Return the size of what each value is the sum of: it cancels where the mean is large."""
+        step, *sources = self.args
+        size: Tensor = step.terms(*(tensor.double() for tensor in sources))
+        return size
+
+
+def _weight(step: WeightStandardization, gain: Tensor, offset: Tensor, v: Tensor) -> Tensor:
+    return step.forward(gain.double(), offset.double(), v.double())
+
+
+def sources_unrounded(module: nn.Module, place: str) -> Exact:
+    """Return what g, o and v of a standardized weight are before they are rounded.
+
+    `place` is the qualified name of what holds them; v is the weight as it was.
+    """
+    step, sources = _standardization(module)
+    v = sources[-1]
+    return {f"{place}.original{number}": partial(_source, step, v, number) for number in range(3)}
+
+
+def _source(step: WeightStandardization, v: Tensor, number: int) -> Tensor:
+    return step.right_inverse(v.double())[number]
+
+
+def weight_unrounded(module: nn.Module) -> StandardizedWeight:
+    """Return what the standardized weight of a layer is before it is rounded."""
+    step, sources = _standardization(module)
+    return StandardizedWeight(step, *sources)
+
+
+def _standardization(module: nn.Module) -> tuple[WeightStandardization, list[Tensor]]:
+    """Return what computes a standardized weight, and its g, o and v."""
+    chain = module.get_submodule("parametrizations.weight")
+    assert isinstance(chain, parametrize.ParametrizationList)
+    step = chain[0]
+    assert isinstance(step, WeightStandardization)
+    return step, [tensor.detach() for tensor in chain.parameters()]
 
 
 def is_standardized(module: nn.Module, key: str = "weight") -> bool:

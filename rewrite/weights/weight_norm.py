@@ -92,10 +92,17 @@ def has_old_weight_norm(module: nn.Module) -> tuple[str, ...]:
 
 def weight_norm_sources(module: nn.Module, name: str) -> tuple[int, int]:
     """Return the identities of the g and v behind a weight-normed weight."""
-    if name in has_old_weight_norm(module):
-        return id(getattr(module, f"{name}_g")), id(getattr(module, f"{name}_v"))
-    chain = _chain(module, name)
-    return id(chain.original0), id(chain.original1)
+    g, v = weight_norm_tensors(module, name)
+    return id(g), id(v)
+
+
+def weight_norm_tensors(module: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return the g and v behind a weight-normed weight."""
+    held, keys = module, (f"{name}_g", f"{name}_v")
+    if name not in has_old_weight_norm(module):
+        held, keys = _chain(module, name), ("original0", "original1")
+    g, v = (getattr(held, key) for key in keys)
+    return g, v
 
 
 def weight_norm_step(module: nn.Module, name: str) -> nn.Module:

@@ -77,6 +77,11 @@ class NormedWeight:
             for which, name in enumerate(parts)
         }
 
+    def made(self, g: Tensor, v: Tensor) -> Exact:
+        """Return what the weight of magnitudes and directions is before it is rounded."""
+        exact = Computed(_weight, self, g, v)
+        return {name: exact for name, *_ in self.places}
+
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return magnitudes and directions of a weight."""
         return WeightNorm(self.groups, self.inputs_first).right_inverse(weight)
@@ -163,7 +168,7 @@ class RemovedWeightNorm(TensorRecipe):
                 store.set(name, made)
                 for part in parts:
                     store.delete(part)
-                unrounded[name] = Computed(_weight, weight, g, v)
+            unrounded |= weight.made(g, v)
 
 
 def _part(weight: NormedWeight, old: Tensor, which: int) -> Tensor:
