@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -247,11 +246,7 @@ class _Ran:
 
 def _run(captured: Editable, plans: Sequence[Site], baked: Mapping[str, Baked]) -> _Ran:
     """Run the recipe of every fold, and of every norm that becomes a multiply-add."""
-    known = {
-        name: partial(Tensor.detach, value)
-        for one in baked.values()
-        for name, value in one.exact.items()
-    }
+    known = {name: value for one in baked.values() for name, value in one.unrounded().items()}
     recipes: dict[Site, FoldRecipe | AffineRecipe] = {}
     for site in plans:
         if isinstance(site.plan, Fold):

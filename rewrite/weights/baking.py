@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.runtime.float64 import in_float64
 from rewrite.runtime.modes import WIDE
 from rewrite.tracing.tracer import has_parametrizations, hook_reasons
+from rewrite.weights.tensor_recipe import Exact
 from rewrite.weights.weight_norm import has_old_weight_norm, remove_weight_norm, weight_normed
 
 _TENSORS = ("weight", "bias")
@@ -54,6 +56,10 @@ class Baked:
     def words(self) -> str:
         """What was baked, in words."""
         return "baked " + ", ".join(f"{name} ({kind})" for name, kind in self.tensors.items())
+
+    def unrounded(self) -> Exact:
+        """Return `exact` as what computes it."""
+        return {name: partial(Tensor.detach, value) for name, value in self.exact.items()}
 
 
 def computed_tensors(module: nn.Module) -> dict[str, str]:
