@@ -39,6 +39,7 @@ from rewrite.checkpoint.state_dict import (
     read_safetensors,
     read_state,
     write_state,
+    write_torch_state,
 )
 from rewrite.checkpoint.vetting.files import check_file, is_exported
 from rewrite.checkpoint.vetting.opcodes import DictOf, Name, walk
@@ -211,8 +212,7 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, overwrite: boo
         if target.suffix == ".safetensors":
             write_state(state, temporary)
         else:
-            with temporary.open("wb") as stream:
-                torch.save(state, stream)
+            write_torch_state(state, temporary)
     return target
 
 

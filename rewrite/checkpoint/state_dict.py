@@ -174,3 +174,20 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
         for value in state.values():
             flat = value.detach().cpu().contiguous().reshape(-1)
             stream.write(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+
+
+def write_torch_state(state: Mapping[str, Any], path: Path) -> None:
+    """Write a state dict with `torch.save` into a path.
+
+    Raises:
+        OSError: the system does not take the file.
+    """
+    try:
+        # A stream: the archive of a path would hold the path's name.
+        with path.open("wb") as stream:
+            torch.save(state, stream)
+    except RuntimeError as error:
+        # The archive writer fails once more while it closes, over what the system said.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

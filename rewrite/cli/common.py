@@ -11,6 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rewrite.errors import OptionError, one_line, system_reason
+from rewrite.files.places import (
+    check_distinct,
+    check_name,
+    check_not_inside,
+    check_not_read,
+    check_replaceable,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -225,90 +232,54 @@ def written_reports(options: argparse.Namespace) -> Iterable[tuple[str, str | No
         yield f"--{name.replace('_', '-')}", getattr(options, name, None)
 
 
-def _is_report(name: str) -> bool:
-    """Say whether a file is an earlier report, which a new one may replace."""
-    place = Path(name)
-    try:
-        if place.stat().st_size > 64 << 20:
-            return False
-        if place.suffix.lower() in (".html", ".htm"):
-            return _OWN_PAGE in place.read_text(encoding="utf-8")[:_HEAD]
-        if place.suffix.lower() != ".json":
-            return False
-        content = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and ("provenance" in content or set(content) == _NODE_DATA)
-
-
-_OWN_PAGE, _HEAD = '<meta name="generator" content="rewrite">', 500
-_NODE_DATA = {"results", "gradient"}
-
-
-def _is_same_file(one: str, other: str) -> bool:
-    try:
-        return Path(one).samefile(other)
-    except (OSError, ValueError):
-        return False
-
-
 def check_places(options: argparse.Namespace) -> None:
-    """Raise, before any work is done, when a report would overwrite another file.
+    """Raise before any work when a file that is written would take the place of something else.
 
     Raises:
-        OptionError: a report, page or picture is also an input of the command, or exists and
-            --force is not given; two outputs are the same file; or a plot cannot be drawn.
+        OptionError: it has no name, is a file that is read, or exists as something else than an
+            earlier report, without --force; two files that are written are one; or a picture cannot
+            be drawn.
     """
     if getattr(options, "plot", None):
         from rewrite.files.figure import check_plot
 
         check_plot(Path(options.plot))
-    outputs = [(f"--{name}", getattr(options, name, None)) for name in ("output", "onnx")]
-    read = [getattr(options, name, None) for name in _READ]
-    if options.command == "apply-map":
-        read.append(options.report)
-    named = [*written_reports(options), ("--plot", getattr(options, "plot", None))]
-    check_distinct([*outputs, *(named if options.command != "apply-map" else ())])
-    for flag, name in named if options.command != "apply-map" else ():
-        if not name or not os.path.lexists(name):
-            continue
-        for other in read:
-            if isinstance(other, str) and _is_same_file(other, name):
-                raise OptionError(f"{flag} {name}: is {other}; give the report a place")
-        if Path(name).is_file() and not (getattr(options, "force", False) or _is_report(name)):
-            raise OptionError(
-                f"{flag} {name}: already exists; choose another place or pass --force"
-            )
+    replays = options.command == "apply-map"
+    made = [(f"--{name}", getattr(options, name, None)) for name in ("output", "onnx", "repro")]
+    reports = [] if replays else [*written_reports(options)]
+    reports.append(("--plot", getattr(options, "plot", None)))
+    folders = ["--repro", *(["--output"] if Path(_own(options)).is_dir() else [])]
+    for flag, name in (*made, *reports):
+        check_name(flag, name, folder=flag in folders)
+    graph = options.output if options.command == "export" else getattr(options, "onnx", None)
+    beside = [("the graph (for weights beside it)", f"{graph}.data")] if graph else []
+    check_distinct([*beside, *made, *reports])
+    read = [getattr(options, name, None) for name in (*_READ, *(["report"] if replays else []))]
+    # A model may be replaced by what became of it, under --force; nothing else that is read.
+    others = [name for name in read if name != _own(options)]
+    for flag, name in made:
+        check_not_read(flag, name, others)
+    for flag, name in reports:
+        check_not_read(flag, name, read)
+        if name and Path(name).is_file():
+            check_not_inside(flag, name, read)
+            if not getattr(options, "force", False):
+                check_replaceable(flag, name)
 
 
-def check_distinct(named: Iterable[tuple[str, str | Path | None]]) -> None:
-    """Raise OptionError where two outputs of a command are the same file."""
-    taken: dict[str, str] = {}
-    for flag, name in named:
-        if name is None:
-            continue
-        place = os.path.realpath(name)
-        if place in taken:
-            raise OptionError(
-                f"{flag} {name}: is what {taken[place]} names as well; give each file a place of "
-                "its own"
-            )
-        taken[place] = flag
+def _own(options: argparse.Namespace) -> str:
+    """Return what the command is about: what `-o` is made of."""
+    names = ("checkpoint", "student", "model")
+    return next((getattr(options, name) for name in names if hasattr(options, name)), "")
 
 
-def check_report(options: argparse.Namespace, *others: str | None) -> None:
-    """Raise when a report cannot be written, or would overwrite one of the `others`."""
+def check_report(options: argparse.Namespace) -> None:
+    """Raise CheckpointError when a report that is asked for cannot be written; touch nothing."""
     from rewrite.files import check_writable
 
-    taken = [*others, options.input]
-    for flag, name in written_reports(options):
-        if not name:
-            continue
-        place = check_writable(name).resolve()
-        for other in taken:
-            if other is not None and Path(other).resolve() == place:
-                raise OptionError(f"{flag} {name}: is {other}; give the report a place")
-        taken.append(name)
+    for _, name in written_reports(options):
+        if name is not None:
+            check_writable(name)
 
 
 _MODELS = ("model", "other", "student", "teacher", "before", "checkpoint")

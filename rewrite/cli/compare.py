@@ -43,7 +43,7 @@ def run_compare(options: argparse.Namespace) -> int:
     from rewrite.progress import ProgressLine
     from rewrite.runtime.inputs import Inputs
 
-    check_report(options, options.model, options.other)
+    check_report(options)
     with ProgressLine(enabled=not options.quiet) as progress:
         progress("loading")
         before = load_model(options, options.model)

@@ -17,7 +17,6 @@ from rewrite.cli.common import (
     add_model_arguments,
     add_page_argument,
     calibration_data,
-    check_distinct,
     check_graph_name,
     complain,
     example_inputs,
@@ -28,6 +27,7 @@ from rewrite.cli.common import (
 )
 from rewrite.cli.pass_flags import PassFlags, add_pass_flags
 from rewrite.errors import OptionError
+from rewrite.files.places import check_distinct
 from rewrite.text.suggest import did_you_mean
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rewrite.cli.common import NOTHING, OK, complain, own_provenance, write_report
 from rewrite.errors import OptionError
+from rewrite.files.places import check_distinct
 
 if TYPE_CHECKING:
     from rewrite.protocol import Pass
@@ -32,11 +33,13 @@ def run_convert_folder(options: argparse.Namespace, chosen: Sequence[Pass]) -> i
     from rewrite.progress import ProgressLine
     from rewrite.sharded.convert import convert_checkpoint, plan_checkpoint
 
-    for report in (options.report, options.html):
-        if report is not None:
-            check_writable(report)
     source = Path(options.model)
     target = Path(options.output) if options.output else _beside(source)
+    reports = [("--report", options.report), ("--html", options.html)]
+    check_distinct([("--output", target), *reports])
+    for _, report in reports:
+        if report is not None:
+            check_writable(report)
     with ProgressLine(enabled=not options.quiet) as progress:
         if options.dry_run:
             found = plan_checkpoint(source, chosen, only=options.only, skip=options.skip)

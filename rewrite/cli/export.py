@@ -59,7 +59,7 @@ def run_export(options: argparse.Namespace) -> int:
 
     check_writable(options.output, overwrite=options.force)
     check_graph_name("OUT", options.output)
-    check_report(options, options.model, options.output)
+    check_report(options)
     axes = _axes(options.dynamic_shape)
     model = load_model(options, options.model).eval()
     from rewrite.progress import ProgressLine

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rewrite import registry
-from rewrite.errors import OptionError
+from rewrite.errors import OptionError, one_line
 from rewrite.text.suggest import did_you_mean
 
 
@@ -105,9 +105,12 @@ def find_config(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:
             continue
         try:
             held = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise OptionError(f"{path}: cannot be read: {error}") from error
-        table = held.get("tool", {}).get("rewrite")
+        except (OSError, ValueError, RecursionError) as error:
+            raise OptionError(f"{path}: cannot be read: {one_line(error)}") from error
+        tools = held.get("tool")
+        table = tools.get("rewrite") if isinstance(tools, dict) else None
+        if not (table is None or isinstance(table, dict)):
+            raise OptionError(f"{path}: tool.rewrite is no table; write [tool.rewrite]")
         return None if table is None else (path, table)
     return None
 
@@ -138,8 +141,13 @@ def apply_config(
             _set(parser, path, "tool.rewrite", key, value)
 
 
-_NAMES_CODE = frozenset({"trust", "factory", "calibration", "data", "teacher", "before", "force"})
+_NAMES_CODE = frozenset(
+    {"trust", "factory", "calibration", "data", "recover", "teacher", "before", "force"}
+)
 """Options that import what they name, or replace files: a folder's file may not set them."""
+
+_WRITES = frozenset({"output", "onnx", "report", "html", "plot", "node-data", "repro", "state"})
+"""Options that say where something is written: a file may name places below its folder alone."""
 
 
 def _set(parser: argparse.ArgumentParser, path: Path, where: str, key: str, value: Any) -> None:
@@ -156,7 +164,21 @@ def _set(parser: argparse.ArgumentParser, path: Path, where: str, key: str, valu
     if not fits:
         shown = json.dumps(value, default=str, ensure_ascii=False)
         raise OptionError(f"{path}: {where}.{key} = {shown} does not fit --{key}; write {wanted}")
+    if key in _WRITES and not _is_below_here(value):
+        raise OptionError(
+            f"{path}: {where}.{key} = {json.dumps(value)}: a file may name places below the"
+            f" current folder alone; pass --{key} yourself"
+        )
     parser.set_defaults(**{action.dest: value})
+
+
+def _is_below_here(place: str) -> bool:
+    """Say whether a path is in the current folder, also where it goes through links."""
+    here = Path.cwd().resolve()
+    try:
+        return (here / place).resolve().is_relative_to(here)
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def _fits(action: argparse.Action, value: Any) -> tuple[bool, str]:

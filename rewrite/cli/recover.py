@@ -13,13 +13,13 @@ from rewrite.cli.common import (
     OK,
     add_model_arguments,
     calibration_data,
-    check_distinct,
     complain,
     load_model,
     save_model,
     write_report,
 )
 from rewrite.errors import OptionError
+from rewrite.files.places import check_distinct
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

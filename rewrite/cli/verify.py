@@ -68,7 +68,7 @@ def add_parsers(subparsers: Any) -> None:
 
 def run_verify(options: argparse.Namespace) -> int:
     """Run `rewrite verify`; return 0 if everything holds, else 1."""
-    check_report(options, options.model, options.other)
+    check_report(options)
     if options.repro:
         from rewrite.onnx.repro import check_folder
 

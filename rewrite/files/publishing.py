@@ -47,6 +47,16 @@ def has_locks() -> bool:
     return fcntl is not None
 
 
+def is_journal(name: str) -> bool:
+    """Say whether a file of this name would be read as a journal, and taken away."""
+    return name in (PREPARED, COMMITTED, UNDOING)
+
+
+def beginning(name: str) -> str:
+    """Return as much of a file's name as leaves room for more: names have at most 255 bytes."""
+    return os.fsencode(name)[:200].decode(sys.getfilesystemencoding(), "ignore")
+
+
 def missing() -> str:
     """Name what this system lacks of what publishing needs, "" if nothing: Windows lacks it."""
     needed = [(os, "O_DIRECTORY"), (os, "O_NOFOLLOW"), (os, "fchmod"), (os, "geteuid")]
@@ -154,7 +164,7 @@ def _publish_all(entries: Sequence[Entry]) -> None:
 
 def _step(entry: Entry) -> _Step:
     name = Path(entry.target).name
-    hidden = f".{name[:200]}.{secrets.token_hex(6)}"
+    hidden = f".{beginning(name)}.{secrets.token_hex(6)}"
     old = f"{hidden}.old" if os.path.lexists(entry.target) else None
     inode = Path(entry.content).stat().st_ino
     return _Step(name, f"{hidden}.tmp", old, inode, entry.overwrite)
@@ -262,7 +272,7 @@ def _sound(step: _Step) -> bool:
     names = [step.target, step.new, *([] if step.old is None else [step.old])]
     if not all(isinstance(name, str) and "\0" not in name for name in names):
         return False
-    hidden = re.compile(rf"\.{re.escape(step.target[:200])}\.[0-9a-f]{{12}}\.(tmp|old)")
+    hidden = re.compile(rf"\.{re.escape(beginning(step.target))}\.[0-9a-f]{{12}}\.(tmp|old)")
     plain = step.target not in ("", ".", "..") and step.target == Path(step.target).name
     return plain and all(hidden.fullmatch(name) for name in names[1:])
 

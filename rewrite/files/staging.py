@@ -45,16 +45,19 @@ def check_writable(path: str | os.PathLike[str], *, overwrite: bool = True) -> P
         place = target.resolve()
         taken = os.path.lexists(place)
         kind = place.stat().st_mode if taken else stat.S_IFREG
+        nameless = target.exists() and not taken  # as /dev/stdout of a command in a pipe
     except (OSError, RuntimeError, ValueError) as error:
         reason = _reason(error) if isinstance(error, OSError) else "is no path of a file"
         raise CheckpointError(f"{target}: {reason}") from error
     folder = target.parent if place.parent == target.parent.resolve() else place.parent
     if stat.S_ISDIR(kind):
         raise CheckpointError(f"{target}: is a folder; give a file name inside it")
-    if not stat.S_ISREG(kind):
+    if nameless or not stat.S_ISREG(kind):
         raise CheckpointError(f"{target}: is a pipe or a device, not a file; give another place")
     if not folder.is_dir():
         raise CheckpointError(f"{target}: the folder {folder} does not exist; create it first")
+    if publishing.is_journal(place.name):
+        raise CheckpointError(f"{target}: is the name of a list of unfinished work; give another")
     if taken and not overwrite:
         raise CheckpointError(f"{target}: already exists; choose another place or pass --force")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -129,6 +132,16 @@ class Publication:
 
     staged: list[_Staged | _StagedFolder] = field(default_factory=list)
     written: list[Path] = field(default_factory=list)
+
+    def add(self, staged: _Staged | _StagedFolder) -> None:
+        """Take one more.
+
+        Raises:
+            CheckpointError: another one gets that name.
+        """
+        if any(staged.place == other.place for other in self.staged):
+            raise CheckpointError(f"{staged.target}: is written twice; give each file its place")
+        self.staged.append(staged)
 
     def publish(self) -> tuple[Path, ...]:
         """Give every staged file its name, or none; return the targets, in their order.
@@ -252,8 +265,12 @@ def publish_folder(path: Path, target: Path, kept: contextlib.ExitStack) -> None
     collected = _CURRENT.get()
     if collected is None:
         Publication([staged]).publish_here()
-    else:
-        collected.staged.append(staged)
+        return
+    try:
+        collected.add(staged)
+    except BaseException:
+        staged.close()
+        raise
 
 
 @contextlib.contextmanager
@@ -276,7 +293,7 @@ def atomic_path(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iter
         if collected is None:
             Publication([staged]).publish_here()
         else:
-            collected.staged.append(staged)
+            collected.add(staged)
     except OSError as error:
         staged.close()
         raise CheckpointError(f"{target}: {_reason(error)}") from error
@@ -302,7 +319,7 @@ def _open(staged: _Staged) -> None:
         if staged.path.exists():
             return
         staged.close()
-    prefix = f".{staged.place.name[:200]}."
+    prefix = f".{publishing.beginning(staged.place.name)}."
     _sweep(staged.place.parent, prefix)
     handle, name = tempfile.mkstemp(dir=staged.place.parent, prefix=prefix, suffix=".tmp")
     staged.handle, staged.name = handle, Path(name)

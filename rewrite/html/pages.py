@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -54,8 +55,8 @@ def conversion_page(
         Number(str(changes), "rewritten"),
         Number(str(skips), "left alone, each with its reason" if skips else "left alone"),
         *_sizes(modules),
-        _took(sum(item.seconds for item in report.passes), "to rewrite"),
-        *([] if check is None else [_took(check.seconds, "to verify")]),
+        *_took(sum(item.seconds for item in report.passes), "to rewrite"),
+        *([] if check is None else _took(check.seconds, "to verify")),
     ]
     violations = [
         f"{name} changed although no rewritten site names it"
@@ -106,7 +107,7 @@ def verification_page(
         verdict=verdict,
         ok=found.ok,
         measured=measured,
-        numbers=[*_sizes(modules), _took(found.seconds, "to verify")],
+        numbers=[*_sizes(modules), *_took(found.seconds, "to verify")],
         reasons=found.reasons,
         divergence=found.divergence,
         cases=found.cases,
@@ -151,7 +152,7 @@ def onnx_page(found: OnnxVerification, provenance: Mapping[str, str] | None = No
         numbers=[
             Number(str(nodes), "nodes"),
             *(Number(str(count), kind) for kind, count in most),
-            _took(found.seconds, "to verify"),
+            *_took(found.seconds, "to verify"),
         ],
         reasons=found.reasons,
         divergence=found.divergence,
@@ -169,8 +170,14 @@ def _alike(notes: Sequence[str]) -> list[str]:
     ]
 
 
-def _took(seconds: float, what: str) -> Number:
-    return Number(f"{seconds:.1f} s" if seconds >= 0.1 else f"{1e3 * seconds:.0f} ms", what)
+def _took(seconds: float, what: str) -> list[Number]:
+    """Return how long something took; nothing where the same bytes are wanted of each run.
+
+    `SOURCE_DATE_EPOCH` says so: https://reproducible-builds.org/specs/source-date-epoch/
+    """
+    if "SOURCE_DATE_EPOCH" in os.environ:
+        return []
+    return [Number(f"{seconds:.1f} s" if seconds >= 0.1 else f"{1e3 * seconds:.0f} ms", what)]
 
 
 def _checks(found: OnnxVerification | None) -> list[str]:

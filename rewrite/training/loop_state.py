@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from rewrite.checkpoint.pickles.unpickle import DAMAGED, load_pickle
 from rewrite.checkpoint.vetting.vet import vet_pickle, vet_safetensors
-from rewrite.errors import CheckpointError, OptionError, RewriteError, one_line
+from rewrite.errors import CheckpointError, OptionError, RewriteError, one_line, system_reason
+from rewrite.files import removed_if_killed
 from rewrite.swap.anchor import Recentering
 from rewrite.training.recovered import Held
 
@@ -123,24 +124,54 @@ def save_state(accelerator: Any, folder: Path, own: Sequence[Any]) -> None:
         own: objects with the rest of the state; each has a `state_dict` of plain data and tensors.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: it cannot be written; what was there stays.
     """
-    temporary = folder.with_name(f"{folder.name}.part")
+    part, old = _part(folder), _old(folder)
     try:
-        if accelerator.is_main_process and temporary.exists():
-            shutil.rmtree(temporary)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
-        accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            for number, part in enumerate(own):
-                torch.save(part.state_dict(), temporary / _OWN.format(number))
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.rename(folder)
+            finish_state(folder)
         accelerator.wait_for_everyone()
+        with removed_if_killed(part) if accelerator.is_main_process else contextlib.nullcontext():
+            accelerator.save_state(str(part))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                for number, keeper in enumerate(own):
+                    torch.save(keeper.state_dict(), part / _OWN.format(number))
+                if folder.exists():
+                    folder.rename(old)
+                part.rename(folder)
+                finish_state(folder)
+        accelerator.wait_for_everyone()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        with contextlib.suppress(CheckpointError):
+            finish_state(folder)
+        raise CheckpointError(
+            f"{folder}: the state cannot be written: {one_line(error)}"
+        ) from error
+
+
+def finish_state(folder: Path) -> None:
+    """Put back the state of a run that was cut off while it replaced it; take away what is left.
+
+    Raises:
+        CheckpointError: the system refuses.
+    """
+    try:
+        if _old(folder).exists() and not folder.exists():
+            _old(folder).rename(folder)
+        for left in (_part(folder), _old(folder)):
+            if left.exists():
+                shutil.rmtree(left)
     except OSError as error:
-        raise CheckpointError(f"{folder}: the state cannot be written: {error}") from error
+        raise CheckpointError(f"{folder}: {system_reason(error)}") from error
+
+
+def _part(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.part")
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
 
 
 def load_state(accelerator: Any, folder: Path, own: Sequence[Any]) -> None:

@@ -26,7 +26,13 @@ from rewrite.training.distillation import Objective
 from rewrite.training.features import Pair, aligned, swapped_norms
 from rewrite.training.held_out import HeldOut
 from rewrite.training.label_smoothing import OnlineLabelSmoothing, check_labels
-from rewrite.training.loop_state import LoopState, interrupts, load_state, save_state
+from rewrite.training.loop_state import (
+    LoopState,
+    finish_state,
+    interrupts,
+    load_state,
+    save_state,
+)
 from rewrite.training.options import REFERENCE_BATCH, RecoverOptions, default_rate
 from rewrite.training.parameter_groups import normalized_decay, parameter_groups
 from rewrite.training.recovered import Recovered
@@ -136,6 +142,9 @@ class _Recovery:
         start = time.perf_counter()
         self._prepare()
         state = self.state
+        if folder is not None and self.accelerator.is_main_process:
+            finish_state(folder)
+        self.accelerator.wait_for_everyone()
         if folder is not None and folder.exists():
             load_state(self.accelerator, folder, (self.state, self.schedule))
         outputs, planes = {"teacher": self.held.outputs}, {"teacher": self.held.plane(self.teacher)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,22 @@ def test_the_command(tmp_path: Path, suffix: str) -> None:
     with torch.no_grad():
         want = other(*inputs)
         assert torch.allclose(folded(*inputs), want, rtol=1e-10, atol=1e-12)
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the file is called while it is written."""
+    model, inputs = models.build("residual")
+    (tmp_path / "report.json").write_text(json.dumps(report_of(model, inputs)[0]))
+    torch.save(second("residual").state_dict(), tmp_path / "other.pt")
+    made = []
+    for name in ("one.pt", "two.pt"):
+        places = [str(tmp_path / place) for place in ("report.json", "other.pt", name)]
+        assert main(["apply-map", *places]) == 0
+        made.append((tmp_path / name).read_bytes())
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    assert made[0] == made[1]
 
 
 def test_the_command_complains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,3 +179,47 @@ def test_a_report_may_not_be_the_default_output(checkpoint, capsys) -> None:
     place = Path(checkpoint).with_suffix(".rewritten.pt")
     code, _, err = run(capsys, "convert", "--fold", checkpoint, "--report", place)
     assert (code, "is what --output names as well" in err) == (2, True)
+
+
+FOLD = ("convert", "--fold", "model.pt", "--force", "--input", "1x3x9x9")
+
+TAKEN = {
+    "no output": (*FOLD, "-o", ""),
+    "no report": (*FOLD, "--report", ""),
+    "no page": (*FOLD, "--html", ""),
+    "a folder as a report": (*FOLD, "--report", "new/"),
+    "a folder as an output": (*FOLD, "-o", "new/"),
+    "the terminal": (*FOLD, "--report", "/dev/stdout"),
+    "the input": (*FOLD, "--input", "x.npy", "-o", "x.npy"),
+    "a picture": ("convert", "--bn-to-gn", "model.pt", "--force", "--calibration", "photos",
+                  "--report", "photos/a.png"),
+    "weights beside the graph": ("export", "model.pt", "o.onnx", "--report", "o.onnx.data"),
+    "weights of a graph": ("verify", "g.onnx", "--report", "g.onnx.data", "--force"),
+    "the report that is applied": ("apply-map", "map.json", "model.pt", "map.json", "--force"),
+    "the teacher": ("recover", "model.pt", "--teacher", "other.pt", "--data", "x.npy", "-o",
+                    "other.pt", "--force"),
+    "the folder of a repro": ("verify", "g.onnx", "model.pt", "--repro", "out", "--report", "out"),
+    "a journal": (*FOLD, "-o", ".rewrite-committed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_command_takes_nobodys_place(
+    capsys: pytest.CaptureFixture[str], model_here: Path, name: str
+) -> None:
+    here = model_here.parent
+    (here / "photos").mkdir()
+    for file in ("other.pt", "x.npy", "g.onnx", "g.onnx.data", "map.json", "photos/a.png"):
+        (here / file).write_bytes(model_here.read_bytes())
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    code, _, said = run(capsys, *TAKEN[name])
+    assert (code, said.count("\n")) == (2, 1), said
+    assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
+
+
+def test_a_model_may_be_replaced_by_what_became_of_it(
+    capsys: pytest.CaptureFixture[str], model_here: Path
+) -> None:
+    before = model_here.read_bytes()
+    assert run(capsys, *FOLD, "-o", "model.pt")[0] == 0
+    assert model_here.read_bytes() != before

@@ -52,16 +52,35 @@ def test_a_project_has_defaults_that_the_command_line_overrides(capsys, model_he
         ('[tool.rewrite.verify]\nfactory = "evil:build"', "what code runs"),
         ('[tool.rewrite.convert]\ncalibration = "evil:data"', "what code runs"),
         ("[tool.rewrite.convert]\nforce = true", "what is replaced"),
+        ('[tool.rewrite.convert]\nrecover = "evil:data"', "what code runs"),
+        ("[tool]\nrewrite = 3", "tool.rewrite is no table"),
+        ("[[tool.rewrite]]\nseed = 1", "tool.rewrite is no table"),
+        ("x = " + "[" * 100_000, "cannot be read"),
+        ('[tool.rewrite]\nreport = "../r.json"', "below the current folder alone"),
+        ('[tool.rewrite.convert]\noutput = "/tmp/o.pt"', "below the current folder alone"),
+        ('[tool.rewrite.verify]\nhtml = "away/r.html"', "below the current folder alone"),
+        ('[tool.rewrite.export]\nreport = "hidden.json"', "below the current folder alone"),
     ],
 )
 def test_a_wrong_default_is_one_line(capsys, model_here: Path, text: str, said: str) -> None:
     model_here.with_name("pyproject.toml").write_text(text)
+    model_here.with_name("away").symlink_to("..")
+    model_here.with_name("hidden.json").symlink_to("../hidden.json")
     code, out, err = run(capsys, "verify", "model.pt", "model.pt")
     assert (code, out, err.count("\n")) == (2, "", 1) and said in err
 
 
-def test_a_pyproject_without_our_table_is_left_alone(capsys, model_here: Path) -> None:
-    model_here.with_name("pyproject.toml").write_text("[tool.other]\nseed = 'x'\n")
+def test_a_project_may_say_where_in_it_reports_go(capsys, model_here: Path) -> None:
+    (model_here.parent / "reports").mkdir()
+    config = model_here.with_name("pyproject.toml")
+    config.write_text('[tool.rewrite.verify]\nreport = "reports/../reports/r.json"\n')
+    assert run(capsys, "verify", "model.pt", "model.pt", "--quick", "--quiet")[0] == 0
+    assert (model_here.parent / "reports" / "r.json").is_file()
+
+
+@pytest.mark.parametrize("text", ["[tool.other]\nseed = 'x'\n", "tool = 3\n", "tool = [1]\n"])
+def test_a_pyproject_without_our_table_is_left_alone(capsys, model_here: Path, text: str) -> None:
+    model_here.with_name("pyproject.toml").write_text(text)
     assert run(capsys, "verify", "model.pt", "model.pt", "--quick", "--quiet")[0] == 0
 
 

@@ -151,15 +151,19 @@ def test_files_of_one_command_get_their_names_together_or_not_at_all(tmp_path):
     assert old.read_text() == "new"
 
 
-@pytest.mark.parametrize("kind", ["fifo", "device", "loop", "dangling"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "loop", "dangling", "pipe"])
 def test_what_is_no_file_is_not_replaced(tmp_path, kind):
     place = tmp_path / kind
     if kind == "fifo":
         os.mkfifo(place)
     elif kind == "device":
         place.symlink_to("/dev/null")
+    elif kind == "pipe":  # as /dev/stdout is, of a command in a pipe
+        place.symlink_to(f"/proc/self/fd/{os.pipe()[1]}")
     else:
         place.symlink_to(place if kind == "loop" else tmp_path / "no" / "where")
+    with pytest.raises(CheckpointError):
+        check_writable(place)
     with pytest.raises(CheckpointError):
         write_bytes(place, "x")
     assert leftovers(tmp_path) == [kind]
@@ -194,3 +198,39 @@ def test_a_system_that_cannot_publish_says_so_before_anything_is_written(
     with pytest.raises(CheckpointError, match=rf"a\.txt: files are written .*\.{name}"):
         write_bytes(tmp_path / "a.txt", "new")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["é" * 125, "a" * 255, "x\udcff" + "é" * 120, "two\nlines"])
+def test_a_name_may_have_all_the_bytes_that_a_name_has(tmp_path, name):
+    from rewrite import files
+
+    with files.publication() as pending:
+        write_bytes(tmp_path / name, "new")
+        write_bytes(tmp_path / "b", "new")
+        pending.publish()
+    write_bytes(tmp_path / name, "newer")
+    assert leftovers(tmp_path) == sorted(["b", name])
+    assert (tmp_path / name).read_text() == "newer"
+
+
+def test_a_journal_is_no_target(tmp_path):
+    with pytest.raises(CheckpointError, match="unfinished work"):
+        check_writable(tmp_path / ".rewrite-prepared")
+
+
+def test_one_name_is_not_given_twice(tmp_path):
+    from contextlib import ExitStack
+
+    from rewrite import files
+
+    (tmp_path / "made").mkdir()
+    closed = ExitStack()
+    closed.callback((tmp_path / "made").rmdir)
+    with files.publication() as pending:
+        write_bytes(tmp_path / "a", "one")
+        with pytest.raises(CheckpointError, match="written twice"):
+            write_bytes(tmp_path / "a", "two")
+        with pytest.raises(CheckpointError, match="written twice"):
+            files.publish_folder(tmp_path / "made", tmp_path / "a", closed)
+        pending.publish()
+    assert leftovers(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "one"

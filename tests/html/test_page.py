@@ -46,12 +46,24 @@ def test_a_conversion_says_what_it_did_and_why_not() -> None:
     assert data["states"]["3"]["did"] == "skipped"  # type: ignore[index]
 
 
-def test_a_page_says_how_long_it_took() -> None:
+def test_a_page_says_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
     result = rewrite.convert(network(), "fold", example_inputs=X)
     found = {number.what: number.value for number in conversion_page(result.report).numbers}
     assert found["to rewrite"].endswith("s") and found["to verify"].endswith("s")
     check = rewrite.verify(network(), result.model, X, level="quick")
     assert [n.what for n in verification_page(check).numbers] == ["to verify"]
+
+
+def test_two_runs_have_the_same_page_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    pages = set()
+    for _ in range(2):
+        result = rewrite.convert(network(), "fold", example_inputs=X)
+        pages.add(result.report.to_html(network(), result.model, (X,)))
+    assert len(pages) == 1 and "to verify" not in pages.pop()
 
 
 def test_a_report_alone_has_a_page_too() -> None:

@@ -14,6 +14,7 @@ from benchmarks import _hostile
 from rewrite.cli.main import main
 from rewrite.errors import CheckpointError, RewriteError
 from rewrite.training import recover
+from rewrite.training.recovered import Recovered
 
 pytest.importorskip("accelerate")
 
@@ -43,7 +44,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "state"
 
 
-def _go_on() -> object:
+def _go_on() -> Recovered[nn.Module]:
     return recover(_model(True), _model(False), _data(), state="state", **SETTINGS)
 
 
@@ -109,3 +110,29 @@ def test_a_file_in_the_place_of_a_state(state: Path, capfd: pytest.CaptureFixtur
     assert main([*arguments, "--state", "state"]) == 2
     assert main([*arguments, "--state", "data.pt"]) == 2
     assert len(capfd.readouterr().err.splitlines()) == 2
+
+
+def test_a_run_that_was_cut_off_while_it_replaced_a_state_goes_on_from_the_old_one(
+    state: Path,
+) -> None:
+    whole = _go_on()
+    state.rename(state.with_name(".state.old"))
+    state.with_name("state.part").mkdir()
+    assert _go_on().steps == whole.steps
+    assert [place.name for place in state.parent.iterdir()] == ["state"]
+
+
+def test_a_full_disk_leaves_the_state_that_was_there(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {file.name: file.read_bytes() for file in state.iterdir()}
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(CheckpointError, match="state: the state cannot be written"):
+            _go_on()
+    assert {file.name: file.read_bytes() for file in state.iterdir()} == before
+    assert [place.name for place in state.parent.iterdir()] == ["state"]
