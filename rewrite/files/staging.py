@@ -134,11 +134,7 @@ class Publication:
     written: list[Path] = field(default_factory=list)
 
     def add(self, staged: _Staged | _StagedFolder) -> None:
-        """Take one more.
-
-        Raises:
-            CheckpointError: another one gets that name.
-        """
+        """Take one more; raise CheckpointError where another one gets that name."""
         if any(staged.place == other.place for other in self.staged):
             raise CheckpointError(f"{staged.target}: is written twice; give each file its place")
         self.staged.append(staged)

@@ -150,6 +150,18 @@ def save_state(accelerator: Any, folder: Path, own: Sequence[Any]) -> None:
         ) from error
 
 
+def has_state(accelerator: Any, folder: Path) -> bool:
+    """Return whether there is a state to go on from, put back where a run was cut off.
+
+    Raises:
+        CheckpointError: the system refuses.
+    """
+    if accelerator.is_main_process:
+        finish_state(folder)
+    accelerator.wait_for_everyone()
+    return folder.exists()
+
+
 def finish_state(folder: Path) -> None:
     """Put back the state of a run that was cut off while it replaced it; take away what is left.
 

@@ -28,7 +28,7 @@ from rewrite.training.held_out import HeldOut
 from rewrite.training.label_smoothing import OnlineLabelSmoothing, check_labels
 from rewrite.training.loop_state import (
     LoopState,
-    finish_state,
+    has_state,
     interrupts,
     load_state,
     save_state,
@@ -142,10 +142,7 @@ class _Recovery:
         start = time.perf_counter()
         self._prepare()
         state = self.state
-        if folder is not None and self.accelerator.is_main_process:
-            finish_state(folder)
-        self.accelerator.wait_for_everyone()
-        if folder is not None and folder.exists():
+        if folder is not None and has_state(self.accelerator, folder):
             load_state(self.accelerator, folder, (self.state, self.schedule))
         outputs, planes = {"teacher": self.held.outputs}, {"teacher": self.held.plane(self.teacher)}
         if not state.agreements:
