@@ -24,11 +24,23 @@ from typing import Literal, cast
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
+from torch.nn.modules.conv import _ConvNd
 
 from rewrite.affine.algebra import KernelLayout
 from rewrite.graph.captured import Captured, TensorRef
-from rewrite.graph.operators import Conv, Norm, conv_of, linear_of, norm_of, product_of
+from rewrite.graph.operators import (
+    NORM_MODULES,
+    Conv,
+    Norm,
+    conv_of,
+    linear_of,
+    norm_of,
+    product_of,
+)
 from rewrite.graph.spellings import is_plain
+
+_LAYERS = (_ConvNd, nn.Linear, *NORM_MODULES)
+"""What the modules are that `layer_of` knows."""
 
 _OPERANDS = ("query", "key", "value")
 
@@ -97,6 +109,8 @@ class Layer:
 
 def layer_of(captured: Captured, node: Node, rank: int | None) -> Layer | None:
     """Return the layer that `node` calls, or None; `rank` is that of its input, if known."""
+    if node.op == "call_module" and not isinstance(captured.module(str(node.target)), _LAYERS):
+        return None
     if (conv := conv_of(captured, node)) is not None:
         return _conv_layer(captured, conv)
     if (linear := linear_of(captured, node)) is not None:

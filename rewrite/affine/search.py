@@ -121,16 +121,17 @@ class PropagationSearch:
 
     def _check_readers(self, value: Node) -> None:
         readers = self.captured.readers(value)
-        called = self.context.rules.called(value)
+        called = self.context.rules.called
         if not readers.known:
             raise DeclinedError(
-                f"the output of {called} has readers that were not traced: {readers.reason}", value
+                f"the output of {called(value)} has readers that were not traced: {readers.reason}",
+                value,
             )
         if found := self.captured.effects.late_write(value):
             write, reader = found
             raise DeclinedError(
-                f"the output of {called} is changed in place by "
-                f"{self.context.rules.called(write)} and read elsewhere ({reader.name})",
+                f"the output of {called(value)} is changed in place by "
+                f"{called(write)} and read elsewhere ({reader.name})",
                 write,
             )
 

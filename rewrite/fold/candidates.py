@@ -128,9 +128,9 @@ def _norm_refusal(
     if norm.module is not None:
         if (altered := captured.unsteady(norm.module)) is not None:
             return altered
-        hooks = captured.hooks(norm.module)
         old = has_old_hooks(captured.module(norm.module))
-        if reason := hooks[0] if hooks and old else planner.more_than_a_layer(norm.module):
+        hooks = captured.hooks(norm.module) if old else ()
+        if reason := hooks[0] if hooks else planner.more_than_a_layer(norm.module):
             return f"{reason}: its call is more than a normalization"
         code = captured.code
         if (chosen := code.chosen(norm.module)) is not None:

@@ -147,7 +147,8 @@ class Captured(HasValues, HasPlaces):
 
     def module(self, name: str) -> nn.Module:
         """Return the module called `name`."""
-        return self.tree.get(name)
+        found = self.tree.names.get(name)
+        return self.tree.get(name) if found is None else found
 
     def aliases(self, name: str) -> tuple[str, ...]:
         """Return every other name of the module called `name`."""
@@ -219,7 +220,7 @@ class Captured(HasValues, HasPlaces):
         if (kept := region.kept.get(node)) is not None:
             return Readers(nodes, False, f"the value is kept as {kept}")
         if node.op == "call_module":
-            for reason in self.hooks(str(node.target)):
+            for reason in hook_reasons(self.module(str(node.target))):
                 if "hook" in reason:
                     return Readers(nodes, False, f"{node.target} {reason}")
         if region.branches and region.frames[node].owner == region.name:

@@ -310,8 +310,10 @@ class Effects:
 
         The graph shows that reader the value from before the write.
         """
+        if not (found := self._writes_into.get(value)):
+            return None
         memory = self.memory(value)
-        for write in self._writes_into.get(value, ()):
+        for write in found:
             for _, reader in memory.later_readers(write.node, write.written):
                 return write.node, reader
         return None
@@ -323,8 +325,10 @@ class Effects:
             A write into the memory of the one, and what sees it of the other: a later reader, or
             the input or tensor of the model that it is.
         """
-        memory = self.memory(node)
         seen = dict.fromkeys((*self._writes_into.get(node, ()), *self._writes_into.get(value, ())))
+        if not seen:
+            return None
+        memory = self.memory(node)
         for write in sorted(seen, key=lambda write: memory.place(write.node)):
             if memory.place(write.node) <= memory.place(node):
                 continue

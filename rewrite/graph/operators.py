@@ -120,7 +120,8 @@ class Activation(Operator):
         return self.name not in ("softmax", "log_softmax", "glu", "prelu")
 
 
-_NORM_MODULES = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+NORM_MODULES = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+"""The norms of torch.nn."""
 
 
 def norm_of(captured: Captured, node: Node) -> Norm | None:
@@ -157,7 +158,7 @@ def norm_of(captured: Captured, node: Node) -> Norm | None:
 def _norm_module(captured: Captured, node: Node) -> Norm | None:
     name = str(node.target)
     module = captured.module(name)
-    if not isinstance(module, _NORM_MODULES) or not is_plain(module):
+    if not isinstance(module, NORM_MODULES) or not is_plain(module):
         return None
     described = norm_module(captured, name, module)
     inputs = node.all_input_nodes
@@ -168,7 +169,7 @@ def _norm_module(captured: Captured, node: Node) -> Norm | None:
 
 def norm_module(captured: Captured, name: str, module: nn.Module) -> dict[str, Any] | None:
     """Return the fields of the `Norm` that a standard layer is, or None."""
-    if not isinstance(module, _NORM_MODULES):
+    if not isinstance(module, NORM_MODULES):
         return None
     keys = ("weight", "bias", "running_mean", "running_var")
     held = {key: getattr(module, key, None) for key in keys}

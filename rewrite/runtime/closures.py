@@ -14,6 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_PLAIN = frozenset({type(None), bool, int, float, str, type, Tensor})
+"""What holds no function."""
+
 _DEPTH = 4
 """How far a function is followed through containers, partials and other functions."""
 
@@ -21,6 +24,8 @@ _DEPTH = 4
 def functions_of(module: nn.Module) -> Iterator[FunctionType]:
     """Yield the functions among the hooks and attributes of a module, those in containers too."""
     for key, value in vars(module).items():
+        if type(value) in _PLAIN or (type(value) in (dict, OrderedDict) and not value):
+            continue
         if key not in ("_parameters", "_buffers", "_modules"):
             yield from _functions_in(value)
 

@@ -167,14 +167,14 @@ class _Copier:
             kind = type(value)
             if kind in _SHARED or (kind is tuple and _SHARED.issuperset(map(type, value))):
                 held[key] = value
+            elif key in _OWN_ATTRIBUTES and not value:
+                held[key] = kind()
             elif key in ("_parameters", "_buffers"):
                 held[key] = {k: None if t is None else self._tensor(t) for k, t in value.items()}
             elif key == "_modules" and type(value) is dict:
                 held[key] = {k: None if m is None else self._module(m) for k, m in value.items()}
             elif key in ("_graph", "meta"):
                 held[key] = value
-            elif key in _OWN_ATTRIBUTES and not value:
-                held[key] = type(value)()
             else:
                 held[key] = self.value(value)
 

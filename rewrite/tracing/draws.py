@@ -40,6 +40,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
 _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 """What each module has: tensors, children and hooks, and no generator."""
 
+_PLAIN = frozenset({type(None), bool, int, float, str, tuple})
+
 _NUMBERS = ("item", "tolist", "__bool__", "__float__", "__int__")
 
 
@@ -94,7 +96,11 @@ def _hold_generators(
         kinds += (numpy.Generator, numpy.RandomState)
     found = [torch.default_generator]
     for module in model.modules():
-        own = {k: v for k, v in vars(module).items() if k not in _OWN_ATTRIBUTES}
+        own = {
+            key: value
+            for key, value in vars(module).items()
+            if type(value) not in _PLAIN and key not in _OWN_ATTRIBUTES
+        }
         dicts = [value for value in own.values() if isinstance(value, dict)]
         for held, items in ((vars(module), own), *((held, dict(held)) for held in dicts)):
             for key, value in items.items():
