@@ -7,11 +7,13 @@ Tensors are read, not mapped: a mapped page counts as resident until the system 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +71,10 @@ class SafetensorsFile:
             CheckpointError: the file cannot be read.
         """
         entry = self.entries[name]
-        try:
-            with self.path.open("rb", buffering=0) as stream:
-                stream.seek(self.data + entry.begin)
-                for begin in range(0, entry.size, _BLOCK):
-                    yield stream.read(min(_BLOCK, entry.size - begin))
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: {system_reason(error)}") from error
+        with self.open() as stream:
+            stream.seek(self.data + entry.begin)
+            for begin in range(0, entry.size, _BLOCK):
+                yield stream.read(min(_BLOCK, entry.size - begin))
 
     def read(self, name: str) -> Tensor:
         """Read one tensor into memory.
@@ -89,17 +88,36 @@ class SafetensorsFile:
                 f"{self.path}: {name} is of type {entry.dtype}, which is stored, not computed "
                 "with; give a checkpoint in bfloat16, float16 or float32"
             )
-        buffer = bytearray(entry.size)
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        with self.open() as stream:
+            self.fill(stream, name, 0, tensor)
+        return tensor
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[FileIO]:
+        """Open the file to read from.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
         try:
             with self.path.open("rb", buffering=0) as stream:
-                stream.seek(self.data + entry.begin)
-                done = stream.readinto(buffer)
+                yield stream
         except OSError as error:
             raise CheckpointError(f"{self.path}: {system_reason(error)}") from error
-        if done != entry.size:
-            raise CheckpointError(f"{self.path}: ends within {name}")
-        flat = torch.frombuffer(buffer, dtype=DTYPES[entry.dtype]) if buffer else torch.empty(0)
-        return flat.to(DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def fill(self, stream: FileIO, name: str, begin: int, tensor: Tensor) -> None:
+        """Read into `tensor`, which is contiguous, the bytes of one of the file from `begin` on.
+
+        Raises:
+            CheckpointError: the file ends before.
+        """
+        content = bytes_of(tensor)
+        stream.seek(self.data + self.entries[name].begin + begin)
+        while content:  # the system reads at most 2 GB at once
+            if not (done := stream.readinto(content)):
+                raise CheckpointError(f"{self.path}: ends within {name}")
+            content = content[done:]
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:

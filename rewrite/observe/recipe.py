@@ -10,7 +10,7 @@ Computed in float64, in blocks of rows, and rounded once. `rewrite.fold.executor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, Self
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from rewrite.affine.algebra import Affine
+from rewrite.weights.scaling import Scaling
+from rewrite.weights.tensor_recipe import Exact, TensorStore, scale_in_files, store_dtype
 
 KIND = "fold-observed"
 
@@ -80,49 +82,39 @@ class ReaderRecipe:
             return Affine(scale, torch.zeros_like(scale))
         return Affine(scale, read(self.bias).detach().reshape(-1).to(torch.float64))
 
-    def absorb(
-        self,
-        affine: Affine,
-        read: Callable[[str], Tensor],
-        write: Callable[[str, Tensor], None],
-        unrounded: dict[str, Callable[[], Tensor]],
-    ) -> None:
+    def absorb(self, affine: Affine, store: TensorStore, unrounded: Exact) -> None:
         """Give every reader its new tensors, and the norm those with which it does nothing.
 
         Args:
             affine: the norm's map.
-            read: returns a tensor by its name.
-            write: puts one in its place.
+            store: what is read and written.
             unrounded: what tensors that were written before are; it is told of the new ones.
         """
         for edit in self.edits:
-            old = read(edit["weight"])
-            channels = _channels(edit["channels"], old.shape[edit["axis"]], old.device)
-            source = exact(edit["weight"], old, unrounded)
+            weight, names = edit["weight"], (edit["into"], *edit["aliases"])
+            scaling = partial(_scaling, edit, affine.scale)
+            source = exact(weight, store, unrounded)
             if self.bias is not None and edit["shifts"]:
-                bias = read(edit["bias"]) if edit["has_bias"] else None
-                given = None
-                if bias is not None:
-                    given = exact(edit["bias"], bias, unrounded)
-                shifted = partial(_shifted, edit, source, given, channels, affine.shift)
-                write(edit["bias"], shifted(old.dtype if bias is None else bias.dtype))
+                given = exact(edit["bias"], store, unrounded) if edit["has_bias"] else None
+                dtype = store_dtype(store, edit["bias"] if edit["has_bias"] else weight)
+                shifted = partial(_shifted, edit, source, given, affine.shift)
+                store.set(edit["bias"], shifted(dtype))
                 unrounded[edit["bias"]] = partial(shifted, torch.float64)
-            scaled = partial(_scaled, edit, source, channels, affine.scale)
-            new = scaled(old.dtype)
-            for name in (edit["into"], *edit["aliases"]):
-                write(name, new)
-                unrounded[name] = partial(scaled, torch.float64)
+            scaled = partial(_scaled, source, scaling)
+            if weight in unrounded or not scale_in_files(store, weight, names, scaling):
+                new = scaled(store_dtype(store, weight))
+                for name in names:
+                    store.set(name, new)
+            unrounded |= dict.fromkeys(names, partial(scaled, torch.float64))
         for name, neutral in self.neutral.items():
-            old = read(name)
-            write(name, torch.full_like(old, neutral))
+            old = store.get(name)
+            store.set(name, torch.full_like(old, neutral))
             unrounded[name] = partial(torch.full, old.shape, neutral, dtype=torch.float64)
 
 
-def exact(
-    name: str, stored: Tensor, unrounded: Mapping[str, Callable[[], Tensor]]
-) -> Callable[[], Tensor]:
+def exact(name: str, store: TensorStore, unrounded: Exact) -> Callable[[], Tensor]:
     """Return what computes a tensor as it was before it was rounded, else as it is stored."""
-    return unrounded.get(name, partial(Tensor.detach, stored))
+    return unrounded.get(name) or partial(Tensor.detach, store.get(name))
 
 
 _EDIT = (
@@ -151,47 +143,45 @@ def _rows(edit: Mapping[str, Any], tensor: Tensor) -> tuple[Tensor, int]:
     return tensor, edit["axis"]
 
 
+def _scaling(
+    edit: Mapping[str, Any], scale: Tensor, shape: Sequence[int], device: torch.device
+) -> Scaling:
+    """Return how a scale multiplies a weight of a shape."""
+    axis = edit["axis"]
+    channels = _channels(edit["channels"], shape[axis], device)
+    parts = tuple((part[0], part[1], part[2]) for part in edit["parts"])
+    return Scaling(_at(scale, channels, 1.0), axis, parts)
+
+
 def _scaled(
-    edit: Mapping[str, Any],
     source: Callable[[], Tensor],
-    channels: Tensor,
-    scale: Tensor,
+    scaling: Callable[[Sequence[int], torch.device], Scaling],
     dtype: torch.dtype,
 ) -> Tensor:
     """Return the weight with the scale in it."""
     old = source()
-    new = old.to(dtype, copy=True)
     if old.device.type == "meta":
-        return new
-    (part, axis), (target, _) = _rows(edit, old), _rows(edit, new)
-    factor = _at(scale, channels, 1.0)
-    across = next(a for a in range(part.ndim) if a != axis)
-    size = max(1, BLOCK // max(1, part.numel() // part.shape[across]))
-    view = factor.reshape([-1 if a == axis else 1 for a in range(part.ndim)])
-    for begin in range(0, part.shape[across], size):
-        length = min(size, part.shape[across] - begin)
-        block = part.narrow(across, begin, length).double() * view
-        target.narrow(across, begin, length).copy_(block)
-    return new
+        return torch.empty_like(old, dtype=dtype)
+    return scaling(old.shape, old.device)(old, dtype)
 
 
 def _shifted(
     edit: Mapping[str, Any],
     source: Callable[[], Tensor],
     bias: Callable[[], Tensor] | None,
-    channels: Tensor,
     shift: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
     """Return the bias with the shift in it; one that appears has an entry for each output."""
-    part, axis = _rows(edit, source())
+    weight = source()
+    part, axis = _rows(edit, weight)
     outputs = part.movedim(axis, 1)
     rows = outputs.shape[0]
     old = torch.zeros(rows, dtype=torch.float64, device=part.device) if bias is None else bias()
     new = old.to(dtype, copy=True)
     if part.device.type == "meta":
         return new
-    vector = _at(shift, channels, 0.0)
+    vector = _at(shift, _channels(edit["channels"], weight.shape[axis], weight.device), 0.0)
     start = 0 if edit["bias_part"] is None else edit["bias_part"][0]
     size = max(1, BLOCK // max(1, outputs[0].numel()))
     for begin in range(0, rows, size):

@@ -20,6 +20,7 @@ from torch import Tensor
 from rewrite.errors import CheckpointError
 from rewrite.observe.recipe import BLOCK, exact
 from rewrite.observe.stream_matrices import StreamMap, stream_map
+from rewrite.weights.tensor_recipe import Exact, TensorStore, store_dtype
 
 KIND = "map-stream"
 
@@ -82,34 +83,28 @@ class StreamRecipe:
             if tensor.device.type != "meta" and not bool((tensor == wanted).all()):
                 raise CheckpointError(f"{name} is not {wanted:g} everywhere: fold the norm first")
 
-    def put_through(
-        self,
-        read: Callable[[str], Tensor],
-        write: Callable[[str, Tensor], None],
-        unrounded: dict[str, Callable[[], Tensor]],
-    ) -> None:
+    def put_through(self, store: TensorStore, unrounded: Exact) -> None:
         """Give every tensor of the stream its new values.
 
         Args:
-            read: returns a tensor by its name.
-            write: puts one in its place.
+            store: what is read and written.
             unrounded: what tensors that were written before are; it is told of the new ones.
         """
         turned = stream_map(self.map)
         for edit in self.edits:
-            old = read(edit["tensor"])
+            name = edit["tensor"]
             scale = None
             if edit["scale"] is not None:
-                scale = exact(edit["scale"], read(edit["scale"]), unrounded)()
-            given = exact(edit["tensor"], old, unrounded)
+                scale = exact(edit["scale"], store, unrounded)()
+            given = exact(name, store, unrounded)
             compute = partial(_mapped, given, edit["axis"], turned, scale)
-            new = compute(old.dtype)
-            for name in (edit["tensor"], *edit["aliases"]):
-                write(name, new)
-                unrounded[name] = partial(compute, torch.float64)
+            new = compute(store_dtype(store, name))
+            for place in (name, *edit["aliases"]):
+                store.set(place, new)
+                unrounded[place] = partial(compute, torch.float64)
         for name in self.ones:
-            one = torch.ones_like(read(name))
-            write(name, one)
+            one = torch.ones_like(store.get(name))
+            store.set(name, one)
             unrounded[name] = partial(Tensor.double, one)
 
 

@@ -15,14 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rewrite.errors import ContractError
+from rewrite.fold.executor import check_finite
 from rewrite.hub.folder import CheckpointFolder, open_folder, other_weights
 from rewrite.hub.safetensors_file import DTYPES
 from rewrite.hub.structure import structure_of
-from rewrite.observe.recipe import ReaderRecipe
-from rewrite.observe.stream_recipe import StreamRecipe
 from rewrite.pipeline import Result
 from rewrite.progress import counted
 from rewrite.protocol import Pass
@@ -31,7 +31,9 @@ from rewrite.sharded.plan import FolderPlan, plan_folder
 from rewrite.sharded.proof import Proof, prove
 from rewrite.sharded.recipes import Step, run
 from rewrite.sharded.staging import check_target, staged_folder
+from rewrite.sharded.streaming import scale_tensor
 from rewrite.sharded.writer import FolderWriter
+from rewrite.weights.tensor_recipe import ScalingOf
 
 
 def convert_checkpoint(
@@ -134,16 +136,32 @@ class _FolderStore:
     before: Mapping[str, Callable[[], Tensor]]
 
     def get(self, name: str) -> Tensor:
-        """Return a tensor as it is before the step.
+        """Return a tensor as it is before the step."""
+        if name in self.before:
+            return self.before[name]().to(self.dtype(name))
+        return self.folder.read(self.plan.structure.stored.get(name, name))
 
-        Observed recipes take a matrix that was written before as it was before it was rounded, and
-        need no more of it here than its type.
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type of a tensor as it is before the step."""
+        if name in self.before:
+            return DTYPES[self.plan.made_of(name).dtype]
+        return DTYPES[self.folder.entry(self.plan.structure.stored.get(name, name)).dtype]
+
+    def scale(self, source: str, names: Sequence[str], scaling: ScalingOf) -> bool:
+        """Write the product of a tensor chunk by chunk, if no step has written it before.
+
+        Raises:
+            CheckpointError: the product holds values that are not finite.
         """
-        place = self.plan.structure.stored.get(name, name)
-        observed = all(isinstance(r, ReaderRecipe | StreamRecipe) for r in self.step)
-        if name in self.before and not (observed and len(self.plan.made_of(name).shape) > 1):
-            return self.before[name]().to(DTYPES[self.plan.made_of(name).dtype])
-        return self.folder.read(place)
+        place = self.plan.structure.stored.get(source, source)
+        targets = {self.plan.place(name) for name in names} & self.plan.made.keys()
+        if source in self.before or self.folder.merged.keys() & {place, *targets}:
+            return False
+        shard = self.folder.shards[self.folder.places[place]]
+        vector = scaling(shard.entries[place].shape, torch.device("cpu"))
+        writes = [partial(self.writer.write, target) for target in targets]
+        scale_tensor(shard, place, writes, vector, partial(check_finite, names[0]))
+        return True
 
     def set(self, name: str, tensor: Tensor) -> None:
         """Write a tensor, if the new folder has it."""

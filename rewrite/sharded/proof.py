@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from rewrite.equivalence.compare import compare
 from rewrite.equivalence.verification import Case, Level, Verification
@@ -175,11 +176,12 @@ def _streamed(model: nn.Module, reads: Reads) -> Iterator[None]:
     handles = []
 
     def enter(name: str, module: nn.Module) -> None:
-        for attr in attributes[name]:
-            held = module._parameters if attr in module._parameters else module._buffers
-            value = reads[name, attr]()
-            wide: Any = value.double() if value.is_floating_point() else value
-            held[attr] = wide if held is module._buffers else nn.Parameter(wide, False)
+        with _disable_current_modes():  # they would look at every block of a tensor
+            for attr in attributes[name]:
+                held = module._parameters if attr in module._parameters else module._buffers
+                value = reads[name, attr]()
+                wide: Any = value.double() if value.is_floating_point() else value
+                held[attr] = wide if held is module._buffers else nn.Parameter(wide, False)
 
     def leave(module: nn.Module, kept: Mapping[str, Any]) -> None:
         for attr, meta in kept.items():

@@ -110,9 +110,14 @@ class FolderWriter:
             for part, values in self._folder.merged[name].split(tensor, self._folder.entry):
                 self.put(part, values)
             return
+        content = bytes_of(tensor)
+        assert len(content) == self._entries[name][2].size
+        self.write(name, content, 0)
+
+    def write(self, name: str, content: memoryview, begin: int) -> None:
+        """Write bytes of one tensor, which stands in the new folder as it is, from `begin` on."""
         shard, data, entry = self._entries[name]
-        content, at = bytes_of(tensor), data + entry.begin
-        assert len(content) == entry.size
+        at = data + entry.begin + begin
         while content:
             done = os.pwrite(self._files[shard], content[: 1 << 26], at)
             content, at = content[done:], at + done

@@ -7,11 +7,14 @@ shards of a checkpoint folder, one tensor at a time.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+
+from rewrite.weights.scaling import Scaling
 
 Exact = dict[str, Callable[[], Tensor]]
 """What written tensors are before they are rounded, in float64, by name; computed when asked."""
@@ -41,6 +44,41 @@ class TensorStore(Protocol):
     def delete(self, name: str) -> None:
         """Take a tensor away, if there is one of that name."""
         ...
+
+
+ScalingOf = Callable[[Sequence[int], torch.device], Scaling]
+"""Returns what multiplies a tensor, given its shape and device."""
+
+
+@runtime_checkable
+class FileStore(TensorStore, Protocol):
+    """Tensors in files: their types are known, and they are scaled, without being held whole."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type of a tensor."""
+        ...
+
+    def scale(self, source: str, names: Sequence[str], scaling: ScalingOf) -> bool:
+        """Put the product of the tensor `source` under `names`; return whether that was done.
+
+        It is not where the tensor lies in no file as it is now.
+
+        Raises:
+            CheckpointError: the product holds values that are not finite.
+        """
+        ...
+
+
+def store_dtype(store: TensorStore, name: str) -> torch.dtype:
+    """Return the type of a tensor, which is not read for it where the store knows it."""
+    return store.dtype(name) if isinstance(store, FileStore) else store.get(name).dtype
+
+
+def scale_in_files(
+    store: TensorStore, source: str, names: Sequence[str], scaling: ScalingOf
+) -> bool:
+    """Put the product of a tensor under `names` if it goes from file to file; return whether."""
+    return isinstance(store, FileStore) and store.scale(source, names, scaling)
 
 
 class TensorRecipe(ABC):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +49,29 @@ def test_what_is_written_the_library_reads(tmp_path: Path) -> None:
             stream.write(bytes_of(tensor))
     found = load_file(tmp_path / "y.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_a_system_that_reads_less_than_asked_is_asked_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux reads at most 2 GB at once: an embedding of a large vocabulary has more."""
+
+    class Slow(io.FileIO):
+        def readinto(self, buffer: Any) -> int | None:
+            return super().readinto(memoryview(buffer)[:5])
+
+    opened = open_safetensors(path)
+    monkeypatch.setattr(Path, "open", lambda self, *given, **named: Slow(self))
+    assert torch.equal(opened.read("a"), TENSORS["a"])
+    assert torch.equal(opened.read("d"), TENSORS["d"])
+
+
+def test_a_file_that_became_shorter_is_refused(path: Path) -> None:
+    opened = open_safetensors(path)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: ends within "):
+        for name in TENSORS:
+            opened.read(name)
 
 
 @pytest.mark.parametrize("cut", [0, 4, 9, 60, -1])
