@@ -122,8 +122,8 @@ def open_onnx(path: str | Path) -> OnnxFile:
             raise VerificationError(
                 f"{place}: input {value.name} is no tensor; only graphs of tensors can be run"
             )
-    check_static(place, opened.model, opened.nbytes)
     _check_values(opened)
+    check_static(place, opened.model, opened.nbytes)
     return opened
 
 
@@ -167,7 +167,7 @@ def _data(place: Path, tensor: Any) -> Array:
         return flat.reshape(tensor.dims)
     except (ValueError, TypeError, OSError) as error:
         raise VerificationError(
-            f"{place}: {tensor.name}: its data does not fit its shape "
+            f"{place}: {tensor.name or 'a constant'}: its data does not fit its shape "
             f"{tuple(tensor.dims)}: {one_line(error)}"
         ) from error
 
@@ -193,14 +193,17 @@ def _declare(tensor: Any) -> None:
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[Any]:
+    """Yield what the graph, the graphs inside of it and the functions hold; initializers first."""
     yield from model.graph.initializer
-    for node in all_nodes(model.graph):
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                yield attribute.t
-            yield from attribute.g.initializer
-            for graph in attribute.graphs:
-                yield from graph.initializer
+    for holder in (model.graph, *model.functions):
+        for node in all_nodes(holder):
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.TENSOR:
+                    yield attribute.t
+                yield from attribute.tensors
+                yield from attribute.g.initializer
+                for graph in attribute.graphs:
+                    yield from graph.initializer
 
 
 def _check_form(place: Path, tensor: Any) -> None:
@@ -247,14 +250,15 @@ def _nbytes(tensor: Any) -> int:
 
 
 def _check_values(opened: OnnxFile) -> None:
+    """Raise VerificationError where a tensor's data is not what its shape says, or is NaN."""
     given = len(opened.model.graph.initializer)
     for index, tensor in enumerate(_tensors(opened.model)):
-        # A constant of one element may be NaN on purpose, as the filling of a mask.
-        if tensor.data_type not in _FLOATS or (index >= given and math.prod(tensor.dims) < 2):
-            continue
-        kind = "initializer" if index < given else "constant"
         held = opened.weights.get(tensor.name) if index < given else None
         value = _data(opened.path, tensor) if held is None else held
+        # A constant of one element may be NaN on purpose, as the filling of a mask.
+        if tensor.data_type not in _FLOATS or (index >= given and value.size < 2):
+            continue
+        kind = "initializer" if index < given else "constant"
         if _may_hold_nan(value) and (wrong := int(np.isnan(value).sum())):
             raise VerificationError(
                 f"{opened.path}: {kind} {tensor.name or '(no name)'}: "
