@@ -9,9 +9,9 @@ parameters of other modules, which no class speaks for, are counted beside, and 
 are named by class. The usual rule by name: no decay for what is one-dimensional or whose name
 contains "bias" or "norm".
 
-All architectures of the sweep, those with fewer parameters first. Neither rule reads a value, so a
-model is built without memory for its weights; where its constructor asks for a value, it is built
-with them, up to 100 million parameters. Rows are appended to parameter_groups.jsonl: what has one
+All architectures of the sweep, those with fewer parameters first. Neither rule reads a weight, so a
+model is built on the device meta, or, where its constructor asks for a value, with weights that are
+left as memory was found. Rows are appended to parameter_groups.jsonl: what has one
 is not run again, so a run that was stopped goes on; an architecture that fails is a row.
 """
 
@@ -31,14 +31,13 @@ import torch
 from torch import nn
 
 from benchmarks._table import environment, parser, publish, table
-from benchmarks.corpus import UnbuildableError, construct, installed, make
+from benchmarks.corpus import UnbuildableError, construct, installed
 from benchmarks.sweep.workers import Limits, run_all
 from rewrite.training import parameter_groups
 
 RESULTS = Path(__file__).parent / "parameter_groups.jsonl"
 SWEEP = Path(__file__).parent / "coverage.jsonl"
 COLUMNS = ("judged", "wrong", "wrong_by_name", "bare", "bare_by_name")
-_LARGEST = 100_000_000
 _SHOWN = 25
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
 _NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "RMSNorm", "InstanceNorm")
@@ -99,11 +98,7 @@ def measure(name: str) -> dict[str, Any]:
     try:
         model, device = construct(name, "meta"), "meta"
     except UnbuildableError:
-        known = map(json.loads, SWEEP.read_text(encoding="utf-8").splitlines())
-        size = next((row["parameters"] for row in known if row["name"] == name), 0)
-        if size > _LARGEST:
-            return {"name": name, "status": "too large", "parameters": size}
-        model, device = make(name), "cpu"
+        model, device = construct(name), "cpu"
     kinds: dict[str, Counter[str]] = {column: Counter() for column in COLUMNS[1:]}
     counts = count(model, kinds)
     named = {column: dict(found) for column, found in kinds.items() if found}
@@ -113,9 +108,10 @@ def measure(name: str) -> dict[str, Any]:
 def count(model: nn.Module, kinds: dict[str, Counter[str]]) -> list[int]:
     """Return `COLUMNS`: judged parameters, wrong ones here and by name, and bare ones that decay.
 
-    What each but the first counts is added to `kinds`, by class and key.
+    What each but the first counts is added to `kinds`, by class and key. A parameter that two
+    modules share is counted in both.
     """
-    decayed = set(parameter_groups(model, 0.1)[0]["names"])
+    decayed = {id(parameter) for parameter in parameter_groups(model, 0.1)[0]["params"]}
     result = dict.fromkeys(COLUMNS, 0)
     for name, module in model.named_modules():
         for full, parameter in module.named_parameters(name, recurse=False):
@@ -125,11 +121,11 @@ def count(model: nn.Module, kinds: dict[str, Counter[str]]) -> list[int]:
             by_name = parameter.dim() > 1 and not any(w in full.lower() for w in ("bias", "norm"))
             wanted = right(module, key)
             if wanted is None:
-                found = {"bare": full in decayed, "bare_by_name": by_name}
+                found = {"bare": id(parameter) in decayed, "bare_by_name": by_name}
             else:
                 result["judged"] += 1
                 found = {
-                    "wrong": (full in decayed) != wanted,
+                    "wrong": (id(parameter) in decayed) != wanted,
                     "wrong_by_name": by_name != wanted,
                 }
             for column in (column for column, is_so in found.items() if is_so):
@@ -190,7 +186,7 @@ def _named(rows: Sequence[dict[str, Any]], column: str) -> str:
 
 
 def _reason(row: dict[str, Any]) -> str:
-    return str(row.get("error", "")).partition(":")[0] or "weights do not fit"
+    return str(row.get("error", "")).partition(":")[0] or "no reason"
 
 
 if __name__ == "__main__":
