@@ -5,6 +5,7 @@
               scales, gains, position and relative-bias tables, class tokens, anchors
 
     softmax(q kᵀ + q Rᵀ)    R, a table of relative positions (Shaw et al. 2018), is other too
+    einsum(R, one-hot)      R, rearranged by buffers, is what its result is used for
 
 The structure says which: the class of a layer, then the calls of the graph that a bare parameter
 goes into, then, where no trace went, the products and look-ups that the code of its module writes.
@@ -229,7 +230,9 @@ def _reaches_product(captured: Captured, read: Node) -> bool:
     while pending:
         value, user, steps = pending.pop()
         if _is_matrix_of(user, value):
-            if not _is_position_term(captured, user):
+            if _is_rearranged(captured, user, value) and steps < _STEPS:
+                pending.extend((user, later, steps + 1) for later in user.users)
+            elif not _is_position_term(captured, user):
                 return True
             continue
         if not _is_reshape(user) or steps >= _STEPS or _is_look_up(user):
@@ -237,6 +240,22 @@ def _reaches_product(captured: Captured, read: Node) -> bool:
         if _only_parameters(user) and not _scales_another(captured, user, value):
             pending.extend((user, later, steps + 1) for later in user.users)
     return False
+
+
+def _is_rearranged(captured: Captured, product: Node, value: Node) -> bool:
+    """Return whether a product's other factors are buffers: one-hot rows that rearrange a table."""
+    pending, seen = [node for node in product.all_input_nodes if node is not value], set[Node]()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        ref = captured.ref(node)
+        parameter = ref is not None and isinstance(captured.tensor(ref), nn.Parameter)
+        if parameter or node.op in ("placeholder", "call_module"):
+            return False
+        pending.extend(node.all_input_nodes)
+    return bool(seen)
 
 
 def _is_position_term(captured: Captured, product: Node) -> bool:

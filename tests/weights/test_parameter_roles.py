@@ -182,3 +182,46 @@ def test_positions_that_are_computed_do_not_decay(kind: type[nn.Module]) -> None
     swapped = kind()
     swapped.words, swapped.places = swapped.places, swapped.words
     assert _decayed(swapped) == {"words.weight"}  # its name is not what says it
+
+
+class OneHotTable(nn.Module):
+    """MaxViT's table of relative positions: rearranged by one-hot buffers, added to the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.inner = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(4, 4))
+        self.rows = nn.Buffer(F.one_hot(torch.arange(4), 5).float())
+        self.fixed = nn.Buffer(torch.randn(4, 4))
+        self.word = nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        table = torch.einsum("ij,jk->ik", self.rows, self.places) @ torch.ones(3, 4)
+        logits = x @ x.mT + table
+        words = F.one_hot(ids, 5).float() @ self.word
+        return logits.softmax(-1) @ x @ (self.fixed @ self.inner) + words.sum(-1, keepdim=True)
+
+
+def test_a_table_that_buffers_rearrange_is_no_matrix() -> None:
+    """Its negative twins: a matrix behind a fixed one, and one that rows of the input pick from."""
+    assert _decayed(OneHotTable()) == {"inner", "word"}
+
+
+class GatesOfABranch(nn.Module):
+    """RecurrentGemma's gates, whose forward no trace follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.kernel = (
+            nn.Parameter(torch.randn(2, 3)),
+            nn.Parameter(torch.randn(2, 4, 3)),
+        )
+        self.base, self.out = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            x = torch.baddbmm(self.shift[:, None], x, self.kernel)
+        return torch.addmm(input=self.base, mat1=x[0], mat2=self.out.t())
+
+
+def test_what_is_added_to_a_product_is_no_matrix() -> None:
+    assert _decayed(GatesOfABranch()) == {"kernel", "out"}

@@ -2,6 +2,7 @@
 
     x @ self.w, F.linear(x, self.w), torch.einsum("ni,io->no", x, self.w)     self.w is a matrix
     x * self.w, F.linear(self.w, v), torch.einsum("ni,i->ni", x, self.w)      it is not
+    torch.baddbmm(self.b, x, self.w)                                          self.w is, self.b not
 
 Used for forwards that cannot be traced. A local name computed from `self.w` (`v = self.w.t()`)
 stands for it.
@@ -91,4 +92,6 @@ def _factors(call: ast.Call, called: str) -> Sequence[ast.expr]:
     equation: Any = getattr(call.args[0], "value", None) if call.args else None
     if called == "einsum" and isinstance(equation, str):
         return [one for place, one in enumerate(call.args[1:]) if sums_over(equation, place)]
+    if called in ("addmm", "baddbmm"):
+        return [*call.args[1:], *(k.value for k in call.keywords if k.arg != "input")]
     return [*call.args, *named]
