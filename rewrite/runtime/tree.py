@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import functools
 import sys
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import is_dataclass
@@ -22,6 +23,10 @@ from torch import nn
 
 # Attributes of nn.Module itself, and fx's own bookkeeping, which never hold a hidden child.
 _OWN_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"_graph", "_tracer_cls", "meta"}
+
+
+_HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks"})
+"""Whose functions run with the module, and may hold others."""
 
 
 _PLAIN = frozenset(
@@ -132,23 +137,65 @@ def _is_holder(value: Any) -> bool:
     return is_dataclass(kind) or kind.__module__.partition(".")[0] not in _FOREIGN
 
 
-def _pinned(value: Any, depth: int = 0) -> Iterator[tuple[nn.Module, str]]:
-    """Yield the modules that `value` holds so that nothing can be put in their place, and how."""
-    if isinstance(value, FunctionType):
-        held, how = [c.cell_contents for c in value.__closure__ or () if _is_set(c)], "a closure"
-    elif isinstance(value, functools.partial):
-        held, how = [value.func, *value.args, *value.keywords.values()], "a partial"
-    elif isinstance(value, MethodType):
-        held, how = [value.__self__], "a bound method"
-    elif isinstance(value, set | frozenset):
-        held, how = list(value), "a set"
-    else:
+def _pinned(value: Any, how: str = "", depth: int = 0) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the modules that `value` holds so that nothing can be put in their place, and how.
+
+    `how`: what around it, in words, is such a thing; "" for what can be exchanged.
+    """
+    if isinstance(value, nn.Module):
+        if how:
+            yield value, how
         return
+    if depth == _PINNED_DEPTH or _holds_nothing(value):
+        return
+    held, fixed = _fixed_parts(value)
     for item in held:
-        if isinstance(item, nn.Module):
-            yield item, how
-        elif depth < 2:
-            yield from _pinned(item, depth + 1)
+        yield from _pinned(item, how or fixed, depth + 1)
+    if not fixed:
+        for _, item in _items(value):
+            yield from _pinned(item, how, depth + 1)
+
+
+_PINNED_DEPTH = 5
+
+
+_BESIDE_LISTS = frozenset({"collections", "types", "weakref"})
+"""Modules of the standard library whose objects hold others as lists and dicts do."""
+
+
+def _fixed_parts(value: Any) -> tuple[list[Any], str]:
+    """Return what an object holds where nothing can be exchanged, and what it is, or ""."""
+    if isinstance(value, FunctionType):
+        held = [c.cell_contents for c in value.__closure__ or () if _is_set(c)]
+        held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        return held, "a closure"
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()], "a partial"
+    if isinstance(value, MethodType):
+        return [value.__func__, value.__self__], "a bound method"
+    if isinstance(value, set | frozenset):
+        return list(value), "a set"
+    if isinstance(value, weakref.ref):
+        return [value()], "a weak reference"
+    if isinstance(value, dict) and any(isinstance(key, nn.Module) for key in value):
+        return [*value, *value.values()], "a dict with modules for keys"
+    if hasattr(value, "__wrapped__") and callable(value):
+        return [value.__wrapped__], "a wrapped function"
+    kind = type(value)
+    if kind.__module__ in _BESIDE_LISTS and not isinstance(value, _EXCHANGED):
+        return list(getattr(value, "__dict__", {}).values()), f"a {kind.__name__}"
+    if getattr(kind, "__slots__", ()) and kind.__module__.partition(".")[0] not in _FOREIGN:
+        names = [n for base in kind.__mro__ for n in _slot_names(base) if hasattr(value, n)]
+        return [getattr(value, name) for name in names], "an object with slots"
+    return [], ""
+
+
+_EXCHANGED = (list, tuple, deque, dict, SimpleNamespace)
+
+
+def _slot_names(kind: type) -> tuple[str, ...]:
+    named = vars(kind).get("__slots__", ())
+    return (named,) if isinstance(named, str) else tuple(named)
 
 
 def _is_set(cell: Any) -> bool:
@@ -185,7 +232,7 @@ class Tree:
         found: dict[nn.Module, str] = {}
         for name, module in self.modules():
             for attr, value in vars(module).items():
-                if attr not in _OWN_ATTRIBUTES and type(value) not in _PLAIN:
+                if attr not in _OWN_ATTRIBUTES or attr in _HOOKS:
                     for held, how in _pinned(value):
                         if held is not module and held in self._canonical:
                             found[held] = f"{join(name, attr)}, {how}, holds it too"

@@ -91,9 +91,9 @@ class TaintAnalysis:
         ):
             yield node
         elif isinstance(node, ast.Subscript) and self._depends(node.slice):
-            yield ast.Pass() if isinstance(node.value, ast.Call) else node.value
+            yield _standing_at(node) if isinstance(node.value, ast.Call) else node.value
         elif isinstance(node, ast.BinOp) and self._depends(node, calls=False):
-            yield ast.Pass()  # it runs in any case, with another number
+            yield _standing_at(node)  # it runs in any case, with another number
         elif isinstance(node, ast.Call) and path_of(node.func) == ["getattr"] and self._gets(node):
             yield None
         for child in ast.iter_child_nodes(node):
@@ -171,6 +171,11 @@ class TaintAnalysis:
                 if held & names and value not in parts and not isinstance(value, ast.Call):
                     parts = [*parts, value]
         return parts
+
+
+def _standing_at(node: ast.AST) -> ast.AST:
+    """Return code that does nothing, on the lines of `node`."""
+    return ast.copy_location(ast.Pass(), node)
 
 
 def _assignments(code: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:

@@ -19,7 +19,6 @@ import builtins
 import inspect
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Set
-from dataclasses import dataclass, field
 from functools import cached_property
 from types import CodeType, FunctionType
 from typing import Any
@@ -28,6 +27,14 @@ from torch import nn
 from torch.fx import Node
 
 from rewrite.runtime.tree import Tree
+from rewrite.tracing.code.branch_effects import (
+    UNKNOWN,
+    BranchEffects,
+    Line,
+    line_of,
+    spell,
+    until,
+)
 from rewrite.tracing.code.source import source_of
 from rewrite.tracing.decisions import place_of, statement_at, uncertain_values
 from rewrite.tracing.regions import Region
@@ -37,42 +44,6 @@ _Readers = dict[tuple[Any, frozenset[str], frozenset[str]], TaintAnalysis | None
 
 _SIZES = frozenset({"shape", "size", "ndim", "dim", "numel", "dtype", "device"})
 """What is asked of a value without reading it."""
-
-
-@dataclass
-class BranchEffects:
-    """What the code of one module may do for another value of an argument, a size or a mode.
-
-    Attributes:
-        arguments: the names of the arguments, in that code.
-        called: paths of attributes that such code calls.
-        used: paths of attributes that it mentions in any other way.
-        anything: whether it may call any submodule.
-        incoming: whether it may read a value that the module was given.
-        sizes: the lines that branch on a size or a mode, each with the condition, in words.
-    """
-
-    arguments: dict[str, None]
-    called: set[str]
-    used: set[str]
-    anything: bool = False
-    incoming: bool = False
-    sizes: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def words(self) -> str:
-        """The condition under which it does so, in words."""
-        if self.sizes:
-            return f"{next(iter(self.sizes.values()))} ({', '.join(self.sizes)})"
-        return f"for another value of its argument {', '.join(self.arguments)}"
-
-    def may_call(self, path: str) -> bool:
-        """Return whether that code may call the submodule at `path`."""
-        parts = path.split(".")
-        item = parts[-1].isdigit()
-        while len(parts) > 1 and parts[-1].isdigit():
-            parts.pop()
-        return self.anything or parts[-1] in self.used or (not item and parts[-1] in self.called)
 
 
 class UntracedBranches:
@@ -112,7 +83,7 @@ class UntracedBranches:
                 if statement is None:
                     does.anything = True
                     continue
-                _spell(statement, does)
+                spell(statement, does)
                 children = self._tree.get(decision.owner)._modules
                 does.anything |= any(
                     _calls_other_code(node, children, decision.code) for node in ast.walk(statement)
@@ -149,11 +120,15 @@ class UntracedBranches:
         if not (found := self._choices[region.name]):
             return None
         made = region.frames[node].owner
+        line = region.lines.get(node)
+        over = {
+            name for name, does in found.items() if name == made and line and does.is_over(*line)
+        }
         for user in node.users:
             read = region.frames[user].owner if user in region.frames else made
             for owner, does in found.items():
                 enters = not is_within(made, owner) and is_within(read, owner)
-                if enters and not does.incoming:
+                if owner in over or (enters and not does.incoming):
                     continue
                 if self._passes_through(owner, made, read, region):
                     where = owner or "the model"
@@ -195,7 +170,7 @@ class _Search:
         self.found: dict[str, BranchEffects] = {}
         self._tree = tree
         self._entered = entered
-        self._seen: set[tuple[str, Any, frozenset[str], frozenset[str]]] = set()
+        self._seen: set[tuple[Any, ...]] = set()
         self._readers = readers
 
     def function(
@@ -204,6 +179,7 @@ class _Search:
         function: Callable[..., Any],
         tainted: frozenset[str],
         given: frozenset[str],
+        at: Line | None = None,
     ) -> None:
         """Analyze a function that the module `owner` runs.
 
@@ -212,17 +188,18 @@ class _Search:
             function: the function.
             tainted: its parameters that may have any value.
             given: its parameters that may hold a value that the module was given.
+            at: the line of the module's forward that calls it; None if it is that forward.
         """
         function = inspect.unwrap(function)
-        if not tainted or (owner, function, tainted, given) in self._seen:
+        if not tainted or (owner, function, tainted, given, at) in self._seen:
             return
-        self._seen.add((owner, function, tainted, given))
+        self._seen.add((owner, function, tainted, given, at))
         if _is_torch(function):
             return
         reader = self._read(function, tainted)
         values = self._read(function, given, _SIZES)
         if reader is None or values is None:
-            choices = self._note(owner, tainted)
+            choices = self._note(owner, tainted, at or UNKNOWN)
             choices.anything = choices.incoming = True
             return
         if reader.chosen:
@@ -230,10 +207,11 @@ class _Search:
             choices.anything |= None in reader.chosen
             for part in reader.chosen:
                 choices.incoming |= part is None or values.spells(part)
+                until(choices, at or line_of(function, part))
                 if part is not None:
-                    _spell(part, choices)
+                    spell(part, choices)
         for call in reader.calls:
-            self._follow(owner, function, (reader, values), call)
+            self._follow(owner, function, (reader, values), call, at or line_of(function, call))
 
     def by_none(self, owner: str, function: Callable[..., Any], assumed: frozenset[str]) -> None:
         """Note what a root does where one of its inputs is None; in a trace none is."""
@@ -243,9 +221,9 @@ class _Search:
             return
         names, chosen = reader.by_none(_parameters(function) - assumed)
         for part in chosen:
-            choices = self._note(owner, names)
+            choices = self._note(owner, names, line_of(function, part))
             choices.incoming = True
-            _spell(part, choices)
+            spell(part, choices)
 
     def _read(
         self,
@@ -261,15 +239,17 @@ class _Search:
             )
         return self._readers[key]
 
-    def _note(self, owner: str, tainted: Iterable[str]) -> BranchEffects:
+    def _note(self, owner: str, tainted: Iterable[str], at: Line | None = None) -> BranchEffects:
         choices = self.found.setdefault(owner, BranchEffects({}, set(), set()))
+        if at is not None:
+            until(choices, at)
         choices.arguments.update(dict.fromkeys(sorted(tainted)))
         return choices
 
     def _follow(
         self, owner: str, function: Callable[..., Any],
         readers: tuple[TaintAnalysis, TaintAnalysis],
-        call: ast.Call,
+        call: ast.Call, at: Line,
     ) -> None:  # fmt: skip
         """Analyze what `call` calls; where that is unknown, every module that it could be."""
         assert isinstance(function, FunctionType)
@@ -277,24 +257,25 @@ class _Search:
         path = path_of(call.func) or []
         if path and path[0] == reader.first:
             target, rest = self._walk(owner, path[1:])
-            if len(rest) < 2 and self._enter(target, [*rest, "forward"][0], readers, call, owner):
+            name = [*rest, "forward"][0]
+            if len(rest) < 2 and self._enter(target, name, readers, call, (owner, at)):
                 return
         elif path and path[0] in function.__globals__:
             value = function.__globals__[path[0]]
             if inspect.isfunction(value):
-                got = (each.given(call, inspect.unwrap(value), skip=0) for each in readers)
-                self.function(owner, value, *got)
+                free, given = (each.given(call, inspect.unwrap(value), skip=0) for each in readers)
+                self.function(owner, value, free, given, at)
             elif inspect.ismodule(value):
-                self._note(owner, reader.parameters).incoming |= values.spells(call)
+                self._note(owner, reader.parameters, at).incoming |= values.spells(call)
             return
         elif len(path) == 1 and hasattr(builtins, path[0]):
             return
         name = call.func.attr if isinstance(call.func, ast.Attribute) else "forward"
         inside = sorted(p for p in self._entered if is_within(p, owner) and p != owner)
         places = [owner] if is_super(call.func) else inside
-        entered = [self._enter(place, name, readers, call, owner) for place in places]
+        entered = [self._enter(place, name, readers, call, (owner, at)) for place in places]
         if not any(entered):  # a method of a tensor is given the value
-            self._note(owner, reader.parameters).incoming |= values.spells(call)
+            self._note(owner, reader.parameters, at).incoming |= values.spells(call)
 
     def _walk(self, owner: str, path: list[str]) -> tuple[str, list[str]]:
         while path:
@@ -310,7 +291,7 @@ class _Search:
         name: str,
         readers: tuple[TaintAnalysis, TaintAnalysis],
         call: ast.Call,
-        caller: str,
+        caller: tuple[str, Line],
     ) -> bool:
         """Analyze the method of a module that `call` calls; return whether there is one.
 
@@ -323,9 +304,11 @@ class _Search:
             if base is not nn.Module and inspect.isfunction(function):
                 plain = inspect.unwrap(function)
                 free, given = (each.given(call, plain, skip=1) for each in readers)
-                if owner != caller:
+                at: Line | None = caller[1]
+                if owner != caller[0]:
                     given = _parameters(plain) - free
-                self.function(owner, function, free, given)
+                    at = None if name == "forward" else UNKNOWN
+                self.function(owner, function, free, given, at)
                 found = True
                 if not is_super(call.func):
                     break
@@ -351,12 +334,3 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
 
 def _is_torch(function: Callable[..., Any]) -> bool:
     return str(function.__module__).partition(".")[0] == "torch"
-
-
-def _spell(code: ast.AST, choices: BranchEffects) -> None:
-    called = {id(n.func) for n in ast.walk(code) if isinstance(n, ast.Call)}
-    for node in ast.walk(code):
-        if isinstance(node, ast.Attribute):
-            (choices.called if id(node) in called else choices.used).add(node.attr)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            choices.used.add(node.value)

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections import UserList
+from functools import lru_cache, partial
 
 import pytest
 import torch
 from torch import nn
 
 import models
+import rewrite
 from rewrite.runtime.copying import copy_model, own_memory_
 from rewrite.runtime.tree import Tree
 
@@ -143,3 +147,92 @@ def test_an_empty_buffer_can_still_grow_in_the_copy_and_in_the_original() -> Non
     x = torch.randn(4, 4)
     assert torch.equal(copied(x), model(x))
     assert model[0].activation_post_process.min_val.numel() == 4
+
+
+class Slotted:
+    __slots__ = ("norm",)
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = norm
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+
+class Runs(nn.Module):
+    """Calls its norm through something that it holds."""
+
+    def __init__(self, hold) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.held = hold(self.norm)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return call(self.held, self.conv(x))
+
+
+def call(held, x: torch.Tensor) -> torch.Tensor:
+    held = held() if isinstance(held, weakref.ref) else held
+    if isinstance(held, list | set | tuple | UserList):
+        (held,) = held
+    if isinstance(held, dict):
+        ((key, value),) = held.items()
+        held = key if isinstance(key, nn.Module) else value
+    return held(x)
+
+
+PINNED = {
+    "a list of closures": lambda norm: [lambda x: norm(x)],
+    "a dict of partials": lambda norm: {"f": partial(nn.Module.__call__, norm)},
+    "a closure over a list": lambda norm: (lambda held: lambda x: held[0](x))([norm]),
+    "a default": lambda norm: lambda x, norm=norm: norm(x),
+    "a keyword's default": lambda norm: [lambda x, *, norm=norm: norm(x)],
+    "a set": lambda norm: {norm},
+    "a tuple of bound methods": lambda norm: (norm.forward,),
+    "a weak reference": weakref.ref,
+    "the key of a dict": lambda norm: {norm: 1},
+    "slots": Slotted,
+    "a UserList": lambda norm: UserList([norm]),
+    "a cached function": lambda norm: lru_cache(maxsize=0)(lambda x: norm(x)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", PINNED)
+def test_a_norm_that_nothing_can_be_put_in_the_place_of_stays(kind: str) -> None:
+    torch.manual_seed(0)
+    model = models.randomize_norms_(Runs(PINNED[kind]).eval()).double()
+    assert model.norm in Tree(model).pinned
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    want = model(x)
+    result = rewrite.convert(model, "fold", example_inputs=x, verify=False)
+    assert not result.report.changes
+    # What copies the held thing may leave it with the original's norm, which is the same function.
+    torch.testing.assert_close(result.model(x), want, rtol=0, atol=1e-12)
+
+
+class RunsFirst(Runs):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.held[0](self.conv(x))
+
+
+def test_a_norm_that_a_list_holds_can_be_exchanged() -> None:
+    for hold in (lambda norm: [norm], lambda norm: {0: norm}, lambda norm: (norm,)):
+        model = models.randomize_norms_(RunsFirst(hold).eval()).double()
+        assert not Tree(model).pinned
+        x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+        result = rewrite.convert(model, "fold", example_inputs=x, verify=False)
+        assert len(result.report.changes) == 1
+        torch.testing.assert_close(result.model(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_a_norm_that_a_hook_of_another_module_calls_stays() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval().double()
+    models.randomize_norms_(model)
+    norm = model[1]
+    model[2].register_forward_hook(lambda module, args, output: output + norm(args[0]))
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    want = model(x)
+    result = rewrite.convert(model, "fold", example_inputs=x, verify=False)
+    assert not result.report.changes
+    torch.testing.assert_close(result.model(x), want, rtol=0, atol=1e-12)

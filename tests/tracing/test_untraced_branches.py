@@ -18,6 +18,7 @@ from passes import FoldNorm
 from rewrite.graph.capture import capture
 from rewrite.protocol import Applied, apply_pass
 from rewrite.runtime.copying import copy_model
+from rewrite.tracing.code.branch_effects import BranchEffects
 
 RIGHT, WRONG = 1e-10, 1e-3
 
@@ -506,3 +507,84 @@ def test_the_length_of_a_value_beside_a_mask_stops_no_fold_and_the_value_does() 
         assert len(result.report.changes) == folds
         if folds:
             assert torch.allclose(result.model(x, mask), model(x, mask), rtol=0, atol=1e-12)
+
+
+# --- code that has run by the time ---------------------------------------------------------------
+
+
+def plus(value: Tensor, mask: Tensor | None = None) -> Tensor:
+    return value if mask is None else value + mask
+
+
+class Attends(nn.Module):
+    """An attention in short: a mask chooses among scores; what comes last knows nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = plus(torch.tanh(self.first(x)), mask)
+        return self.last(x)
+
+
+class ReadsItLater(Attends):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.last(torch.tanh(self.first(x)))
+        return plus(x, mask)
+
+
+class ReadsItOnItsLine(Attends):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return plus(self.last(torch.tanh(self.first(x))), mask)
+
+
+class ReadsItInTheNextRound(Attends):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = torch.tanh(self.first(x))
+        for _ in range(1 if mask is None else 2):
+            x = y if mask is None else x + mask
+            x = self.last(x)
+        return x
+
+
+class ReadsItInAFunction(Attends):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        later = lambda: x if mask is None else x + mask  # noqa: E731 - what is tried
+        x = self.last(torch.tanh(self.first(x)))
+        return later()
+
+
+class Scaled(nn.Module):
+    """A gain behind an attention: it goes into the attention's last layer."""
+
+    def __init__(self, inner: type[nn.Module]) -> None:
+        super().__init__()
+        self.inner, self.gain = inner(), nn.Parameter(torch.rand(3, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x + self.inner(x, mask) * self.gain
+
+
+LATER = (ReadsItLater, ReadsItOnItsLine, ReadsItInTheNextRound, ReadsItInAFunction)
+
+
+@pytest.mark.parametrize("inner", [Attends, *LATER], ids=lambda kind: kind.__name__)
+def test_code_that_has_run_by_then_reads_nothing_of_it(inner: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = Scaled(inner).double().eval()
+    x, mask = torch.randn(2, 3, 5, 5).double(), torch.rand(2, 3, 5, 5).double()
+    applied = apply_pass(FoldNorm(), copy_model(model), x)
+    assert len(applied.changes) == (inner is Attends), applied.skips
+    for given in (None, mask):
+        torch.testing.assert_close(applied.model(x, given), model(x, given), rtol=0, atol=RIGHT)
+
+
+def test_the_fold_would_show_without_the_order_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BranchEffects, "is_over", lambda self, code, line: True)
+    torch.manual_seed(0)
+    model = Scaled(ReadsItLater).double().eval()
+    x, mask = torch.randn(2, 3, 5, 5).double(), torch.rand(2, 3, 5, 5).double()
+    applied = apply_pass(FoldNorm(), copy_model(model), x)
+    assert len(applied.changes) == 1
+    assert (applied.model(x, mask) - model(x, mask)).abs().max() > WRONG
