@@ -1,4 +1,4 @@
-"""rewrite.tracing.code.branch_effects: which code may call a module, and which has run by a line."""
+"""rewrite.tracing.code.branch_effects: what other code may call, and which has run by a line."""
 
 from __future__ import annotations
 
