@@ -156,7 +156,12 @@ class ValueClasses:
         self._readers += [ClassReader(node, value, CallKind.OTHER) for value in read]
         self._begin(node, CallKind.OTHER, **details)
 
-    def _width(self, value: Node) -> int:
+    def of(self, node: Node, top: Node) -> bool:
+        """Return whether a node is a value of a class."""
+        return node in self.labels and self.top(node) is top
+
+    def width(self, value: Node) -> int:
+        """Return how many channels a value has."""
         held = self.labels[value]
         parts = held if isinstance(held, list | tuple) else [held]
         return max((int(part.max()) + 1 for part in parts if part.numel()), default=0)

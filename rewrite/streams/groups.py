@@ -81,6 +81,39 @@ def streams_of(calls: list[Values]) -> list[Stream]:
     return found
 
 
+def unsummed(calls: list[Values], streams: list[Stream]) -> Iterator[tuple[Stream, Node]]:
+    """Yield what would be a stream if a call joined it, with what is computed of it, by a sum.
+
+    Of values that are joined so again and again, the first; with it, the call.
+    """
+    for values in calls:
+        known = {top for stream in streams for each, top in stream.classes if each is values}
+        joins = {top: node for top in _tops(values) if (node := _join(values, top)) is not None}
+        made = {values.top(node) for node in joins.values()}
+        for top, node in joins.items():
+            if top not in known | made:
+                yield Stream([(values, top)]), node
+
+
+def _join(values: Values, top: Node) -> Node | None:
+    """Return the call that joins a class with what is computed of it, both before norms."""
+    if not _normed(values, top):
+        return None
+    after = {node for node in values.depends({top}) if not values.of(node, top)}
+    for reader in values.readers(top):
+        node = reader.node
+        if reader.kind is not CallKind.OTHER or node not in values.labels:
+            continue
+        alike = values.width(node) == values.width(reader.value)
+        if alike and after & set(node.all_input_nodes) and _normed(values, values.top(node)):
+            return node
+    return None
+
+
+def _normed(values: Values, top: Node) -> bool:
+    return any(reader.norm is not None for reader in values.readers(top))
+
+
 def alike_in(values: Values, stream: Stream) -> list[Node]:
     """Return the classes of one more call that are of a stream."""
     held = [names for each, top in stream.classes if (names := _names(each, top))]
@@ -106,7 +139,7 @@ def _names(values: Values, top: Node) -> set[str]:
 
 def _is_residual(values: Values, top: Node) -> bool:
     """Return whether a class is read by a norm, and joined by something computed from itself."""
-    if not any(reader.norm is not None for reader in values.readers(top)):
+    if not _normed(values, top):
         return False
     nodes = set(values.depends({top}))
     return any(source.node in nodes for source in values.sources(top))

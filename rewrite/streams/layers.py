@@ -56,7 +56,7 @@ class LayerValues(ValueClasses):
             return 0
         rows = held.movedim(contraction.value_axis, -1)
         rows = rows.reshape(-1, rows.shape[-1])
-        width = self._width(contraction.value)
+        width = self.width(contraction.value)
         if not len(rows) or not torch.equal(rows.amin(0), rows.amax(0)):
             return 0
         wanted = torch.arange(len(rows[0]), dtype=rows.dtype) % max(width, 1)

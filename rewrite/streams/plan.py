@@ -25,7 +25,7 @@ from rewrite.observe.export import ObservedCall
 from rewrite.observe.labels import Unfollowed
 from rewrite.outcomes import Declined
 from rewrite.streams.classes import CallKind, ClassReader, ClassSource, ParameterAxis
-from rewrite.streams.groups import Stream, alike_in, streams_of, values_of
+from rewrite.streams.groups import Stream, alike_in, streams_of, unsummed, values_of
 from rewrite.streams.norms import NormCall
 from rewrite.streams.values import Values
 
@@ -119,18 +119,30 @@ class StreamPlanner:
 
     def decide(self) -> Iterator[Decision]:
         """Yield a decision for each stream that is of this kind."""
-        for stream in streams_of(self.calls):
-            values, first = next(stream.sources())
-            target = source_name(values, first)
-            norms = {self.name_of(v, norm) for v, norm in stream.norms()}
+        streams = streams_of(self.calls)
+        for stream in filter(self.wants, streams):
+            target, before = self._described(stream)
             channels = next(norm.channels for _, norm in stream.norms())
-            if not self.wants(stream):
-                continue
-            before = f"residual stream of {channels} channels, read by {len(norms)} norms"
             try:
                 yield target, before, self._planned(stream, target, channels)
             except (Unfollowed, UnobservedLine) as reason:
                 yield target, before, Declined(str(reason))
+        said: set[str] = set()
+        for stream, node in unsummed(self.calls, streams):
+            target, before = self._described(stream)
+            if self.wants(stream) and target not in said:
+                said.add(target)
+                ((values, _),) = stream.classes
+                by = values.observed.called(node)
+                yield target, before, Declined(f"it is joined by {by}, which is no sum")
+
+    def _described(self, stream: Stream) -> tuple[str, str]:
+        """Return what writes to a stream first, and what the stream is."""
+        values, first = next(stream.sources())
+        norms = {self.name_of(v, norm) for v, norm in stream.norms()}
+        channels = next(norm.channels for _, norm in stream.norms())
+        before = f"residual stream of {channels} channels, read by {len(norms)} norms"
+        return source_name(values, first), before
 
     # -- what a subclass says -------------------------------------------------------------------
 

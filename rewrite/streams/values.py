@@ -1,6 +1,7 @@
 """The values of an exported call, put together where they have to change together.
 
-    x + y, x.view(..), cat([x, y]), m.x (m one number a token), sum over tokens    one class
+    x + y, x.view(..), cat([x, y]), sum over tokens      one class
+    m.x, x + m (y - x), m one number a token             one class
     W x + b, norm(x), gelu(x), softmax(x)      another class, which this one is read for
 
 A map M of the channels of a class changes nothing else if every *source* of the class (a linear
@@ -113,6 +114,8 @@ class Values(LayerValues):
             self._linear(node, contraction, read)
         elif name in ("add", "sub") and len(read) == 2 and read[0] is not read[1]:
             self._sum(node, read)
+        elif name == "lerp":
+            self._between(node, read)
         elif name == "neg":
             self._alike(node, read[0], self.labels[read[0]])
         elif name in SCALES:
@@ -129,7 +132,7 @@ class Values(LayerValues):
             labels = moved(self.observed, self.labels, node)
         except Unfollowed:
             labels = None
-        if labels is None or len({self._width(value) for value in read}) > 1:
+        if labels is None or len({self.width(value) for value in read}) > 1:
             self._refused(node, read)
         else:
             self._put(node, labels, None, *read)
@@ -139,7 +142,7 @@ class Values(LayerValues):
         labels = [self.labels[value] for value in read]
         if shape is None or not all(isinstance(held, Tensor) for held in labels):
             return self._refused(node, read)
-        alike = len({self._width(value) for value in read}) == 1
+        alike = len({self.width(value) for value in read}) == 1
         if not alike or not torch.equal(labels[0].expand(shape), labels[1].expand(shape)):
             return self._refused(node, read)
         return self._put(node, labels[0].expand(shape), None, *read)
@@ -148,9 +151,11 @@ class Values(LayerValues):
         """Go on through a factor of one number a token; note one of a number a channel."""
         shape = shape_of(node) or ()
         operands = list(node.args[:2])
-        for place, value in enumerate(operands[: 1 if "div" in name else 2]):
-            other = operands[1 - place] if len(operands) == 2 else None
-            if not isinstance(value, Node) or value not in self.labels or other is value:
+        scaled = operands[: 1 if "div" in name else 2]
+        # What has more channels is scaled: a factor of one number has a channel of its own.
+        for value in sorted(scaled, key=self._channels, reverse=True):
+            other = next((held for held in operands if held is not value), None)
+            if not isinstance(value, Node) or value not in self.labels or other is None:
                 continue
             labels = self.labels[value]
             if not isinstance(labels, Tensor) or len(shape) < labels.ndim:
@@ -166,6 +171,27 @@ class Values(LayerValues):
                     self._readers.append(ClassReader(node, value, CallKind.SCALED))
                     return self._begin(node, CallKind.SCALED, scale=scale.tensor, inner=value)
         return self._refused(node, read)
+
+    def _channels(self, value: Any) -> int:
+        """Return how many channels a value has, 0 if it has no labels."""
+        return self.width(value) if isinstance(value, Node) and value in self.labels else 0
+
+    def _between(self, node: Node, read: list[Node]) -> None:
+        """Go on through a + t (b - a), a sum of a and b where t is one number a token."""
+        ends = (node.args[0], argument(node, 1, "end"))
+        weight, shape = argument(node, 2, "weight"), shape_of(node)
+        both = [value for value in read if value in ends]
+        labels = [self.labels[value] for value in both]
+        if (
+            shape is None or len(both) != 2 or len(set(map(self.width, both))) > 1
+            or not all(isinstance(held, Tensor) for held in labels)
+            or not torch.equal(labels[0].expand(shape), labels[1].expand(shape))
+            or not _one_a_token(labels[0].expand(shape), weight)
+        ):  # fmt: skip
+            return self._refused(node, read)
+        if weight in self.labels:
+            self._readers.append(ClassReader(node, weight, CallKind.OTHER))
+        return self._put(node, labels[0].expand(shape), None, *both)
 
     def _reduced(self, node: Node, read: list[Node]) -> None:
         """Go on through a sum or a mean over axes that are no channels."""
