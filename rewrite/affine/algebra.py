@@ -47,17 +47,17 @@ class Affine:
     @cached_property
     def scales(self) -> bool:
         """Whether it multiplies any channel by another number than 1."""
-        return bool((self.scale != 1).any())
+        return _first(self.scale, 1.0) != 1 or bool((self.scale != 1).any())
 
     @cached_property
     def adds(self) -> bool:
         """Whether it adds anything to any channel."""
-        return bool(self.shift.any())
+        return _first(self.shift, 0.0) != 0 or bool(self.shift.any())
 
     @cached_property
     def positive(self) -> bool:
         """Whether every scale is positive."""
-        return bool((self.scale > 0).all())
+        return not len(self.scale) or float(self.scale.min()) > 0
 
     @classmethod
     def identity(cls, channels: int) -> Affine:
@@ -135,6 +135,11 @@ class KernelLayout:
         return weight.shape[1] * self.groups if self.transposed else weight.shape[0]
 
 
+def _first(vector: Tensor, default: float) -> float:
+    """Return the first number of a vector: it mostly decides whether any differs from a number."""
+    return float(vector[0]) if len(vector) else default
+
+
 def scale_weight(
     weight: Tensor,
     layout: KernelLayout,
@@ -149,6 +154,7 @@ def scale_weight(
     """
     rows, columns = (input_side, output_side) if layout.transposed else (output_side, input_side)
     source = weight.detach()
+    result = torch.empty_like(source, dtype=dtype)  # first: what is freed leaves no hole below it
     taps = (1,) * (source.dim() - 2)
     by_row = None if rows is None else rows.view(-1, 1, *taps)
     by_group = None if columns is None else columns.view(layout.groups, -1, *taps)
@@ -157,12 +163,10 @@ def scale_weight(
         group = torch.arange(len(source), device=source.device) // (len(source) // layout.groups)
     if source.numel() <= _BLOCK:
         columns = by_group if by_group is None or group is None else by_group[group]
-        exact = _scaled(source.to(torch.float64, copy=True), by_row, columns)
-        result = exact.to(dtype or source.dtype)
+        result.copy_(_scaled(source.to(torch.float64, copy=True), by_row, columns))
         if see is not None:
             see(result)
         return result
-    result = torch.empty_like(source, dtype=dtype)
     step = max(1, _BLOCK // (source.numel() // source.shape[0]))
     # One buffer that stays in the cache: fresh temporaries cost more than the arithmetic.
     buffer = torch.empty_like(source[:step], dtype=torch.float64)

@@ -62,8 +62,10 @@ def run_recipes(recipes: Sequence[Recipe], store: TensorStore, exact: Exact | No
     for recipe in recipes:
         if isinstance(recipe, AffineRecipe):
             unrounded |= _write_affine(recipe, ledger, store)
-    for layer in ledger.layers():
-        own, weight = ledger.alone(layer), _Sum()
+    for layer in _largest_first(ledger.layers(), store):
+        # Who asks for exact values later has to find the old tensors; else they are freed here.
+        own = ledger if exact is None and not merges else ledger.alone(layer)
+        weight = _Sum()
         for attr, tensor in own.new_tensors(layer, weight).items():
             total = weight.total if attr == "weight" else None
             for name in names_of(layer, attr, aliases.get(layer.name, ())):
@@ -90,6 +92,20 @@ def run_recipes(recipes: Sequence[Recipe], store: TensorStore, exact: Exact | No
             recipe.put_through(_finite(store), written)
         elif isinstance(recipe, TensorRecipe):
             recipe.run(_finite(store), written)
+
+
+def _largest_first(layers: Sequence[Layer], store: TensorStore) -> list[Layer]:
+    """Return the layers in an order in which each new weight fits where an old one was freed.
+
+    Calls of functions come last, in their order: a new bias of theirs is named by it.
+    """
+
+    def size(layer: Layer) -> int:
+        if layer.module is None or layer.weight is None:
+            return 0
+        return store.get(layer.weight.name).numel()
+
+    return sorted(layers, key=size, reverse=True)
 
 
 def names_of(layer: Layer, attr: str, aliases: Sequence[str] = ()) -> tuple[str, ...]:

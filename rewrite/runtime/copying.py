@@ -27,10 +27,14 @@ def copy_model(model: Model) -> Model:
     Tied tensors stay tied. Python modules and TorchScript functions
     held as attributes are shared, as nothing can copy them.
     """
-    memo: dict[int, Any] = {id(module): module for module in list(sys.modules.values())}
+    programs = list(sys.modules.values())
+    memo: dict[int, Any] = dict(zip(map(id, programs), programs, strict=True))
     modules = [module for _, module in Tree(model).modules()]
-    memo |= {id(function): function for function in _compiled(modules)}
-    for tensor in _tensors(modules):
+    attributes = [value for module in modules for value in _attributes(module)]
+    memo |= {
+        id(value): value for value in attributes if isinstance(value, torch.jit.ScriptFunction)
+    }
+    for tensor in (*_registered(modules), *_tensors_among(attributes)):
         if id(tensor) not in memo:
             memo[id(tensor)] = lazy_copy(tensor)
     binders = list(_bind_functions(modules, memo))
@@ -60,20 +64,19 @@ def _bind_functions(
                 yield put_in
 
 
-def _compiled(modules: Iterable[nn.Module]) -> Iterator[Any]:
-    """Yield the TorchScript functions that modules hold; nothing can copy or change one."""
-    for module in modules:
-        yield from (v for v in _attributes(module) if isinstance(v, torch.jit.ScriptFunction))
-
-
 def _attributes(module: nn.Module) -> Iterator[Any]:
-    """Yield what a module holds, but for numbers, names and tuples, which nothing has to copy."""
+    """Yield what a module holds beside what is registered, but for what nothing has to copy.
+
+    That is numbers, names, tuples and dicts, in which `copy.deepcopy` finds what it copies.
+    """
     for value in vars(module).values():
-        if type(value) not in _UNCHANGED and type(value) is not tuple:
+        if type(value) not in _NO_TENSORS:
             yield value
 
 
 _UNCHANGED = frozenset({type(None), bool, int, float, str, type})
+
+_NO_TENSORS = _UNCHANGED | {tuple, dict, OrderedDict}
 
 
 def _copy_plain_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
@@ -135,16 +138,29 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _tensors(modules: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
+    """Yield the parameters and buffers, then the other tensors that are copied lazily."""
+    held = list(modules)
+    yield from _registered(held)
+    yield from _tensors_among(value for module in held for value in _attributes(module))
+
+
+def _registered(modules: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
     for module in modules:
         yield from (p for p in module._parameters.values() if p is not None)
         yield from (b for b in module._buffers.values() if b is not None)
-        # Old-style weight_norm and friends keep the computed weight, not a leaf, as an attribute.
-        # A recurrent layer lists its weights, a computed one among them.
-        for value in _attributes(module):
-            if isinstance(value, torch.Tensor):
-                yield value
-            elif isinstance(value, list):
-                yield from (v for v in value if isinstance(v, torch.Tensor))
+
+
+def _tensors_among(attributes: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors among attributes.
+
+    Old-style weight_norm and friends keep the computed weight, not a leaf, as an attribute. A
+    recurrent layer lists its weights, a computed one among them.
+    """
+    for value in attributes:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list):
+            yield from (v for v in value if isinstance(v, torch.Tensor))
 
 
 _SMALL = 1 << 16

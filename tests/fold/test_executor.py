@@ -17,7 +17,10 @@ import models
 import rewrite
 from passes import FoldNorm
 from rewrite.errors import CheckpointError
+from rewrite.fold.executor import run_recipes
+from rewrite.fold.recipes import from_data
 from rewrite.fold.replay import apply_report
+from rewrite.fold.store import StateDictStore
 from rewrite.protocol import apply_pass
 from rewrite.runtime.copying import copy_model
 
@@ -202,6 +205,33 @@ def test_a_value_that_overflows_is_found_in_each_block_of_a_large_weight(channel
         model[0].weight[channel, 599] = 10
     with pytest.raises(rewrite.PassError, match=r"0\.weight would hold values that are not finite"):
         rewrite.convert(model, "fold", verify=False)
+
+
+class Noting(StateDictStore):
+    """Notes the names of what is written."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__(state)
+        self.written: list[str] = []
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        self.written.append(name)
+        super().set(name, tensor)
+
+
+def test_the_largest_weight_is_written_first_whatever_the_order_of_the_norms() -> None:
+    parts: list[nn.Module] = []
+    for into, out in ((2, 3), (3, 9), (9, 4)):
+        parts += [nn.Conv2d(into, out, 1), nn.BatchNorm2d(out)]
+    model = models.randomize_norms_(nn.Sequential(*parts).eval())
+    report, state = report_and_state(model, torch.randn(1, 2, 4, 4))
+    recipes = [from_data(change["recipe"]) for change in report["passes"][0]["changes"]]
+    stores = [Noting(model.state_dict()) for _ in range(2)]
+    for store, order in zip(stores, (recipes, recipes[::-1]), strict=True):
+        run_recipes(order, store)
+        weights = [name for name in store.written if name.endswith("weight")]
+        assert weights == ["4.weight", "2.weight", "0.weight"]
+        assert all(torch.equal(store.state[name], state[name]) for name in store.written)
 
 
 def test_branches_are_added_up_before_they_are_rounded() -> None:
