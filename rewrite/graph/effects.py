@@ -35,8 +35,8 @@ class Model(Protocol):
     def module(self, name: str) -> nn.Module:
         """Return the module called `name`."""
 
-    def source_text(self, node: Node) -> str:
-        """Return the line of code that made a call."""
+    def region_of(self, node: Node) -> Region:
+        """Return the traced forward that `node` belongs to."""
 
 
 _OTHER_VIEWS = frozenset(
@@ -107,25 +107,18 @@ _FLAGGED = frozenset({"relu", "relu6", "silu", "hardswish", "leaky_relu", "elu",
 
 _IN_PLACE_OPERATORS = frozenset(
     {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
-     operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul,
-     operator.ilshift, operator.irshift, operator.setitem}
+     operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.ilshift,
+     operator.irshift, operator.setitem}
 )  # fmt: skip
-
-_AUGMENTED: Mapping[Any, str] = {
-    operator.add: "+=", operator.sub: "-=", operator.mul: "*=", operator.truediv: "/=",
-    operator.floordiv: "//=", operator.mod: "%=", operator.pow: "**=", operator.matmul: "@=",
-    operator.and_: "&=", operator.or_: "|=", operator.xor: "^=",
-}  # fmt: skip
-
 
 _IN_PLACE: Mapping[Any, Any] = {
     operator.add: operator.iadd, operator.sub: operator.isub, operator.mul: operator.imul,
     operator.truediv: operator.itruediv, operator.floordiv: operator.ifloordiv,
-    operator.mod: operator.imod, operator.pow: operator.ipow, operator.matmul: operator.imatmul,
+    operator.mod: operator.imod, operator.pow: operator.ipow,
     operator.and_: operator.iand, operator.or_: operator.ior, operator.xor: operator.ixor,
     operator.lshift: operator.ilshift, operator.rshift: operator.irshift,
 }  # fmt: skip
-"""What `x += y` calls, by what a proxy records of it."""
+"""What `x += y` calls, by what a proxy records of it; a tensor has no `@=`: it makes another."""
 
 _RECORDED = {called: plain for plain, called in _IN_PLACE.items()}
 
@@ -135,11 +128,9 @@ def writes(captured: Model, node: Node) -> tuple[Node, ...]:
     if node.op == "call_module":
         module = captured.module(str(node.target))
         return tuple(node.all_input_nodes[:1]) if _is_in_place(module) else ()
-    if node.target in _AUGMENTED:
-        # A proxy records `x += y` as `x + y`: only the line of code tells them apart.
-        written = _AUGMENTED[node.target] in captured.source_text(node)
-        first = node.args[0] if node.args else None
-        return (first,) if written and isinstance(first, Node) else ()
+    if node.target in _IN_PLACE:  # A trace records `x += y` as `x + y`, and notes the node.
+        first = node.args[0] if node in captured.region_of(node).augmented else None
+        return (first,) if isinstance(first, Node) else ()
     return _written(node)
 
 

@@ -9,13 +9,23 @@ line.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.fx import Node, Proxy
 from torch.fx.proxy import Attribute, TraceError
 
 _ASSIGNED = frozenset({"data", "grad", "requires_grad"})
+
+AUGMENTED = {
+    f"__i{name.strip('_')}__": getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor",
+                 "lshift", "rshift")
+}  # fmt: skip
+"""By method, what is recorded of `x += y`, `operator.iadd(x, y)` and `x.__iadd__(y)`: `x + y`.
+
+A tensor has no `__imatmul__`: `x @= y` writes nothing.
+"""
 
 
 class ValueProxy(Proxy):
@@ -52,6 +62,18 @@ class ValueProxy(Proxy):
     def __len__(self) -> int:
         """Return the length, where it is known."""
         return int(self.tracer.length(self))
+
+
+def _assignment(name: str) -> Callable[[ValueProxy, Any], Proxy]:
+    def assign(self: ValueProxy, other: Any) -> Proxy:
+        found: Proxy = self.tracer.create_proxy("call_method", name, (self, other), {})
+        return found
+
+    return assign
+
+
+for _name in AUGMENTED:
+    setattr(ValueProxy, _name, _assignment(_name))
 
 
 class ValueAttribute(Attribute, ValueProxy):

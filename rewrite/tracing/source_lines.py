@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dis
 import random
 import sys
 import traceback
@@ -16,15 +15,6 @@ from rewrite.provenance import shown_path
 _HERE = Path(__file__).parent
 
 _MACHINERY = tuple(f"{p}/" for p in (Path(torch.__file__).parent, _HERE, _HERE.parent / "graph"))
-
-_OPERATORS = ("+", "-", "*", "/", "//", "%", "**", "@", "&", "|", "^", "<<", ">>")
-
-_AUGMENTED = frozenset(
-    instruction.arg
-    for operator in _OPERATORS
-    for instruction in dis.get_instructions(compile(f"x {operator}= y", "", "exec"))
-    if instruction.opname == "BINARY_OP"
-)
 
 _STANDARD = f"{Path(random.__file__).parent}/"
 
@@ -77,9 +67,3 @@ def asked_by_model(frame: FrameType) -> bool:
 def short(source: str | None) -> str:
     """Return " at file.py:123" for a line of code, "" for none."""
     return "" if source is None else f" at {Path(source).name}"
-
-
-def is_augmented(frame: FrameType) -> bool:
-    """Return whether a frame is at an augmented assignment, which calls a proxy like `x + y`."""
-    code, place = frame.f_code.co_code, frame.f_lasti
-    return code[place] == dis.opmap["BINARY_OP"] and code[place + 1] in _AUGMENTED

@@ -29,9 +29,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from rewrite.runtime.stand_in import Attributes
 from rewrite.runtime.tree import Tree
 from rewrite.tracing.patches import modes_noted
-from rewrite.tracing.proxies import nodes_of
+from rewrite.tracing.proxies import AUGMENTED, nodes_of
 from rewrite.tracing.records import Frame, Opaque, Trace
-from rewrite.tracing.source_lines import is_augmented, reason_of, user_frame
+from rewrite.tracing.source_lines import reason_of, user_frame
 from rewrite.tracing.value_tracer import ValueTracer
 
 if TYPE_CHECKING:
@@ -273,16 +273,20 @@ class RegionTracer(ValueTracer):
             return self.create_node("get_attr", self.path_of_module(a), (), {})
         return super().create_arg(a)
 
-    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **names: Any
+    ) -> Node:
         """Create a node, and record the forward and the line that made the call."""
-        node = super().create_node(*args, **kwargs)
+        plain = AUGMENTED.get(target) if kind == "call_method" else None
+        kind, target = ("call_function", plain) if plain else (kind, target)
+        node = super().create_node(kind, target, args, kwargs, *rest, **names)
+        if plain is not None:
+            self._trace.augmented.add(node)
         self._trace.frames[node] = self._frames[-1]
         if node.op not in ("placeholder", "output", "get_attr"):
             frame = user_frame()
             if frame is not None:
                 self._trace.lines[node] = (frame.f_code, frame.f_lineno)
-                if node.op == "call_function" and is_augmented(frame):
-                    self._trace.augmented.add(node)
         if self.shapes is not None:
             self.shapes.attach(node, self._trace.constants, node.target in self.opaque)
         if self._deciding:

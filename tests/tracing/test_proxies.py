@@ -10,7 +10,13 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.proxy import TraceError
 
-from rewrite.tracing.proxies import ValueAttribute, ValueProxy, nodes_of, proxies_in
+from rewrite.tracing.proxies import (
+    AUGMENTED,
+    ValueAttribute,
+    ValueProxy,
+    nodes_of,
+    proxies_in,
+)
 from rewrite.tracing.value_tracer import ValueTracer
 
 
@@ -78,3 +84,21 @@ def test_nodes_are_found_in_containers_up_to_a_depth() -> None:
     for _ in range(4):
         deep = [deep]
     assert list(proxies_in(deep)) == [x] and list(proxies_in([deep])) == []
+
+
+@pytest.mark.parametrize("name", AUGMENTED)
+def test_an_operator_in_place_is_recorded_however_it_is_spelled(name: str) -> None:
+    spelled = name.strip("_")
+    x = proxy()
+    getattr(operator, spelled)(x, 2)
+    getattr(x, name)(2)
+    nodes = [n for n in x.node.graph.nodes if n.op == "call_method"]
+    assert [(node.target, node.args) for node in nodes] == [(name, (x.node, 2))] * 2
+
+
+def test_the_operators_in_place_are_those_that_a_tensor_has() -> None:
+    spelled = {f"__i{name.strip('_')}__" for name in dir(operator) if name.startswith("__")}
+    assert {name for name in spelled if hasattr(torch.Tensor, name)} == AUGMENTED.keys()
+    x = proxy()
+    x @= 2  # another value: nothing is written
+    assert x.node.target is operator.matmul

@@ -15,7 +15,6 @@ import torch
 from rewrite.provenance import shown_path
 from rewrite.tracing.source_lines import (
     asked_by_model,
-    is_augmented,
     reason_of,
     runs_in_torch,
     short,
@@ -130,26 +129,3 @@ def test_the_standard_library_does_not_ask_for_the_model() -> None:
 
 def test_a_source_is_shortened_to_its_file_name() -> None:
     assert short("/a/b/model.py:12") == " at model.py:12" and short(None) == ""
-
-
-class Number:
-    """Notes at each addition whether an augmented assignment asked for it."""
-
-    def __init__(self) -> None:
-        self.augmented: list[bool] = []
-
-    def _add(self, other: Any) -> Number:
-        self.augmented.append(is_augmented(sys._getframe(1)))
-        return self
-
-    __add__ = __mul__ = __matmul__ = _add
-
-
-def test_an_augmented_assignment_is_told_from_a_sum() -> None:
-    x = number = Number()
-    x = x + 1
-    x += 1
-    x = x * 2
-    x *= 2
-    x @= 2
-    assert number.augmented == [False, True, False, True, True]
