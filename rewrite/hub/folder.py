@@ -124,7 +124,15 @@ def open_folder(path: str | Path) -> CheckpointFolder:
             folder, config, {SINGLE: single}, dict.fromkeys(single.entries, SINGLE), None
         )
     if not (folder / INDEX).is_file():
-        raise CheckpointError(f"{folder}: holds no {SINGLE} and no {INDEX}")
+        pickled = sorted(folder.glob("pytorch_model*.bin"))
+        raise CheckpointError(
+            f"{folder}: holds no {SINGLE} and no {INDEX}"
+            + (
+                f", only pickled weights ({pickled[0].name}); save it as safetensors"
+                if pickled
+                else ""
+            )
+        )
     index = _json(folder / INDEX)
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):

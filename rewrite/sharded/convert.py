@@ -29,7 +29,7 @@ from rewrite.protocol import Pass
 from rewrite.report import Report
 from rewrite.sharded.plan import FolderPlan, plan_folder
 from rewrite.sharded.proof import Proof, prove
-from rewrite.sharded.recipes import Step, run
+from rewrite.sharded.recipes import run
 from rewrite.sharded.staging import check_target, staged_folder
 from rewrite.sharded.streaming import scale_tensor
 from rewrite.sharded.writer import FolderWriter
@@ -112,9 +112,9 @@ def _write(
     """Write the new folder into `stage`; return what each new tensor is before it is rounded."""
     exact = Exact(folder, plan)
     with FolderWriter(folder, stage, plan.made, plan.gone, plan.config) as writer:
-        for step in counted(plan.steps, say, "rewriting"):
-            run(step, _FolderStore(folder, plan, writer, step, dict(exact)), exact)
         writer.copy_rest(say)
+        for step in counted(plan.steps, say, "rewriting"):
+            run(step, _FolderStore(folder, plan, writer, dict(exact)), exact)
         writer.write_rest()
     return exact
 
@@ -125,14 +125,12 @@ class _FolderStore:
 
     Attributes:
         folder, plan, writer: the old folder, what is planned, and the new folder.
-        step: what is run.
         before: what earlier steps wrote, before it was rounded.
     """
 
     folder: CheckpointFolder
     plan: FolderPlan
     writer: FolderWriter
-    step: Step
     before: Mapping[str, Callable[[], Tensor]]
 
     def get(self, name: str) -> Tensor:

@@ -1,7 +1,8 @@
 """The shards of a new folder, written tensor by tensor in any order.
 
 Types and shapes are known beforehand, so each shard gets its head and its full size at once, and a
-tensor is written at its place when it is computed. What nobody rewrites is copied as bytes.
+tensor is written at its place when it is computed. What nobody rewrites is copied as bytes. A shard
+that is whole is flushed while the next ones are computed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,10 @@ class FolderWriter:
         self._gone |= {copy for copy, first in folder.copies.items() if first in changed}
         self._gone -= self._made.keys()
         self._files: dict[str, int] = {}
+        self._left: dict[str, int] = {}
+        self._flushed: list[Future[None]] = []
+        self._lock = threading.Lock()
+        self._disk = ThreadPoolExecutor(1)
         self._entries: dict[str, tuple[str, int, Entry]] = {}
         self._places = {n: shard for n, shard in folder.places.items() if n not in self._gone}
 
@@ -73,6 +80,7 @@ class FolderWriter:
         return self
 
     def __exit__(self, *raised: object) -> None:
+        self._disk.shutdown(cancel_futures=True)
         for handle in self._files.values():
             os.close(handle)
 
@@ -100,6 +108,7 @@ class FolderWriter:
             os.posix_fallocate(handle, 0, size)
         else:
             os.ftruncate(handle, size)
+        self._left[shard] = sum(entry.size for entry in entries.values())
         for name, entry in entries.items():
             self._entries[name] = (shard, len(head), entry)
             self._places[name] = shard
@@ -117,10 +126,18 @@ class FolderWriter:
     def write(self, name: str, content: memoryview, begin: int) -> None:
         """Write bytes of one tensor, which stands in the new folder as it is, from `begin` on."""
         shard, data, entry = self._entries[name]
-        at = data + entry.begin + begin
+        at, size = data + entry.begin + begin, len(content)
         while content:
             done = os.pwrite(self._files[shard], content[: 1 << 26], at)
             content, at = content[done:], at + done
+        self._wrote(shard, size)
+
+    def _wrote(self, shard: str, size: int) -> None:
+        """Let a shard go to the disk once it is whole, while the next ones are computed."""
+        with self._lock:
+            before, self._left[shard] = self._left[shard], self._left[shard] - size
+            if self._left[shard] <= 0 < before:
+                self._flushed.append(self._disk.submit(os.fsync, self._files[shard]))
 
     def copy_rest(self, progress: Callable[[str], None]) -> None:
         """Copy every tensor that nobody rewrites, in runs of neighbours."""
@@ -134,6 +151,7 @@ class FolderWriter:
             try:
                 for begin, length, at in self._runs(shard):
                     copy_range(source, self._files[shard], begin, length, at)
+                    self._wrote(shard, length)
             finally:
                 os.close(source)
 
@@ -159,7 +177,11 @@ class FolderWriter:
         return sum(math.prod(e.shape) for e in new) - sum(math.prod(e.shape) for e in old)
 
     def write_rest(self) -> None:
-        """Write the configuration and the index, and copy everything else."""
+        """Write the configuration and the index, and copy everything else.
+
+        Raises:
+            OSError: the disk refuses something of all that was written.
+        """
         (self._stage / CONFIG).write_text(_text(self._config), encoding="utf-8")
         if self._folder.index is not None:
             total = sum(entry.size for _, _, entry in self._entries.values())
@@ -176,6 +198,8 @@ class FolderWriter:
             place = self._stage / path.relative_to(self._folder.path)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, place)
+        for flushed in self._flushed:
+            flushed.result()
 
 
 def _parts_of(folder: CheckpointFolder, made: Mapping[str, Made]) -> Iterator[tuple[str, Made]]:

@@ -214,3 +214,27 @@ def test_two_tensors_that_no_configuration_unties_are_refused(tmp_path: Path) ->
     rewritten(source, lambda h: {**h, "encoder.embed_tokens.weight": h["shared.weight"] + 1})
     with pytest.raises(CheckpointError, match="differ, and T5ForConditionalGeneration holds them"):
         rewrite.load(source)
+
+
+def test_pickled_weights_alone_are_refused_by_name(make: Make) -> None:
+    folder = make()
+    held = tensors(folder)
+    for path in [*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"]:
+        path.unlink()
+    torch.save(held, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"only pickled weights \(pytorch_model\.bin\)"):
+        open_folder(folder)
+
+
+def test_a_folder_of_links_as_the_cache_of_the_hub_has_it_becomes_one_of_files(make: Make) -> None:
+    folder = make()
+    blobs = folder.with_name("blobs")
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(Path("..") / "blobs" / str(number))
+    rewrite.convert_checkpoint(folder, folder.with_name("out"), "fold", verify=False)
+    made = sorted(folder.with_name("out").iterdir())
+    assert [p.name for p in made] == sorted(p.name for p in folder.iterdir())
+    assert not any(path.is_symlink() for path in made)
+    assert (logits(folder) - logits(folder.with_name("out"))).abs().max() < 1e-5

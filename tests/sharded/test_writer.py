@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -143,3 +144,38 @@ def test_a_disk_that_fills_up_while_a_tensor_is_written_leaves_nothing(
     with pytest.raises(CheckpointError, match=r"(?i)no space left"):
         write(source, source.with_name("out"))
     assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+def test_a_disk_that_refuses_a_shard_that_is_whole_leaves_nothing(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is flushed by another thread, while the next ones are written."""
+    real, hit = os.fsync, []
+
+    def fsync(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").readlink().name == "three.safetensors":
+            hit.append(threading.current_thread())
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(CheckpointError, match=r"(?i)input/output error"):
+        write(source, source.with_name("out"))
+    assert hit and hit[0] is not threading.main_thread()
+    assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+def test_each_shard_is_flushed_once_it_is_whole_and_not_before(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, bytes] = {}
+
+    def fsync(handle: int) -> None:
+        place = Path(f"/proc/self/fd/{handle}").readlink()
+        seen.setdefault(place.name, place.read_bytes())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(source, source.with_name("out"))
+    shards = {*OLD, NEW_SHARD}
+    assert shards <= seen.keys()
+    assert all(seen[n] == (source.with_name("out") / n).read_bytes() for n in shards)
