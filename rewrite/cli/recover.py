@@ -36,7 +36,7 @@ _CHOICES = {
 _NUMBERS: dict[str, tuple[type, str]] = {
     "epochs": (int, "passes over the data (default 1)"),
     "rate": (float, "learning rate of a batch of 32; scaled linearly"),
-    "batch_size": (int, "samples of a micro-batch (default 8)"),
+    "batch_size": (int, "samples of a micro-batch (default: 400 steps an epoch, 2 to 8)"),
     "accumulate": (int, "micro-batches of a step (default 1)"),
     "weight_decay": (float, "normalized decay of the matrices of layers (default 0.05)"),
     "temperature": (float, "of the soft targets (default 2)"),

@@ -10,7 +10,8 @@ second term matches features, each relative to the variance of the teacher's.
 
     L = (1 − w) Σ distance(student, teacher) + w Σ cross entropy(student, labels)
 
-summed over samples, so that the mean over a global batch of n is L / n, however it is divided.
+with the mean over the positions of a sample (segmentation), summed over samples, so that the mean
+over a global batch of n is L / n, however it is divided.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewrite.errors import OptionError
+from rewrite.runtime.inputs import dtype_of
 from rewrite.runtime.leaves import tensors
 from rewrite.training.features import Pair, run_noted
 from rewrite.training.held_out import check_fit
@@ -142,9 +144,13 @@ class Objective:
         """Return the loss of a student on a micro-batch; `pairs` are norms to match."""
         output, found = run_noted(student, batch, [pair.own for pair in pairs])
         with torch.no_grad():
-            answer, wanted = run_noted(self.teacher, batch, [pair.other for pair in pairs])
+            asked = batch.to(next(student.parameters()).device, dtype_of(self.teacher))
+            answer, wanted = run_noted(self.teacher, asked, [pair.other for pair in pairs])
         own, other = tensors(output), tensors(answer)
         check_fit(tuple(own), tuple(other))
+        if not any(one.requires_grad for one in own):
+            raise OptionError("no output of the student has a gradient; return its floats")
+        other = [theirs.to(mine.dtype) for mine, theirs in zip(own, other, strict=True)]
         features = [
             (*pair.select(mine, theirs), pair.variance)
             for pair, calls, same in zip(pairs, found, wanted, strict=True)
@@ -160,5 +166,5 @@ class Objective:
             loss = len(batch) * loss
         if self.target is None or batch.labels is None:
             return loss  # type: ignore[no-any-return]  # sum() of tensors
-        weight = self.options.label_weight
-        return (1 - weight) * loss + weight * self.target(own[0], batch.labels)  # type: ignore[no-any-return]  # sum() of tensors
+        weight, positions = self.options.label_weight, batch.labels[0].numel()
+        return (1 - weight) * loss + weight * self.target(own[0], batch.labels) / positions  # type: ignore[no-any-return]  # sum() of tensors

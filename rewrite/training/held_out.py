@@ -14,6 +14,7 @@ from rewrite.runtime.leaves import tensors
 from rewrite.runtime.modes import evaluating
 from rewrite.swap.agreement import Sums
 from rewrite.training.calibration_error import calibration_error, fit_temperature
+from rewrite.training.label_smoothing import IGNORED
 from rewrite.training.penultimate import NoTemplatesError, penultimate_plane
 from rewrite.training.recovered import Calibrated, Held
 from rewrite.training.samples import Samples
@@ -48,9 +49,10 @@ class HeldOut:
         first, own = self.outputs[0], found[0]
         if first.dim() >= 2 and first.shape[1] > 1:
             top1 = float((first.argmax(1) == own.argmax(1)).double().mean())
-            if self.samples.labels is not None:
-                right = own.argmax(1) == self.samples.labels.to(own.device)
-                accuracy = float(right.double().mean())
+            labels = self.samples.labels
+            if labels is not None and bool((labels != IGNORED).any()):
+                right = own.argmax(1) == labels.to(own.device)
+                accuracy = float(right[(labels != IGNORED).to(own.device)].double().mean())
         error = whole.metrics["error"]
         return Held(len(self.samples), top1, whole.cosine, error, accuracy), found
 
@@ -61,9 +63,13 @@ class HeldOut:
         labels = self.samples.labels
         if labels is None or self.outputs[0].dim() != 2:
             return None
+        known = labels != IGNORED
+        if not bool(known.any()):
+            return None
+        found = {name: (one[0][known], labels[known]) for name, one in outputs.items()}
         return {
-            name: Calibrated(calibration_error(one[0], labels), fit_temperature(one[0], labels))
-            for name, one in outputs.items()
+            name: Calibrated(calibration_error(*pair), fit_temperature(*pair))
+            for name, pair in found.items()
         }
 
     def plane(self, model: nn.Module) -> dict[int, Tensor]:
@@ -103,7 +109,13 @@ def outputs_of(model: nn.Module, samples: Samples) -> tuple[Tensor, ...]:
                 raise OptionError(
                     f"training data ({chunk}): the model rejects it: {message}"
                 ) from error
-            parts.append([t.detach().float().cpu() for t in tensors(output)])
+            found = [t.detach().float().cpu() for t in tensors(output)]
+            if wrong := [tuple(one.shape) for one in found if one.shape[:1] != index.shape]:
+                raise OptionError(
+                    f"the model returns a tensor {wrong[0]} for {len(index)} samples; axis 0 of "
+                    "each output has to be the samples"
+                )
+            parts.append(found)
     if not parts[0]:
         raise OptionError("the model returns no tensor: nothing to compare")
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))

@@ -7,6 +7,7 @@ step, the curves, the best state, and the states of the loss and of the recenter
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import pickle
 import shutil
 import signal
@@ -24,6 +25,7 @@ from rewrite.checkpoint.pickles.unpickle import DAMAGED, load_pickle
 from rewrite.checkpoint.vetting.vet import vet_pickle, vet_safetensors
 from rewrite.errors import CheckpointError, OptionError, RewriteError, one_line, system_reason
 from rewrite.files import removed_if_killed
+from rewrite.runtime.leaves import leaves
 from rewrite.swap.anchor import Recentering
 from rewrite.training.recovered import Held
 
@@ -100,6 +102,8 @@ class LoopState:
         for key, value in self.plan.items():
             if state["plan"].get(key) != value:
                 was = state["plan"].get(key)
+                if key in _PRINTS:
+                    raise OptionError(f"the saved state is of another {key}; pass a new folder")
                 raise OptionError(f"the saved state is of {key} {was}, this training of {value}")
         best, own = state["best"]["state"], self.student.state_dict()
         if {k: v.shape for k, v in best.items()} != {
@@ -113,6 +117,17 @@ class LoopState:
             self.target.load_state_dict(state["target"])
         if self.recentering is not None:
             self.recentering.resume(state["recentered"])
+
+
+def fingerprint(value: Any) -> str:
+    """Return a digest of the names, shapes, dtypes and bytes of all tensors in `value`."""
+    digest = hashlib.sha256()
+    for name, leaf in leaves(value):
+        if isinstance(leaf, Tensor):
+            digest.update(f"{name} {tuple(leaf.shape)} {leaf.dtype}".encode())
+            raw = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(raw.numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def save_state(accelerator: Any, folder: Path, own: Sequence[Any]) -> None:
@@ -159,7 +174,7 @@ def has_state(accelerator: Any, folder: Path) -> bool:
     if accelerator.is_main_process:
         finish_state(folder)
     accelerator.wait_for_everyone()
-    return folder.exists()
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
 
 
 def finish_state(folder: Path) -> None:
@@ -211,6 +226,9 @@ def load_state(accelerator: Any, folder: Path, own: Sequence[Any]) -> None:
             f"{folder}: no training can go on from it: {one_line(error)}"
         ) from error
 
+
+_PRINTS = frozenset({"student", "teacher", "data"})
+"""The parts of a plan that are digests."""
 
 _OWN = "loop_{}.pt"
 """What the files of a state are called that are not accelerate's."""

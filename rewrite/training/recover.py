@@ -28,16 +28,23 @@ from rewrite.training.held_out import HeldOut
 from rewrite.training.label_smoothing import OnlineLabelSmoothing, check_labels
 from rewrite.training.loop_state import (
     LoopState,
+    fingerprint,
     has_state,
     interrupts,
     load_state,
     save_state,
 )
-from rewrite.training.options import REFERENCE_BATCH, RecoverOptions, default_rate
+from rewrite.training.options import (
+    REFERENCE_BATCH,
+    RecoverOptions,
+    default_batch,
+    default_rate,
+    rate_of,
+)
 from rewrite.training.parameter_groups import normalized_decay, parameter_groups
 from rewrite.training.recovered import Recovered
 from rewrite.training.samples import Samples, read_samples, split, step_count, steps_of
-from rewrite.training.schedule import linear_scaling, warmup
+from rewrite.training.schedule import warmup
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -78,6 +85,9 @@ def recover(
         options = _options(settings)
     elif settings:
         raise OptionError("recover: pass options or their fields, not both")
+    for role, given in (("student", student), ("teacher", teacher)):
+        if not isinstance(given, nn.Module):
+            raise OptionError(f"recover: the {role} is a {type(given).__name__}; pass a module")
     accelerator = _accelerator(options)
     torch.manual_seed(options.seed)
     model = copy_model(student)
@@ -124,14 +134,17 @@ class _Recovery:
         self.fitted = fitted
         self.teacher = copy_model(teacher).eval().requires_grad_(False).to(accelerator.device)
         self.held = HeldOut.of(self.teacher, held)
+        self.prints = _fingerprints(student, teacher, held)
         self.objective = Objective(options, self.teacher, self.held.outputs)
         self.notes: list[str] = []
         if options.labels and self.objective.classes is not None:
             self._check_labels(self.objective.classes)
         world = accelerator.num_processes
-        self.per_epoch = step_count(fitted, options.batch_size, options.accumulate, world)
+        parts = options.accumulate * world
+        self.micro = options.batch_size or default_batch(len(fitted), parts)
+        self.per_epoch = step_count(fitted, self.micro, options.accumulate, world)
         self.total = self.per_epoch * options.epochs
-        self.batch = min(options.batch_size * options.accumulate * world, len(fitted))
+        self.batch = min(self.micro * parts, len(fitted))
         if not self.total:
             raise OptionError(f"{len(fitted)} samples for {world} workers: too few for a step")
 
@@ -193,9 +206,7 @@ class _Recovery:
         """Return the remaining steps of an epoch."""
         options, accelerator = self.options, self.accelerator
         place = (accelerator.process_index, accelerator.num_processes)
-        steps = steps_of(
-            self.fitted, epoch, options.seed, options.batch_size, options.accumulate, place
-        )
+        steps = steps_of(self.fitted, epoch, options.seed, self.micro, options.accumulate, place)
         done = self.state.step - epoch * self.per_epoch
         return (step for number, step in enumerate(steps) if number >= done)
 
@@ -281,6 +292,7 @@ class _Recovery:
         self.model, self.optimizer = accelerator.prepare(self.student, optimizer)
         self.schedule = schedule
         plan = {"samples": len(self.fitted), "steps": self.total, "options": repr(options)}
+        plan |= self.prints
         self.state = LoopState(self.student, self.objective.target, recentering, plan)
         if self.objective.target is not None:
             self.objective.target.to(accelerator.device)
@@ -321,10 +333,20 @@ def _optimizer(
     decay = normalized_decay(options.weight_decay, batch, samples, options.epochs)
     groups = [{k: g[k] for k in ("params", "weight_decay")} for g in
               parameter_groups(student, decay)]  # fmt: skip
-    rate = linear_scaling(rate, batch, REFERENCE_BATCH)
+    rate = rate_of(options.optimizer, rate, batch)
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=rate)
     return torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
+
+
+def _fingerprints(student: nn.Module, teacher: nn.Module, held: Samples) -> dict[str, str]:
+    """Return digests of what a saved state belongs to."""
+    given = {
+        "student": student.state_dict(),
+        "teacher": teacher.state_dict(),
+        "data": [held.inputs.args, dict(held.inputs.kwargs), held.labels],
+    }
+    return {name: fingerprint(value) for name, value in given.items()}
 
 
 def _falling(step: int, rising: int, total: int) -> float:

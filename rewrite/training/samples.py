@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_structure
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from rewrite.errors import OptionError
 from rewrite.runtime.inputs import Inputs, batches_for
@@ -25,6 +26,7 @@ STREAMED = 4096
 """Samples that are read of a source that is not in memory already."""
 
 _HOLD_OUT, _MOST_HELD = 5, 512
+_READ_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -58,21 +60,28 @@ def read_samples(model: nn.Module, source: Iterable[Any], labels: bool) -> Sampl
     """Read batches: tensors, tuples of positional inputs, or dicts of keyword inputs.
 
     Args:
-        model: the model; values beyond the parameters of its forward are dropped.
-        source: the batches; of an iterator, the first 4096 samples.
+        model: the model; values beyond the parameters of its forward are dropped, and the key
+            "labels" of a dict.
+        source: the batches, or a map-style dataset of samples; of an iterator, the first 4096
+            samples.
         labels: whether a tuple ends in labels, or a dict has the key "labels".
 
     Raises:
-        OptionError: there are fewer than two samples, or labels are missing.
+        OptionError: there are fewer than two samples, their shapes differ, or labels are missing.
     """
     if isinstance(source, Tensor):
         source = [source]
+    elif isinstance(source, Dataset) and not isinstance(source, IterableDataset):
+        source = DataLoader(source, _READ_AT_ONCE)
+    elif not isinstance(source, Iterable):
+        raise OptionError(f"training data: {type(source).__name__}; pass batches")
     streamed = not isinstance(source, Sequence)
     parts: list[Samples] = []
     count = 0
     for number, batch in enumerate(source):
         part = _part(model, batch, labels, number)
         parts.append(part)
+        _check_alike(parts[0], part, number)
         count += len(part)
         if streamed and count >= STREAMED:
             break
@@ -85,8 +94,8 @@ def read_samples(model: nn.Module, source: Iterable[Any], labels: bool) -> Sampl
 
 def _part(model: nn.Module, batch: Any, labels: bool, number: int) -> Samples:
     targets = None
-    if labels and isinstance(batch, Mapping) and "labels" in batch:
-        targets = batch["labels"]
+    if isinstance(batch, Mapping) and "labels" in batch:
+        targets = batch["labels"] if labels else None
         batch = {key: value for key, value in batch.items() if key != "labels"}
     elif labels and isinstance(batch, tuple | list) and len(batch) > 1:
         *batch, targets = batch
@@ -99,12 +108,31 @@ def _part(model: nn.Module, batch: Any, labels: bool, number: int) -> Samples:
     if any(x.is_floating_point() and not bool(torch.isfinite(x).all()) for x in leaves):
         raise OptionError(f"training data: batch {number} holds NaN or infinity")
     if targets is not None:
-        targets = torch.as_tensor(targets)
-        if len(targets) != len(leaves[0]):
+        try:
+            targets = torch.as_tensor(targets)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise OptionError(f"training data: labels of batch {number}: {error}") from error
+        count = len(targets) if targets.dim() else 1
+        if count != len(leaves[0]) or not targets.dim():
             raise OptionError(
-                f"training data: batch {number} has {len(leaves[0])} samples, {len(targets)} labels"
+                f"training data: batch {number} has {len(leaves[0])} samples, {count} labels"
             )
     return Samples(inputs, targets)
+
+
+def _check_alike(first: Samples, part: Samples, number: int) -> None:
+    """Raise OptionError unless the samples of a batch can be stacked on those of the first."""
+
+    def shape(one: Samples) -> Any:
+        values = [one.inputs.args, dict(one.inputs.kwargs), one.labels]
+        kinds = [(tuple(leaf.shape[1:]), leaf.dtype) for leaf in tensors(values)]
+        return tree_structure(values), kinds
+
+    if shape(part) != shape(first):
+        raise OptionError(
+            f"training data: batch {number} ({part.inputs}) differs from batch 0 ({first.inputs}) "
+            "in more than its number of samples"
+        )
 
 
 def _joined(*leaves: Any) -> Any:

@@ -29,7 +29,7 @@ from rewrite.graph.captured import Captured
 from rewrite.graph.spellings import CONVS, LINEARS, function_name, is_getitem
 from rewrite.graph.traits import spelled
 from rewrite.runtime.tree import Tree, join
-from rewrite.tracing.code.positions import looks_up_positions
+from rewrite.tracing.code.positions import looks_up_positions, read_whole
 from rewrite.tracing.code.products import sums_over, writes_product
 
 _LAYERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
@@ -94,6 +94,9 @@ def roles(model: nn.Module) -> dict[str, Role]:
             nodes = read.get(name)
             if isinstance(module, nn.Embedding) and _is_seen_alone(captured, tree, module, nodes):
                 matrix = not _looks_up_positions(tree, module)
+                if holders := _read_whole(tree, module):
+                    kinds = [(type(tree.get(owner)), key) for owner, _, key in holders]
+                    matrix = any(writes_product(kind, key, _PRODUCTS) for kind, key in kinds)
             elif nodes:
                 matrix = _multiplies(captured, nodes)
             else:
@@ -182,9 +185,19 @@ def _looks_up_positions(tree: Tree, module: nn.Module) -> bool:
     """Return whether the code of an embedding, or of what holds it, looks it up by position."""
     if looks_up_positions(module, ""):
         return True
+    return any(looks_up_positions(tree.get(owner), key) for owner, _, key in _places(tree, module))
+
+
+def _read_whole(tree: Tree, module: nn.Module) -> list[tuple[str, str, str]]:
+    """Return the places of an embedding if the code around each reads its whole weight, or []."""
+    places = _places(tree, module)
+    return places if all(read_whole(tree.get(owner), key) for owner, _, key in places) else []
+
+
+def _places(tree: Tree, module: nn.Module) -> list[tuple[str, str, str]]:
+    """Return the owner and the key of every name of a module, a dot between them."""
     name = tree.name(module)
-    places = [alias.rpartition(".") for alias in (name, *tree.aliases(name)) if alias]
-    return any(looks_up_positions(tree.get(owner), key) for owner, _, key in places)
+    return [alias.rpartition(".") for alias in (name, *tree.aliases(name)) if alias]
 
 
 def _looks_up_input(call: Node) -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 
 from rewrite.errors import OptionError
 from rewrite.training import RecoverOptions, recover
-from rewrite.training.options import default_rate
+from rewrite.training.options import default_batch, default_rate, rate_of
 from tests.training.test_recover import _data, _student, _teacher
 
 
@@ -60,3 +60,18 @@ def test_the_rate_of_a_training_is_by_where_it_begins() -> None:
     assert highest(_student()) == pytest.approx(12e-3)
     assert highest(_student(), rate=1e-3) == pytest.approx(1e-3)
     assert highest(_student(), optimizer="sgd") == pytest.approx(0.01)
+
+
+def test_an_epoch_of_few_samples_takes_smaller_batches_with_steps_as_long() -> None:
+    sizes = [default_batch(samples, 1) for samples in (1, 799, 1200, 3200, 100_000)]
+    assert sizes == [2, 2, 3, 8, 8] and default_batch(3200, 4) == 2
+    rates = [rate_of("adamw", 4e-3, batch) for batch in (2, 4, 8, 16, 256)]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 2e-3, 32e-3])
+    assert rate_of("sgd", 0.01, 2) == pytest.approx(0.01 / 16)  # linear all the way
+
+
+def test_the_default_batch_is_that_of_the_samples() -> None:
+    few, given = (
+        recover(_student(), _teacher(), _data(), **settings) for settings in ({}, {"batch_size": 8})
+    )
+    assert len(few.steps) == 4 * len(given.steps) == 32

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -270,3 +271,123 @@ def test_a_state_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="the state cannot be written"):
         recover(_student(), _teacher(), _data(), state=tmp_path / "file" / "state")
+
+
+class LikeTransformers(nn.Module):
+    """Takes labels, and returns their loss beside the logits."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.inner(x)
+        loss = {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+        return {**loss, "logits": logits}
+
+
+class Labelled(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 80
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        x = torch.cat(_data())[number]
+        return {"x": x, "labels": number % 4}
+
+
+def test_a_dataset_of_samples_equals_its_batches_and_labels_stay_out() -> None:
+    student, teacher = LikeTransformers(_student()), LikeTransformers(_teacher())
+    found = [
+        recover(student, teacher, data, epochs=2).model
+        for data in (Labelled(), [{"x": x} for x in _data()])
+    ]
+    assert _same(*found)
+
+
+def test_ignored_labels_count_nowhere() -> None:
+    """Without them accuracy is that of the others; were they wrong answers it would fall."""
+    labelled = [(x, torch.where(y == 0, -100, y)) for x, y in _labelled()]
+    recovered = recover(_teacher(), _teacher(), labelled, labels=True, epochs=1, rate=1e-9)
+    assert recovered.before.accuracy == 1.0 and recovered.calibration is not None
+    assert recovered.calibration["teacher"].reliability.accuracy == 1.0
+    nothing = [(x, torch.full_like(y, -100)) for x, y in labelled]
+    assert recover(_student(), _teacher(), nothing, labels=True).before.accuracy is None
+
+
+class Pixels(nn.Module):
+    """The same answer at each of `side` × `side` positions."""
+
+    def __init__(self, inner: nn.Module, side: int) -> None:
+        super().__init__()
+        self.inner, self.side = inner, side
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)[:, :, None, None].expand(-1, -1, self.side, self.side)
+
+
+def test_labels_of_positions_weigh_as_much_as_one_label() -> None:
+    whole = recover(_student(), _teacher(), _labelled(), labels=True)
+    x = [(x, y[:, None, None].expand(-1, 3, 3)) for x, y in _labelled()]
+    parts = recover(Pixels(_student(), 3), Pixels(_teacher(), 3), x, labels=True)
+    for one, other in zip(whole.steps, parts.steps, strict=True):
+        assert one[1] == pytest.approx(other[1], rel=1e-4)
+
+
+def test_student_and_teacher_of_two_dtypes() -> None:
+    single = recover(_student(), _teacher(), _data())
+    double = recover(_student().double(), _teacher(), _data())
+    assert double.steps[-1][1] == pytest.approx(single.steps[-1][1], rel=1e-4)
+
+
+@pytest.mark.parametrize("what", ["student", "teacher", "data"])
+def test_a_state_of_another_training_is_refused(tmp_path: Path, what: str) -> None:
+    (tmp_path / "state").mkdir()  # an empty folder is a place to begin in
+    recover(_student(), _teacher(), _data(), state=tmp_path / "state")
+    student, teacher, data = _student(), _teacher(), _data()
+    with torch.no_grad():
+        changed = {"student": student[0].weight, "teacher": teacher[0].weight, "data": data[0]}
+        changed[what].mul_(1.5)
+    with pytest.raises(OptionError, match=f"the saved state is of another {what}; pass a new"):
+        recover(student, teacher, data, state=tmp_path / "state")
+
+
+class Index(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _teacher()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).argmax(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": None}, "NoneType; pass batches"),
+        ({"data": [torch.rand(8, 6), torch.rand(8, 5)]}, "batch 1 .8x5. differs from batch 0"),
+        ({"data": [(torch.rand(8, 6), ["a"] * 8)], "labels": True}, "labels of batch 0: "),
+        ({"student": "model.pt"}, "the student is a str; pass a module"),
+        ({"student": Index(), "teacher": Index(), "loss": "match"}, "has a gradient"),
+        ({"epochs": 1.5}, "epochs is 1.5; pass a whole number"),
+        ({"batch_size": float("nan")}, "batch_size is nan; pass a whole number"),
+        ({"seed": 2**62}, "seed is 46.*; pass a whole number up to"),
+    ],
+)
+def test_bad_input_is_one_line(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"student": _student(), "teacher": _teacher(), "data": _data()} | change
+    with pytest.raises(OptionError, match=message) as caught:
+        recover(**given)
+    assert "\n" not in str(caught.value)
+
+
+def test_outputs_that_are_not_of_the_samples() -> None:
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = _teacher()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.inner(x), self.inner(x).mean()
+
+    with pytest.raises(OptionError, match=r"a tensor \(\) for \d+ samples; axis 0"):
+        recover(Loss(), Loss(), _data())

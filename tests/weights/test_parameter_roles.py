@@ -225,3 +225,23 @@ class GatesOfABranch(nn.Module):
 
 def test_what_is_added_to_a_product_is_no_matrix() -> None:
     assert _decayed(GatesOfABranch()) == {"kernel", "out"}
+
+
+class Queries(nn.Module):
+    """DETR's queries, a table that is resized, an output layer, words; no trace follows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.places = nn.Embedding(4, 4), nn.Embedding(4, 4)
+        self.out, self.words, self.both = (nn.Embedding(4, 4) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if ids.sum() < 0:
+            return self.queries.weight
+        x = F.embedding(ids, self.words.weight) + self.both(ids) + self.both.weight.mean(0)
+        x = x + self.queries.weight.repeat(1, 1)
+        return (x + self.places.weight.reshape(2, 8).view(4, 4)) @ self.out.weight.t()
+
+
+def test_an_embedding_that_is_read_whole_is_a_parameter_like_any_other() -> None:
+    assert _decayed(Queries()) == {"out.weight", "words.weight", "both.weight"}

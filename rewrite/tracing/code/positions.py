@@ -55,6 +55,30 @@ def looks_up_positions(holder: nn.Module, key: str) -> bool:
     return Kind.COUNTS in found and Kind.DATA not in found
 
 
+def read_whole(holder: nn.Module, key: str) -> bool:
+    """Return whether the code of `holder` reads `self.key.weight`, and nothing else of `self.key`.
+
+    Then the table of an embedding is a parameter like any other: DETR's queries, Siglip 2's
+    positions, which are resized and added.
+    """
+    found = False
+    for function in _functions(type(holder)).values():
+        whole = {
+            id(node.value)
+            for node in ast.walk(function)
+            if isinstance(node, ast.Attribute) and node.attr == "weight"
+        }
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == f"self.{key}":
+                if id(node) not in whole:
+                    return False
+                found = True
+            looks_up = isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "embedding"
+            if looks_up and f"self.{key}.weight" in ast.unparse(node):
+                return False
+    return found
+
+
 def _is_look_up(node: ast.AST, key: str) -> bool:
     if isinstance(node, ast.Subscript):
         return not key and ast.unparse(node.value) == "self.weight"
