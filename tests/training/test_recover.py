@@ -46,7 +46,7 @@ def _same(one: nn.Module, other: nn.Module) -> bool:
 def test_the_student_comes_to_agree_and_the_arguments_stay() -> None:
     student, teacher = _student(), _teacher()
     states = [{k: v.clone() for k, v in m.state_dict().items()} for m in (student, teacher)]
-    recovered = recover(student, teacher, _data(400), epochs=10, rate=0.01)
+    recovered = recover(student, teacher, _data(400), epochs=10, rate=0.01, batch_size=8)
     assert recovered.ok and recovered.before.top1 is not None and recovered.after.top1 is not None
     assert recovered.after.top1 > 0.85 > recovered.before.top1 + 0.2
     assert recovered.after.error < 0.5 * recovered.before.error
@@ -63,7 +63,9 @@ def test_the_best_state_is_what_comes_back() -> None:
 
 @pytest.mark.parametrize("options", [{"labels": True}, {"labels": True, "smoothing": "online"}])
 def test_labels(options: dict[str, object]) -> None:
-    recovered = recover(_student(), _teacher(), _labelled(), epochs=4, rate=0.01, **options)
+    recovered = recover(
+        _student(), _teacher(), _labelled(), epochs=4, rate=0.01, batch_size=8, **options
+    )
     assert recovered.after.accuracy is not None
     assert recovered.calibration is not None and set(recovered.calibration) == {
         "teacher", "student before", "student after",
@@ -74,7 +76,9 @@ def test_labels(options: dict[str, object]) -> None:
 
 def test_the_plane_of_a_penultimate_layer_moves_with_the_student(tmp_path: Path) -> None:
     data = [(x, torch.arange(len(x)) % 4) for x in _data()]
-    recovered = recover(_student(), _teacher(), data, labels=True, epochs=2, rate=0.01)
+    recovered = recover(
+        _student(), _teacher(), data, labels=True, epochs=2, rate=0.01, batch_size=8
+    )
     assert list(recovered.planes) == ["teacher", "student before", "student after"]
     teacher, before, after = recovered.planes.values()
     held = {label: len(points) for label, points in teacher.items()}
@@ -244,7 +248,7 @@ def test_outputs_without_classes() -> None:
     teacher, student = nn.Linear(6, 1), nn.Sequential(nn.Linear(6, 1))
     with pytest.raises(OptionError, match="no classes"):
         recover(student, teacher, _data())
-    recovered = recover(student, teacher, _data(), loss="match", epochs=10, rate=0.05)
+    recovered = recover(student, teacher, _data(), loss="match", epochs=10, rate=0.05, batch_size=8)
     assert recovered.after.top1 is None and recovered.after.error < recovered.before.error / 2
 
 
