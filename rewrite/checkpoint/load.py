@@ -101,7 +101,8 @@ def load(
         request = _Request(path, factory, trust, map_location, key, strip_prefix, seed, note)
         model = _load_file(request)
         try:
-            check_loaded(model, trust)
+            if factory is None or _is_program(path):
+                check_loaded(model, trust)  # what a factory made is the user's own code
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
         own_memory_(model)
@@ -239,7 +240,7 @@ def _load_file(request: _Request) -> nn.Module:
     check_file(path)
     if path.suffix == ".safetensors":
         return _filled(request, lambda: read_safetensors(path, request.device))
-    if zipfile.is_zipfile(path) and is_exported(path):
+    if _is_program(path):
         return load_exported(path, request.device)
     with opened_pickle(path) as file:
         try:
@@ -255,6 +256,10 @@ def _load_file(request: _Request) -> nn.Module:
         if request.factory is None:
             return _opened(file, request, *found)
         return _tensors_only(file, request, *found)
+
+
+def _is_program(path: Path) -> bool:
+    return path.suffix != ".safetensors" and zipfile.is_zipfile(path) and is_exported(path)
 
 
 def _opened(file: PickleFile, request: _Request, place: str, node: Any) -> nn.Module:
