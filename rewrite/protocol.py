@@ -203,8 +203,28 @@ def apply_pass(
         for change in _with_forwards(captured, changes)
     )
     touched = frozenset(name for change in done for name in change.touched)
-    notes = (*captured.notes, *_other_entries(entries, touched, modules, captured.model))
+    notes = (
+        *captured.notes,
+        *_kept_settings(captured),
+        *_other_entries(entries, touched, modules, captured.model),
+    )
     return Applied(captured.model, done, tuple(skips), notes, captured.exact or {})
+
+
+def _kept_settings(captured: Editable) -> Iterable[str]:
+    """Yield which attributes an edited forward does not read any more, in words."""
+    for (kind, held), owners in captured.editor.settings.items():
+        place = owners[0] or "the model"
+        more = f" and {len(owners) - 1} more" if len(owners) > 1 else ""
+        shown = ", ".join(held[:_SHOWN]) + (", …" if len(held) > _SHOWN else "")
+        yield (
+            f"the forward of {place} ({kind}){more} was edited and keeps {shown}: setting them "
+            "afterwards changes nothing"
+        )
+
+
+_SHOWN = 4
+"""So many attributes are named in one note."""
 
 
 def _other_entries(

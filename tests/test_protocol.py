@@ -3,10 +3,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.fx import symbolic_trace
 from torch.fx.passes.infra.pass_base import PassResult
@@ -126,3 +128,46 @@ class Wrong(Pass):
 def test_a_pass_that_is_wrong_is_told_so(found: Any, said: str) -> None:
     with pytest.raises(PassError, match=re.escape(said)):
         apply_pass(Wrong(found), nn.Sequential(nn.ReLU()))
+
+
+class Settings(nn.Module):
+    """Numbers of its own beside a norm by function, whose line a fold takes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.scale, self.unread, self.options = 2.0, 3, SimpleNamespace(name="a", power=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b = self.bn
+        y = F.batch_norm(self.conv(x), b.running_mean, b.running_var, b.weight, b.bias, eps=b.eps)
+        return torch.tanh(y * self.scale) ** self.options.power
+
+
+class SettingsOfAModule(Settings):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.bn(self.conv(x)) * self.scale) ** self.options.power
+
+
+def test_a_note_names_what_an_edited_forward_does_not_read_any_more() -> None:
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    model = models.randomize_norms_(Settings().double().eval())
+    result = rewrite.convert(model, "fold", example_inputs=x)
+    assert len(result.report.changes) == 1
+    (note,) = (note for note in result.report.notes if "was edited" in note)
+    assert "the forward of the model (Settings) was edited and keeps " in note
+    assert note.endswith(
+        "keeps options.power = 2, scale = 2.0: setting them afterwards changes nothing"
+    )
+    result.model.scale = model.scale = 5.0
+    assert (result.model(x) - model(x)).abs().max() > 1e-3  # which is what the note says
+
+
+def test_a_forward_that_stays_reads_what_it_read_and_nothing_is_said() -> None:
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    model = models.randomize_norms_(SettingsOfAModule().double().eval())
+    result = rewrite.convert(model, "fold", example_inputs=x)
+    assert len(result.report.changes) == 1
+    assert not [note for note in result.report.notes if "was edited" in note]
+    result.model.scale = model.scale = 5.0
+    torch.testing.assert_close(result.model(x), model(x), rtol=0, atol=1e-12)

@@ -34,11 +34,14 @@ class Editor(TensorWriter):
     Attributes:
         rewritten: the forwards that `commit` has finished, by their owner, each with the qualified
             names of the parameters and buffers that came or went with it.
+        settings: the plain values that their code read from attributes, by the owner's class: each
+            with the owners. The graph in its place keeps them.
     """
 
     def __init__(self, captured: Captured) -> None:
         self.captured = captured
         self.rewritten: dict[str, tuple[str, ...]] = {}
+        self.settings: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         self._lines = captured.lines
         self._removed: list[nn.Module] = []
 
@@ -201,6 +204,8 @@ class Editor(TensorWriter):
         for forward in sorted(opened, key=lambda f: -len(f.owner.split(".")) * bool(f.owner)):
             before = _tensors(self.captured.module(forward.owner))
             owner = self.captured.module(forward.owner)
+            if held := self.captured.code.settings(forward.owner):
+                self.settings.setdefault((type(owner).__name__, held), []).append(forward.owner)
             if (new := finish_forward(forward, owner)) is not owner:
                 self._exchange(owner, new)
             after = _tensors(self.captured.module(forward.owner))

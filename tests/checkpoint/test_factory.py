@@ -20,6 +20,18 @@ def test_json_arguments_of_a_factory(tmp_path, factories):
     refused(tmp_path / "s.pt", "of another shape", factory='makers:build({"channels": 6})')
 
 
+def test_hooks_of_a_factory_are_the_users_own_and_those_of_a_file_are_not(tmp_path, factories):
+    import makers
+
+    model = makers.hooked().eval()
+    x = torch.randn(1, 3, 8, 8)
+    torch.save(model.state_dict(), tmp_path / "s.pt")
+    opened = load(tmp_path / "s.pt", factory="makers:hooked").eval()
+    assert torch.equal(opened(x), model(x))
+    torch.save(model, tmp_path / "m.pt")
+    refused(tmp_path / "m.pt", "names makers.double")
+
+
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
 def test_names_of_the_libraries(name):
     pytest.importorskip(name.partition(":")[0])
