@@ -24,6 +24,7 @@ from rewrite.graph.forward_graph import Forward, finish_forward
 from rewrite.graph.refs import TensorRef
 from rewrite.graph.tensor_writer import TensorWriter
 from rewrite.runtime.tree import Tree, join
+from rewrite.tracing.code.settings import settings_of
 
 
 class Editor(TensorWriter):
@@ -34,8 +35,7 @@ class Editor(TensorWriter):
     Attributes:
         rewritten: the forwards that `commit` has finished, by their owner, each with the qualified
             names of the parameters and buffers that came or went with it.
-        settings: the plain values that their code read from attributes, by the owner's class: each
-            with the owners. The graph in its place keeps them.
+        settings: the owners, by class and by what plain values that code read from attributes.
     """
 
     def __init__(self, captured: Captured) -> None:
@@ -202,9 +202,9 @@ class Editor(TensorWriter):
         opened = self._lines.take_edited()
         # Inner owners first: an outer one takes its children over as they are by then.
         for forward in sorted(opened, key=lambda f: -len(f.owner.split(".")) * bool(f.owner)):
-            before = _tensors(self.captured.module(forward.owner))
             owner = self.captured.module(forward.owner)
-            if held := self.captured.code.settings(forward.owner):
+            before = _tensors(owner)
+            if held := settings_of(owner):
                 self.settings.setdefault((type(owner).__name__, held), []).append(forward.owner)
             if (new := finish_forward(forward, owner)) is not owner:
                 self._exchange(owner, new)

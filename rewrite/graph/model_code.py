@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any
 
 from torch import nn
 
@@ -171,26 +170,6 @@ class ModelCode(CodePaths):
             return f"assigns {code.stores[0].text} at {code.stores[0].place}"
         return None
 
-    def settings(self, name: str) -> tuple[str, ...]:
-        """Return which plain values a module's code reads from its attributes, as "scale = 2.0".
-
-        A graph in the place of that code keeps the values of the day of its trace.
-        """
-        module = self._tree.get(name)
-        code = self.classes.get(type(module))
-        paths = () if code is None else (use.path for use in code.reads if use.path)
-        found: dict[str, None] = {}
-        for path in paths:
-            value: Any = module
-            for step in path:
-                inside = value is module or not isinstance(value, nn.Module)
-                value = (
-                    vars(value).get(step, _NONE) if inside and hasattr(value, "__dict__") else _NONE
-                )
-            if path != ("training",) and _is_setting(value):
-                found[f"{'.'.join(map(str, path))} = {value!r}"] = None
-        return tuple(found)
-
     def used(self, name: str) -> str | None:
         """Return which line tests what `name` is, or reads what only it has, or None."""
         return self._uses.get(name)
@@ -241,19 +220,6 @@ class ModelCode(CodePaths):
             if not _is_plumbing(type(module), method)
             and (read := {name for path in paths for name, _ in self.at(owner, path)})
         )
-
-
-_NONE = object()
-
-
-def _is_setting(value: Any) -> bool:
-    """Return whether a value is a number, a text, or a few of them."""
-    if isinstance(value, tuple | list):
-        return len(value) <= _FEW and all(map(_is_setting, value))
-    return value is None or isinstance(value, bool | int | float | complex | str)
-
-
-_FEW = 4
 
 
 def _is_plumbing(kind: type[nn.Module], method: str) -> bool:
