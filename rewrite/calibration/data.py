@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rewrite.distributed import rank_and_world
 from rewrite.errors import OptionError, RewriteError
-from rewrite.files import no_file
+from rewrite.files import is_folder, is_there, no_file
 from rewrite.runtime.stored.array_files import read_arrays
 
 BATCH_SIZE = 16
@@ -243,7 +243,7 @@ def _open(
     read: Callable[[Path], Any],
 ) -> Iterable[Any]:
     path = Path(reference)
-    if path.is_dir():
+    if is_folder(path):
         files = tuple(sorted(f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES))
         if not files:
             kinds = " ".join(sorted(_SUFFIXES))
@@ -251,7 +251,7 @@ def _open(
         return ImageFolder(files, ImageFormat.of(model, size, mean, std), batch_size)
     if path.suffix.lower() in _ARRAYS:
         return _split(_read_array(path, read), batch_size)
-    if path.exists():
+    if is_there(path):
         kinds = " ".join(sorted(_ARRAYS))
         raise OptionError(f"calibration file {path}: not one of {kinds}, nor a folder of images")
     if ":" in reference:

@@ -52,7 +52,7 @@ from rewrite.checkpoint.vetting.state import (
 )
 from rewrite.checkpoint.vetting.vet import needs_factory
 from rewrite.errors import CheckpointError
-from rewrite.files import atomic_path
+from rewrite.files import atomic_path, is_folder, is_there
 from rewrite.runtime.copying import copy_model, own_memory_
 
 
@@ -93,11 +93,11 @@ def load(
         CheckpointError: The reference names nothing, or nothing that may be opened.
     """
     path = Path(reference)
-    if path.is_dir():
+    if is_folder(path):
         from rewrite.hub.load import load_folder
 
         return load_folder(path, map_location)
-    if _exists(path) or not isinstance(reference, str):
+    if is_there(path) or not isinstance(reference, str):
         request = _Request(path, factory, trust, map_location, key, strip_prefix, seed, note)
         model = _load_file(request)
         try:
@@ -152,7 +152,7 @@ def holds_state(reference: str | os.PathLike[str], key: str | None = None) -> bo
         CheckpointError: it is a file that cannot be read.
     """
     path = Path(reference)
-    if not _exists(path) or path.is_dir():
+    if not is_there(path) or is_folder(path):
         return False
     check_file(path)
     if path.suffix == ".safetensors":
@@ -164,13 +164,6 @@ def holds_state(reference: str | os.PathLike[str], key: str | None = None) -> bo
             return False
         found = find_state(file.program.root, key)
     return found is not None and not is_module(found[1])
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = True) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rewrite.errors import OptionError, one_line, system_reason
+from rewrite.files import is_folder, is_there
 from rewrite.files.places import (
     check_distinct,
     check_name,
@@ -195,7 +196,8 @@ def write_report(options: argparse.Namespace, found: Reported, page: str | None 
     if options.report:
         write_bytes(options.report, text.encode())
     if page is not None and options.html:
-        write_bytes(options.html, page.encode())
+        # Names of files may hold bytes that are no text.
+        write_bytes(options.html, page.encode(errors="backslashreplace"))
     if options.json:
         print(text.rstrip())
     elif not options.quiet:
@@ -248,7 +250,8 @@ def check_places(options: argparse.Namespace) -> None:
     made = [(f"--{name}", getattr(options, name, None)) for name in ("output", "onnx", "repro")]
     reports = [] if replays else [*written_reports(options)]
     reports.append(("--plot", getattr(options, "plot", None)))
-    folders = ["--repro", *(["--output"] if Path(_own(options)).is_dir() else [])]
+    own = _own(options)
+    folders = ["--repro", *(["--output"] if is_folder(own) else [])]
     for flag, name in (*made, *reports):
         check_name(flag, name, folder=flag in folders)
     graph = options.output if options.command == "export" else getattr(options, "onnx", None)
@@ -256,12 +259,12 @@ def check_places(options: argparse.Namespace) -> None:
     check_distinct([*beside, *made, *reports])
     read = [getattr(options, name, None) for name in (*_READ, *(["report"] if replays else []))]
     # A model may be replaced by what became of it, under --force; nothing else that is read.
-    others = [name for name in read if name != _own(options)]
+    others = [name for name in read if name != own]
     for flag, name in made:
         check_not_read(flag, name, others)
     for flag, name in reports:
         check_not_read(flag, name, read)
-        if name and Path(name).is_file():
+        if name and is_there(name) and Path(name).is_file():
             check_not_inside(flag, name, read)
             if not getattr(options, "force", False):
                 check_replaceable(flag, name)
@@ -298,6 +301,8 @@ def check_graph_name(flag: str, name: str) -> None:
     """Raise OptionError unless the name of an ONNX graph to write ends in .onnx."""
     if not is_onnx(name):
         raise OptionError(f"{flag} {name}: a graph is a .onnx file")
+    if any("\ud800" <= char <= "\udfff" for char in name):
+        raise OptionError(f"{flag} {printable(name)}: a graph's name is text in UTF-8; rename it")
 
 
 def is_onnx(name: str) -> bool:
@@ -317,7 +322,7 @@ def vet_files(options: argparse.Namespace) -> None:
 
     for name in _READ:
         value = getattr(options, name, None)
-        if not isinstance(value, str) or "\0" in value or Path(value).is_dir():
+        if not isinstance(value, str) or "\0" in value or is_folder(value):
             continue
         if name in _MODELS and Path(value).suffix in _FILES and not os.path.lexists(value):
             from rewrite.checkpoint.closest import closest_reference
@@ -325,7 +330,7 @@ def vet_files(options: argparse.Namespace) -> None:
             raise OptionError(f"{value}: no such file{closest_reference(value)}")
         if wrong := no_file(value):
             raise OptionError(f"{value}: {wrong}")
-        if Path(value).is_file():
+        if is_there(value) and Path(value).is_file():
             (_vet_data if name in _DATA else _vet_model)(options, value)
 
 

@@ -27,6 +27,7 @@ from rewrite.cli.common import (
 )
 from rewrite.cli.pass_flags import PassFlags, add_pass_flags
 from rewrite.errors import OptionError
+from rewrite.files import is_folder, is_there
 from rewrite.files.places import check_distinct
 from rewrite.text.suggest import did_you_mean
 
@@ -97,7 +98,7 @@ def _run_convert(options: argparse.Namespace) -> int:
     if not chosen:
         names = ", ".join(f"--{name}" for name in registry.entries())
         raise OptionError(f"no pass given; choose from {names}")
-    if Path(options.model).is_dir():
+    if is_folder(options.model):
         from rewrite.cli.convert_folder import run_convert_folder
 
         return run_convert_folder(options, chosen)
@@ -205,7 +206,7 @@ def _output(options: argparse.Namespace) -> Path:
     if options.output:
         return Path(options.output)
     reference = Path(options.model)
-    if reference.exists():
+    if is_there(reference):
         # Of a state dict a state dict is written, in its own form.
         own = reference.suffix == ".safetensors"
         return reference.with_name(f"{reference.stem}.rewritten{'.safetensors' if own else '.pt'}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewrite.cli.common import (
@@ -17,6 +16,7 @@ from rewrite.cli.common import (
     write_report,
 )
 from rewrite.errors import OptionError
+from rewrite.files import is_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,7 +90,7 @@ def _found(
 
 def _opened(options: argparse.Namespace) -> nn.Module:
     """Return the model; of a checkpoint folder only the structure, without reading weights."""
-    if Path(options.model).is_dir() and not (options.signal or options.path_norm):
+    if is_folder(options.model) and not (options.signal or options.path_norm):
         from rewrite.hub.folder import open_folder
         from rewrite.hub.structure import structure_of
 

@@ -38,11 +38,12 @@ from rewrite.cli.common import (
     USAGE,
     check_places,
     complain,
+    printable,
     vet_files,
     written_reports,
 )
 from rewrite.cli.parser import Parser, apply_config, find_config
-from rewrite.errors import PassError, RewriteError
+from rewrite.errors import PassError, RewriteError, system_reason
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return complain(error, FAILED if isinstance(error, PassError) else USAGE)
     except KeyboardInterrupt:
         return complain(_INTERRUPTED, INTERRUPTED)
+    except OSError as error:
+        place = "" if error.filename is None else f"{error.filename}: "
+        return complain(f"{place}{system_reason(error)}", USAGE)
     return code
 
 
@@ -100,7 +104,7 @@ def _published(options: argparse.Namespace) -> int:
                 raise
         if not getattr(options, "quiet", False) and not getattr(options, "json", False):
             for path in files.written:
-                print(f"wrote {path}")
+                print(f"wrote {printable(path)}")
     return code
 
 

@@ -19,6 +19,7 @@ from rewrite.cli.common import (
     write_report,
 )
 from rewrite.errors import OptionError
+from rewrite.files import is_there
 from rewrite.files.places import check_distinct
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def open_data(reference: str, model: nn.Module, *, labels: bool) -> Iterable[Any
         OptionError: the reference names no usable data.
     """
     path = Path(reference)
-    if not labels or not path.exists():
+    if not labels or not is_there(path):
         return calibration_data(reference, model)
     if path.suffix != ".npz":
         raise OptionError(f"{reference}: labels come in an .npz of two arrays, or from a factory")
@@ -165,7 +166,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def _default_output(student: str) -> str:
     path = Path(student)
-    if path.exists():
+    if is_there(path):
         return str(path.with_name(f"{path.stem}.recovered.pt"))
     return student.rpartition(":")[2].split("(")[0] + ".recovered.pt"
 

@@ -1,6 +1,6 @@
 """Files that are written completely or not at all, and those of one command together."""
 
-from rewrite.files.reading import named_twice, no_file
+from rewrite.files.reading import is_folder, is_there, named_twice, no_file
 from rewrite.files.scratch import removed_if_killed, scratch_folder
 from rewrite.files.staging import (
     Publication,
@@ -16,6 +16,8 @@ __all__ = [
     "Publication",
     "atomic_path",
     "check_writable",
+    "is_folder",
+    "is_there",
     "named_twice",
     "no_file",
     "publication",

@@ -28,6 +28,8 @@ def check_name(flag: str, name: str | None, *, folder: bool = False) -> None:
     """
     if name == "":
         raise OptionError(f"{flag}: is empty; give it a file name")
+    if name is not None and "\0" in name:
+        raise OptionError(f"{flag} {name!r}: is no path of a file")
     if name is not None and name.endswith(os.sep) and not folder:
         raise OptionError(f"{flag} {name}: names a folder; give a file name inside it")
 

@@ -33,6 +33,19 @@ def no_file(path: str | os.PathLike[str]) -> str:
     return f"is {_KINDS[kind]}, not a file" if kind in _KINDS else ""
 
 
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Say whether there is a file or a folder; a text that can be no path is none."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Say whether a path is a folder, through links; a text that can be no path is none."""
+    return is_there(path) and Path(path).is_dir()
+
+
 def named_twice(pairs: Sequence[tuple[str, Any]]) -> str | None:
     """Return the key that an object of a JSON file has most often, None if each stands once.
 

@@ -175,7 +175,11 @@ def _describe(model: Any, metadata: Mapping[str, str]) -> None:
             "rewrite.version": __version__,
             "torch.version": torch.__version__,
             "onnx.version": onnx.__version__,
-            **{f"rewrite.{key}": value for key, value in metadata.items()},
+            # Names of files may hold bytes that are no text.
+            **{
+                f"rewrite.{key}": value.encode(errors="backslashreplace").decode()
+                for key, value in metadata.items()
+            },
         }
     )
     for node in model.graph.all_nodes():

@@ -190,6 +190,9 @@ TAKEN = {
     "a folder as a report": (*FOLD, "--report", "new/"),
     "a folder as an output": (*FOLD, "-o", "new/"),
     "the terminal": (*FOLD, "--report", "/dev/stdout"),
+    "a graph of no text": ("export", "model.pt", "x\udcff.onnx"),
+    "a zero": (*FOLD, "-o", "a\0b"),
+    "a long name": (*FOLD, "--report", "n" * 256),
     "the input": (*FOLD, "--input", "x.npy", "-o", "x.npy"),
     "a picture": ("convert", "--bn-to-gn", "model.pt", "--force", "--calibration", "photos",
                   "--report", "photos/a.png"),
@@ -223,3 +226,40 @@ def test_a_model_may_be_replaced_by_what_became_of_it(
     before = model_here.read_bytes()
     assert run(capsys, *FOLD, "-o", "model.pt")[0] == 0
     assert model_here.read_bytes() != before
+
+
+def test_names_that_are_no_text_are_written(
+    capsys: pytest.CaptureFixture[str], model_here: Path
+) -> None:
+    name = "x\udcff\n\x1b[2J"
+    written = [f"{name}.pt", f"{name}.json", f"{name}.html"]
+    flags = zip(("-o", "--report", "--html"), written, strict=True)
+    code, out, err = run(capsys, *FOLD, *(part for pair in flags for part in pair))
+    assert code == 0, err
+    assert set(written) <= {path.name for path in model_here.parent.iterdir()}
+    assert "\x1b" not in out and r"wrote x\udcff" in out
+
+
+LONG = "n" * 300
+
+NO_PATHS = [
+    ("inspect", LONG), ("inspect", f"{LONG}.pt"), ("verify", f"{LONG}.onnx"), ("compare", LONG, LONG),
+    ("convert", "--fold", LONG), ("export", LONG, "o.onnx"), ("recover", LONG, "--teacher", LONG,
+    "--data", LONG), ("apply-map", LONG, LONG, LONG), ("inspect", "model.pt", "--input", f"{LONG}.npz"),
+    ("convert", "--bn-to-gn", "model.pt", "--calibration", LONG), ("inspect", "model.pt/x"),
+    ("export", "model.pt", f"{LONG}.onnx"), ("verify", "model.pt/x.onnx"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", NO_PATHS, ids=range(len(NO_PATHS)))
+def test_what_can_be_no_path_is_one_line(
+    capsys: pytest.CaptureFixture[str], model_here: Path, arguments: tuple[str, ...]
+) -> None:
+    code, _, said = run(capsys, *arguments)
+    assert (code, said.count("\n")) == (2, 1), said
+    assert [path.name for path in model_here.parent.iterdir()] == ["model.pt"]
+
+
+def test_a_reference_may_be_longer_than_a_path(capsys: pytest.CaptureFixture[str]) -> None:
+    reference = 'torch.nn:Linear({"in_features": 3, "out_features": 2' + " " * 300 + "})"
+    assert run(capsys, "inspect", reference, "--quiet")[0] == 0

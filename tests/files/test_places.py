@@ -30,7 +30,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_name_is_one_of_a_file() -> None:
     for name, folder in ((None, False), ("a", False), ("a/", True)):
         check_name("-o", name, folder=folder)
-    for name, said in (("", "is empty"), ("a/", "names a folder")):
+    for name, said in (("", "is empty"), ("a/", "names a folder"), ("a\0b", "is no path")):
         with pytest.raises(OptionError, match=said):
             check_name("-o", name)
 

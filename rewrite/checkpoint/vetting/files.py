@@ -7,12 +7,12 @@ import zipfile
 from pathlib import Path
 
 from rewrite.errors import CheckpointError, system_reason
-from rewrite.files import no_file
+from rewrite.files import is_there, no_file
 
 
 def check_file(path: Path) -> None:
     """Raise CheckpointError for what is no checkpoint, and say what it looks like instead."""
-    if not path.exists():
+    if not is_there(path):
         raise CheckpointError(f"{path}: no such file")
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; give a file in it")
