@@ -22,6 +22,7 @@ import torch
 import torch.fft
 import torch.functional
 import torch.nn.functional
+import torch.nn.init
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx.node import Node, _get_qualified_name
 
@@ -66,6 +67,12 @@ _OPERATOR = frozenset(n for n in operator.__all__) - {
     "setitem",
     "delitem",
 }
+
+
+_INIT = frozenset(n for n in dir(torch.nn.init) if n.endswith("_") and not n.startswith("_")) | {
+    "calculate_gain"
+}
+"""What draws a tensor anew: a layer keeps such functions, no graph calls one."""
 
 
 _MATH = frozenset(n for n in dir(math) if not n.startswith("_") and callable(getattr(math, n)))
@@ -144,6 +151,8 @@ def held_function(name: str) -> Any:
     home, listed = _homes().get(place, (None, frozenset()))
     if place != "builtins" and last in listed:
         return getattr(home, last, None)
+    if place == "torch.nn.init" and last in _INIT:
+        return getattr(torch.nn.init, last)
     if name in TORCHVISION_HELD:
         return getattr(importlib.import_module(name.rpartition(".")[0]), last)
     return None

@@ -11,7 +11,12 @@ Only the instances are looked at: what their classes do is the business of `allo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from argparse import Namespace
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +24,7 @@ from torch import nn
 
 from rewrite.checkpoint.allowed_classes import HOOKS
 from rewrite.checkpoint.graph_format import is_hook_of_weight_norm
+from rewrite.checkpoint.pickles.tensors import Reference
 from rewrite.checkpoint.pickles.unpickle import hashable
 from rewrite.checkpoint.vetting.tree import DEEPEST, check_name
 from rewrite.errors import CheckpointError
@@ -109,9 +115,24 @@ def _modules_in(value: Any) -> Iterator[nn.Module]:
         found = waiting.pop()
         if isinstance(found, nn.Module):
             yield found
-        elif isinstance(found, Mapping | list | tuple | set | frozenset) and id(found) not in seen:
+        elif id(found) not in seen:
             seen.add(id(found))
-            waiting.extend(found.values() if isinstance(found, Mapping) else found)
+            waiting.extend(_parts(found))
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """Return what a container, a namespace, a dataclass or a partial holds."""
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return value
+    if isinstance(value, functools.partial):
+        return (*value.args, *value.keywords.values())
+    if isinstance(value, Namespace | SimpleNamespace):
+        return vars(value).values()
+    if is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name, None) for field in fields(value)]
+    return ()
 
 
 def _check_module(place: str, module: nn.Module, trust: Sequence[str]) -> None:
@@ -189,7 +210,9 @@ def _check_attribute(place: str, key: str, value: Any, kind: type) -> None:
     seen: set[int] = set()
     while waiting:
         found, depth = waiting.pop()
-        if not isinstance(found, Mapping | list | tuple | set | frozenset) or id(found) in seen:
+        if isinstance(found, Reference):
+            raise CheckpointError(f"{place}: has {key!r}, the bytes of a tensor without the tensor")
+        if id(found) in seen:
             continue
         seen.add(id(found))
         if depth > _DEEPEST_DATA:
@@ -197,5 +220,4 @@ def _check_attribute(place: str, key: str, value: Any, kind: type) -> None:
         if isinstance(found, Mapping):
             for name in found:
                 hashable(name)
-        inside = found.values() if isinstance(found, Mapping) else found
-        waiting.extend((item, depth + 1) for item in inside)
+        waiting.extend((item, depth + 1) for item in _parts(found))

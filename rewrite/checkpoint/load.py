@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from rewrite.checkpoint.check_loaded import check_loaded
 from rewrite.checkpoint.closest import closest_reference
+from rewrite.checkpoint.culprit import culprit
 from rewrite.checkpoint.exported.program import load_exported
 from rewrite.checkpoint.factory import FACTORY_NAME, build_named
 from rewrite.checkpoint.pickler import write_model
@@ -184,9 +185,30 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Tr
         if target.suffix == ".safetensors":
             write_state(model.state_dict(), temporary)
         else:
-            write_model(model, temporary)
-            _check_written(temporary)
+            _write(model, temporary)
     return target
+
+
+def _write(model: nn.Module, path: Path) -> None:
+    """Write a model that `load` opens; raise CheckpointError that names what it cannot hold."""
+
+    def fails(part: nn.Module) -> bool:
+        try:
+            write_model(part, path)
+            _check_written(path)
+        except CheckpointError:
+            return True
+        return False
+
+    try:
+        write_model(model, path)
+        _check_written(path)
+    except CheckpointError as error:
+        place = culprit(model, fails)
+        if place is None or str(error).startswith(f"{place}: "):
+            raise
+        reason = str(error).removeprefix("the model ")
+        raise CheckpointError(f"{place}: {reason}") from error
 
 
 def save_state(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = True) -> Path:
@@ -221,7 +243,12 @@ def _check_written(path: Path) -> None:
                 for key, value in node.pairs if key == "target" and isinstance(value, str)
             }  # fmt: skip
             trust = sorted(names | {name.partition(".")[0] for name in names})
-            check_loaded(file.build(file.program.root, trust, "meta"), trust)
+            try:
+                model = file.build(file.program.root, trust, "meta")
+            except CheckpointError:
+                # There are no sparse and no quantized tensors without numbers.
+                model = file.build(file.program.root, trust, "cpu")
+            check_loaded(model, trust)
     except CheckpointError as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise CheckpointError(f"the model cannot be written so that it opens: {reason}") from error

@@ -26,8 +26,12 @@ from torch.torch_version import TorchVersion
 from rewrite.errors import CheckpointError
 
 _DTYPE = re.compile(r"[|<>=]?([biufc]\d{1,2}|[SU]\d{1,6}|[Mm]8(\[\d{0,3}[a-zA-Zμ]{1,2}\])?|\?|b1)")
-_NUMBER = re.compile(r"[+-]?\d{1,50}(\.\d{1,50})?([eE][+-]?\d{1,3})?|[+-]?(NaN|Infinity|Inf)", re.I)
-_FRACTION = re.compile(r"[+-]?\d{1,50}(/\d{1,50})?")
+_NUMBER = re.compile(
+    r"[+-]?\d{1,1000}(\.\d{1,1000})?([eE][+-]?\d{1,4})?|[+-]?(s?NaN\d{0,50}|Infinity|Inf)", re.I
+)
+_FRACTION = re.compile(r"[+-]?\d{1,1000}(/\d{1,1000})?")
+_LONGEST_INT = 4096
+"""Bits of a numerator or a denominator."""
 
 TYPES: dict[str, type] = {
     f"builtins.{kind.__name__}": kind
@@ -91,8 +95,28 @@ def _counter(*args: Any) -> collections.Counter[Any]:
     return collections.Counter(*args)
 
 
+def _deque(*args: Any) -> collections.deque[Any]:
+    items = one_list(*args[:1])
+    _typed((int, type(None)), args[1:], (0, 1))
+    limit = args[1] if len(args) == 2 else None
+    if limit is not None and limit < 0:
+        raise CheckpointError("makes a deque of a negative length")
+    return collections.deque(items, limit)
+
+
+def _fraction(*args: Any) -> fractions.Fraction:
+    """Return a fraction of the text that older versions of Python write, or of two numbers."""
+    if len(args) == 1:
+        found: fractions.Fraction = _number(fractions.Fraction, _FRACTION)(*args)
+        return found
+    _typed(int, args, (2,))
+    if args[1] == 0 or any(abs(number).bit_length() > _LONGEST_INT for number in args):
+        raise CheckpointError("holds a number that is none")
+    return fractions.Fraction(*args)
+
+
 def _slice(*args: Any) -> slice:
-    _typed((int, type(None)), args, (1, 2, 3))
+    _typed((int, float, str, type(None)), args, (1, 2, 3))
     return slice(*args)
 
 
@@ -313,13 +337,14 @@ BUILDERS: Mapping[str, Callable[..., Any]] = {
     "collections.Counter": _counter,
     "collections.OrderedDict": _ordered,
     "collections.defaultdict": _default,
+    "collections.deque": _deque,
     "datetime.date": _dated(datetime.date, 4),
     "datetime.datetime": _dated(datetime.datetime, 10),
     "datetime.time": _dated(datetime.time, 6),
     "datetime.timedelta": _timedelta,
     "datetime.timezone": _timezone,
     "decimal.Decimal": _number(decimal.Decimal, _NUMBER),
-    "fractions.Fraction": _number(fractions.Fraction, _FRACTION),
+    "fractions.Fraction": _fraction,
     "numpy.dtype": dtype_of,
     **{
         f"numpy.{core}.{name}": function

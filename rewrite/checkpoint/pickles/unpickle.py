@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections import OrderedDict
+import operator
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -271,6 +272,8 @@ class _Builder:
                 target.update(map(hashable, items))
             elif isinstance(target, list):
                 list.extend(target, items)
+            elif isinstance(target, deque):
+                target.extend(items)
             else:
                 raise CheckpointError(f"appends to a {type(target).__name__}")
         elif event.kind == "set":
@@ -324,20 +327,33 @@ _NATIVE = frozenset({"builtins", "collections", "argparse", "types", "numpy", "d
 
 def _member_of_value(kind: Any, args: Sequence[Any], name: str) -> enum.Enum:
     """Return the member of an Enum that has a plain value; the Enum itself is never called."""
-    if not (len(args) == 1 and isinstance(args[0], _PLAIN)):
+    if not (len(args) == 1 and _is_plain(args[0])):
         raise CheckpointError(f"calls {name}, which could run anything; an Enum has members")
     for member in kind:
         if type(member.value) is type(args[0]) and member.value == args[0]:
             return member  # type: ignore[no-any-return]  # of a class known at run time alone
+    if issubclass(kind, enum.Flag) and type(args[0]) is int:
+        members = [member for member in kind if member.value & args[0] == member.value]
+        start = next(iter(kind), None)
+        found = None if start is None else functools.reduce(operator.or_, members, start ^ start)
+        if isinstance(found, kind) and found.value == args[0]:
+            return found  # type: ignore[no-any-return]  # of a class known at run time alone
     raise CheckpointError(f"names {name}({args[0]!r}), which is no member of that Enum")
 
 
 _PLAIN = (str, int, float, bool, bytes, type(None))
 
 
+def _is_plain(value: Any, depth: int = 4) -> bool:
+    """Say whether comparing a value runs nothing: plain ones, and tuples of such."""
+    if type(value) is tuple:
+        return depth > 0 and all(_is_plain(part, depth - 1) for part in value)
+    return isinstance(value, _PLAIN)
+
+
 def hashable(key: Any, depth: int = 4) -> Any:
     """Return a key of a dict or a member of a set, if hashing it runs nothing and ends soon."""
-    if isinstance(key, tuple) and depth and len(key) <= 64:
+    if isinstance(key, tuple | frozenset) and depth and len(key) <= 64:
         for part in key:
             hashable(part, depth - 1)
         return key

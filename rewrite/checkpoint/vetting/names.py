@@ -77,7 +77,7 @@ _NEVER = frozenset(
 """Packages of Python of which no model needs a class or a function."""
 
 
-_WHOLE = frozenset({"torch.nn.functional", "_operator", "math"})
+_WHOLE = frozenset({"torch.nn.functional", "torch.nn.init", "_operator", "math"})
 """Places whose functions are listed by what this version of them holds."""
 
 _LISTED = {
