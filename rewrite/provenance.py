@@ -14,8 +14,6 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rewrite.files import is_there
-
 _PACKAGES = ("rewrite", "torch", "onnx", "onnxruntime", "timm", "torchvision", "transformers")
 
 
@@ -73,7 +71,7 @@ def provenance(
     if command is not None:
         found["command"] = " ".join(["rewrite", *map(shown_argument, command)])
     for path in files:
-        if is_there(path) and Path(path).is_file():
+        if os.path.lexists(path) and Path(path).is_file():
             found[shown_path(str(path))] = f"sha256 {file_hash(path)}"
     return found | versions()
 
