@@ -30,8 +30,6 @@ _NUMBER = re.compile(
     r"[+-]?\d{1,1000}(\.\d{1,1000})?([eE][+-]?\d{1,4})?|[+-]?(s?NaN\d{0,50}|Infinity|Inf)", re.I
 )
 _FRACTION = re.compile(r"[+-]?\d{1,1000}(/\d{1,1000})?")
-_LONGEST_INT = 4096
-"""Bits of a numerator or a denominator."""
 
 TYPES: dict[str, type] = {
     f"builtins.{kind.__name__}": kind
@@ -99,7 +97,7 @@ def _deque(*args: Any) -> collections.deque[Any]:
     items = one_list(*args[:1])
     _typed((int, type(None)), args[1:], (0, 1))
     limit = args[1] if len(args) == 2 else None
-    if limit is not None and limit < 0:
+    if (limit or 0) < 0:
         raise CheckpointError("makes a deque of a negative length")
     return collections.deque(items, limit)
 
@@ -107,10 +105,9 @@ def _deque(*args: Any) -> collections.deque[Any]:
 def _fraction(*args: Any) -> fractions.Fraction:
     """Return a fraction of the text that older versions of Python write, or of two numbers."""
     if len(args) == 1:
-        found: fractions.Fraction = _number(fractions.Fraction, _FRACTION)(*args)
-        return found
+        return _number(fractions.Fraction, _FRACTION)(*args)  # type: ignore[no-any-return]  # of the kind that is passed
     _typed(int, args, (2,))
-    if args[1] == 0 or any(abs(number).bit_length() > _LONGEST_INT for number in args):
+    if args[1] == 0 or any(abs(number).bit_length() > 4096 for number in args):
         raise CheckpointError("holds a number that is none")
     return fractions.Fraction(*args)
 
@@ -144,14 +141,12 @@ def _encode(*args: Any) -> bytes:
         raise CheckpointError("holds bytes that are no bytes") from error
 
 
-def _bytes(*args: Any) -> bytes:
-    _typed(bytes, args, (0, 1))
-    return bytes(*args)
+def _bytes(kind: type) -> Callable[..., Any]:
+    def make(*args: Any) -> Any:
+        _typed(bytes, args, (0, 1))
+        return kind(*args)
 
-
-def _bytearray(*args: Any) -> bytearray:
-    _typed(bytes, args, (0, 1))
-    return bytearray(*args)
+    return make
 
 
 def _type(*args: Any) -> type:
@@ -326,8 +321,8 @@ BUILDERS: Mapping[str, Callable[..., Any]] = {
     "_codecs.encode": _encode,
     "argparse.Namespace": _namespace(argparse.Namespace),
     "types.SimpleNamespace": _namespace(types.SimpleNamespace),
-    "builtins.bytearray": _bytearray,
-    "builtins.bytes": _bytes,
+    "builtins.bytearray": _bytes(bytearray),
+    "builtins.bytes": _bytes(bytes),
     "builtins.complex": _complex,
     "builtins.frozenset": lambda *args: frozenset(one_list(*args)),
     "builtins.range": _range,
