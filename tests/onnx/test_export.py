@@ -108,7 +108,8 @@ def test_what_is_no_trap_is_let_through():
     check_exportable(nn.Sequential(nn.InstanceNorm2d(3), nn.Dropout(0.0), nn.GroupNorm(1, 3)))
 
 
-@pytest.mark.parametrize("opset", [18, 20, 21])
+# GroupNormalization changes at 21; what stands between 18 and that differs in no norm.
+@pytest.mark.parametrize("opset", [18, pytest.param(20, marks=pytest.mark.slow), 21])
 @pytest.mark.parametrize(
     "norm",
     [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True), nn.LayerNorm([4, 6, 6])],

@@ -251,7 +251,7 @@ def error_of(source: Path, out: Path) -> float:
     return float((expected - got).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_head_that_its_class_ties_in_any_case_is_left_alone(tmp_path: Path, tied: bool) -> None:
     # T5's ties it whatever its configuration says, and scales what the head reads by that.
     torch.manual_seed(0)
