@@ -32,25 +32,7 @@ def conversion_page(
     check = report.verification or (checks[-1] if checks else None)
     changes, skips = len(report.changes), len(report.skips)
     exported = report.exported
-    ok: bool | None = report.ok
-    measured = ""
-    if exported is not None and not exported.ok:
-        verdict = (
-            f"{shown_path(exported.path)} does not agree with the rewritten model: "
-            f"{exported.reasons[0]}."
-        )
-    elif not report.ok:
-        verdict = f"The result breaks its contract: {report.failure}."
-        measured = "" if check is None else f"{check.distance()}."
-    elif not changes:
-        ok, verdict = None, "Nothing was rewritten."
-    elif check is None:
-        ok = None
-        verdict = f"{_count(changes, 'site')} rewritten; nothing was run, so nothing is verified."
-    else:
-        verdict = (
-            f"{_count(changes, 'site')} rewritten; {check.contract} holds: {check.distance()}."
-        )
+    ok, verdict, measured = _verdict(report, check)
     numbers = [
         Number(str(changes), "rewritten"),
         Number(str(skips), "left alone, each with its reason" if skips else "left alone"),
@@ -84,6 +66,22 @@ def conversion_page(
         wrong=_wrong(check),
         provenance=provenance or {},
     )
+
+
+def _verdict(report: Report, check: Verification | None) -> tuple[bool | None, str, str]:
+    """Return whether a conversion is right (None: not known), why, and the measured distance."""
+    exported, sites = report.exported, _count(len(report.changes), "site")
+    if exported is not None and not exported.ok:
+        said = f"{shown_path(exported.path)} does not agree with the rewritten model"
+        return report.ok, f"{said}: {exported.reasons[0]}.", ""
+    if not report.ok:
+        measured = "" if check is None else f"{check.distance()}."
+        return False, f"The result breaks its contract: {report.failure}.", measured
+    if not report.changes:
+        return None, "Nothing was rewritten.", ""
+    if check is None:
+        return None, f"{sites} rewritten; nothing was run, so nothing is verified.", ""
+    return True, f"{sites} rewritten; {check.contract} holds: {check.distance()}.", ""
 
 
 def verification_page(

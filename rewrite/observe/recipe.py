@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -29,7 +29,40 @@ BLOCK = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
-class ReaderRecipe:
+class PlainRecipe:
+    """A recipe that a report holds as JSON: its fields by name, beside what it does.
+
+    Attributes:
+        kind: what it does, the value of the key "do".
+        edit_keys: the keys that describe one edited tensor.
+        lists: the fields that are tuples, beside `edits`.
+    """
+
+    kind: ClassVar[str]
+    edit_keys: ClassVar[tuple[str, ...]]
+    lists: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Self:
+        """Return the recipe that a report holds.
+
+        Raises:
+            KeyError: a field, or a key of an edit, is missing.
+        """
+        held = {field.name: data[field.name] for field in fields(cls)}
+        edits = tuple({key: edit[key] for key in cls.edit_keys} for edit in data["edits"])
+        return cls(**{**held, **{key: tuple(data[key]) for key in cls.lists}, "edits": edits})
+
+    def to_data(self) -> dict[str, Any]:
+        """Return it as JSON's own types."""
+        held = asdict(self)
+        edits = [dict(edit) for edit in held["edits"]]
+        return {"do": self.kind, **held, **{key: list(held[key]) for key in self.lists},
+                "edits": edits}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class ReaderRecipe(PlainRecipe):
     """A norm whose affine part goes into the tensors that read it.
 
     Attributes:
@@ -40,6 +73,13 @@ class ReaderRecipe:
         gone: those that it loses.
     """
 
+    kind = KIND
+    edit_keys = (
+        "weight", "axis", "channels", "parts", "bias", "has_bias", "bias_part", "shifts", "into",
+        "aliases",
+    )  # fmt: skip
+    lists = ("gone",)
+
     weight: str
     factor: float
     offset: float
@@ -47,22 +87,6 @@ class ReaderRecipe:
     edits: tuple[Mapping[str, Any], ...]
     neutral: Mapping[str, float]
     gone: tuple[str, ...]
-
-    @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> Self:
-        """Return the recipe that a report holds.
-
-        Raises:
-            KeyError: something is missing.
-        """
-        held = {field.name: data[field.name] for field in fields(cls)}
-        edits = tuple({key: edit[key] for key in _EDIT} for edit in data["edits"])
-        return cls(**{**held, "edits": edits, "gone": tuple(data["gone"])})
-
-    def to_data(self) -> dict[str, Any]:
-        """Return it as JSON's own types."""
-        edits = [dict(edit) for edit in self.edits]
-        return {"do": KIND, **asdict(self), "edits": edits, "gone": list(self.gone)}
 
     @property
     def target(self) -> str:
@@ -115,13 +139,6 @@ class ReaderRecipe:
 def exact(name: str, store: TensorStore, unrounded: Exact) -> Callable[[], Tensor]:
     """Return what computes a tensor as it was before it was rounded, else as it is stored."""
     return unrounded.get(name) or partial(Tensor.detach, store.get(name))
-
-
-_EDIT = (
-    "weight", "axis", "channels", "parts", "bias", "has_bias", "bias_part", "shifts", "into",
-    "aliases",
-)  # fmt: skip
-"""The keys that describe one tensor that absorbs the map."""
 
 
 def _channels(channels: int | list[int], size: int, device: torch.device) -> Tensor:

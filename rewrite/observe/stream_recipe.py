@@ -10,15 +10,15 @@ which tensors, which matrix, which seed. Computed in float64 in blocks of rows, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rewrite.errors import CheckpointError
-from rewrite.observe.recipe import BLOCK, exact
+from rewrite.observe.recipe import BLOCK, PlainRecipe, exact
 from rewrite.observe.stream_matrices import StreamMap, stream_map
 from rewrite.weights.tensor_recipe import Exact, TensorStore, store_dtype
 
@@ -26,7 +26,7 @@ KIND = "map-stream"
 
 
 @dataclass(frozen=True, eq=False)
-class StreamRecipe:
+class StreamRecipe(PlainRecipe):
     """A residual stream that is put through a map.
 
     Attributes:
@@ -37,28 +37,15 @@ class StreamRecipe:
         needs: what tensors have to be everywhere, by name.
     """
 
+    kind = KIND
+    edit_keys = ("tensor", "axis", "scale", "alone", "aliases")
+    lists = ("norms", "ones")
+
     map: Mapping[str, Any]
     edits: tuple[Mapping[str, Any], ...]
     norms: tuple[str, ...]
     ones: tuple[str, ...]
     needs: Mapping[str, float]
-
-    @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> Self:
-        """Return the recipe that a report holds.
-
-        Raises:
-            KeyError: something is missing.
-        """
-        held = {field.name: data[field.name] for field in fields(cls)}
-        edits = tuple({key: edit[key] for key in _EDIT} for edit in data["edits"])
-        lists = {key: tuple(data[key]) for key in ("norms", "ones")}
-        return cls(**{**held, **lists, "edits": edits})
-
-    def to_data(self) -> dict[str, Any]:
-        """Return it as JSON's own types."""
-        lists = {key: list(getattr(self, key)) for key in ("norms", "ones")}
-        return {"do": KIND, **asdict(self), **lists, "edits": [dict(edit) for edit in self.edits]}
 
     def inverse(self) -> StreamRecipe:
         """Return the recipe that turns the stream back; scales that were taken in stay there.
@@ -106,10 +93,6 @@ class StreamRecipe:
             one = torch.ones_like(store.get(name))
             store.set(name, one)
             unrounded[name] = partial(Tensor.double, one)
-
-
-_EDIT = ("tensor", "axis", "scale", "alone", "aliases")
-"""The keys that describe one tensor of the stream."""
 
 
 def _mapped(

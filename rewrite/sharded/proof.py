@@ -81,15 +81,7 @@ def prove(
     cases: list[Case] = []
     with torch.no_grad(), KeepFloat64():
         try:
-            # Weights that are drawn anew compute what they did in no block.
-            drawn = plan.contract is Contract.REDEFINING
-            recipes = [recipe for step in plan.steps for recipe in step]
-            blocks, apart = _comparable([] if drawn else blocks_of(old), recipes)
-            with _streamed(old, reads[0]), _streamed(new, reads[1]):
-                with _beside(old, new, blocks, maps_of(plan.steps), cases, say):
-                    expected = old(**inputs)
-                say("comparing the outputs")
-                got = new(**inputs)
+            expected, got, apart = _run((old, new), reads, plan, inputs, cases, say)
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
             raise CheckpointError(
                 f"{before.path}: cannot be run block by block: {one_line(error)}; "
@@ -122,6 +114,31 @@ def prove(
     note = f"{count} and the output compared in float64, one module in memory"
     left = f"compared in the output only, since a map at its border moved: {', '.join(apart)}"
     return Proof(verification, (note, *((left,) if apart else ())))
+
+
+def _run(
+    models: tuple[nn.Module, nn.Module],
+    reads: tuple[Reads, Reads],
+    plan: FolderPlan,
+    inputs: dict[str, Any],
+    cases: list[Case],
+    say: Callable[[str], None],
+) -> tuple[Any, Any, list[str]]:
+    """Run both models; add a case for each block that can be compared.
+
+    Returns:
+        Both outputs, and the blocks that are compared in the output only.
+    """
+    old, new = models
+    # Weights that are drawn anew compute what they did in no block.
+    blocks = [] if plan.contract is Contract.REDEFINING else blocks_of(old)
+    recipes = [recipe for step in plan.steps for recipe in step]
+    blocks, apart = _comparable(blocks, recipes)
+    with _streamed(old, reads[0]), _streamed(new, reads[1]):
+        with _beside(old, new, blocks, maps_of(plan.steps), cases, say):
+            expected = old(**inputs)
+        say("comparing the outputs")
+        return expected, new(**inputs), apart
 
 
 def _unlike(expected: Any, got: Any) -> list[str]:
