@@ -27,7 +27,7 @@ from rewrite.equivalence.record import Record, Sketcher
 from rewrite.equivalence.rounding import EXPLAINS, Perturbation, perturbed, stored_rounding
 from rewrite.equivalence.training import judge_training
 from rewrite.equivalence.variations import adversarial
-from rewrite.equivalence.verification import Case, Level
+from rewrite.equivalence.verification import Case, Level, Verification
 from rewrite.errors import VerificationError, one_line
 from rewrite.outcomes import Contract
 from rewrite.progress import Countdown
@@ -82,6 +82,26 @@ class Findings:
         """Record an input on which the rewritten model fails."""
         self.reasons.append(f"{name}: {reason}")
         self.cases.append(Case(name, str(inputs), failed=True))
+
+    def sum_up(self, contract: Contract, level: Level, seconds: float) -> Verification:
+        """Return the result over all cases."""
+        return Verification(
+            contract=contract,
+            level=level,
+            max_abs=max((case.max_abs for case in self.cases), default=0.0),
+            max_rel=max((case.max_rel for case in self.cases), default=0.0),
+            agreement=self.agreed / self.predictions if self.predictions else None,
+            predictions=self.predictions,
+            cosine=min(self.cosines, default=None),
+            drift=self.drift,
+            noise=self.noise,
+            rounding=self.rounding,
+            cases=tuple(self.cases),
+            reasons=tuple(dict.fromkeys(self.reasons)),
+            divergence=self.divergence,
+            seconds=seconds,
+            runs=self.runs,
+        )
 
 
 def run_original(model: nn.Module, name: str, inputs: Inputs, seed: int) -> Any:

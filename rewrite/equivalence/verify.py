@@ -112,23 +112,7 @@ def verify(
         raise VerificationError(
             "the original returns NaN alone, so there is nothing to compare; pass another --input"
         )
-    return Verification(
-        contract=contract,
-        level=level,
-        max_abs=max((case.max_abs for case in found.cases), default=0.0),
-        max_rel=max((case.max_rel for case in found.cases), default=0.0),
-        agreement=found.agreed / found.predictions if found.predictions else None,
-        predictions=found.predictions,
-        cosine=min(found.cosines, default=None),
-        drift=found.drift,
-        noise=found.noise,
-        rounding=found.rounding,
-        cases=tuple(found.cases),
-        reasons=tuple(dict.fromkeys(found.reasons)),
-        divergence=found.divergence,
-        seconds=time.perf_counter() - begin,
-        runs=found.runs,
-    )
+    return found.sum_up(contract, level, time.perf_counter() - begin)
 
 
 def check_untouched(before: nn.Module, after: nn.Module, touched: Collection[str]) -> list[str]:
