@@ -1,5 +1,6 @@
 """What every test shares: one seed, one thread, and hypothesis examples that never change."""
 
+import gc
 import os
 
 import pytest
@@ -19,6 +20,15 @@ settings.register_profile("search", deadline=None, max_examples=1000, print_blob
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of later garbage collections: `observe` asks for whole ones.
+
+    Those walk over a million objects of torch and transformers, which stay.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
