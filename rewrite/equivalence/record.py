@@ -270,7 +270,8 @@ class _Recorder(TorchFunctionMode):
         return number
 
     def _known(self, given: Iterable[torch.Tensor]) -> tuple[int, ...]:
-        return tuple(self._numbers[t] for t in given if t in self._numbers)
+        found = (self._numbers.get(tensor) for tensor in given)
+        return tuple(number for number in found if number is not None)
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -34,6 +34,8 @@ _IN_FLOAT32 = ("torch.ao.nn.", "torch.ao.quantization.", "bitsandbytes.")
 _QUANTIZED = frozenset({"quantized", "bitsandbytes"})
 
 
+_NUMBERS = frozenset({int, float, bool, type(None)})
+
 _QUANTIZING = ("aten::quantize_per", "aten::fake_quantize", "aten::_fused_moving_avg_obs_fq")
 
 
@@ -65,14 +67,15 @@ class KeepFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self._kinds: dict[Any, _Kind] = {}
+        # By identity, each kept with what it is: an operator computes its hash anew each time.
+        self._kinds: dict[int, tuple[Any, _Kind]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kind = self._kinds.get(func)
-        if kind is None:
-            kind = self._kinds[func] = _Kind.of(func)
+        if (found := self._kinds.get(id(func))) is None:
+            found = self._kinds[id(func)] = (func, _Kind.of(func))
+        kind = found[1]
         if kwargs and kwargs.get("dtype") in WIDE:
             kwargs = {**kwargs, "dtype": WIDE[kwargs["dtype"]]}
         if kind is _Kind.FILLING and type(args[1]) is float and (kwargs or {}).get("dtype") is None:
@@ -144,7 +147,10 @@ def _grouped_mm(
 
 def _wide_argument(value: Any) -> Any:
     """Return what `widen` returns, and a wide dtype for a narrow one; quick on what is wide."""
-    if type(value) is torch.Tensor and value.dtype not in WIDE:
+    kind = type(value)
+    if (kind is torch.Tensor or kind is nn.Parameter) and value.dtype not in WIDE:
+        return value
+    if (kind is list or kind is tuple) and _NUMBERS.issuperset(map(type, value)):
         return value
     if isinstance(value, torch.dtype):
         return WIDE.get(value, value)

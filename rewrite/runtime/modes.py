@@ -128,7 +128,7 @@ class ModuleExchange:
         """Return a tensor in float64: as it is stored, or as it was before it was rounded."""
         if id(value) not in self._exact:
             return _wide(value)
-        exact = cast(torch.Tensor, widen(self._exact[id(value)][1]()))
+        exact = cast(torch.Tensor, _widen_tensor(self._exact[id(value)][1]()))
         if isinstance(value, nn.Parameter):
             return nn.Parameter(exact, requires_grad=value.requires_grad)
         return exact
@@ -188,7 +188,7 @@ def _clone(value: torch.Tensor) -> torch.Tensor:
 def _wide(value: torch.Tensor) -> torch.Tensor:
     if value.dtype not in WIDE:
         return value
-    wide = cast(torch.Tensor, widen(value.detach()))
+    wide = cast(torch.Tensor, _widen_tensor(value.detach()))
     if isinstance(value, nn.Parameter):
         return nn.Parameter(wide, requires_grad=value.requires_grad)
     return wide

@@ -97,7 +97,9 @@ def slots(module: nn.Module) -> Iterator[tuple[Slot, nn.Module]]:
         if child is not None:
             yield Slot(module, key), child
     for attr, value in vars(module).items():
-        if attr not in _OWN_ATTRIBUTES and not _holds_nothing(value):
+        if type(value) in _PLAIN or attr in _OWN_ATTRIBUTES:
+            continue
+        if not _holds_nothing(value):
             for path, child in _inside(value):
                 yield Slot(module, attr, path), child
 
@@ -251,10 +253,11 @@ class Tree:
             prefix, module = stack.pop()
             descend = []
             for slot, child in slots(module):
-                name = join(prefix, slot.label)
                 if slot.path or slot.attr not in module._modules:
-                    hidden.append((name, slot, child))
-                elif self._record(name, slot, child):
+                    hidden.append((join(prefix, slot.label), slot, child))
+                    continue
+                name = f"{prefix}.{slot.attr}" if prefix else slot.attr
+                if self._record(name, slot, child):
                     descend.append((name, child))
             stack.extend(reversed(descend))
 
