@@ -11,7 +11,8 @@ highest resident size above that of the loaded model, in a process of its own, o
 model's tensors. The model of a billion parameters is in bfloat16.
 
 `--verified` is `convert` with an example input of 224x224 and its verification, over one forward of
-that model in float64; and `capture` with shapes over `torch.fx.symbolic_trace`.
+that model in float64; `capture` with shapes over `torch.fx.symbolic_trace`; and what shapes cost of
+that, which is `capture` with them less `capture` without.
 """
 
 from __future__ import annotations
@@ -131,13 +132,14 @@ def verified(names: Sequence[str], runs: int) -> Iterator[list[object]]:
             partial(wide, x.double()),
             partial(rewrite.convert, model, [FoldNorm()], example_inputs=x),
             partial(torch.fx.symbolic_trace, traced),
+            partial(capture, model),
             partial(capture, model, x),
         ]
         with torch.no_grad():
-            forward, whole, trace, shapes = fastest(functions, runs, time.process_time)
+            forward, whole, trace, plain, shapes = fastest(functions, runs, time.process_time)
         yield [
             name, f"{forward:.3f}", f"{whole:.3f}", f"{whole / forward:.2f}",
-            f"{shapes / trace:.2f}",
+            f"{shapes / trace:.2f}", f"{(shapes - plain) / trace:.2f}",
         ]  # fmt: skip
 
 
@@ -202,7 +204,10 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.verified:
         names = [name for name in options.models if not name.startswith("1 B")]
-        header = ["model", "forward, s", "convert, s", "in forwards", "shapes / symbolic_trace"]
+        header = [
+            "model", "forward, s", "convert, s", "in forwards",
+            "capture with shapes / symbolic_trace", "shapes alone / symbolic_trace",
+        ]  # fmt: skip
         body = table(header, verified(names, options.runs))
         text = f"{environment('torchvision')}, 1 thread, CPU time\n\n{body}"
         publish("fold-verified", "A fold with its verification", text, write=options.write)

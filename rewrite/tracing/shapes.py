@@ -161,6 +161,8 @@ class Shapes:
             return args[0] if args else kwargs["input"]
         if node.target in _COMBINE and (wider := _wider(args, kwargs)) is not None:
             return wider
+        if node.target is torch.cat and (whole := _joined(*args, **kwargs)) is not None:
+            return whole
         if node.op == "call_method":
             function: Callable[..., Any] = _method(str(node.target))
         else:
@@ -204,6 +206,27 @@ def _wider(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         return None
     sizes = tuple(b if a == 1 else a for a, b in pairs)
     return next((value for value in args if value.shape == sizes), None)
+
+
+def _joined(tensors: Any = (), dim: Any = 0, **rest: Any) -> Tensor | None:
+    """Return what a concatenation of contiguous tensors makes; None if it has to be run."""
+    if rest or not tensors or type(dim) is not int:
+        return None
+    first = tensors[0]
+    if not all(type(part) is Tensor and part.is_contiguous() for part in tensors):
+        return None
+    if any(
+        (p.dtype, p.device, p.dim()) != (first.dtype, first.device, first.dim()) for p in tensors
+    ):
+        return None
+    if not -first.dim() <= dim < first.dim():
+        return None
+    place = dim % first.dim()
+    beside = {(*part.shape[:place], *part.shape[place + 1 :]) for part in tensors}
+    if len(beside) > 1:
+        return None
+    length = sum(part.shape[place] for part in tensors)
+    return cast(Tensor, first.new_empty((*first.shape[:place], length, *first.shape[place + 1 :])))
 
 
 def _pooled(module: nn.Module, x: Any) -> Tensor | None:

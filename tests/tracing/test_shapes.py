@@ -54,6 +54,11 @@ class Seen(Interpreter):
         lambda x, s: x[:1] + x[:, :1],
         lambda x, s: x + x.double(),
         lambda x, s: x.int() / 2,
+        lambda x, s: torch.cat([x, x[:, :3].contiguous(), x], 1),
+        lambda x, s: torch.cat((x, x), dim=-1),
+        lambda x, s: torch.cat([x, x.mT], 0),
+        lambda x, s: torch.cat([x, x.double()], 1),
+        lambda x, s: torch.cat([x.flatten(), x.new_zeros(0)]),
         lambda x, s: torch.add(x, s, alpha=2),
         lambda x, s: F.gelu(x).flatten(1).unsqueeze(-1),
         lambda x, s: F.layer_norm(x, (6, 6)).mean((2, 3), keepdim=True),
@@ -97,6 +102,22 @@ def test_a_hook_on_a_layer_that_keeps_its_shape_is_run() -> None:
     model[0].register_forward_hook(changes_shape)
     captured = capture(model, example_inputs=X)
     assert captured.shape(captured.calls("0")[0]) == (2, 2, 6, 6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, s: torch.cat([x, s], 1),
+        lambda x, s: torch.cat([x, x[:1].contiguous()], 1),
+        lambda x, s: torch.cat([x, x], 4),
+        lambda x, s: torch.cat([], 0),
+    ],
+)
+def test_tensors_that_do_not_join_have_no_shape(function: Callable[..., Any]) -> None:
+    captured = capture(Calls(function), X)
+    calls = [n for n in captured.nodes() if n.target is torch.cat]
+    assert all(captured.shape(call) is None for call in calls)
+    assert captured.shape_error or captured.opaque
 
 
 def test_what_cannot_be_run_has_no_shape_and_says_why() -> None:
