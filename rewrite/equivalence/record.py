@@ -270,8 +270,7 @@ class _Recorder(TorchFunctionMode):
         return number
 
     def _known(self, given: Iterable[torch.Tensor]) -> tuple[int, ...]:
-        found = (self._numbers.get(tensor) for tensor in given)
-        return tuple(number for number in found if number is not None)
+        return tuple(self._numbers[t] for t in given if t in self._numbers)
 
 
 def _version(tensor: torch.Tensor) -> int:

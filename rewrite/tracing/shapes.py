@@ -181,12 +181,14 @@ class Shapes:
 
     def _run(self, name: str, call: Call, opaque: bool) -> Any:
         module = self._copied.get(name)
-        if type(module) in _KEEP_SHAPE and call[0] and not module._forward_hooks:
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        if type(module) in _KEEP_SHAPE and call[0] and not hooked:
             return call[0][0]
-        if not opaque and len(call[0]) == 1 and not call[1] and not module._forward_hooks:
-            pooled = _pooled(module, call[0][0])
-            if pooled is not None:
-                return pooled
+        if not opaque and len(call[0]) == 1 and not call[1] and not hooked:
+            made = _pooled(module, call[0][0])
+            made = _convolved(module, call[0][0]) if made is None else made
+            if made is not None:
+                return made
         return self._dry.run_module(name, call, opaque)
 
 
@@ -238,6 +240,24 @@ def _pooled(module: nn.Module, x: Any) -> Tensor | None:
     if not all(isinstance(side, int) for side in sizes):
         return None
     return x.new_empty((*x.shape[:2], *sizes))
+
+
+def _convolved(module: nn.Module, x: Any) -> Tensor | None:
+    """Return the result of a plain convolution of images; None if it has to be run."""
+    if type(module) is not nn.Conv2d or isinstance(module.padding, str):
+        return None
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if module.padding_mode != "zeros" or weight is None or type(x) is not Tensor or x.dim() != 4:
+        return None
+    channels, inside, *taps = weight.shape
+    fits = x.shape[1] == inside * module.groups and channels % module.groups == 0
+    if not fits or not x.is_contiguous() or any(t.dtype != x.dtype for t in module.parameters()):
+        return None
+    if bias is not None and bias.shape != (channels,):
+        return None
+    geometry = zip(x.shape[2:], taps, module.stride, module.padding, module.dilation, strict=True)
+    sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry]
+    return x.new_empty((x.shape[0], channels, *sides)) if min(sides) > 0 else None
 
 
 def _method(name: str) -> Callable[..., Any]:

@@ -83,7 +83,10 @@ def test_each_value_has_the_shape_and_dtype_of_a_real_run(function: Callable[...
     [
         nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.AdaptiveAvgPool2d(3),
         nn.AdaptiveAvgPool2d((2, None)),
-        nn.AvgPool2d(2), nn.Conv2d(4, 7, 3, stride=2), nn.Identity(), nn.Hardswish(), nn.Flatten(),
+        nn.AvgPool2d(2), nn.Conv2d(4, 7, 3, stride=2), nn.Conv2d(4, 8, (3, 2), (1, 2), 1, 2, 4),
+        nn.Conv2d(4, 6, 3, padding="same", bias=False), nn.Conv2d(4, 6, 6),
+        nn.Conv2d(4, 7, 3, padding=2, padding_mode="reflect"), nn.Identity(), nn.Hardswish(),
+        nn.Flatten(),
         nn.ConvTranspose2d(4, 2, 2, 2), nn.Upsample(scale_factor=2),
     ],
 )  # fmt: skip
@@ -104,6 +107,19 @@ def test_a_hook_on_a_layer_that_keeps_its_shape_is_run() -> None:
     assert captured.shape(captured.calls("0")[0]) == (2, 2, 6, 6)
 
 
+def halves_its_input(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+    return args[0][:, :, ::2].contiguous()
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.ReLU(), nn.AdaptiveAvgPool2d((None, 2)), nn.Conv2d(4, 4, 3, padding=1)]
+)
+def test_a_hook_before_a_layer_is_run(layer: nn.Module) -> None:
+    layer.register_forward_pre_hook(halves_its_input)
+    captured = capture(nn.Sequential(layer).eval(), example_inputs=X)
+    assert captured.shape(captured.calls("0")[0]) == layer(X).shape
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -120,8 +136,11 @@ def test_tensors_that_do_not_join_have_no_shape(function: Callable[..., Any]) ->
     assert captured.shape_error or captured.opaque
 
 
-def test_what_cannot_be_run_has_no_shape_and_says_why() -> None:
-    captured = capture(nn.Sequential(nn.Conv2d(5, 7, 3), nn.ReLU()), example_inputs=X)
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(5, 7, 3), nn.Conv2d(4, 7, 7), nn.Conv2d(4, 7, 3).double()]
+)
+def test_what_cannot_be_run_has_no_shape_and_says_why(layer: nn.Module) -> None:
+    captured = capture(nn.Sequential(layer, nn.ReLU()), example_inputs=X)
     assert captured.shape_error is not None and captured.shape_error.startswith("_0: RuntimeError")
     assert captured.shape(captured.calls("0")[0]) is None
     assert captured.shape(captured.calls("1")[0]) is None
