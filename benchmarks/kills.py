@@ -222,6 +222,7 @@ def _run(
 ) -> NoReturn:
     """Run a command in this process and end it: nothing else of this process may run."""
     code = 70
+    os.environ["SOURCE_DATE_EPOCH"] = "0"  # two runs write the same pages, without their times
     try:
         os.chdir(folder)
         nowhere = os.open(os.devnull, os.O_WRONLY)
