@@ -34,7 +34,7 @@ from rewrite.runtime.configured.maker import InputMaker
 from rewrite.runtime.float64 import KeepFloat64
 from rewrite.sharded.plan import FolderPlan
 from rewrite.sharded.recipes import FolderRecipe, layers_of, maps_of
-from rewrite.weights.tensor_recipe import Computed
+from rewrite.sharded.stored import StoredCheck
 
 _ALLOWED = 1e-9
 """Relative error of a block: right agrees to about 1e-13, wrong is off by 1e-6 and more."""
@@ -71,12 +71,12 @@ def prove(
     """
     begin = time.perf_counter()
     computed = dict(exact.placed())
-    say("comparing the stored tensors")
     old = plain_experts(build(before, before.config))
     new = plain_experts(build(after, plan.config))
     after = seen_by(new, after)
-    reasons = _stored_wrong(after, computed)
-    reads = _reads(old, before, {}), _reads(new, after, computed)
+    stored = StoredCheck(after, computed)
+    reads = _reads(old, before, lambda place: None), _reads(new, after, stored.reader)
+    reasons: list[str] = []
     inputs = _inputs(old, seed)
     cases: list[Case] = []
     with torch.no_grad(), KeepFloat64():
@@ -87,11 +87,14 @@ def prove(
                 f"{before.path}: cannot be run block by block: {one_line(error)}; "
                 "pass --no-verify, or convert the model in memory"
             ) from error
-        if plan.contract is Contract.REDEFINING:
+        if drawn:
             reasons += _unlike(_logits(expected), _logits(got))
         else:
             compared = compare(_logits(expected), _logits(got))
             cases.append(_case("output", compared.max_abs, compared.max_rel))
+    say("comparing the stored tensors")
+    stored.rest()
+    reasons += stored.wrong
     reasons += [
         f"{case.name} is off by {case.max_rel:.1e} relative in float64"
         for case in cases
@@ -148,25 +151,6 @@ def _unlike(expected: Any, got: Any) -> list[str]:
     return [] if bool(got.isfinite().all()) else ["the output is not finite"]
 
 
-def _stored_wrong(
-    after: CheckpointFolder, computed: Mapping[str, Callable[[], Tensor]]
-) -> list[str]:
-    """Return which stored tensors are not their exact values, rounded once."""
-    wrong = []
-    for name, compute in computed.items():
-        stored = after.read(name)
-        nearest = compute().to(stored.dtype)
-        if isinstance(compute, Computed):
-            off = (stored - nearest).abs() > compute.roundings * torch.finfo(
-                stored.dtype
-            ).eps * nearest.abs()
-            if bool(off.any()):
-                wrong.append(f"{name} is not what the model computes")
-        elif not torch.equal(stored, nearest):
-            wrong.append(f"{name} is not its exact value rounded to {stored.dtype}")
-    return wrong
-
-
 Reads = dict[tuple[str, str], Callable[[], Tensor]]
 """How to get each parameter and stored buffer in float64, by module and attribute."""
 
@@ -174,13 +158,12 @@ Reads = dict[tuple[str, str], Callable[[], Tensor]]
 def _reads(
     model: nn.Module,
     folder: CheckpointFolder,
-    computed: Mapping[str, Callable[[], Tensor]],
+    reader: Callable[[str], Callable[[], Tensor] | None],
 ) -> Reads:
     found: Reads = {}
     for name, place in stored_names(model, folder).items():
         owner, _, attr = name.rpartition(".")
-        compute = computed.get(place)
-        found[owner, attr] = compute or (lambda place=place: folder.read(place))  # type: ignore[misc]  # mypy infers no type of a lambda with a default
+        found[owner, attr] = reader(place) or (lambda place=place: folder.read(place))  # type: ignore[misc]  # mypy infers no type of a lambda with a default
     return found
 
 
