@@ -42,8 +42,9 @@ class LabelSmoothing(nn.Module):
         """Return the loss of logits (N, K, *), floating, and labels (N, *), int64 from 0 to K − 1.
 
         Raises:
-            OptionError: a label out of range.
+            OptionError: a label out of range, or shapes that do not fit.
         """
+        _check_shapes(logits, labels)
         check_labels(labels, logits.shape[1])
         return F.cross_entropy(
             logits, labels, label_smoothing=self.smoothing, reduction=self.reduction
@@ -87,9 +88,10 @@ class OnlineLabelSmoothing(nn.Module):
         """Return the loss of logits (N, K, *), floating, and labels (N, *), int64 from 0 to K − 1.
 
         Raises:
-            OptionError: a label out of range, or another number of classes.
+            OptionError: a label out of range, another number of classes, or shapes that do not fit.
         """
         classes = len(self.counts)
+        _check_shapes(logits, labels)
         if logits.shape[1] != classes:
             raise OptionError(f"{logits.shape[1]} logits for the {classes} classes of this loss")
         check_labels(labels, classes)
@@ -139,6 +141,15 @@ def check_labels(labels: Tensor, classes: int) -> None:
     if bool(wrong.any()):
         label = int(labels[wrong].flatten()[0])
         raise OptionError(f"label {label} is out of range: the model has {classes} classes")
+
+
+def _check_shapes(logits: Tensor, labels: Tensor) -> None:
+    """Raise OptionError unless there is one label for each row of logits (N, K, *)."""
+    given, wanted = tuple(labels.shape), (*logits.shape[:1], *logits.shape[2:])
+    if logits.dim() < 2 or given != wanted:
+        raise OptionError(
+            f"logits {tuple(logits.shape)} with labels {given}; pass (N, K, *) with (N, *)"
+        )
 
 
 def _fraction(name: str, value: float) -> float:

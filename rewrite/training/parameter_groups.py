@@ -63,11 +63,11 @@ def normalized_decay(decay: float, batch_size: int, samples: int, epochs: float)
         epochs: T, passes over it.
 
     Raises:
-        OptionError: a size is not positive.
+        OptionError: a size is not positive, or the decay negative.
     """
-    if min(batch_size, samples) < 1 or epochs <= 0:
+    if not (decay >= 0 and batch_size >= 1 and samples >= 1 and epochs > 0):
         raise OptionError(
-            f"normalized decay of batch size {batch_size}, {samples} samples, {epochs} epochs: "
-            "pass positive numbers"
+            f"normalized decay {decay} of batch size {batch_size}, {samples} samples, "
+            f"{epochs} epochs: pass positive numbers"
         )
     return decay * math.sqrt(batch_size / (samples * epochs))

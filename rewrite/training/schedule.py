@@ -11,6 +11,7 @@ u = m u + g and steps by η u, for which a change of the rate needs no correctio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -28,10 +29,13 @@ def linear_scaling(rate: float, batch_size: int, reference: int = 256) -> float:
         reference: the batch size that `rate` was found with.
 
     Raises:
-        OptionError: a batch size below 1.
+        OptionError: a batch size below 1, a rate that is not finite.
     """
-    if min(batch_size, reference) < 1:
-        raise OptionError(f"batch size {batch_size}, reference {reference}: pass 1 or more")
+    if not (batch_size >= 1 and reference >= 1 and math.isfinite(rate)):
+        raise OptionError(
+            f"rate {rate}, batch size {batch_size}, reference {reference}: pass a finite rate and "
+            "sizes of 1 or more"
+        )
     return rate * batch_size / reference
 
 
@@ -42,9 +46,9 @@ def warmup(step: int, steps: int, start: float = 0.0) -> float:
     over 500 steps, from the rate of a batch of an eighth of the size.
 
     Raises:
-        OptionError: a negative number.
+        OptionError: a negative number, or NaN.
     """
-    if step < 0 or steps < 0 or start < 0:
+    if not (step >= 0 and steps >= 0 and start >= 0):
         raise OptionError(f"warmup at step {step} of {steps} from {start}: pass 0 or more")
     return 1.0 if step >= steps else start + (1 - start) * step / steps
 
@@ -55,10 +59,13 @@ def correct_momentum(velocities: Iterable[Tensor], old_rate: float, new_rate: fl
     Each is multiplied by `new_rate` / `old_rate`, both learning rates η.
 
     Raises:
-        OptionError: the old rate is not positive.
+        OptionError: the old rate is not positive, or the new one is negative.
     """
-    if old_rate <= 0:
-        raise OptionError(f"momentum correction from rate {old_rate}; it has to be positive")
+    if not (old_rate > 0 and new_rate >= 0):
+        raise OptionError(
+            f"momentum correction from rate {old_rate} to {new_rate}; the old one has to be "
+            "positive, and none negative"
+        )
     with torch.no_grad():
         for velocity in velocities:
             velocity.mul_(new_rate / old_rate)

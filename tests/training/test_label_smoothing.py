@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from rewrite.errors import OptionError
 from rewrite.training import LabelSmoothing, OnlineLabelSmoothing
@@ -110,3 +111,18 @@ def test_options_out_of_range() -> None:
             make()
     with pytest.raises(OptionError, match="4 logits for the 3 classes"):
         OnlineLabelSmoothing(3)(torch.randn(1, 4), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("loss", [LabelSmoothing(), OnlineLabelSmoothing(3)])
+@pytest.mark.parametrize(
+    ("logits", "labels"), [((6, 3), (6, 1)), ((6, 3), (3,)), ((2, 3, 4, 5), (2, 5, 4)), ((3,), ())]
+)
+def test_labels_of_another_shape(
+    loss: nn.Module, logits: tuple[int, ...], labels: tuple[int, ...]
+) -> None:
+    """Maps that are turned have as many positions: nothing else would tell."""
+    with pytest.raises(OptionError, match=r"pass \(N, K, \*\) with \(N, \*\)"):
+        loss(torch.zeros(logits), torch.zeros(labels, dtype=torch.long))
+    turned = (logits[0], *logits[2:])
+    if len(logits) > 1:
+        assert torch.isfinite(loss(torch.zeros(logits), torch.zeros(turned, dtype=torch.long)))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rewrite.errors import OptionError
-from rewrite.training import correct_momentum, linear_scaling, warmup
+from rewrite.training import correct_momentum, linear_scaling, normalized_decay, warmup
 
 
 def test_linear_scaling() -> None:
@@ -51,3 +51,18 @@ def test_the_two_forms_of_momentum_agree_with_the_correction_only(corrected: boo
         other = other - velocity
         optimizer.step()
     assert (float((weight.detach() - other).abs().max()) < 1e-14) == corrected
+
+
+@pytest.mark.parametrize("number", [float("nan"), -1.0])
+def test_numbers_that_make_no_rate(number: float) -> None:
+    velocity = [torch.ones(2)]
+    for call in (
+        lambda: linear_scaling(0.1, 32, number),
+        lambda: warmup(0, 5, number),
+        lambda: correct_momentum(velocity, number, 0.1),
+        lambda: correct_momentum(velocity, 0.1, number),
+        lambda: normalized_decay(number, 32, 1000, 1),
+    ):
+        with pytest.raises(OptionError):
+            call()
+    assert torch.equal(velocity[0], torch.ones(2))
