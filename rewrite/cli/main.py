@@ -43,7 +43,7 @@ from rewrite.cli.common import (
     written_reports,
 )
 from rewrite.cli.parser import Parser, apply_config, find_config
-from rewrite.errors import PassError, RewriteError, system_reason
+from rewrite.errors import OptionError, PassError, RewriteError, system_reason
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parser.print_help(sys.stderr)
                 return USAGE
             options = parser.parse_args(argv)
+            if not -(1 << 63) <= getattr(options, "seed", 0) < 1 << 64:
+                raise OptionError(f"--seed {options.seed}: a seed has at most 64 bits")
             _finish_interrupted(options)
             check_places(options)
             vet_files(options)

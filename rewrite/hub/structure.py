@@ -171,7 +171,7 @@ def build(
     kind = getattr(transformers, str(names[0]), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise CheckpointError(f"{folder.path}: {names[0]} is no model class of transformers")
-    given = {key: value for key, value in config.items() if key != "transformers_version"}
+    given = without_downloads(config)
     context = torch.device("meta") if meta_buffers else _parameters_on_meta()
     try:
         chosen: Any = kind
@@ -186,6 +186,26 @@ def build(
     # On its way through the contexts a tied parameter became two.
     model.tie_weights()  # type: ignore[operator]  # a method of transformers' models
     return model.eval()
+
+
+def without_downloads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration that builds the same structure and fetches nothing.
+
+    Kernels of attention and of experts may be names of the hub, whose code would run, and weights
+    of a backbone would be fetched to be replaced by those of the folder.
+    """
+    made: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _FETCHED or key.endswith(_KERNELS):
+            continue
+        inner = without_downloads(value) if isinstance(value, dict) else value
+        made[key] = False if key == "use_pretrained_backbone" else inner
+    return made
+
+
+_FETCHED = frozenset({"transformers_version", "use_kernels", "kernel_config"})
+_KERNELS = ("attn_implementation", "attn_implementation_internal", "experts_implementation",
+            "experts_implementation_internal")  # fmt: skip
 
 
 def _loaded_names(model: nn.Module, folder: CheckpointFolder) -> dict[str, str]:

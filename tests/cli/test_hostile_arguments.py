@@ -285,3 +285,10 @@ def test_python_entries_refuse_pipes_and_devices(here: Path):
         (_pipe, _device)[number % 2](here / name)
         with pytest.raises(RewriteError, match=r"is a (pipe|device), not a file"):
             read(name)
+
+
+@pytest.mark.parametrize("seed", [1 << 64, -(1 << 63) - 1, 10**30])
+def test_a_seed_has_64_bits(here: Path, capfd: pytest.CaptureFixture[str], seed: int):
+    assert main(["inspect", "good.pt", *SHAPE, "--seed", str(seed)]) == 2
+    assert capfd.readouterr().err == f"rewrite: --seed {seed}: a seed has at most 64 bits\n"
+    assert main(["inspect", "good.pt", *SHAPE, "--seed", str((1 << 64) - 1), "--quiet"]) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from rewrite.errors import CheckpointError
 from rewrite.hub.folder import open_folder
-from rewrite.hub.structure import Structure, structure_of
+from rewrite.hub.structure import Structure, structure_of, without_downloads
 from rewrite.observe.calls import default_calls
 from rewrite.runtime.leaves import tensors
 
@@ -60,3 +62,34 @@ def test_a_forward_that_asks_for_values_is_called_like_any_other(
     assert list(calls) == ["prefill", "padded mask, batch 2", "token types", "cache step"]
     assert {t.device.type for t in tensors(calls["cache step"])} == {"meta"}
     assert {type(t) for t in tensors(calls["cache step"])} == {torch.Tensor}
+
+
+def test_a_configuration_fetches_nothing_and_keeps_what_shapes_a_model() -> None:
+    inner = {"hidden_size": 3, "use_pretrained_backbone": True, "_attn_implementation": "a/b"}
+    config = {"text_config": inner, "attn_implementation": "a/b:c", "hidden_act": "gelu"}
+    made = without_downloads(config)
+    assert made == {
+        "text_config": {"hidden_size": 3, "use_pretrained_backbone": False},
+        "hidden_act": "gelu",
+    }
+    assert inner["use_pretrained_backbone"] is True
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_kernel_of_the_hub_is_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """Its code would run."""
+    folder = saved(tmp_path / "gpt2", torch.float32)
+    place = folder / "config.json"
+    config = json.loads(place.read_text())
+    place.write_text(json.dumps({**config, key: "stranger/kernel:attention"}))
+    asked = []
+
+    def connect(*_: object) -> None:
+        asked.append(key)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    assert structure(folder).model.config._attn_implementation == "eager" and not asked

@@ -191,7 +191,7 @@ def describe_root(root: Any) -> str:
     """Say in a few words what a checkpoint is that holds no state dict."""
     pairs = pairs_of(root)
     if pairs is not None:
-        keys = [str(key) for key, _ in pairs]
+        keys = [describe_node(key) if isinstance(key, Node) else str(key) for key, _ in pairs]
         return f"a dict with the keys {first_few(keys, 6) or '(none)'}"
     return f"a {'Tensor' if is_tensor(root) else describe_node(root)}"
 
