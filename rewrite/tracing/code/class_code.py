@@ -20,6 +20,7 @@ from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
+from rewrite.tracing.code.callees import callees
 from rewrite.tracing.code.module_paths import (
     ModulePaths,
     Path,
@@ -210,14 +211,15 @@ class _Reader:
         self._file = function.__code__.co_filename.rpartition("/")[2]
         first = dict.fromkeys(function.__code__.co_varnames[:1], ())
         self._paths = ModulePaths(env or first)
-        self._around = Surroundings(ast.Module([], []), {})
+        self._tree: ast.AST = ast.Module([], [])
+        self._around = Surroundings(self._tree, {})
 
     def read(self) -> bool:
         """Analyze the function; return whether its source is available."""
         tree = source_of(self._function)
         if tree is None:
             return False
-        self._around = Surroundings(tree, self._function.__globals__)
+        self._tree, self._around = tree, Surroundings(tree, self._function.__globals__)
         nodes = list(ast.walk(tree))
         for _ in self._paths.readings(tree):
             for node in nodes:
@@ -278,10 +280,17 @@ class _Reader:
             path = self._paths.of(node.func.value)
             if path is not None and not self._around.asks_kind(node):
                 self._found.tensors.append(self._use(node, path))
-        elif isinstance(node.func, ast.Name) and self._depth < 3:
-            self._enter(node)
+        elif self._depth < 3 and self._gets_a_module(node):
+            for function in callees(node.func, self._tree, self._function.__globals__):
+                self._enter(node, function)
         if callee := self._paths.of(node.func):
             self._hand(node, callee)
+
+    def _gets_a_module(self, node: ast.Call) -> bool:
+        """Return whether a call of what `self` does not hold is given a module."""
+        values = (*node.args, *(keyword.value for keyword in node.keywords))
+        given = any(self._paths.of(value) is not None for value in values)
+        return given and self._paths.of(node.func) is None
 
     def _hand(self, node: ast.Call, callee: Path) -> None:
         """Note a call of an attribute of `self` that gets modules as arguments."""
@@ -306,12 +315,8 @@ class _Reader:
         if (path is not None or kinds) and not (below and self._around.is_said(node)):
             self._found.tests.append(replace(self._use(node, path, kinds), below=below))
 
-    def _enter(self, node: ast.Call) -> None:
-        """Analyze a function of the same file that gets a module as an argument."""
-        function = self._function.__globals__.get(getattr(node.func, "id", ""))
-        function = inspect.unwrap(function) if callable(function) else function
-        if not isinstance(function, FunctionType):
-            return
+    def _enter(self, node: ast.Call, function: FunctionType) -> None:
+        """Read a function that is given a module."""
         if function.__module__.partition(".")[0] == "torch":
             return
         names = function.__code__.co_varnames
