@@ -195,6 +195,11 @@ def _functions(kind: type) -> dict[str, list[FunctionType]]:
     return found
 
 
+def _gets_a_module(node: ast.Call, paths: ModulePaths) -> bool:
+    values = (*node.args, *(keyword.value for keyword in node.keywords))
+    return paths.of(node.func) is None and any(paths.of(value) is not None for value in values)
+
+
 class _Reader:
     """The analysis of one function.
 
@@ -280,17 +285,11 @@ class _Reader:
             path = self._paths.of(node.func.value)
             if path is not None and not self._around.asks_kind(node):
                 self._found.tensors.append(self._use(node, path))
-        elif self._depth < 3 and self._gets_a_module(node):
+        elif self._depth < 3 and _gets_a_module(node, self._paths):
             for function in callees(node.func, self._tree, self._function.__globals__):
                 self._enter(node, function)
         if callee := self._paths.of(node.func):
             self._hand(node, callee)
-
-    def _gets_a_module(self, node: ast.Call) -> bool:
-        """Return whether a call of what `self` does not hold is given a module."""
-        values = (*node.args, *(keyword.value for keyword in node.keywords))
-        given = any(self._paths.of(value) is not None for value in values)
-        return given and self._paths.of(node.func) is None
 
     def _hand(self, node: ast.Call, callee: Path) -> None:
         """Note a call of an attribute of `self` that gets modules as arguments."""
