@@ -90,14 +90,13 @@ def check_axes(place: Path, graph: Any, outer: Mapping[str, int] | None = None) 
     axes = dict(outer or {})
     for value in graph.input:
         axes[value.name] = len(value.type.tensor_type.shape.dim)
+    vectors: dict[str, int] = {}  # how many numbers the constants of one axis hold
     for tensor in graph.initializer:
         axes[tensor.name] = len(tensor.dims)
+        vectors[tensor.name] = tensor.dims[0] if len(tensor.dims) == 1 else MOST_AXES
     texts: dict[str, int] = {}
     for node in graph.node:
-        given = [axes.get(name, 0) for name in node.input] or [0]
-        count = max(given)
-        if node.op_type in ("Gather", "GatherND", "OneHot", "TfIdfVectorizer"):
-            count = sum(given[:2]) if node.op_type.startswith("Gather") else count + 1
+        count = _most_axes(node, axes, vectors)
         if count > MOST_AXES and node.op_type.startswith("Gather"):
             raise VerificationError(
                 f"{place}: {label(node)}: its value may have {count} axes, at most {MOST_AXES} are "
@@ -111,8 +110,25 @@ def check_axes(place: Path, graph: Any, outer: Mapping[str, int] | None = None) 
             )
         for name in node.output:
             axes[name], texts[name] = count, concatenations
+        for attribute in node.attribute if node.op_type == "Constant" else ():
+            dims = attribute.t.dims if attribute.name == "value" else [len(attribute.ints)]
+            vectors[node.output[0]] = dims[0] if len(dims) == 1 else MOST_AXES
+            axes[node.output[0]] = len(dims)
         for inner in inner_graphs(node):
             check_axes(place, inner, axes)
+
+
+def _most_axes(node: Any, axes: Mapping[str, int], vectors: Mapping[str, int]) -> int:
+    """Return how many axes a value may have; exact where a node or a constant says it."""
+    given = [axes.get(name, 0) for name in node.input] or [0]
+    kind = node.op_type
+    if kind in ("Shape", "Size", "Flatten"):
+        return 2 if kind == "Flatten" else 1
+    if kind == "Reshape" and len(node.input) == 2:
+        return min(vectors.get(node.input[1], max(given)), MOST_AXES)
+    if kind in ("Gather", "GatherND"):
+        return max(sum(given[:2]) - 1, 0)  # one axis is indexed by all of the other's
+    return max(given) + (kind in ("OneHot", "TfIdfVectorizer"))
 
 
 # -- values ----------------------------------------------------------------------------------------
