@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import enum
+import re
 from collections import deque
 from collections.abc import Callable
 from decimal import Decimal
@@ -97,7 +98,7 @@ VALUES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: re.sub(" at 0x.*", ">", repr(value)))
 def test_a_plain_value_is_what_it_was(tmp_path, value) -> None:
     back = kept(tmp_path, value)
     assert back == value and type(back) is type(value)
