@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rewrite.errors import CheckpointError, OptionError, one_line
+from rewrite.hub.bounds import check_counts, no_more_parameters
 from rewrite.hub.experts import plain_experts
 from rewrite.hub.folder import CheckpointFolder
 from rewrite.hub.merged import Merged
@@ -153,7 +154,8 @@ def build(
         meta_buffers: put buffers on meta as well; else non-persistent buffers have their values.
 
     Raises:
-        CheckpointError: transformers does not know the class, or cannot build it.
+        CheckpointError: transformers does not know the class, or cannot build it; or it counts
+            more layers, heads or labels than the tensors of the folder hold.
         OptionError: transformers is not installed.
     """
     try:
@@ -172,13 +174,16 @@ def build(
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise CheckpointError(f"{folder.path}: {names[0]} is no model class of transformers")
     given = without_downloads(config)
+    check_counts(folder, given)
     context = torch.device("meta") if meta_buffers else _parameters_on_meta()
     try:
         chosen: Any = kind
         settings = chosen.config_class.from_dict(given)
         settings._attn_implementation = "eager"
-        with context:
+        with context, no_more_parameters(folder):
             model: nn.Module = chosen(settings)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"{folder.path}: {names[0]} cannot be built from its configuration: {one_line(error)}"

@@ -30,7 +30,7 @@ from rewrite.hub.structure import build, seen_by, stored_names
 from rewrite.observe.stream_matrices import StreamMap
 from rewrite.outcomes import Contract
 from rewrite.progress import Countdown
-from rewrite.runtime.configured.maker import InputMaker
+from rewrite.runtime.configured.maker import InputMaker, marks
 from rewrite.runtime.float64 import KeepFloat64
 from rewrite.sharded.plan import FolderPlan
 from rewrite.sharded.recipes import FolderRecipe, layers_of, maps_of
@@ -77,10 +77,12 @@ def prove(
     reads = _reads(old, before, lambda place: None), _reads(new, after, stored.reader)
     reasons: list[str] = []
     inputs = _inputs(old, seed)
+    for model in (old, new):
+        _without_cache(model)
     cases: list[Case] = []
     with torch.no_grad(), KeepFloat64():
         try:
-            expected, got, apart = _run((old, new), reads, plan, inputs, cases, say)
+            expected, got, left = _run((old, new), reads, plan, inputs, cases, say)
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
             raise CheckpointError(
                 f"{before.path}: cannot be run block by block: {one_line(error)}; "
@@ -114,8 +116,7 @@ def prove(
         )
     count = f"{len(cases) - 1} block{'' if len(cases) == 2 else 's'}"
     note = f"{count} and the output compared in float64, one module in memory"
-    left = f"compared in the output only, since a map at its border moved: {', '.join(apart)}"
-    return Proof(verification, (note, *((left,) if apart else ())))
+    return Proof(verification, (note, *left))
 
 
 def _run(
@@ -125,22 +126,34 @@ def _run(
     inputs: dict[str, Any],
     cases: list[Case],
     say: Callable[[str], None],
-) -> tuple[Any, Any, list[str]]:
+) -> tuple[Any, Any, tuple[str, ...]]:
     """Run both models; add a case for each block that can be compared.
 
     Returns:
-        Both outputs, and the blocks that are compared in the output only.
+        Both outputs, and notes of what was not compared block by block.
     """
     old, new = models
     # Weights that are drawn anew compute what they did in no block.
     blocks = [] if plan.contract is Contract.REDEFINING else blocks_of(old)
     recipes = [recipe for step in plan.steps for recipe in step]
     blocks, apart = _comparable(blocks, recipes)
-    with _streamed(old, reads[0]), _streamed(new, reads[1]):
+    with _streamed(old, reads[0]) as ran, _streamed(new, reads[1]):
         with _beside(old, new, blocks, maps_of(plan.steps), cases, say):
             expected = old(**inputs)
         say("comparing the outputs")
-        return expected, new(**inputs), apart
+        got = new(**inputs)
+    held = {owner for owner, _ in reads[0]}
+    written = {name for names in layers_of(recipes) for name in names}
+    owners = {name if name in held else name.rpartition(".")[0] for name in written}
+    unrun = sorted((owners & held) - ran)
+    more = f" and {len(unrun) - 3} more" if len(unrun) > 3 else ""
+    notes = {
+        "compared in the output only, since a map at its border moved: ": apart,
+        f"compared as stored only, since a call with {' and '.join(inputs)} does not run it: ": (
+            [", ".join(unrun[:3]) + more] if unrun else []
+        ),
+    }
+    return expected, got, tuple(why + ", ".join(names) for why, names in notes.items() if names)
 
 
 def _unlike(expected: Any, got: Any) -> list[str]:
@@ -167,43 +180,53 @@ def _reads(
 
 
 @contextlib.contextmanager
-def _streamed(model: nn.Module, reads: Reads) -> Iterator[None]:
-    """Let each module hold its tensors, in float64, while it runs and no longer."""
-    attributes: dict[str, list[str]] = {}
+def _streamed(model: nn.Module, reads: Reads) -> Iterator[set[str]]:
+    """Let each module hold its tensors, in float64, while it runs; yield which have run."""
+    ran: set[str] = set()
+    held_by: dict[str, list[tuple[str, str]]] = {}
     for owner, attr in reads:
-        attributes.setdefault(owner, []).append(attr)
+        held_by.setdefault(_runner(model, owner), []).append((owner, attr))
     handles = []
 
-    def enter(name: str, module: nn.Module) -> None:
+    def enter(places: Sequence[tuple[str, str]]) -> None:
         with _disable_current_modes():  # they would look at every block of a tensor
-            for attr in attributes[name]:
-                held = module._parameters if attr in module._parameters else module._buffers
-                value = reads[name, attr]()
+            for owner, attr in places:
+                ran.add(owner)
+                held = _holder(model, owner, attr)
+                value = reads[owner, attr]()
                 wide: Any = value.double() if value.is_floating_point() else value
-                held[attr] = wide if held is module._buffers else nn.Parameter(wide, False)
+                held[attr] = wide if type(held[attr]) is Tensor else nn.Parameter(wide, False)
 
-    def leave(module: nn.Module, kept: Mapping[str, Any]) -> None:
-        for attr, meta in kept.items():
-            held = module._parameters if attr in module._parameters else module._buffers
-            held[attr] = meta
+    def leave(kept: Mapping[tuple[str, str], Any]) -> None:
+        for (owner, attr), meta in kept.items():
+            _holder(model, owner, attr)[attr] = meta
 
-    for name in attributes:
+    for name, places in held_by.items():
         module = model.get_submodule(name)
-        kept = {
-            attr: module._parameters.get(attr, module._buffers.get(attr))
-            for attr in attributes[name]
-        }
+        kept = {place: _holder(model, *place)[place[1]] for place in places}
         handles += [
-            module.register_forward_pre_hook(lambda m, args, name=name: enter(name, m)),
+            module.register_forward_pre_hook(lambda m, args, places=places: enter(places)),
             module.register_forward_hook(
-                lambda m, args, out, kept=kept: leave(m, kept), always_call=True
+                lambda m, args, out, kept=kept: leave(kept), always_call=True
             ),
         ]
     try:
-        yield
+        yield ran
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _runner(model: nn.Module, owner: str) -> str:
+    """Return the module that runs where the tensors of `owner` are read."""
+    outer = owner.rpartition(".")[0]
+    # It reads its projection's weight and never calls it.
+    return outer if isinstance(model.get_submodule(outer), nn.MultiheadAttention) else owner
+
+
+def _holder(model: nn.Module, owner: str, attr: str) -> dict[str, Any]:
+    module = model.get_submodule(owner)
+    return module._parameters if attr in module._parameters else module._buffers
 
 
 @contextlib.contextmanager
@@ -283,15 +306,23 @@ def _inputs(model: nn.Module, seed: int) -> dict[str, Any]:
         CheckpointError: what it takes is not known.
     """
     config: Any = model.config
-    made = InputMaker(model, config, torch.Generator().manual_seed(seed))
+    # Where no token of the text stands for an image, a model of both compares one with the other.
+    both = not marks(config)
+    made = InputMaker(model, config, torch.Generator().manual_seed(seed), both)
     made.device, made.dtype = torch.device("cpu"), torch.float64
     if (inputs := made.inputs(2)) is None:
         raise CheckpointError(
             f"{type(model).__name__} takes {made.main}, for which none is made up; "
             "pass --no-verify, or convert the model in memory"
         )
-    caches = "use_cache" in made.names
-    return {**inputs, "use_cache": False} if caches else inputs
+    return {**inputs, "use_cache": False} if "use_cache" in made.names else inputs
+
+
+def _without_cache(model: nn.Module) -> None:
+    """Let no block remember: the twin of a block is run on the same arguments, cache and all."""
+    for module in model.modules():
+        if getattr(config := getattr(module, "config", None), "use_cache", False):
+            config.use_cache = False  # type: ignore[union-attr]  # not None: it has the attribute
 
 
 def _logits(output: Any) -> Any:

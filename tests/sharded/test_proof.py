@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import rewrite
+from models.randomize import randomize_norms_
 from rewrite.observe.recipe import ReaderRecipe
 from rewrite.sharded import recipes as module
 from rewrite.sharded.proof import _comparable
@@ -61,6 +62,43 @@ def test_an_encoder_decoder_is_run_with_both_inputs(tmp_path: Path) -> None:
     assert report.verification.max_rel < 1e-12
     again = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
     assert rewrite.verify(rewrite.load(folder), again, level="quick").ok
+
+
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+TEXT = {**SIZES, "num_hidden_layers": 1, "max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_a_model_that_compares_text_with_images_is_run_with_both(tmp_path: Path, kind: str) -> None:
+    """SigLIP's pooling reads the weight of a projection that it never calls."""
+    config = getattr(transformers, f"{kind}Config")(text_config=TEXT, vision_config=VISION)
+    model = randomize_norms_(getattr(transformers, f"{kind}Model")(config))
+    model.save_pretrained(tmp_path / "both")
+    report = rewrite.convert_checkpoint(tmp_path / "both", tmp_path / "out", "fold")
+    assert report.verification is not None and report.verification.max_rel < 1e-12
+    names = [case.name for case in report.verification.cases]
+    assert len(names) == 3 and any("vision" in name for name in names), names
+    assert not any("as stored only" in note for note in report.notes), report.notes
+
+
+def test_what_the_call_of_the_proof_does_not_run_is_named(tmp_path: Path) -> None:
+    """A text without an image leaves the vision tower of a chat model alone."""
+    config = transformers.LlavaConfig(
+        text_config={**TEXT, "model_type": "llama"},
+        vision_config={**VISION, "model_type": "clip_vision_model"},
+        image_token_index=60,
+    )
+    model = randomize_norms_(transformers.LlavaForConditionalGeneration(config))
+    model.save_pretrained(tmp_path / "llava")
+    report = rewrite.convert_checkpoint(tmp_path / "llava", tmp_path / "out", "fold")
+    assert report.verification is not None and report.verification.max_rel < 1e-12
+    changed = [change.target for change in report.changes]
+    assert any("vision" in name for name in changed) and any("language" in n for n in changed)
+    (note,) = (note for note in report.notes if "as stored only" in note)
+    assert "vision_tower" in note and "language" not in note and "input_ids" in note
 
 
 def recipe(weight: str, *readers: str) -> ReaderRecipe:
