@@ -322,7 +322,11 @@ def vet_files(options: argparse.Namespace) -> None:
 
     for name in _READ:
         value = getattr(options, name, None)
-        if not isinstance(value, str) or "\0" in value or is_folder(value):
+        if not isinstance(value, str) or "\0" in value:
+            continue
+        if is_folder(value):
+            if name in _MODELS:
+                _vet_folder(Path(value))
             continue
         if name in _MODELS and Path(value).suffix in _FILES and not os.path.lexists(value):
             from rewrite.checkpoint.closest import closest_reference
@@ -353,6 +357,17 @@ def _vet_model(options: argparse.Namespace, path: str) -> None:
         # Of two models that are verified one may be a state dict, which the other one builds.
         state=options.command == "verify",
     )
+
+
+def _vet_folder(path: Path) -> None:
+    from rewrite.checkpoint.vetting.vet import vet_safetensors
+
+    """Vet a checkpoint folder; what any other folder is, its command says."""
+    from rewrite.hub.form import CONFIG, read_form
+
+    if (path / CONFIG).is_file():
+        for shard in read_form(path).shards:
+            vet_safetensors(path / shard)
 
 
 def _vet_data(_: argparse.Namespace, path: str) -> None:

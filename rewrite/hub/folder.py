@@ -6,7 +6,6 @@ checks that each tensor of the index stands in its shard exactly once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,17 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rewrite.errors import CheckpointError, system_reason
-from rewrite.files import named_twice, no_file
+from rewrite.errors import CheckpointError
+from rewrite.hub.form import CONFIG, INDEX, SINGLE, read_form
 from rewrite.hub.merged import Merged
 from rewrite.hub.safetensors_file import Entry, SafetensorsFile, open_safetensors
 
-CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_ADAPTER = "adapter_config.json"
-_QUANTIZED = ("quantization_config", "compression_config")
-"""Keys under which a configuration says how its weights are quantized."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ckpt", ".gguf")
 """Endings of files that hold weights."""
 
@@ -102,11 +95,6 @@ def other_weights(folder: CheckpointFolder) -> list[str]:
     ]
 
 
-def is_checkpoint_folder(path: Path) -> bool:
-    """Return whether a path is a folder that contains `config.json`."""
-    return path.is_dir() and (path / CONFIG).is_file()
-
-
 def open_folder(path: str | Path) -> CheckpointFolder:
     """Open a folder and check that it is complete; no tensor is read.
 
@@ -115,75 +103,14 @@ def open_folder(path: str | Path) -> CheckpointFolder:
             safetensors files, or its index and shards contradict each other.
     """
     folder = Path(path)
-    _check_form(folder)
-    config = _json(folder / CONFIG)
-    _check_config(folder, config)
-    if (folder / SINGLE).is_file():  # transformers opens it, whatever else is there
-        single = open_safetensors(folder / SINGLE)
-        return CheckpointFolder(
-            folder, config, {SINGLE: single}, dict.fromkeys(single.entries, SINGLE), None
-        )
-    if not (folder / INDEX).is_file():
-        pickled = sorted(folder.glob("pytorch_model*.bin"))
-        raise CheckpointError(
-            f"{folder}: holds no {SINGLE} and no {INDEX}"
-            + (
-                f", only pickled weights ({pickled[0].name}); save it as safetensors"
-                if pickled
-                else ""
-            )
-        )
-    index = _json(folder / INDEX)
-    places = index.get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-        raise CheckpointError(f"{folder / INDEX}: has no weight_map of names to files")
-    shards = {}
-    for name in dict.fromkeys(places.values()):
-        if Path(name).name != name:
-            raise CheckpointError(f"{folder / INDEX}: {name} is no file name")
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: the shard {name} that the index names is missing")
-        shards[name] = open_safetensors(folder / name)
-    _check_index(folder, places, shards)
-    return CheckpointFolder(folder, config, shards, places, index)
-
-
-def _check_form(folder: Path) -> None:
-    if folder.suffix == ".gguf" or (folder.is_dir() and any(folder.glob("*.gguf"))):
-        raise CheckpointError(
-            f"{folder}: GGUF holds quantized weights for inference; give the folder of safetensors "
-            "that it was made from"
-        )
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is no folder")
-    if (folder / _ADAPTER).is_file():
-        raise CheckpointError(
-            f"{folder}: holds an adapter ({_ADAPTER}), which transformers adds to a model; merge "
-            "the two, and give the folder of the merged model"
-        )
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder}: is a folder without a {CONFIG}; give a checkpoint")
-
-
-def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
-    if "auto_map" in config:
-        raise CheckpointError(
-            f"{folder}: its configuration names code of its own (auto_map), which is never run; "
-            "its class has to be one of transformers"
-        )
-    if (named := config.get("transformers_weights")) not in (None, SINGLE, INDEX):
-        raise CheckpointError(
-            f"{folder}: its configuration keeps the weights in {named} (transformers_weights); "
-            f"give a folder that holds them in {SINGLE} or in shards"
-        )
-    for part in (config, *(part for part in config.values() if isinstance(part, dict))):
-        for key in _QUANTIZED:
-            if part.get(key) is not None:
-                method = part[key].get("quant_method") if isinstance(part[key], dict) else None
-                raise CheckpointError(
-                    f"{folder}: its weights are quantized ({method or key}); give the checkpoint "
-                    "that it was made from"
-                )
+    form = read_form(folder)
+    shards = {name: open_safetensors(folder / name) for name in form.shards}
+    if form.index is None:
+        places: Mapping[str, str] = dict.fromkeys(shards[SINGLE].entries, SINGLE)
+    else:
+        places = form.places
+        _check_index(folder, places, shards)
+    return CheckpointFolder(folder, form.config, shards, places, form.index)
 
 
 def _check_index(
@@ -199,22 +126,3 @@ def _check_index(
                 raise CheckpointError(
                     f"{folder}: {shard} holds {name}, which the index does not name there{also}"
                 )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if (twice := named_twice(pairs)) is not None:
-            raise CheckpointError(f"{path}: names {twice} twice")
-        return dict(pairs)
-
-    if wrong := no_file(path):
-        raise CheckpointError(f"{path}: {wrong}")
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {system_reason(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is no JSON ({error})") from error
-    if not isinstance(held, dict):
-        raise CheckpointError(f"{path}: is no JSON object")
-    return held

@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rewrite.hub.folder import CONFIG, INDEX, CheckpointFolder
+from rewrite.hub.folder import CheckpointFolder
+from rewrite.hub.form import CONFIG, INDEX
 from rewrite.hub.safetensors_file import (
     DTYPES,
     Entry,
