@@ -11,6 +11,8 @@ an epoch keeps its S. (https://arxiv.org/abs/1906.02629, https://arxiv.org/abs/2
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,6 +85,14 @@ class OnlineLabelSmoothing(nn.Module):
         self.register_buffer("soft", torch.full((classes, classes), 1 / classes))
         self.register_buffer("sums", torch.zeros(classes, classes, dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(classes, dtype=torch.float64))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OnlineLabelSmoothing:
+        """Keep the sums of an epoch in float64: `half()` and its kind would round them."""
+        kept = self.sums, self.counts
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
+        if self.counts.dtype != torch.float64:
+            self.sums, self.counts = (held.to(self.counts.device) for held in kept)
+        return self
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of logits (N, K, *), floating, and labels (N, *), int64 from 0 to K − 1.

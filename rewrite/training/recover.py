@@ -89,13 +89,15 @@ def recover(
         if not isinstance(given, nn.Module):
             raise OptionError(f"recover: the {role} is a {type(given).__name__}; pass a module")
     accelerator = _accelerator(options)
-    torch.manual_seed(options.seed)
-    model = copy_model(student)
-    _check_trainable(model)
-    fitted, held = split(read_samples(model, data, options.labels))
-    return _Recovery(model, teacher, fitted, held, options, accelerator).run(  # type: ignore[return-value]  # the student has the class of the argument
-        None if state is None else Path(state), progress or (lambda line: None)
-    )
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # the caller's own draws go on as they would have
+        torch.manual_seed(options.seed)
+        model = copy_model(student)
+        _check_trainable(model)
+        fitted, held = split(read_samples(model, data, options.labels))
+        return _Recovery(model, teacher, fitted, held, options, accelerator).run(  # type: ignore[return-value]  # the student has the class of the argument
+            None if state is None else Path(state), progress or (lambda line: None)
+        )
 
 
 def _options(settings: dict[str, Any]) -> RecoverOptions:

@@ -126,3 +126,19 @@ def test_labels_of_another_shape(
     turned = (logits[0], *logits[2:])
     if len(logits) > 1:
         assert torch.isfinite(loss(torch.zeros(logits), torch.zeros(turned, dtype=torch.long)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_an_epoch_stay_whole_in_a_model_of_lower_precision(dtype: torch.dtype) -> None:
+    """bfloat16 counts to 256, float16 to 65504."""
+    logits = torch.eye(3)[torch.zeros(300, dtype=torch.int64)] * 4
+    labels = torch.zeros(300, dtype=torch.int64)
+    loss, low = OnlineLabelSmoothing(3), OnlineLabelSmoothing(3)
+    for _ in range(2):
+        low.to(dtype)
+        low(logits.to(dtype), labels), loss(logits, labels)
+    assert low.counts.tolist() == [600.0, 0, 0] and low.counts.dtype == torch.float64
+    assert low.soft.dtype == dtype
+    loss.next_epoch(), low.next_epoch()
+    torch.testing.assert_close(low.soft.float(), loss.soft, rtol=0, atol=4e-3)
+    assert OnlineLabelSmoothing(3).to("meta").sums.is_meta

@@ -46,7 +46,9 @@ def _same(one: nn.Module, other: nn.Module) -> bool:
 def test_the_student_comes_to_agree_and_the_arguments_stay() -> None:
     student, teacher = _student(), _teacher()
     states = [{k: v.clone() for k, v in m.state_dict().items()} for m in (student, teacher)]
+    drawn = torch.get_rng_state()
     recovered = recover(student, teacher, _data(400), epochs=10, rate=0.01, batch_size=8)
+    assert torch.equal(torch.get_rng_state(), drawn)
     assert recovered.ok and recovered.before.top1 is not None and recovered.after.top1 is not None
     assert recovered.after.top1 > 0.85 > recovered.before.top1 + 0.2
     assert recovered.after.error < 0.5 * recovered.before.error
