@@ -39,6 +39,8 @@ from rewrite.sharded.stored import StoredCheck
 _ALLOWED = 1e-9
 """Relative error of a block: right agrees to about 1e-13, wrong is off by 1e-6 and more."""
 
+_NAN_ALONE = "it returns NaN alone, so there is nothing to compare; mend it, or pass --no-verify"
+
 
 class Unrounded(Protocol):
     """New tensors before they were rounded, by the names of the new folder."""
@@ -67,7 +69,7 @@ def prove(
     """Run both on one input, block by block, and compare.
 
     Raises:
-        CheckpointError: a model cannot be run so; the message says why.
+        CheckpointError: a model cannot be run so, or returns NaN alone; the message says why.
     """
     begin = time.perf_counter()
     old = plain_experts(build(before, before.config))
@@ -91,6 +93,8 @@ def prove(
         if plan.contract is Contract.REDEFINING:
             reasons += _unlike(_logits(expected), _logits(got))
         else:
+            if bool(_logits(expected).isnan().all()):
+                raise CheckpointError(f"{before.path}: {_NAN_ALONE}")
             compared = compare(_logits(expected), _logits(got))
             cases.append(_case("output", compared.max_abs, compared.max_rel))
     say("comparing the stored tensors")

@@ -10,6 +10,7 @@ import pytest
 
 import rewrite
 from models.randomize import randomize_norms_
+from rewrite.errors import CheckpointError
 from rewrite.observe.recipe import ReaderRecipe
 from rewrite.sharded import recipes as module
 from rewrite.sharded.proof import _comparable
@@ -99,6 +100,18 @@ def test_what_the_call_of_the_proof_does_not_run_is_named(tmp_path: Path) -> Non
     assert any("vision" in name for name in changed) and any("language" in n for n in changed)
     (note,) = (note for note in report.notes if "as stored only" in note)
     assert "vision_tower" in note and "language" not in note and "input_ids" in note
+
+
+def test_nothing_but_nan_is_no_proof(bert: Path) -> None:
+    config = bert / "config.json"
+    config.write_text(
+        config.read_text().replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": NaN')
+    )
+    assert "NaN" in config.read_text()
+    with pytest.raises(CheckpointError, match="returns NaN alone"):
+        rewrite.convert_checkpoint(bert, bert.with_name("out"), "fold")
+    assert not bert.with_name("out").exists()
+    assert rewrite.convert_checkpoint(bert, bert.with_name("out"), "fold", verify=False).changes
 
 
 def recipe(weight: str, *readers: str) -> ReaderRecipe:
