@@ -91,7 +91,7 @@ def run_recipes(recipes: Sequence[Recipe], store: TensorStore, exact: Exact | No
             recipe.check(store.get)
             recipe.put_through(_finite(store), written)
         elif isinstance(recipe, TensorRecipe):
-            recipe.run(_finite(store), written)
+            recipe.run(_finite(store, counters=True), written)
 
 
 def _largest_first(layers: Sequence[Layer], store: TensorStore) -> list[Layer]:
@@ -262,15 +262,24 @@ def _bias(term: TermRecipe, read: Callable[[str], Tensor]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class _Finite:
-    """A store that takes finite tensors only."""
+    """A store that takes finite tensors only.
+
+    Attributes:
+        store: where they go.
+        counters: whether it takes integers, too: what a recipe multiplies would be rounded in them.
+    """
 
     store: TensorStore
+    counters: bool = False
 
     def get(self, name: str) -> Tensor:
         return self.store.get(name)
 
     def set(self, name: str, tensor: Tensor) -> None:
-        set_finite(self.store, name, tensor)
+        if self.counters and not tensor.is_floating_point():
+            self.store.set(name, tensor)
+        else:
+            set_finite(self.store, name, tensor)
 
     def delete(self, name: str) -> None:
         self.store.delete(name)
@@ -281,6 +290,7 @@ class _FiniteFiles(_Finite):
     """The same of tensors in files, which check themselves what they write of a product."""
 
     store: FileStore
+    counters: bool = False
 
     def dtype(self, name: str) -> torch.dtype:
         return self.store.dtype(name)
@@ -289,8 +299,10 @@ class _FiniteFiles(_Finite):
         return self.store.scale(source, names, scaling)
 
 
-def _finite(store: TensorStore) -> TensorStore:
-    return _FiniteFiles(store) if isinstance(store, FileStore) else _Finite(store)
+def _finite(store: TensorStore, *, counters: bool = False) -> TensorStore:
+    if isinstance(store, FileStore):
+        return _FiniteFiles(store, counters)
+    return _Finite(store, counters)
 
 
 class _Sum:

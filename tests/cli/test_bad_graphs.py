@@ -343,7 +343,7 @@ def test_integers_fed_as_floats(here, capfd):
 
 def test_a_report_takes_no_other_file_s_place(here, capfd):
     saved(here, graph(the_net()), "right.onnx")
-    refused(capfd, "a place", "verify", "right.onnx", "--report", "right.onnx")
+    refused(capfd, "another place", "verify", "right.onnx", "--report", "right.onnx")
     refused(capfd, "give each file a place", "export", MODEL, "o.onnx", "--report", "o.onnx")
     refused(capfd, "does not exist", "verify", "right.onnx", "--report", "nowhere/r.json")
     refused(capfd, "file name too long", "verify", "right.onnx", "--report", "x" * 300)

@@ -24,6 +24,7 @@ from torch import nn
 
 import models
 import rewrite
+from rewrite.cli import main as command
 from rewrite.cli.main import main
 
 COMMANDS = {
@@ -55,7 +56,9 @@ def forked(arguments: list[str], folder: Path, after: float | None) -> tuple[int
             for stream, name in ((1, os.devnull), (2, str(log))):
                 os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
             os.chdir(folder)
-            os.write(starts, b"!")
+            # The first that a command does: an interrupt before it would be none of the command.
+            parser = command._parser
+            command._parser = lambda argv: os.write(starts, b"!") and parser(argv)
             code = main(arguments)
         finally:
             sys.stderr.flush()

@@ -21,7 +21,7 @@ _STEPS = {
     "inspect --signal model.pt": ("one forward", "layer 1 of 2", "layer 2 of 2"),
     "compare model.pt model.pt": ("loading", "first model", "second model", "nearest value"),
     "recover student.pt --teacher model.pt --data x.npz --epochs 2 -o out.pt": (
-        "loading", r"step 1 of 2", r"step 2 of 2",
+        "loading", r"step 1 of 4", r"step 4 of 4",
     ),
     "apply-map report.json model.pt out.safetensors": ("reading", "applying", "saving"),
 }  # fmt: skip

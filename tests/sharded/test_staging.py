@@ -149,16 +149,16 @@ CONVERT = """
 import sys
 from rewrite.cli.main import main
 from rewrite.sharded.writer import FolderWriter
-real, written = FolderWriter.put, []
+real, written = FolderWriter.write, []
 
-def put(writer, name, tensor):
-    real(writer, name, tensor)
+def write(writer, name, content, begin):
+    real(writer, name, content, begin)
     written.append(name)
     if len(written) == 7:
         print("in the middle", flush=True)
         sys.stdin.readline()
 
-FolderWriter.put = put
+FolderWriter.write = write
 sys.exit(main(["convert", "--fold", "--no-verify", *sys.argv[1:]]))
 """
 
