@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewrite.errors import OptionError
-from rewrite.runtime.inputs import dtype_of
 from rewrite.runtime.leaves import tensors
 from rewrite.training.features import Pair, run_noted
 from rewrite.training.held_out import check_fit
@@ -144,8 +143,7 @@ class Objective:
         """Return the loss of a student on a micro-batch; `pairs` are norms to match."""
         output, found = run_noted(student, batch, [pair.own for pair in pairs])
         with torch.no_grad():
-            asked = batch.to(next(student.parameters()).device, dtype_of(self.teacher))
-            answer, wanted = run_noted(self.teacher, asked, [pair.other for pair in pairs])
+            answer, wanted = run_noted(self.teacher, batch, [pair.other for pair in pairs])
         own, other = tensors(output), tensors(answer)
         check_fit(tuple(own), tuple(other))
         if not any(one.requires_grad for one in own):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rewrite.outcomes import Declined
+from rewrite.runtime.inputs import device_of, dtype_of
 from rewrite.runtime.modes import evaluating
 from rewrite.runtime.tree import Tree
 from rewrite.training.samples import Samples
@@ -81,11 +82,10 @@ def aligned(
         samples: the inputs that both are run on; the first 64 are used.
     """
     sums = {pair.name: _Concordance() for pair in pairs}
-    parameter = next(student.parameters())
     numbers = torch.arange(min(_SAMPLES, len(samples)))
     with evaluating(student, teacher), torch.no_grad():
         for index in numbers.split(_CHUNK):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            batch = samples.take(index).to(parameter.device, parameter.dtype)
+            batch = samples.take(index)
             _, own = run_noted(student, batch, [pair.own for pair in pairs])
             _, other = run_noted(teacher, batch, [pair.other for pair in pairs])
             for pair, mine, theirs in zip(pairs, own, other, strict=True):
@@ -113,9 +113,13 @@ def _some(names: Sequence[str]) -> str:
 def run_noted(
     model: nn.Module, batch: Samples, watched: Sequence[nn.Module]
 ) -> tuple[Any, list[list[Tensor]]]:
-    """Run a model; return its output, and the outputs of each watched module, call by call."""
+    """Run a model; return its output, and the outputs of each watched module, call by call.
+
+    The inputs are put on the model's device and cast to its dtype.
+    """
+    inputs = batch.to(device_of(model), dtype_of(model)).inputs
     with _outputs(watched) as noted:
-        output = model(*batch.inputs.args, **batch.inputs.kwargs)
+        output = model(*inputs.args, **inputs.kwargs)
     return output, noted
 
 

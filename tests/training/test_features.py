@@ -124,6 +124,21 @@ def test_after_swaps(swap: str) -> None:
     assert recovered.after.score > recovered.before.score
 
 
+@pytest.mark.parametrize("wide", ["student", "teacher"])
+def test_student_and_teacher_of_two_dtypes(wide: str) -> None:
+    data = torch.randn(60, 2, 6, 6, generator=torch.Generator().manual_seed(8))
+
+    def last(features: float, wide: str = "") -> float:
+        teacher = _net().float()
+        settings = {"calibration": [data], "example_inputs": data[:2]}
+        student = rewrite.convert(teacher, ["bn-to-in"], **settings).model
+        {"student": student, "teacher": teacher}.get(wide, nn.Identity()).double()
+        return recover(student, teacher, [data], features=features).steps[-1][1]
+
+    assert last(0.5, wide) == pytest.approx(last(0.5), rel=1e-4)
+    assert last(0.5) != pytest.approx(last(0.0), rel=1e-2)
+
+
 @pytest.mark.parametrize("loss", ["match", "distill"])
 def test_a_global_batch_is_one_step_however_it_is_divided(loss: str) -> None:
     teacher, student = _net(), _mixed(torch.eye(CHANNELS).double().roll(1, 0))
