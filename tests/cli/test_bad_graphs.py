@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from rewrite.cli.main import main
+from tests.cli.running import refused
 from tests.onnx.graphs import (
     BAD,
     Net,
@@ -74,23 +75,6 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
-
-
-def refused(capfd, words: str, *arguments: object) -> None:
-    """Run a command that has to be refused in one line and to leave every file as it was."""
-    before = contents()
-    code = main([str(argument) for argument in arguments])
-    said = capfd.readouterr()
-    assert code == 2, said
-    assert said.err.count("\n") == 1, said.err
-    assert said.err.startswith("rewrite: ")
-    assert words in said.err
-    assert not said.out
-    assert contents() == before
-
-
-def contents() -> dict[Path, bytes | None]:
-    return {path: path.read_bytes() if path.is_file() else None for path in Path.cwd().rglob("*")}
 
 
 # -- graphs ------------------------------------------------------------------------------------

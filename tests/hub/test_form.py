@@ -44,7 +44,7 @@ def test_a_whole_folder_says_where_its_tensors_are(folder: Path) -> None:
         ("model.safetensors.index.json", {"weight_map": {"w": "../a"}}, "is no file name"),
         ("model.safetensors.index.json", {"weight_map": {"w": "b.safetensors"}}, "is missing"),
         ("model.safetensors.index.json", {"weight_map": 3}, "no weight_map"),
-        ("a.safetensors", 3, "header|safetensors"),
+        ("a.safetensors", 3, r"a\.safetensors: is no (readable )?safetensors file"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("command", ["convert", "inspect"])
@@ -59,7 +59,7 @@ def test_what_its_form_refuses_is_one_line(
     arguments += ["--fold", "-o", str(folder.with_name("out"))] if command == "convert" else []
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(f"{said}|{re.escape(name)}", line)
+    assert re.search(said, line)
     assert not folder.with_name("out").exists()
 
 

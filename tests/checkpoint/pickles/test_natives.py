@@ -134,19 +134,29 @@ def test_tensors_that_have_no_form_without_numbers(tmp_path, name, registered) -
     assert torch.equal(getattr(back, dense)(), getattr(value, dense)())
 
 
-@pytest.mark.parametrize(
-    "evil",
-    [
-        Call(Fraction, 1, 0), Call(Fraction, 1.5, 2), Call(Fraction, 1 << 5000, 3),
-        Call(deque, [], -1), Call(deque, range(10**9)), Call(deque, [], "x"),
-        Call(Decimal, "9" * 2000), Call(slice, [1]), Call(Marks, 8), Call(Marks, -1),
-        Call(Pair, (2,)), Call(nn.init.normal_, torch.ones(2)), {frozenset([nn.ReLU()]): 1},
-    ],
-    ids=range(13),
-)  # fmt: skip
-def test_what_is_no_plain_value_is_refused(tmp_path, evil) -> None:
+SOMETHING_ELSE = "makes a plain value of something else"
+
+NO_VALUES = [
+    (Call(Fraction, 1, 0), "holds a number that is none"),
+    (Call(Fraction, 1.5, 2), SOMETHING_ELSE),
+    (Call(Fraction, 1 << 5000, 3), "holds a number of too many digits"),
+    (Call(deque, [], -1), "makes a deque of a negative length"),
+    (Call(deque, range(10**9)), "makes a set of what is no list"),
+    (Call(deque, [], "x"), SOMETHING_ELSE),
+    (Call(Decimal, "9" * 2000), "holds a number that is none"),
+    (Call(slice, [1]), SOMETHING_ELSE),
+    (Call(Marks, 8), "Marks(8), which is no member of that Enum"),
+    (Call(Marks, -1), "Marks(-1), which is no member of that Enum"),
+    (Call(Pair, (2,)), "Pair((2,)), which is no member of that Enum"),
+    (Call(nn.init.normal_, torch.ones(2)), "calls torch.nn.init.normal_, which could run anything"),
+    ({frozenset([nn.ReLU()]): 1}, "has a ReLU as the key of a dict or in a set"),
+]
+
+
+@pytest.mark.parametrize(("evil", "words"), NO_VALUES)
+def test_what_is_no_plain_value_is_refused(tmp_path, evil, words) -> None:
     torch.save(with_attribute("x", evil), tmp_path / "m.pt")
-    refused_at_once(tmp_path / "m.pt", "", trust=["tests"])
+    refused_at_once(tmp_path / "m.pt", words, trust=["tests"])
 
 
 def test_the_bytes_of_a_tensor_are_no_value(tmp_path) -> None:
