@@ -62,9 +62,10 @@ def run_recipes(recipes: Sequence[Recipe], store: TensorStore, exact: Exact | No
     for recipe in recipes:
         if isinstance(recipe, AffineRecipe):
             unrounded |= _write_affine(recipe, ledger, store)
-    for layer in _largest_first(ledger.layers(), store):
-        # Who asks for exact values later has to find the old tensors; else they are freed here.
-        own = ledger if exact is None and not merges else ledger.alone(layer)
+    # Who asks for exact values later has to find the old tensors; else they are freed here.
+    kept = exact is not None or bool(merges)
+    for layer in ledger.layers() if kept else _largest_first(ledger.layers(), store):
+        own = ledger.alone(layer) if kept else ledger
         weight = _Sum()
         for attr, tensor in own.new_tensors(layer, weight).items():
             total = weight.total if attr == "weight" else None
@@ -290,7 +291,6 @@ class _FiniteFiles(_Finite):
     """The same of tensors in files, which check themselves what they write of a product."""
 
     store: FileStore
-    counters: bool = False
 
     def dtype(self, name: str) -> torch.dtype:
         return self.store.dtype(name)
