@@ -250,7 +250,9 @@ def _run(captured: Editable, plans: Sequence[Site], baked: Mapping[str, Baked]) 
     recipes: dict[Site, FoldRecipe | AffineRecipe] = {}
     for site in plans:
         if isinstance(site.plan, Fold):
-            recipes[site] = recipe_of(captured, site.plan)
+            made = recipe_of(captured, site.plan)
+            # The plan saw what was baked as the model computes it, rounded; the map is made anew.
+            recipes[site] = replace(made, planned=None) if known else made
         elif isinstance(site.plan, UnfoldedNorm):
             recipes[site] = site.plan.recipe()
     store = ModelStore(captured, list(recipes.values()))
@@ -285,9 +287,10 @@ def _with_baked(change: Change, fold: Fold, baked: Mapping[str, Baked]) -> Chang
     if not made:
         return change
     plain = {name for one in made for name in one.tensors}
+    gone = {old for old, new in change.keys.items() if new is None}
     keys = {old: new for old, new in change.keys.items() if old not in plain}
     for one in made:
-        keys |= one.keys
+        keys |= {old: None if new in gone else new for old, new in one.keys.items()}
     normed = sorted({name for one in made for name in one.normed})
     return replace(
         change, note="; ".join(filter(None, [change.note, *(one.words for one in made)])),

@@ -148,6 +148,8 @@ def _applied(report: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str
                 old for old, new in change["keys"].items()
                 if new is None or (renames and new != old)
             ]  # fmt: skip
+            # The weight that a norm computed goes with the norm.
+            drop += set(recipe.get("weight_normed", ())) - set(change["keys"].values())
         check_tensors(part["changes"], result)
         result = apply_recipes(recipes, drop, apply_swaps(swaps, result))
         result = {moved.get(key, key): tensor for key, tensor in result.items()}

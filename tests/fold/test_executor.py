@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import models
 import rewrite
@@ -111,6 +112,30 @@ def test_what_is_written_is_within_half_an_ulp_of_its_exact_value(name: str) -> 
     for key, value in written.items():
         assert value.dtype is torch.float64 and torch.equal(stored[key], value.to(torch.float32))
         assert not value.any() or key.endswith("bias") or not torch.equal(value, value.float())
+
+
+def test_a_norm_whose_own_weight_is_computed_folds_as_that_is_in_float64() -> None:
+    """The weight that float32 computes is another: it is rounded before it is folded."""
+    torch.manual_seed(0)
+    model = models.randomize_norms_(Net().eval())
+    weight_norm(model.norm, dim=None)
+    for name, parameter in model.norm.named_parameters():
+        if name != "bias":
+            parameter.data = torch.rand(parameter.shape) + 0.5
+    x = torch.randn(1, 3, 8, 8)
+    report, state = report_and_state(model, x)
+    replayed = apply_report(report, model.state_dict())
+    assert replayed.keys() == state.keys() == {"conv.weight", "conv.bias"}
+    assert all(torch.equal(replayed[key], state[key]) for key in state)
+    _, wide = report_and_state(copy_model(model).double(), x.double())
+    applied = apply_pass(FoldNorm(), copy_model(model), (x,), keep_exact=True)
+    for key, tensor in state.items():
+        exact = applied.exact[key]()
+        assert torch.allclose(exact, wide[key], rtol=1e-9, atol=0)
+        assert torch.equal(tensor, exact.float())
+    scale = (model.norm.running_var.double() + model.norm.eps).rsqrt()
+    early = model.conv.weight.double() * (scale * model.norm.weight.detach())[:, None, None, None]
+    assert not torch.allclose(early, wide["conv.weight"], rtol=1e-9, atol=0)
 
 
 class Net(nn.Module):
