@@ -38,7 +38,8 @@ class LoopState:
         student: the model that is trained, not wrapped.
         target: the loss on labels, with its statistics; None without labels.
         recentering: the schedule that anneals the anchors away; None keeps them.
-        seed, plan: must be equal in a saved state and in the training that resumes it.
+        plan: must be equal in a saved state and in the training that resumes it.
+        prints: digests, by name, of what must be equal too; they are saved with the plan.
         step: number of steps done.
         steps, agreements: the curves so far.
         best: the best state on the held-out samples, with the eps of each norm.
@@ -49,6 +50,7 @@ class LoopState:
     target: nn.Module | None
     recentering: Recentering | None
     plan: dict[str, Any]
+    prints: dict[str, str]
     step: int = 0
     steps: list[tuple[int, float, float]] = field(default_factory=list)
     agreements: list[tuple[int, Held]] = field(default_factory=list)
@@ -82,7 +84,7 @@ class LoopState:
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as plain data and tensors."""
         return {
-            "plan": self.plan,
+            "plan": {**self.plan, **self.prints},
             "step": self.step,
             "steps": [list(row) for row in self.steps],
             "agreements": [[step, vars(held)] for step, held in self.agreements],
@@ -97,14 +99,17 @@ class LoopState:
 
         Raises:
             CheckpointError: its best state does not fit this student.
-            OptionError: it belongs to a training with another seed or plan.
+            OptionError: it belongs to a training with another plan or of another model or data.
         """
+        was = state["plan"]
         for key, value in self.plan.items():
-            if state["plan"].get(key) != value:
-                was = state["plan"].get(key)
-                if key in _PRINTS:
-                    raise OptionError(f"the saved state is of another {key}; pass a new folder")
-                raise OptionError(f"the saved state is of {key} {was}, this training of {value}")
+            if was.get(key) != value:
+                raise OptionError(
+                    f"the saved state is of {key} {was.get(key)}, this training of {value}"
+                )
+        for key, value in self.prints.items():
+            if was.get(key) != value:
+                raise OptionError(f"the saved state is of another {key}; pass a new folder")
         best, own = state["best"]["state"], self.student.state_dict()
         if {k: v.shape for k, v in best.items()} != {
             k: v.shape for k, v in own.items() if isinstance(v, Tensor)
@@ -208,7 +213,7 @@ def load_state(accelerator: Any, folder: Path, own: Sequence[Any]) -> None:
 
     Raises:
         CheckpointError: a file may not be opened, is damaged or missing.
-        OptionError: the state belongs to a training with another seed or plan.
+        OptionError: the state belongs to a training with another plan or of another model or data.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is no folder of a training")
@@ -226,9 +231,6 @@ def load_state(accelerator: Any, folder: Path, own: Sequence[Any]) -> None:
             f"{folder}: no training can go on from it: {one_line(error)}"
         ) from error
 
-
-_PRINTS = frozenset({"student", "teacher", "data"})
-"""The parts of a plan that are digests."""
 
 _OWN = "loop_{}.pt"
 """What the files of a state are called that are not accelerate's."""

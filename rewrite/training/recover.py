@@ -95,9 +95,10 @@ def recover(
         model = copy_model(student)
         _check_trainable(model)
         fitted, held = split(read_samples(model, data, options.labels))
-        return _Recovery(model, teacher, fitted, held, options, accelerator).run(  # type: ignore[return-value]  # the student has the class of the argument
-            None if state is None else Path(state), progress or (lambda line: None)
-        )
+        run = _Recovery(model, teacher, fitted, held, options, accelerator)
+        prints = {} if state is None else _fingerprints(model, teacher, held)
+        folder = None if state is None else Path(state)
+        return run.run(folder, prints, progress or (lambda line: None))  # type: ignore[return-value]  # the student has the class of the argument
 
 
 def _options(settings: dict[str, Any]) -> RecoverOptions:
@@ -136,7 +137,6 @@ class _Recovery:
         self.fitted = fitted
         self.teacher = copy_model(teacher).eval().requires_grad_(False).to(accelerator.device)
         self.held = HeldOut.of(self.teacher, held)
-        self.prints = _fingerprints(student, teacher, held)
         self.objective = Objective(options, self.teacher, self.held.outputs)
         self.notes: list[str] = []
         if options.labels and self.objective.classes is not None:
@@ -152,10 +152,12 @@ class _Recovery:
 
     # -- the course ---------------------------------------------------------------------------
 
-    def run(self, folder: Path | None, say: Callable[[str], None]) -> Recovered[nn.Module]:
-        """Train, and return the result with the best state."""
+    def run(
+        self, folder: Path | None, prints: dict[str, str], say: Callable[[str], None]
+    ) -> Recovered[nn.Module]:
+        """Train, and return the result with the best state; what `folder` gets holds `prints`."""
         start = time.perf_counter()
-        self._prepare()
+        self._prepare(prints)
         state = self.state
         if folder is not None and has_state(self.accelerator, folder):
             load_state(self.accelerator, folder, (self.state, self.schedule))
@@ -273,7 +275,7 @@ class _Recovery:
 
     # -- setting up ---------------------------------------------------------------------------
 
-    def _prepare(self) -> None:
+    def _prepare(self, prints: dict[str, str]) -> None:
         options, accelerator = self.options, self.accelerator
         self.pairs = self._features() if options.features else []
         self.student.train()
@@ -294,8 +296,7 @@ class _Recovery:
         self.model, self.optimizer = accelerator.prepare(self.student, optimizer)
         self.schedule = schedule
         plan = {"samples": len(self.fitted), "steps": self.total, "options": repr(options)}
-        plan |= self.prints
-        self.state = LoopState(self.student, self.objective.target, recentering, plan)
+        self.state = LoopState(self.student, self.objective.target, recentering, plan, prints)
         if self.objective.target is not None:
             self.objective.target.to(accelerator.device)
 

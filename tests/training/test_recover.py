@@ -357,6 +357,17 @@ def test_a_state_of_another_training_is_refused(tmp_path: Path, what: str) -> No
         recover(student, teacher, data, state=tmp_path / "state")
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_only_what_is_saved_is_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool
+) -> None:
+    hashed: list[object] = []
+    module = sys.modules["rewrite.training.recover"]
+    monkeypatch.setattr(module, "fingerprint", lambda value: hashed.append(value) or "digest")
+    recover(_student(), _teacher(), _data(), state=tmp_path / "state" if saved else None)
+    assert len(hashed) == (3 if saved else 0)
+
+
 class Index(nn.Module):
     def __init__(self) -> None:
         super().__init__()
