@@ -4,9 +4,9 @@
     self.words(ids)                                               data
 
 Used for forwards that cannot be traced. Every value is one of three kinds: positions (`arange`,
-`cumsum`, a buffer of distinct integers, and what is computed from those), data (a required
-argument, and what is computed from it), or neither (a constant, a size, an optional argument). In a
-sum data dominates: `ids + offsets` is data. A product with positions is positions:
+`cumsum`, a buffer of integers that are not all equal, and what is computed from those), data (a
+required argument, and what is computed from it), or neither (a constant, a size, an optional
+argument). In a sum data dominates: `ids + offsets` is data. A product with positions is positions:
 `cumsum(mask) * mask`, the positions of tokens that are not padding.
 """
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from rewrite.tracing.code.source import source_of
+from rewrite.tracing.code.source import functions_in
 
 _COUNTING = frozenset({"arange", "cumsum", "linspace", "range"})
 _SIZES = frozenset({"shape", "size", "device", "dtype", "ndim", "dim", "numel", "len"})
@@ -29,6 +29,9 @@ _FILLED = frozenset(
      "new_ones", "new_full"}
 )  # fmt: skip
 _DEEPEST = 3
+"""So many methods and constructors are read within one another."""
+
+_LIBRARY = "torch.nn.modules"
 
 
 class Kind(enum.IntEnum):
@@ -97,21 +100,10 @@ def _is_look_up(node: ast.AST, key: str) -> bool:
 def _functions(kind: type) -> dict[str, ast.FunctionDef]:
     """Return the methods of a class by name, those of its own bases too."""
     found: dict[str, ast.FunctionDef] = {}
-    for node in _all_functions(kind):
+    for node in functions_in(kind, _LIBRARY):
         if node.name != "__init__":
             found.setdefault(node.name, node)
     return found
-
-
-def _all_functions(kind: type) -> Iterator[ast.FunctionDef]:
-    """Yield the functions in the code of a class and of its own bases, the nearest class first."""
-    for base in kind.__mro__:
-        if base is object or base.__module__.startswith("torch.nn.modules"):
-            continue
-        code = source_of(base)
-        for node in ast.walk(code) if code is not None else ():
-            if isinstance(node, ast.FunctionDef):
-                yield node
 
 
 def _registered(constructor: ast.FunctionDef, name: str) -> Iterator[ast.expr]:
@@ -212,8 +204,10 @@ class _Values:
 
     def _written(self, name: str) -> Kind:
         """Return what a constructor makes a buffer of: on the device meta it has no values."""
-        constructors = (f for f in _all_functions(type(self.holder)) if f.name == "__init__")
-        for constructor in constructors:
+        if self.depth >= _DEEPEST:  # `self.ids = self.ids + 1` reads what it writes
+            return Kind.NEITHER
+        kind: type = type(self.holder)
+        for constructor in (f for f in functions_in(kind, _LIBRARY) if f.name == "__init__"):
             inner = _Values(self.holder, self.functions, constructor, {}, self.depth + 1)
             if made := [inner.of(value) for value in _registered(constructor, name)]:
                 return max(made)
@@ -252,7 +246,7 @@ def _mentions(value: ast.expr, name: str) -> bool:
 
 
 def _counting(buffer: torch.Tensor | None) -> Kind:
-    """Return the kind of a buffer: positions if it holds distinct integers."""
+    """Return the kind of a buffer: positions if it holds integers, not all equal."""
     if buffer is None or buffer.is_floating_point() or buffer.is_meta or buffer.numel() < 2:
         return Kind.NEITHER
     return Kind.COUNTS if bool((buffer != buffer.flatten()[0]).any()) else Kind.NEITHER

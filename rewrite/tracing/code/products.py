@@ -11,10 +11,10 @@ stands for it.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from rewrite.tracing.code.source import source_of
+from rewrite.tracing.code.source import functions_in
 
 
 def writes_product(kind: type, key: str, products: frozenset[str]) -> bool:
@@ -25,7 +25,8 @@ def writes_product(kind: type, key: str, products: frozenset[str]) -> bool:
         key: the attribute.
         products: names of the functions that multiply and sum.
     """
-    return any(_writes_product(function, key, products) for function in _methods(kind))
+    methods = (f for f in functions_in(kind, "torch.nn.modules.module") if f.name != "__init__")
+    return any(_writes_product(method, key, products) for method in methods)
 
 
 def sums_over(equation: str, place: int) -> bool:
@@ -41,18 +42,6 @@ def sums_over(equation: str, place: int) -> bool:
         return True
     others = "".join(operands[:place] + operands[place + 1 :])
     return any(axis in others and axis not in output for axis in operands[place])
-
-
-def _methods(kind: type) -> Iterator[ast.FunctionDef]:
-    for base in kind.__mro__:
-        if base.__module__.startswith("torch.nn.modules.module") or base is object:
-            continue
-        code = source_of(base)
-        if code is None:
-            continue
-        for node in ast.walk(code):
-            if isinstance(node, ast.FunctionDef) and node.name != "__init__":
-                yield node
 
 
 def _writes_product(function: ast.FunctionDef, key: str, products: frozenset[str]) -> bool:

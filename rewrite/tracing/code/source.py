@@ -6,6 +6,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
+from functools import lru_cache
 from types import CodeType
 from typing import Any
 
@@ -22,6 +23,19 @@ def source_of(target: Callable[..., Any] | CodeType) -> ast.Module | None:
         return None
     except SyntaxError:
         return _lambdas(target)
+
+
+@lru_cache(maxsize=64)
+def functions_in(kind: type, skipped: str) -> tuple[ast.FunctionDef, ...]:
+    """Return the functions in the code of a class and of its bases, the nearest class first.
+
+    Args:
+        kind: the class.
+        skipped: bases of modules whose name begins so are left out, as `object` is.
+    """
+    bases = (b for b in kind.__mro__ if b is not object and not b.__module__.startswith(skipped))
+    trees = (tree for base in bases if (tree := source_of(base)) is not None)
+    return tuple(n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))
 
 
 def _lambdas(target: Callable[..., Any] | CodeType) -> ast.Module | None:

@@ -126,6 +126,35 @@ def test_buffers_without_values_are_read_in_the_constructor(device: str) -> None
     assert not looks_up_positions(assigned, "kinds") and not looks_up_positions(optional, "places")
 
 
+class Moved(nn.Module):
+    """Buffers that are made of themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Embedding(10, 4)
+        self.register_buffer("counted", torch.arange(8))
+        self.register_buffer("same", torch.zeros(8, dtype=torch.long))
+        self.counted = self.counted + 1
+        self.same = self.same + 1
+
+
+class Moving(Moved):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.places(self.counted)
+
+
+class Still(Moved):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.places(self.same)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_buffer_that_is_made_of_itself_is_what_it_was_first(device: str) -> None:
+    with torch.device(device):
+        moving, still = Moving(), Still()
+    assert looks_up_positions(moving, "places") and not looks_up_positions(still, "places")
+
+
 class Learned(nn.Embedding):
     """OPT's: made of the mask that comes."""
 

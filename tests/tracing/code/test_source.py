@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from rewrite.tracing.code.source import source_of
+from rewrite.tracing.code.source import functions_in, source_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -36,6 +36,19 @@ def test_a_method_and_its_code_are_the_same_text_from_line_one() -> None:
 def test_a_class_is_read_whole() -> None:
     tree = source_of(Indented)
     assert tree is not None and isinstance(tree.body[0], ast.ClassDef)
+
+
+class Derived(Indented, nn.Identity):
+    def backward(self, x):
+        return x
+
+
+def test_functions_of_a_class_come_before_those_of_its_bases() -> None:
+    names = [function.name for function in functions_in(Derived, "torch.nn.modules")]
+    assert names == ["backward", "forward"]
+    names = [function.name for function in functions_in(Derived, "torch.nn.modules.module")]
+    assert names == ["backward", "forward", "__init__", "forward"]
+    assert functions_in(type("Made", (), {}), "torch") == ()
 
 
 @pytest.mark.parametrize(("name", "body"), [("one", "x + 1"), ("other", "x * y")])
