@@ -179,7 +179,8 @@ def has_state(accelerator: Any, folder: Path) -> bool:
     if accelerator.is_main_process:
         finish_state(folder)
     accelerator.wait_for_everyone()
-    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    with _refusals(folder):
+        return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
 
 
 def finish_state(folder: Path) -> None:
@@ -188,12 +189,19 @@ def finish_state(folder: Path) -> None:
     Raises:
         CheckpointError: the system refuses.
     """
-    try:
+    with _refusals(folder):
         if _old(folder).exists() and not folder.exists():
             _old(folder).rename(folder)
         for left in (_part(folder), _old(folder)):
             if left.exists():
                 shutil.rmtree(left)
+
+
+@contextlib.contextmanager
+def _refusals(folder: Path) -> Iterator[None]:
+    """Raise CheckpointError where the system refuses."""
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(f"{folder}: {system_reason(error)}") from error
 
@@ -212,12 +220,14 @@ def load_state(accelerator: Any, folder: Path, own: Sequence[Any]) -> None:
     Files of `own` are opened by this project's restricted reader, not unpickled by accelerate.
 
     Raises:
-        CheckpointError: a file may not be opened, is damaged or missing.
+        CheckpointError: a file may not be opened, is damaged or missing, or the system refuses.
         OptionError: the state belongs to a training with another plan or of another model or data.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is no folder of a training")
-    for file in sorted(folder.iterdir()):
+    with _refusals(folder):
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: is no folder of a training")
+        files = sorted(folder.iterdir())
+    for file in files:
         (vet_safetensors if file.suffix == ".safetensors" else vet_pickle)(file)
     try:
         for number, part in enumerate(own):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,24 @@ def test_a_spoiled_state_is_one_line(state: Path, name: str, spoil: Callable[[Pa
     with pytest.raises(RewriteError) as caught:
         _go_on()
     assert str(caught.value).startswith("state") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [0, 1])
+def test_a_folder_that_the_system_does_not_list_is_one_line(
+    state: Path, monkeypatch: pytest.MonkeyPatch, read: int
+) -> None:
+    lists, met = Path.iterdir, []
+
+    def refuses(folder: Path) -> Iterator[Path]:
+        met.append(folder)
+        if len(met) > read:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return lists(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refuses)
+    with pytest.raises(CheckpointError, match=r"^state: permission denied$"):
+        _go_on()
+    assert met == [Path("state")] * (read + 1)
 
 
 def test_a_best_state_of_another_student_is_refused(state: Path) -> None:
