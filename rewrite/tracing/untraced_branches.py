@@ -121,14 +121,13 @@ class UntracedBranches:
             return None
         made = region.frames[node].owner
         line = region.lines.get(node)
-        over = {
-            name for name, does in found.items() if name == made and line and does.is_over(*line)
-        }
+        own = found.get(made)
+        over = own is not None and line is not None and own.is_over(*line)
         for user in node.users:
             read = region.frames[user].owner if user in region.frames else made
             for owner, does in found.items():
                 enters = not is_within(made, owner) and is_within(read, owner)
-                if owner in over or (enters and not does.incoming):
+                if (over and owner == made) or (enters and not does.incoming):
                     continue
                 if self._passes_through(owner, made, read, region):
                     where = owner or "the model"
@@ -164,7 +163,10 @@ def _below(owner: str, name: str, entered: Set[str]) -> str | None:
 
 
 class _Search:
-    """Follows arguments through the code of modules; each set of them in a function once."""
+    """Follows arguments through the code of modules.
+
+    A function is analyzed once for each set of them and each line of a forward that calls it.
+    """
 
     def __init__(self, tree: Tree, entered: Set[str], readers: _Readers) -> None:
         self.found: dict[str, BranchEffects] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import CodeType
 from typing import Any
 
@@ -25,8 +26,8 @@ class BranchEffects:
 
     Attributes:
         arguments: the names of the arguments, in that code.
-        called: paths of attributes that such code calls.
-        used: paths of attributes that it mentions in any other way.
+        called: names of attributes that such code calls, each the last of its path.
+        used: names of attributes that it mentions in any other way, and texts.
         anything: whether it may call any submodule.
         incoming: whether it may read a value that the module was given.
         ends: the last line of such code, by the forward that it is part of or called from; None
@@ -79,6 +80,7 @@ def until(effects: BranchEffects, at: Line) -> None:
     effects.ends[code] = max(line, effects.ends.get(code, 0))
 
 
+@lru_cache(maxsize=4096)
 def _runs_in_order(code: CodeType) -> bool:
     """Return whether no line of a function runs after one that stands below it."""
     tree = source_of(code)
