@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,31 +35,13 @@ def apply_recipes(
     """
     recipes = list(recipes)
     normed = {name for recipe in recipes for name in recipe.get("weight_normed", ())}
-    store = StateDictStore(fit_weight_norm_keys(state, normed))
-    run_recipes([from_data(recipe) for recipe in recipes], store, _baked(state, normed, store))
+    exact: Exact = {}
+    store = StateDictStore(fit_weight_norm_keys(state, normed, exact))
+    run_recipes([from_data(recipe) for recipe in recipes], store, exact or None)
     written = {f"{r['name']}.{attr}" for r in recipes if "name" in r for attr in ("weight", "bias")}
     for key in set(drop) - written:
         store.delete(key)
     return store.state
-
-
-def _baked(
-    state: Mapping[str, Tensor], normed: Collection[str], store: StateDictStore
-) -> Exact | None:
-    """Return what the weights are that weight norms had computed, in float64; round them once."""
-    sources = {key: t.double() for key, t in state.items() if _is_source(key, normed)}
-    exact: Exact = {}
-    for name, wide in fit_weight_norm_keys(sources, normed).items():
-        if name in normed and name not in state:
-            store.set(name, wide.to(store.get(name).dtype))
-            exact[name] = partial(Tensor.detach, wide)
-    return exact or None
-
-
-def _is_source(key: str, normed: Collection[str]) -> bool:
-    """Return whether a key is of the magnitudes or directions of one of the weights `normed`."""
-    plain = key.replace("parametrizations.", "").removesuffix(".original0")
-    return plain.removesuffix(".original1").removesuffix("_g").removesuffix("_v") in normed
 
 
 def check_tensors(changes: Iterable[Data], state: Mapping[str, Tensor]) -> None:

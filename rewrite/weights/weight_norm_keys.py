@@ -13,8 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+
+from rewrite.weights.tensor_recipe import Exact
 
 _FORMS = ("plain", "old", "new")
 
@@ -36,13 +39,19 @@ class _Weight:
 
 
 def fit_weight_norm_keys(
-    state: Mapping[str, torch.Tensor], wanted: Collection[str]
+    state: Mapping[str, torch.Tensor], wanted: Collection[str], exact: Exact | None = None
 ) -> dict[str, torch.Tensor]:
     """Return `state` with each weight-normed weight in the form that `wanted` spells.
 
     A weight is converted only if all its keys are in `state`, none of them is wanted as it is, and
     all keys of another form are wanted; everything else is passed on untouched. Plain weights
     become g = ||w||, v = w, with the norm over all axes but the first.
+
+    Args:
+        state: it.
+        wanted: the keys of the weights that are asked for.
+        exact: is told what each weight that becomes plain is in float64, if given; the weight is
+            then computed in that, and rounded once.
     """
     fitted = dict(state)
     for weight, form in _weights(state):
@@ -51,6 +60,12 @@ def fit_weight_norm_keys(
         if target is None or any(key in wanted for key in old):
             continue
         tensors = [fitted.pop(key) for key in old]
+        if exact is not None and target == "plain":
+            (name,), dtype = weight.keys(target), tensors[-1].dtype
+            wide = bake(*(tensor.double() for tensor in tensors))
+            fitted[name] = wide.to(dtype)
+            exact[name] = partial(torch.Tensor.detach, wide)
+            continue
         fitted.update(zip(weight.keys(target), _converted(tensors, form, target), strict=True))
     return fitted
 

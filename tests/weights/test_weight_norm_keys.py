@@ -65,6 +65,31 @@ def test_other_keys_that_look_alike_are_left_alone():
     assert fit_weight_norm_keys(state, {"c"}).keys() == state.keys()
 
 
+@pytest.mark.parametrize("source", ["old", "new"])
+def test_a_weight_that_becomes_plain_is_rounded_once_where_its_exact_value_is_asked_for(source):
+    torch.manual_seed(0)
+    written, plain = FORMS[source](model()), model().state_dict().keys()
+    with torch.no_grad():
+        for parameter in written.parameters():
+            parameter.copy_(torch.rand(parameter.shape) + 0.5)
+    state, exact = written.state_dict(), {}
+    fitted = fit_weight_norm_keys(state, plain, exact)
+    wide = fit_weight_norm_keys({key: t.double() for key, t in state.items()}, plain)
+    assert fitted.keys() == plain and exact.keys() == {"0.weight", "2.0.weight"}
+    for name, value in exact.items():
+        assert torch.equal(value(), wide[name])
+        assert torch.equal(fitted[name], wide[name].float())
+    narrow = fit_weight_norm_keys(state, plain)
+    assert any(not torch.equal(narrow[name], fitted[name]) for name in exact)
+
+
+def test_no_exact_value_is_told_of_a_weight_that_is_not_computed():
+    normed, exact = new(model()).state_dict(), {}
+    fit_weight_norm_keys(model().state_dict(), normed.keys(), exact)
+    fit_weight_norm_keys(normed, old(model()).state_dict().keys(), exact)
+    assert exact == {}
+
+
 @pytest.mark.parametrize("target", FORMS)
 @pytest.mark.parametrize("source", FORMS)
 def test_a_file_of_any_form_loads_into_any_form(source, target, tmp_path, monkeypatch):
