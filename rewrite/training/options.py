@@ -58,7 +58,10 @@ def default_batch(samples: int, parts: int) -> int:
 
 
 def rate_of(optimizer: Optimizer, rate: float, batch: int) -> float:
-    """Return the learning rate of a global batch size, given that of a batch of 32."""
+    """Return the learning rate of a global batch size, given that of a batch of 32.
+
+    It grows linearly with the batch; AdamW's is not less than that of 8 samples.
+    """
     if optimizer == "adamw":
         batch = max(batch, _MOST_SAMPLES)
     return linear_scaling(rate, batch, REFERENCE_BATCH)
@@ -77,7 +80,7 @@ class RecoverOptions:
         labels: whether the data have labels, for a second term of the loss.
         optimizer: "adamw" (decoupled decay) or "sgd" (Nesterov momentum 0.9).
         loss: "distill" for logits, or "match", the relative squared error, for any output.
-        rate: learning rate for a batch of 32, scaled linearly; None for `default_rate`.
+        rate: learning rate for a batch of 32; `rate_of` has that of others. None: `default_rate`.
         batch_size: samples per micro-batch; None: `default_batch`.
         accumulate: micro-batches per step.
         weight_decay: normalized decay λ_n of weight matrices (`normalized_decay`), 0 or more.

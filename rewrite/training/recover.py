@@ -67,7 +67,8 @@ def recover(
         student: the converted model; it does not change.
         teacher: the original.
         data: batches: tensors, tuples of positional inputs, or dicts of keyword inputs; with
-            `labels`, a tuple ends in labels (N,), int64, and a dict has the key "labels".
+            `labels`, a tuple ends in labels, and a dict has the key "labels": class numbers (N,),
+            or (N, *) where the output has positions, (N, K, *); int64.
         options: how to train.
         settings: the fields of `RecoverOptions` as keywords instead: `epochs`, `labels`, …
         state: a folder in which the training is saved at each evaluation and when interrupted, and

@@ -23,7 +23,10 @@ from rewrite.runtime.inputs import Inputs, batches_for
 from rewrite.runtime.leaves import tensors
 
 STREAMED = 4096
-"""Samples that are read of a source that is not in memory already."""
+"""How many samples end the reading of batches that come one by one.
+
+A tensor and a sequence of batches (a list, a tuple) are in memory already and are read whole.
+"""
 
 _HOLD_OUT, _MOST_HELD = 5, 512
 _READ_AT_ONCE = 64
@@ -31,7 +34,10 @@ _READ_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs of a model, stacked along axis 0, and their labels (N,), int64, or None."""
+    """Inputs of a model, stacked along axis 0, and their labels or None.
+
+    Labels have one number a sample, (N,), or one a position, (N, *).
+    """
 
     inputs: Inputs
     labels: Tensor | None = None
@@ -62,8 +68,8 @@ def read_samples(model: nn.Module, source: Iterable[Any], labels: bool) -> Sampl
     Args:
         model: the model; values beyond the parameters of its forward are dropped, and the key
             "labels" of a dict.
-        source: the batches, or a map-style dataset of samples; of an iterator, the first 4096
-            samples.
+        source: the batches, or a map-style dataset of samples. A tensor and a sequence (a list, a
+            tuple) are read whole, everything else up to the batch with which 4096 samples are read.
         labels: whether a tuple ends in labels, or a dict has the key "labels".
 
     Raises:

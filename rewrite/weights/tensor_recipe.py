@@ -27,7 +27,11 @@ class Computed(partial[Tensor]):
     """
 
     roundings: ClassVar[int] = 16
-    """By how many roundings of its own size a stored value may be off."""
+    """By how many roundings of its size a stored value may be off.
+
+    Its size is its absolute value, or what the method `terms` of a subclass returns: the size of
+    the terms whose sum it is.
+    """
 
 
 class TensorStore(Protocol):
