@@ -53,7 +53,7 @@ def test_code_that_is_called_from_elsewhere_is_never_over() -> None:
 
 
 def test_the_line_of_a_part_is_its_last_and_no_part_has_none() -> None:
-    part = ast.parse("def straight():\n    return (1,\n        2)").body[0].body[0]  # type: ignore[attr-defined]
+    part = ast.parse("def straight():\n    return (1,\n        2)").body[0].body[0]
     assert line_of(straight, part) == (straight.__code__, straight.__code__.co_firstlineno + 2)
     assert line_of(straight, None) == UNKNOWN
 
