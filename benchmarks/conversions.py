@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import re
 import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -36,6 +35,7 @@ import rewrite
 from benchmarks import corpus
 from benchmarks._table import environment, replace_section, table
 from benchmarks.sweep.order import by_family
+from benchmarks.sweep.rows import Row, append, read
 from benchmarks.sweep.workers import Limits, run_all
 
 RESULTS = Path(__file__).parent / "conversions.jsonl"
@@ -47,8 +47,6 @@ _PACKAGES = {
     "smp": "segmentation_models_pytorch",
 }
 _CUT_OFF = ("timeout", "memory")
-
-Row = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,7 +127,7 @@ def failures(row: Row) -> list[str]:
 
 def added_to(page: str) -> str:
     """Return docs/coverage.md with its section of whole conversions anew."""
-    return replace_section(page, "conversions", summary(list(read(RESULTS)), len(_all())))
+    return replace_section(page, "conversions", summary(read(RESULTS), len(_all())))
 
 
 def summary(rows: Sequence[Row], everything: int) -> str:
@@ -169,13 +167,6 @@ def _line(package: str, rows: Sequence[Row]) -> list[object]:
     return [*cells, f"{worst:.1e}"]
 
 
-def read(path: Path) -> Iterator[Row]:
-    """Yield the rows of a results file, the last one of each architecture."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        yield from {row["name"]: row for row in map(json.loads, lines)}.values()
-
-
 def _bad(row: Row) -> bool:
     return bool(failures(row)) or row["status"] in _CUT_OFF
 
@@ -187,12 +178,10 @@ def _sweep(pending: Sequence[str], options: argparse.Namespace) -> None:
     end = time.monotonic() + 60 * options.within
     names = takewhile(lambda _: time.monotonic() < end, pending)
     function = partial(measure, largest=options.largest, version=_version())
-    with options.results.open("a", encoding="utf-8") as results:
-        for row in run_all(names, function, limits, options.workers):
-            results.write(json.dumps(row, ensure_ascii=False) + "\n")
-            results.flush()
-            for line in failures(row):
-                print(line, flush=True)
+    for row in run_all(names, function, limits, options.workers):
+        append(options.results, row)
+        for line in failures(row):
+            print(line, flush=True)
 
 
 def _version() -> str:

@@ -19,9 +19,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from benchmarks import conversions
 from benchmarks.corpus import PACKAGES, QUICK, UnbuildableError, build, installed, names
 from benchmarks.sweep.measure import BRIEF_ABOVE, measure, with_peers
 from benchmarks.sweep.order import by_family
+from benchmarks.sweep.rows import append, read
 from benchmarks.sweep.summary import failures, summary
 from benchmarks.sweep.workers import Limits, run_all
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.summarize:
         everything = len(_all(tuple(PACKAGES)))
-        page = summary(list(read(options.results)), everything)
+        page = summary(read(options.results), everything)
         PAGE.write_text(conversions.added_to(page), encoding="utf-8")
         return 0
     wanted = options.names or (QUICK if options.quick else _all(options.package or tuple(PACKAGES)))
@@ -78,14 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missed = [line for name in chosen if name in rows for line in failures(rows[name])]
     print("\n".join(missed) or f"all {len(chosen)} architectures reach the target")
     return 1 if missed else 0
-
-
-def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a results file, the last one of each architecture."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    yield from {row["name"]: row for row in map(json.loads, lines)}.values()
 
 
 def _is_pending(row: dict[str, Any] | None, options: argparse.Namespace) -> bool:
@@ -130,11 +122,10 @@ def _sweep(
     # A refreshing thread would be alive at every fork: the bar is drawn after each row instead.
     progress = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    with progress, options.results.open("a", encoding="utf-8") as results:
+    with progress:
         task = progress.add_task("", total=len(pending))
         for row in run_all(pending, function, limits, options.workers):
-            results.write(json.dumps(finish(row), ensure_ascii=False) + "\n")
-            results.flush()
+            append(options.results, finish(row))
             progress.update(task, advance=1, description=row["name"], refresh=True)
 
 

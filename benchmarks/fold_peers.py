@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,13 +28,11 @@ from torch.utils._pytree import tree_map_only
 
 from benchmarks import corpus
 from benchmarks._table import environment, parser, publish, table
-from benchmarks.coverage import read
 from benchmarks.folders import FOLDERS, Folder, installed
 from benchmarks.sweep.outputs import relative_difference
 from benchmarks.sweep.peers import short
+from benchmarks.sweep.rows import Row, append, read
 from benchmarks.sweep.workers import Limits, run_all
-
-Row = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "fold_peers.jsonl"
 TOOLS = ("torch.fx fuse", "torchao pt2e", "ours")
@@ -212,12 +209,9 @@ def sweep(names: Sequence[str], options: argparse.Namespace) -> None:
     for module in [*(f"benchmarks.corpus.{name}_source" for name in packages), *preloaded]:
         importlib.import_module(module)  # once, before the forks
     limits = Limits(options.seconds, options.megabytes)
-    with options.results.open("a", encoding="utf-8") as results:
-        for row in run_all(pending, measure, limits, options.workers):
-            architecture, _, tool = row["name"].partition(" by ")
-            row = {"architecture": architecture, "tool": tool} | row
-            results.write(json.dumps(row, ensure_ascii=False) + "\n")
-            results.flush()
+    for row in run_all(pending, measure, limits, options.workers):
+        architecture, _, tool = row["name"].partition(" by ")
+        append(options.results, {"architecture": architecture, "tool": tool} | row)
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import warnings
 from collections import Counter
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 
 import rewrite
 from benchmarks._table import environment, table, write_section
-from benchmarks.sweep.workers import Limits, Row, run_all
+from benchmarks.sweep.rows import Row, append, read
+from benchmarks.sweep.workers import Limits, run_all
 from benchmarks.transformer_families import families, made
 from passes import FoldNorm
 from rewrite.errors import RewriteError
@@ -107,9 +107,7 @@ def _short(error: Exception) -> str:
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
     """Return the rows of a file, the last of each family, in the order of families."""
-    if not out.exists():
-        return []
-    held = {row["name"]: row for row in map(json.loads, out.read_text().splitlines())}
+    held = {row["name"]: row for row in read(out)}
     return [held[family.name] for family in families() if family.name in held]
 
 
@@ -139,10 +137,9 @@ def main() -> None:
     given = arguments.parse_args()
     done = {row["name"] for row in rows_of(given.out)}
     names = given.families or [f.name for f in families() if f.name not in done]
-    with given.out.open("a", encoding="utf-8") as stream:
-        for row in run_all(names, measure, Limits(300.0, 8_000), 1):
-            print(json.dumps(row), file=stream, flush=True)
-            print(row["name"], row["status"], row.get("reason", ""), flush=True)
+    for row in run_all(names, measure, Limits(300.0, 8_000), 1):
+        append(given.out, row)
+        print(row["name"], row["status"], row.get("reason", ""), flush=True)
     text = section(rows_of(given.out))
     print(text)
     if given.write:

@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import ctypes
 import importlib
-import json
 import os
 import random
 import shutil
@@ -42,7 +41,7 @@ from torch import nn
 from benchmarks._faults import WATCHED, killed, refused
 from benchmarks._optional import required
 from benchmarks._table import environment, parser, publish, table
-from benchmarks.coverage import read
+from benchmarks.sweep.rows import append, read
 from benchmarks.sweep.workers import Limits, run_all
 from models.randomize import randomize_norms_
 from rewrite.checkpoint.load import save
@@ -142,8 +141,7 @@ def all_measured(names: list[str], chosen: argparse.Namespace) -> Iterator[list[
     for row in run_all(pending, work, Limits(4 * 3600, 64_000), chosen.workers):
         if "cells" not in row:
             raise SystemExit(f"{row['name']}: {row['status']}: {row['error']}")
-        with chosen.rows.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        append(chosen.rows, row)
         known[row["name"]] = row["cells"]
     yield from (known[name] for name in names)
 

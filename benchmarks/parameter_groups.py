@@ -18,12 +18,12 @@ is not run again, so a run that was stopped goes on; an architecture that fails 
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch import nn
 
 from benchmarks._table import environment, parser, publish, table
 from benchmarks.corpus import UnbuildableError, construct, installed
+from benchmarks.sweep.rows import append, read
 from benchmarks.sweep.workers import Limits, run_all
 from rewrite.training import parameter_groups
 
@@ -59,35 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for package in {name.partition(":")[0] for name in pending}:
             importlib.import_module(f"benchmarks.corpus.{package}_source")  # once, before the forks
         end = time.monotonic() + 60 * chosen.within
-        for row in run_all(
-            _until(end, pending), measure, Limits(chosen.limit, 12_000), chosen.workers
-        ):
-            with chosen.results.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row) + "\n")
+        names = takewhile(lambda _: time.monotonic() < end, pending)
+        for row in run_all(names, measure, Limits(chosen.limit, 12_000), chosen.workers):
+            append(chosen.results, row)
             print(row, flush=True)
     title = "Weight decay by structure"
     publish("parameter-groups", title, summary(read(chosen.results)), write=chosen.write)
 
 
-def _until(end: float, names: Sequence[str]) -> Iterator[str]:
-    for name in names:
-        if time.monotonic() > end:
-            return
-        yield name
-
-
 def architectures() -> list[str]:
     """Return the architectures of the sweep whose package is here, the smallest first."""
-    rows = map(json.loads, SWEEP.read_text(encoding="utf-8").splitlines())
-    sizes = {row["name"]: row["parameters"] for row in rows if "parameters" in row}
+    sizes = {row["name"]: row["parameters"] for row in read(SWEEP) if "parameters" in row}
     return sorted(filter(installed, sizes), key=lambda name: (sizes[name], name))
-
-
-def read(results: Path) -> list[dict[str, Any]]:
-    """Return the rows so far."""
-    if not results.exists():
-        return []
-    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -99,20 +83,21 @@ def measure(name: str) -> dict[str, Any]:
         model, device = construct(name, "meta"), "meta"
     except UnbuildableError:
         model, device = construct(name), "cpu"
-    kinds: dict[str, Counter[str]] = {column: Counter() for column in COLUMNS[1:]}
-    counts = count(model, kinds)
+    judged, kinds = count(model)
+    counts = [judged, *(found.total() for found in kinds.values())]
     named = {column: dict(found) for column, found in kinds.items() if found}
     return {"name": name, "status": "done", "device": device, "counts": counts, "kinds": named}
 
 
-def count(model: nn.Module, kinds: dict[str, Counter[str]]) -> list[int]:
-    """Return `COLUMNS`: judged parameters, wrong ones here and by name, and bare ones that decay.
+def count(model: nn.Module) -> tuple[int, dict[str, Counter[str]]]:
+    """Return how many parameters are judged, and by class and key what the other `COLUMNS` count.
 
-    What each but the first counts is added to `kinds`, by class and key. A parameter that two
+    These are the wrong ones here and by name, and the bare ones that decay. A parameter that two
     modules share is counted in both.
     """
+    judged = 0
+    kinds: dict[str, Counter[str]] = {column: Counter() for column in COLUMNS[1:]}
     decayed = {id(parameter) for parameter in parameter_groups(model, 0.1)[0]["params"]}
-    result = dict.fromkeys(COLUMNS, 0)
     for name, module in model.named_modules():
         for full, parameter in module.named_parameters(name, recurse=False):
             if not parameter.requires_grad:
@@ -123,15 +108,14 @@ def count(model: nn.Module, kinds: dict[str, Counter[str]]) -> list[int]:
             if wanted is None:
                 found = {"bare": id(parameter) in decayed, "bare_by_name": by_name}
             else:
-                result["judged"] += 1
+                judged += 1
                 found = {
                     "wrong": (id(parameter) in decayed) != wanted,
                     "wrong_by_name": by_name != wanted,
                 }
             for column in (column for column, is_so in found.items() if is_so):
-                result[column] += 1
                 kinds[column][f"{type(module).__name__}.{key}"] += 1
-    return list(result.values())
+    return judged, kinds
 
 
 def right(module: nn.Module, key: str) -> bool | None:
@@ -171,9 +155,9 @@ _TITLES = {
 
 
 def _totals(title: str, rows: Sequence[dict[str, Any]]) -> list[object]:
-    sums = [sum(column) for column in zip(*(row["counts"] for row in rows), strict=True)]
-    wrong, by_name = (sum(row["counts"][place] > 0 for row in rows) for place in (1, 2))
-    return [title, len(rows), wrong, by_name, *sums]
+    counts = [dict(zip(COLUMNS, row["counts"], strict=True)) for row in rows]
+    having = [sum(found[column] > 0 for found in counts) for column in ("wrong", "wrong_by_name")]
+    return [title, len(rows), *having, *(sum(found[c] for found in counts) for c in COLUMNS)]
 
 
 def _named(rows: Sequence[dict[str, Any]], column: str) -> str:

@@ -16,7 +16,6 @@ private_training.jsonl; what has one is not run again, so a run that was stopped
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import warnings
 from collections import Counter
@@ -33,6 +32,7 @@ import rewrite
 from benchmarks._table import environment, parser, publish, table
 from benchmarks.corpus import QUICK, build, installed
 from benchmarks.sweep.peers import opacus_fix
+from benchmarks.sweep.rows import append, read
 from benchmarks.sweep.workers import Limits, run_all
 from rewrite.runtime.copying import copy_model
 from rewrite.runtime.leaves import tensors
@@ -59,35 +59,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = [name for name in QUICK if installed(name)]
     wanted += draw(chosen.draw, exclude=wanted)
     if not chosen.summarize:
-        done = {row["name"] for row in read()}
+        done = {row["name"] for row in read(RESULTS)}
         pending = [name for name in wanted if name not in done]
         for row in run_all(pending, measure, Limits(chosen.limit, 12_000), chosen.workers):
-            with RESULTS.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row) + "\n")
+            append(RESULTS, row)
             print(row, flush=True)
-    publish(
-        "private-training", "Private training after a swap", summary(read()), write=chosen.write
-    )
+    title = "Private training after a swap"
+    publish("private-training", title, summary(read(RESULTS)), write=chosen.write)
 
 
 def draw(count: int, exclude: Sequence[str]) -> list[str]:
     """Return `count` architectures of the sweep that have a BatchNorm, those with a row first."""
-    rows = map(json.loads, SWEEP.read_text(encoding="utf-8").splitlines())
-    small = {row["name"] for row in rows if row.get("norms") and row["parameters"] < 60_000_000}
-    done = dict.fromkeys(row["name"] for row in read() if row["name"] not in exclude)
+    swept = [row for row in read(SWEEP) if row.get("norms")]
+    small = {row["name"] for row in swept if row["parameters"] < 60_000_000}
+    done = dict.fromkeys(row["name"] for row in read(RESULTS) if row["name"] not in exclude)
     rest = sorted(small - set(exclude) - set(done), key=_order)
     return [*done, *(name for name in rest if installed(name))][:count]
 
 
 def _order(name: str) -> bytes:
     return hashlib.sha256(f"{_SEED} {name}".encode()).digest()
-
-
-def read() -> list[dict[str, Any]]:
-    """Return the rows so far."""
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
 
 
 def measure(name: str) -> dict[str, Any]:

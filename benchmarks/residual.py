@@ -26,6 +26,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from benchmarks.corpus import UnbuildableError, fit_inputs, make
+from benchmarks.sweep.rows import append, read
 from passes import Reinitialize
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
@@ -85,20 +86,13 @@ def main() -> int:
         print(json.dumps(measure(options.one)))
         return 0
     if not options.summarize:
-        done = {row["name"] for row in read()}
+        done = {row["name"] for row in read(RESULTS)}
         for name in FAMILIES:
             if name not in done:
                 _append(name)
-    PAGE.write_text(page(read()), encoding="utf-8")
+    rows = sorted(read(RESULTS), key=lambda row: FAMILIES.index(row["name"]))
+    PAGE.write_text(page(rows), encoding="utf-8")
     return 0
-
-
-def read() -> list[dict[str, Any]]:
-    """Return the rows so far, in the order of `FAMILIES`."""
-    if not RESULTS.exists():
-        return []
-    rows = map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
-    return sorted(rows, key=lambda row: FAMILIES.index(row["name"]))
 
 
 def _append(name: str) -> None:
@@ -106,8 +100,7 @@ def _append(name: str) -> None:
         row = measure(name)
     except Exception as error:  # noqa: BLE001 - the row says what went wrong
         row = {"name": name, "error": f"{type(error).__name__}: {error}"[:200]}
-    with RESULTS.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
+    append(RESULTS, row)
     print(row, flush=True)
 
 

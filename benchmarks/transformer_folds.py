@@ -29,7 +29,8 @@ import torch
 from torch import nn
 
 from benchmarks._table import environment, table, write_section
-from benchmarks.sweep.workers import Limits, Row, run_all
+from benchmarks.sweep.rows import Row, append
+from benchmarks.sweep.workers import Limits, run_all
 from benchmarks.transformer_families import Family, families, foldable, made
 from passes import FoldNorm
 from rewrite.equivalence.compare import compare
@@ -135,8 +136,7 @@ def run(names: list[str], out: Path, limits: Limits, *, tied_too: bool = True) -
         if (status := row.pop("status", None)) is not None:
             row = {"failed": f"{_STATUS.get(status, status)}: {row['error']}"}
         row |= {"family": family.name, "tied": tied, "kind": family.kind, "version": code}
-        with out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(out, row)
         print(summary(row), flush=True)
 
 

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import copy
 import importlib
-import json
 import tempfile
 import warnings
 from collections import Counter
@@ -32,7 +31,8 @@ from torch.utils._pytree import tree_leaves
 
 import rewrite
 from benchmarks._table import environment, table, write_section
-from benchmarks.sweep.workers import Limits, Row, run_all
+from benchmarks.sweep.rows import Row, append, read
+from benchmarks.sweep.workers import Limits, run_all
 from benchmarks.transformer_families import families, made
 
 PAGE = Path(__file__).parent.parent / "docs" / "transformers.md"
@@ -183,14 +183,9 @@ def _tokenizer(folder: str) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def rows_of(out: Path) -> list[Row]:
-    """Return the rows of a file."""
-    return list(map(json.loads, out.read_text().splitlines())) if out.exists() else []
-
-
 def run(names: list[str], tools: list[str], out: Path, limits: Limits) -> None:
     """Measure what `out` does not hold yet."""
-    done = {row["name"] for row in rows_of(out)}
+    done = {row["name"] for row in read(out)}
     for package in _PRELOADED:  # once, and not in every process
         with contextlib.suppress(ImportError):
             importlib.import_module(package)
@@ -200,8 +195,7 @@ def run(names: list[str], tools: list[str], out: Path, limits: Limits) -> None:
             row["family"], _, row["tool"] = row["name"].partition(" by ")
             row["crashed"] = f"{row['status']}: {row['error']}"
             del row["error"]
-        with out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(out, row)
         print(row, flush=True)
 
 
@@ -276,7 +270,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     run(list(_named(given.families)), given.tools, given.out, Limits(180.0, 8_000))
-    text = section(rows_of(given.out))
+    text = section(read(given.out))
     print(text)
     if given.write:
         write_section(PAGE, "transformer-peers", text)

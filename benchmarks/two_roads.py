@@ -16,13 +16,11 @@ what `convert` does, which asks the second road where the first is unsure.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +28,8 @@ from torch import nn
 from benchmarks import corpus
 from benchmarks._table import environment, replace_section, table
 from benchmarks.sweep.order import by_family, family
-from benchmarks.sweep.workers import Limits, Row, run_all
+from benchmarks.sweep.rows import Row, append, read
+from benchmarks.sweep.workers import Limits, run_all
 from passes import FoldNorm
 from rewrite.errors import CaptureError
 from rewrite.graph.capture import capture
@@ -145,12 +144,6 @@ def section(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a results file, the last one of each architecture."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return list({row["name"]: row for row in map(json.loads, lines)}.values())
-
-
 def main() -> int:
     """Measure what has no row yet; return 1 where `convert` leaves what the second road folds."""
     arguments = argparse.ArgumentParser(
@@ -165,15 +158,13 @@ def main() -> int:
     torch.set_num_threads(1)
     done = {row["name"] for row in read(given.results)}
     wanted = [name for name in given.names or architectures() if given.names or name not in done]
-    with given.results.open("a", encoding="utf-8") as results:
-        for row in run_all(wanted, measure, Limits(given.seconds, 12_000), workers=1):
-            results.write(json.dumps(row) + "\n")
-            results.flush()
-            counts = {key: row[key] for key in ("traced", "observed", "together") if key in row}
-            print(row["name"], row.get("norms"), counts, row.get("seconds"), flush=True)
-            for target, held in row.get("refused", {}).items():
-                mark = "" if held["together"] else "REFUSED "
-                print(f"    {mark}{target}: {held['reason']}", flush=True)
+    for row in run_all(wanted, measure, Limits(given.seconds, 12_000), workers=1):
+        append(given.results, row)
+        counts = {key: row[key] for key in ("traced", "observed", "together") if key in row}
+        print(row["name"], row.get("norms"), counts, row.get("seconds"), flush=True)
+        for target, held in row.get("refused", {}).items():
+            mark = "" if held["together"] else "REFUSED "
+            print(f"    {mark}{target}: {held['reason']}", flush=True)
     rows = read(given.results)
     text = section(rows)
     if given.write:

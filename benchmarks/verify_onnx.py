@@ -16,7 +16,6 @@ again.
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import random
 import tempfile
@@ -32,7 +31,7 @@ from torch import nn
 from benchmarks._table import environment, parser, publish, table
 from benchmarks.corpus import PACKAGES, QUICK, UnbuildableError, build, construct, installed
 from benchmarks.corpus import names as all_names
-from benchmarks.coverage import read
+from benchmarks.sweep.rows import append, read
 from benchmarks.sweep.workers import Limits, run_all
 from rewrite.equivalence.verification import Level
 from rewrite.errors import ExportError, RewriteError
@@ -82,8 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work = measure if chosen.draw is None else measure_small
     for row in run_all(pending(), work, limits, workers=1):
         known[row["name"]] = row
-        with chosen.rows.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        append(chosen.rows, row)
     done = [known[name] for name in names if name in known]
     if chosen.draw is None:
         publish("verify-onnx", "Export to ONNX, verified", body(done), write=chosen.write)

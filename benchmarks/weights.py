@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.corpus import QUICK, UnbuildableError, build
+from benchmarks.sweep.rows import append, read
 from passes import Reinitialize, RemoveWeightNorm, WeightNorm
 from rewrite.init.residual import residual_branches
 from rewrite.pipeline import convert
@@ -46,25 +47,14 @@ def main() -> int:
         print(json.dumps(measure(options.one)))
         return 0
     if not options.summarize:
-        done = {row["name"] for row in read()}
+        done = {row["name"] for row in read(RESULTS)}
         for name in QUICK:
             if name not in done:
-                _append(_in_process(name))
-    PAGE.write_text(page(read()), encoding="utf-8")
+                row = _in_process(name)
+                append(RESULTS, row)
+                print(row, flush=True)
+    PAGE.write_text(page(read(RESULTS)), encoding="utf-8")
     return 0
-
-
-def read() -> list[dict[str, Any]]:
-    """Return the rows so far."""
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-
-
-def _append(row: dict[str, Any]) -> None:
-    with RESULTS.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
-    print(row, flush=True)
 
 
 def _in_process(name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from benchmarks.corpus.fill import SkipRandomInit, fill
 from benchmarks.sweep import measure, outputs, workers
 from benchmarks.sweep.counts import run
 from benchmarks.sweep.order import by_family
+from benchmarks.sweep.rows import append, read
 from benchmarks.sweep.summary import failures, summary
 from rewrite.protocol import Applied
 
@@ -235,6 +236,24 @@ def test_a_process_that_misbehaves_is_a_row_and_the_rest_goes_on():
     assert rows["raises"]["error"] == "RuntimeError: what it says"
 
 
+def test_the_last_row_of_a_name_counts_at_the_place_of_the_first(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert read(path) == []
+    for name, left in (("a", 1), ("b", 2), ("a", 3)):
+        append(path, {"name": name, "left": left})
+    assert read(path) == [{"name": "a", "left": 3}, {"name": "b", "left": 2}]
+
+
+@pytest.mark.parametrize("said", ["×", "one\u2028line", "two\nlines\r", "half a pair: \udc80"])
+def test_a_row_is_one_line_whatever_an_error_says(said, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"name": name, "error": said} for name in "ab"]
+    for row in rows:
+        append(path, row)
+    assert path.read_bytes().count(b"\n") == 2
+    assert read(path) == rows
+
+
 def test_a_sweep_is_resumed_where_it_stopped(tmp_path, capsys):
     results = tmp_path / "rows.jsonl"
     results.write_text(json.dumps(GOOD | {"name": SMALL, "left": 1}) + "\n", encoding="utf-8")
@@ -250,7 +269,7 @@ def test_brief_rows_are_completed_by_the_peers_alone_and_then_in_full(tmp_path, 
     rows = []
     for level in (["--brief"], ["--brief"], ["--peers"], ["--peers"], []):
         assert coverage.main([*arguments, *level]) == 0
-        rows.append(list(coverage.read(results))[-1])
+        rows.append(read(results)[-1])
     assert len(results.read_text().splitlines()) == 3
     assert "fuse_left" not in rows[1] and "fold_left" not in rows[1]
     peers = {key: value for key, value in rows[3].items() if key.startswith(("fuse_", "opacus_"))}
@@ -265,7 +284,7 @@ def test_a_peer_that_crashes_takes_nothing_from_a_row(tmp_path, monkeypatch):
     results.write_text(json.dumps(brief) + "\n", encoding="utf-8")
     monkeypatch.setattr(coverage, "with_peers", lambda row: os._exit(7))
     assert coverage.main([SMALL, "--peers", "--results", str(results)]) == 0
-    (row,) = coverage.read(results)
+    (row,) = read(results)
     assert row["status"] == "run" and row["fuse_error"] == "crashed: exit code 7"
 
 

@@ -7,11 +7,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import Any
 
 from benchmarks._table import environment, table
-
-Row = dict[str, Any]
+from benchmarks.sweep.rows import Row
 
 _QUALIFIED = re.compile(r"\b\w+(\.[\w\[\]']+)+|\b\w+_\d+\b")
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from benchmarks.sweep.rows import Row
 
 
 @dataclass(frozen=True)
