@@ -138,14 +138,20 @@ class Values(LayerValues):
             self._put(node, labels, None, *read)
 
     def _sum(self, node: Node, read: list[Node]) -> None:
+        if (labels := self._common(node, read)) is None:
+            return self._refused(node, read)
+        return self._put(node, labels, None, *read)
+
+    def _common(self, node: Node, read: list[Node]) -> Tensor | None:
+        """Return the labels that two values have in the shape of `node`; None if they differ."""
         shape = shape_of(node)
         labels = [self.labels[value] for value in read]
         if shape is None or not all(isinstance(held, Tensor) for held in labels):
-            return self._refused(node, read)
-        alike = len({self.width(value) for value in read}) == 1
-        if not alike or not torch.equal(labels[0].expand(shape), labels[1].expand(shape)):
-            return self._refused(node, read)
-        return self._put(node, labels[0].expand(shape), None, *read)
+            return None
+        if len(labels) != 2 or len({self.width(value) for value in read}) > 1:
+            return None
+        one, other = (held.expand(shape) for held in labels)
+        return one if torch.equal(one, other) else None
 
     def _product(self, node: Node, name: str, read: list[Node]) -> None:
         """Go on through a factor of one number a token; note one of a number a channel."""
@@ -179,19 +185,14 @@ class Values(LayerValues):
     def _between(self, node: Node, read: list[Node]) -> None:
         """Go on through a + t (b - a), a sum of a and b where t is one number a token."""
         ends = (node.args[0], argument(node, 1, "end"))
-        weight, shape = argument(node, 2, "weight"), shape_of(node)
+        weight = argument(node, 2, "weight")
         both = [value for value in read if value in ends]
-        labels = [self.labels[value] for value in both]
-        if (
-            shape is None or len(both) != 2 or len(set(map(self.width, both))) > 1
-            or not all(isinstance(held, Tensor) for held in labels)
-            or not torch.equal(labels[0].expand(shape), labels[1].expand(shape))
-            or not _one_a_token(labels[0].expand(shape), weight)
-        ):  # fmt: skip
+        labels = self._common(node, both)
+        if labels is None or not _one_a_token(labels, weight):
             return self._refused(node, read)
         if weight in self.labels:
             self._readers.append(ClassReader(node, weight, CallKind.OTHER))
-        return self._put(node, labels[0].expand(shape), None, *both)
+        return self._put(node, labels, None, *both)
 
     def _reduced(self, node: Node, read: list[Node]) -> None:
         """Go on through a sum or a mean over axes that are no channels."""
