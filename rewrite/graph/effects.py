@@ -21,6 +21,7 @@ from torch.fx import Graph, Node
 
 from rewrite.graph.spellings import function_name
 from rewrite.graph.traits import Trait, has
+from rewrite.tracing.proxies import AUGMENTED
 from rewrite.tracing.regions import Region
 from rewrite.tracing.tracer import is_leaf
 
@@ -105,22 +106,14 @@ _SETTERS = frozenset({"__setitem__", "set_data"})
 _FLAGGED = frozenset({"relu", "relu6", "silu", "hardswish", "leaky_relu", "elu", "mish", "celu"})
 """Functions whose `inplace` may be given by its place."""
 
-_IN_PLACE_OPERATORS = frozenset(
-    {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
-     operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.ilshift,
-     operator.irshift, operator.setitem}
-)  # fmt: skip
-
 _IN_PLACE: Mapping[Any, Any] = {
-    operator.add: operator.iadd, operator.sub: operator.isub, operator.mul: operator.imul,
-    operator.truediv: operator.itruediv, operator.floordiv: operator.ifloordiv,
-    operator.mod: operator.imod, operator.pow: operator.ipow,
-    operator.and_: operator.iand, operator.or_: operator.ior, operator.xor: operator.ixor,
-    operator.lshift: operator.ilshift, operator.rshift: operator.irshift,
-}  # fmt: skip
-"""What `x += y` calls, by what a proxy records of it; a tensor has no `@=`: it makes another."""
+    plain: getattr(operator, method) for method, plain in AUGMENTED.items()
+}
+"""What `x += y` calls, by what a proxy records of it: `operator.__iadd__` is `operator.iadd`."""
 
 _RECORDED = {called: plain for plain, called in _IN_PLACE.items()}
+
+_IN_PLACE_OPERATORS = frozenset({*_RECORDED, operator.setitem})
 
 
 def writes(captured: Model, node: Node) -> tuple[Node, ...]:
