@@ -14,13 +14,14 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from rewrite.errors import OptionError
 from rewrite.text.suggest import did_you_mean
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from rewrite.protocol import Pass
 
 
@@ -73,7 +74,9 @@ def _article(kind: type) -> str:
 
 
 def entries() -> Mapping[str, EntryPoint]:
-    """Return the installed passes by name; nothing is imported."""
+    """Return the installed passes by name; none of them is imported."""
+    from importlib.metadata import entry_points
+
     return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name)}
 
 

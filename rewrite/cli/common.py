@@ -11,14 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rewrite.errors import OptionError, one_line, system_reason
-from rewrite.files import is_folder, is_there
-from rewrite.files.places import (
-    check_distinct,
-    check_name,
-    check_not_inside,
-    check_not_read,
-    check_replaceable,
-)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -242,6 +234,15 @@ def check_places(options: argparse.Namespace) -> None:
             earlier report, without --force; two files that are written are one; or a picture cannot
             be drawn.
     """
+    from rewrite.files import is_folder, is_there
+    from rewrite.files.places import (
+        check_distinct,
+        check_name,
+        check_not_inside,
+        check_not_read,
+        check_replaceable,
+    )
+
     if getattr(options, "plot", None):
         from rewrite.files.figure import check_plot
 
@@ -318,7 +319,7 @@ def vet_files(options: argparse.Namespace) -> None:
         OptionError: it is a file of inputs or data that cannot be read.
         VerificationError: it is an ONNX file that cannot be read.
     """
-    from rewrite.files import no_file
+    from rewrite.files import is_folder, is_there, no_file
 
     for name in _READ:
         value = getattr(options, name, None)
@@ -360,9 +361,8 @@ def _vet_model(options: argparse.Namespace, path: str) -> None:
 
 
 def _vet_folder(path: Path) -> None:
-    from rewrite.checkpoint.vetting.vet import vet_safetensors
-
     """Vet a checkpoint folder; what any other folder is, its command says."""
+    from rewrite.checkpoint.vetting.vet import vet_safetensors
     from rewrite.hub.form import CONFIG, read_form
 
     if (path / CONFIG).is_file():

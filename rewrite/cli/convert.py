@@ -27,8 +27,6 @@ from rewrite.cli.common import (
 )
 from rewrite.cli.pass_flags import PassFlags, add_pass_flags
 from rewrite.errors import OptionError
-from rewrite.files import is_folder, is_there
-from rewrite.files.places import check_distinct
 from rewrite.text.suggest import did_you_mean
 
 if TYPE_CHECKING:
@@ -93,6 +91,8 @@ def add_parsers(commands: Any, argv: Sequence[str]) -> None:
 
 
 def _run_convert(options: argparse.Namespace) -> int:
+    from rewrite.files import is_folder
+
     flags: PassFlags = options.passes or PassFlags()
     chosen = flags.build(options.seed)
     if not chosen:
@@ -117,6 +117,7 @@ def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool
     if options.onnx is not None:
         check_graph_name("--onnx", options.onnx)
     from rewrite.files import check_writable
+    from rewrite.files.places import check_distinct
 
     writes = first and not options.dry_run
     reports = (options.report, options.html)
@@ -203,6 +204,8 @@ def _page(
 
 
 def _output(options: argparse.Namespace) -> Path:
+    from rewrite.files import is_there
+
     if options.output:
         return Path(options.output)
     reference = Path(options.model)

@@ -16,7 +16,6 @@ from rewrite.cli.common import (
     write_report,
 )
 from rewrite.errors import OptionError
-from rewrite.files import is_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,6 +89,8 @@ def _found(
 
 def _opened(options: argparse.Namespace) -> nn.Module:
     """Return the model; of a checkpoint folder only the structure, without reading weights."""
+    from rewrite.files import is_folder
+
     if is_folder(options.model) and not (options.signal or options.path_norm):
         from rewrite.hub.folder import open_folder
         from rewrite.hub.structure import structure_of

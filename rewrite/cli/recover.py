@@ -19,8 +19,6 @@ from rewrite.cli.common import (
     write_report,
 )
 from rewrite.errors import OptionError
-from rewrite.files import is_there
-from rewrite.files.places import check_distinct
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -86,6 +84,7 @@ def add_parsers(commands: Any) -> None:
 def run_recover(options: argparse.Namespace) -> int:
     """Open models and data, train, and write the result; return the exit code."""
     from rewrite.files import check_writable
+    from rewrite.files.places import check_distinct
 
     output = Path(options.output or _default_output(options.student))
     check_distinct([("--output", output), ("--report", options.report), ("--plot", options.plot)])
@@ -130,6 +129,8 @@ def open_data(reference: str, model: nn.Module, *, labels: bool) -> Iterable[Any
     Raises:
         OptionError: the reference names no usable data.
     """
+    from rewrite.files import is_there
+
     path = Path(reference)
     if not labels or not is_there(path):
         return calibration_data(reference, model)
@@ -165,6 +166,8 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _default_output(student: str) -> str:
+    from rewrite.files import is_there
+
     path = Path(student)
     if is_there(path):
         return str(path.with_name(f"{path.stem}.recovered.pt"))
