@@ -229,7 +229,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     either = [row for row in ran if "ok" in (row[OURS], row[ONE])]
     counts = {way: sum(row[way] == "ok" for row in ran) for way in WAYS}
     kinds = {way: Counter(_kind(row[way]) for row in ran if row[way] != "ok") for way in WAYS}
-    reasons = sorted(set().union(*kinds.values()), key=lambda kind: -kinds[WAYS[1]][kind])
+    reasons = sorted(set().union(*kinds.values()), key=lambda kind: (-kinds[OURS][kind], kind))
     lines: list[list[object]] = [
         ["trained for a step", *(f"{counts[way]} of {len(ran)}" for way in WAYS)]
     ]
