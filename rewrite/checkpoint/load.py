@@ -35,13 +35,7 @@ from rewrite.checkpoint.factory import FACTORY_NAME, build_named
 from rewrite.checkpoint.pickler import write_model
 from rewrite.checkpoint.pickles.state import build_state
 from rewrite.checkpoint.pickles.unpickle import PickleFile, opened_pickle
-from rewrite.checkpoint.state_dict import (
-    fill,
-    read_safetensors,
-    read_state,
-    write_state,
-    write_torch_state,
-)
+from rewrite.checkpoint.state_dict import fill, read_safetensors, read_state, write_state
 from rewrite.checkpoint.vetting.files import check_file, is_exported
 from rewrite.checkpoint.vetting.opcodes import DictOf, Name, walk
 from rewrite.checkpoint.vetting.state import (
@@ -183,7 +177,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Tr
     target = Path(path)
     with atomic_path(path, overwrite=overwrite) as temporary:
         if target.suffix == ".safetensors":
-            write_state(model.state_dict(), temporary)
+            write_state(model.state_dict(), temporary, target.suffix)
         else:
             _write(model, temporary)
     return target
@@ -225,10 +219,7 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, overwrite: boo
     target = Path(path)
     state = model.state_dict()
     with atomic_path(path, overwrite=overwrite) as temporary:
-        if target.suffix == ".safetensors":
-            write_state(state, temporary)
-        else:
-            write_torch_state(state, temporary)
+        write_state(state, temporary, target.suffix)
     return target
 
 

@@ -141,7 +141,22 @@ def _ties(model: nn.Module) -> list[list[str]]:
     return [found for found in keys.values() if len(found) > 1]
 
 
-def write_state(state: Mapping[str, Any], path: Path) -> None:
+def write_state(state: Mapping[str, Any], path: Path, suffix: str) -> None:
+    """Write a state dict into a path, as a file of a suffix holds it.
+
+    Args:
+        state: what is written, by key.
+        path: where: a name for the moment, without a suffix of its own.
+        suffix: of the final name: .safetensors, or else anything that `torch.save` writes.
+
+    Raises:
+        CheckpointError: something in it is nothing that safetensors holds.
+        OSError: the system does not take the file.
+    """
+    (_write_safetensors if suffix == ".safetensors" else _write_pickle)(state, path)
+
+
+def _write_safetensors(state: Mapping[str, Any], path: Path) -> None:
     """Write a state dict as safetensors into a path, tensor by tensor.
 
     The format is 8 bytes of length, a JSON header, and the bytes of the tensors: written here,
@@ -176,12 +191,8 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
             stream.write(flat.view(torch.uint8).numpy() if flat.numel() else b"")
 
 
-def write_torch_state(state: Mapping[str, Any], path: Path) -> None:
-    """Write a state dict with `torch.save` into a path.
-
-    Raises:
-        OSError: the system does not take the file.
-    """
+def _write_pickle(state: Mapping[str, Any], path: Path) -> None:
+    """Write a state dict with `torch.save` into a path; raise OSError where the system refuses."""
     try:
         # A stream: the archive of a path would hold the path's name.
         with path.open("wb") as stream:

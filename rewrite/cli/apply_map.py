@@ -33,7 +33,7 @@ def run_apply_map(options: argparse.Namespace) -> int:
     from rewrite.fold.report_file import read_report
 
     report = read_report(Path(options.report))
-    from rewrite.checkpoint.state_dict import read_state, write_state, write_torch_state
+    from rewrite.checkpoint.state_dict import read_state, write_state
     from rewrite.files import atomic_path
     from rewrite.fold.replay import apply_report
     from rewrite.fold.undo import undo_report
@@ -51,10 +51,7 @@ def run_apply_map(options: argparse.Namespace) -> int:
             state = apply_report(report, state)
         progress("saving")
         with atomic_path(options.output, overwrite=options.force) as temporary:
-            if options.output.endswith(".safetensors"):
-                write_state(state, temporary)
-            else:
-                write_torch_state(state, temporary)
+            write_state(state, temporary, Path(options.output).suffix)
     for note in notes:
         print(f"note: {note}")
     return 0
