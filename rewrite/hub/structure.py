@@ -37,6 +37,10 @@ class Structure:
     stored: Mapping[str, str]
     folder: CheckpointFolder
 
+    def stored_name(self, name: str) -> str:
+        """Return the name in the folder of a tensor of the model; of a new one, its own."""
+        return self.stored.get(name, name)
+
 
 def structure_of(folder: CheckpointFolder) -> Structure:
     """Build the model of a folder on meta, in the stored dtypes, and map its tensors to files.

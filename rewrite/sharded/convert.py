@@ -137,13 +137,13 @@ class _FolderStore:
         """Return a tensor as it is before the step."""
         if name in self.before:
             return self.before[name]().to(self.dtype(name))
-        return self.folder.read(self.plan.structure.stored.get(name, name))
+        return self.folder.read(self.plan.structure.stored_name(name))
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of a tensor as it is before the step."""
         if name in self.before:
             return DTYPES[self.plan.made_of(name).dtype]
-        return DTYPES[self.folder.entry(self.plan.structure.stored.get(name, name)).dtype]
+        return DTYPES[self.folder.entry(self.plan.structure.stored_name(name)).dtype]
 
     def scale(self, source: str, names: Sequence[str], scaling: ScalingOf) -> bool:
         """Write the product of a tensor chunk by chunk, if no step has written it before.
@@ -151,7 +151,7 @@ class _FolderStore:
         Raises:
             CheckpointError: the product holds values that are not finite.
         """
-        place = self.plan.structure.stored.get(source, source)
+        place = self.plan.structure.stored_name(source)
         targets = {self.plan.place(name) for name in names} & self.plan.made.keys()
         if source in self.before or self.folder.merged.keys() & {place, *targets}:
             return False
@@ -184,7 +184,7 @@ class Exact(dict[str, Callable[[], Tensor]]):
         """Return how to compute a tensor."""
         if name in self:
             return self[name]
-        stored = self._plan.structure.stored.get(name, name)
+        stored = self._plan.structure.stored_name(name)
         return partial(self._folder.read, stored) if self._folder.holds(stored) else default
 
     def placed(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:

@@ -91,7 +91,7 @@ class ShapeStore:
         """
         if self.place(name) in self.held:
             return self._told(name, self.held[self.place(name)])
-        stored = self._structure.stored.get(name, name)
+        stored = self._structure.stored_name(name)
         if not self._folder.holds(stored) or self.place(name) in self.gone:
             raise CheckpointError(
                 f"{self._folder.path}: has no tensor {name}, which the plan reads"
@@ -120,7 +120,7 @@ class ShapeStore:
 
     def place(self, name: str) -> str:
         """Return the name in the new folder of a tensor of the model."""
-        return name if name in self._new else self._structure.stored.get(name, name)
+        return name if name in self._new else self._structure.stored_name(name)
 
 
 def _untied(folder: CheckpointFolder, structure: Structure, step: Step) -> set[str]:

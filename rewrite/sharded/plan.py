@@ -69,7 +69,7 @@ class FolderPlan:
 
     def place(self, name: str) -> str:
         """Return the name in the new folder of a tensor of the model."""
-        return name if name in self.made else self.structure.stored.get(name, name)
+        return name if name in self.made else self.structure.stored_name(name)
 
     def made_of(self, name: str) -> Made:
         """Return type and shape of a tensor of the model that a step writes."""

@@ -53,7 +53,7 @@ class FolderValues:
                 run(self.steps[number], store)
                 assert store.made is not None
                 return store.made
-        return self.folder.read(self.structure.stored.get(name, name))
+        return self.folder.read(self.structure.stored_name(name))
 
 
 class _One:
