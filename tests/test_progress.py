@@ -117,11 +117,18 @@ def test_a_terminal_shows_the_step_and_since_when(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("rewrite.progress._PATIENCE", 0.01)
     with ProgressLine() as progress:
-        time.sleep(0.3)
+        assert _comes(screen, "starting …")
         progress("verifying [1] 3 of 4")
-        time.sleep(0.3)
-    assert "starting …" in screen.getvalue() and "verifying [1] 3 of 4 …" in screen.getvalue()
+        assert _comes(screen, "verifying [1] 3 of 4 …")
     assert "0:00:0" in screen.getvalue()
+
+
+def _comes(screen: Terminal, text: str) -> bool:
+    """Wait until a thread has written a text, for ten seconds at most; say whether it has."""
+    end = time.monotonic() + 10
+    while text not in screen.getvalue() and time.monotonic() < end:
+        time.sleep(0.005)
+    return text in screen.getvalue()
 
 
 @pytest.mark.parametrize("enabled", [True, False])
