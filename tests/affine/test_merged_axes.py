@@ -47,7 +47,7 @@ def test_what_one_channel_became_has_to_be_mapped_alike_to_lead_back() -> None:
     captured, nodes = captured_of(lambda x: x.flatten(1), X)
     follow = flattened(1, 3)
     apart = ChannelMap(-1, torch.arange(60))
-    with pytest.raises(DeclinedError):
+    with pytest.raises(DeclinedError, match="along 3 axes, not per channel"):
         follow(captured, nodes[-1], apart, Direction.BACKWARD)
     alike = follow(
         captured, nodes[-1], ChannelMap(-1, torch.arange(3).repeat_interleave(20)),

@@ -57,5 +57,5 @@ def test_what_reads_files_or_fetches_is_on_no_list(tmp_path):
     ):
         assert standing(name) is None
     own = type("Own", (nn.Linear,), {"__module__": "tests.checkpoint.nowhere"})
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="which no file can refer to by name"):
         rewrite.save(own(2, 2), tmp_path / "own.pt")

@@ -162,9 +162,9 @@ def test_what_is_no_file_is_not_replaced(tmp_path, kind):
         place.symlink_to(f"/proc/self/fd/{os.pipe()[1]}")
     else:
         place.symlink_to(place if kind == "loop" else tmp_path / "no" / "where")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=str(place)):
         check_writable(place)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=str(place)):
         write_bytes(place, "x")
     assert leftovers(tmp_path) == [kind]
 

@@ -64,7 +64,7 @@ def test_no_spelling_is_two_operations() -> None:
 
 
 def test_a_row_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="multiplied"):
         spelled("multiplied")
 
 

@@ -172,7 +172,7 @@ def test_an_unknown_level_or_exporter_is_refused_before_anything_is_done(tmp_pat
 
 
 def test_an_output_that_cannot_be_written_costs_no_export(tmp_path, small):
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
         export(small, tmp_path / "nowhere" / "net.onnx", example_inputs=(X,))
     taken = tmp_path / "net.onnx"
     taken.write_bytes(b"mine")

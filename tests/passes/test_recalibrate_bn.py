@@ -71,5 +71,5 @@ def test_needs_data() -> None:
     for data in (None, [], [torch.full((2, 3, 8, 8), float("nan"))]):
         with pytest.raises(RewriteError, match="calibration"):
             rewrite.convert(network(), [RecalibrateBatchNorm()], calibration=data, verify=False)
-    with pytest.raises(OptionError):
+    with pytest.raises(OptionError, match=r"2x5x8x8.*to have 3 channels"):
         recalibrated(network(), [torch.randn(2, 5, 8, 8)])

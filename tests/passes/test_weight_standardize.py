@@ -97,6 +97,6 @@ def test_leaves_the_rest_alone_and_frozen_weights_frozen() -> None:
 
 
 def test_options() -> None:
-    for bad in ({"kinds": "embedding"}, {"eps": 0.0}):
-        with pytest.raises(OptionError):
+    for bad, reason in (({"kinds": "embedding"}, "layer kind 'embedding'"), ({"eps": 0.0}, "eps")):
+        with pytest.raises(OptionError, match=reason):
             WeightStandardize(**bad)

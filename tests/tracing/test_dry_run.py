@@ -74,7 +74,7 @@ def test_a_call_that_fails_leaves_no_hook_and_no_state() -> None:
     tree = Tree(model)
     copied = Tree(stand_in(tree, without_values, without_values))
     run = DryRun(tree, copied, ((torch.randn(4, 9),), {}))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="reduction dim"):
         run.run_module("", ((torch.randn(4, 9),), {}), opaque=True)
     assert copied.model.calls == 0 and not copied.model.first._forward_pre_hooks
     assert not run.running

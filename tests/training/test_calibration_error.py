@@ -36,12 +36,12 @@ def test_the_temperature_is_the_minimum() -> None:
 
 
 def test_bad_input() -> None:
-    for logits, labels in (
-        (torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)),
-        (torch.zeros(2, 3), torch.tensor([0, 3])),
-        (torch.zeros(2, 3), torch.tensor([0])),
+    for logits, labels, reason in (
+        (torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), "no sample"),
+        (torch.zeros(2, 3), torch.tensor([0, 3]), "label 3 is out of range"),
+        (torch.zeros(2, 3), torch.tensor([0]), r"pass \(N, K\) and \(N,\)"),
     ):
-        with pytest.raises(OptionError):
+        with pytest.raises(OptionError, match=reason):
             calibration_error(logits, labels)
-    with pytest.raises(OptionError):
+    with pytest.raises(OptionError, match="0 bins"):
         calibration_error(torch.zeros(2, 3), torch.tensor([0, 1]), bins=0)

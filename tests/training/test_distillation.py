@@ -51,7 +51,7 @@ def test_the_teacher_gets_no_gradient() -> None:
 
 def test_bad_arguments() -> None:
     for options in ({"temperature": 0.0}, {"features": -1.0}, {"reduction": "none"}):
-        with pytest.raises(OptionError):
+        with pytest.raises(OptionError, match=f"^{next(iter(options))} is "):
             Distillation(**options)
     with pytest.raises(OptionError, match=r"the student returns \(2, 3\), the teacher \(2, 4\)"):
         Distillation()(torch.zeros(2, 3), torch.zeros(2, 4))

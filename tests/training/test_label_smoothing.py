@@ -101,13 +101,13 @@ def test_labels_out_of_range(label: int) -> None:
 
 
 def test_options_out_of_range() -> None:
-    for make in (
-        lambda: LabelSmoothing(1.5),
-        lambda: LabelSmoothing(reduction="avg"),
-        lambda: OnlineLabelSmoothing(1),
-        lambda: OnlineLabelSmoothing(3, alpha=-0.1),
+    for make, reason in (
+        (lambda: LabelSmoothing(1.5), "smoothing is 1.5"),
+        (lambda: LabelSmoothing(reduction="avg"), "reduction is 'avg'"),
+        (lambda: OnlineLabelSmoothing(1), "of 1 classes"),
+        (lambda: OnlineLabelSmoothing(3, alpha=-0.1), "alpha is -0.1"),
     ):
-        with pytest.raises(OptionError):
+        with pytest.raises(OptionError, match=reason):
             make()
     with pytest.raises(OptionError, match="4 logits for the 3 classes"):
         OnlineLabelSmoothing(3)(torch.randn(1, 4), torch.tensor([0]))

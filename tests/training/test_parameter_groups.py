@@ -103,5 +103,5 @@ def test_options() -> None:
         with pytest.raises(OptionError, match="weight_decay"):
             parameter_groups(nn.Linear(1, 1), decay)
     assert normalized_decay(0.05, 128, 50_000, 100) == pytest.approx(0.05 * (128 / 5e6) ** 0.5)
-    with pytest.raises(OptionError):
+    with pytest.raises(OptionError, match="batch size 0"):
         normalized_decay(0.05, 0, 10, 1)

@@ -11,7 +11,7 @@ from rewrite.training import correct_momentum, linear_scaling, normalized_decay,
 def test_linear_scaling() -> None:
     assert linear_scaling(0.1, 8192) == pytest.approx(3.2)
     assert linear_scaling(0.1, 64, reference=32) == pytest.approx(0.2)
-    with pytest.raises(OptionError):
+    with pytest.raises(OptionError, match="batch size 0"):
         linear_scaling(0.1, 0)
 
 
@@ -20,7 +20,7 @@ def test_warmup_begins_at_the_reference_rate_and_ends_at_the_scaled_one() -> Non
     steps = [1 / 8 + 7 / 8 * t / 5 for t in range(5)]
     assert factors == pytest.approx([*steps, 1.0, 1.0])
     assert warmup(0, 0) == 1.0
-    with pytest.raises(OptionError):
+    with pytest.raises(OptionError, match="step -1"):
         warmup(-1, 5)
 
 
@@ -56,13 +56,13 @@ def test_the_two_forms_of_momentum_agree_with_the_correction_only(corrected: boo
 @pytest.mark.parametrize("number", [float("nan"), -1.0])
 def test_numbers_that_make_no_rate(number: float) -> None:
     velocity = [torch.ones(2)]
-    for call in (
-        lambda: linear_scaling(0.1, 32, number),
-        lambda: warmup(0, 5, number),
-        lambda: correct_momentum(velocity, number, 0.1),
-        lambda: correct_momentum(velocity, 0.1, number),
-        lambda: normalized_decay(number, 32, 1000, 1),
+    for call, place in (
+        (lambda: linear_scaling(0.1, 32, number), "reference"),
+        (lambda: warmup(0, 5, number), "of 5 from"),
+        (lambda: correct_momentum(velocity, number, 0.1), "from rate"),
+        (lambda: correct_momentum(velocity, 0.1, number), "to"),
+        (lambda: normalized_decay(number, 32, 1000, 1), "decay"),
     ):
-        with pytest.raises(OptionError):
+        with pytest.raises(OptionError, match=f"{place} {number}"):
             call()
     assert torch.equal(velocity[0], torch.ones(2))

@@ -48,7 +48,7 @@ def test_every_form_fits_every_other(source, target):
     torch.testing.assert_close(read(x), written(x))
     assert fitted.keys() == read.state_dict().keys()
     if source != target:
-        with pytest.raises(RuntimeError), warnings.catch_warnings():
+        with pytest.raises(RuntimeError, match=r"Missing key\(s\)"), warnings.catch_warnings():
             warnings.simplefilter("error")
             _load_without_help(read, state)
 

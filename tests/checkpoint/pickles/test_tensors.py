@@ -32,7 +32,7 @@ def test_sizes_are_known_before_memory_is_taken(tmp_path):
     refused_at_once(tmp_path / "range.pt", "no list")
     tensor = torch.ones(1).expand(10**11)
     torch.save({"state_dict": {"w": tensor}}, tmp_path / "wide.pt")
-    refused_at_once(tmp_path / "wide.pt", ["larger than its bytes", "repeats"][1], factory=LINEAR)
+    refused_at_once(tmp_path / "wide.pt", "repeats", factory=LINEAR)
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", bytes(600 << 20))
     refused_at_once(tmp_path / "bomb.pt", "would expand")

@@ -24,5 +24,5 @@ def test_plain_values_stay_what_they_are():
 
 @pytest.mark.parametrize("data", [b"", b"}", b"j\xff\xff\xff\x7f.", b"(S'x'\nios\nsystem\n."])
 def test_what_is_no_checkpoint(data):
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="no checkpoint"):
         parse(io.BytesIO(data))

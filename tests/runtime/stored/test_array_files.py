@@ -68,8 +68,9 @@ def test_what_is_no_array_of_numbers_is_one_line(tmp_path, name, suffix) -> None
     with pytest.raises(VerificationError) as error:
         load_inputs(str(path))
     assert "\n" not in str(error.value) and str(path) in str(error.value)
-    with pytest.raises((ValueError, SyntaxError)):
+    with pytest.raises((ValueError, SyntaxError)) as same:
         check_arrays(path)
+    assert str(same.value)[:40] in str(error.value)
 
 
 def test_an_archive_that_expands_to_more_than_arrays_do_is_refused(tmp_path) -> None:
