@@ -28,7 +28,6 @@ class CallKind(StrEnum):
     PARAMETER = "parameter"
     SCALED = "scaled"
     NORM = "norm"
-    JOIN = "join"
     OTHER = "other"
 
 

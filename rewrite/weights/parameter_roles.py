@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 import operator
+from collections.abc import Iterator
 
 import torch.nn.functional as F
 from torch import nn
@@ -227,15 +228,7 @@ def _looks_up_input(call: Node) -> bool:
 
 def _counts(node: Node) -> bool:
     """Return whether a value is made of a running sum."""
-    pending, seen = [node], set[Node]()
-    while pending:
-        one = pending.pop()
-        if function_name(one) == "cumsum":
-            return True
-        if one not in seen:
-            seen.add(one)
-            pending.extend(one.all_input_nodes)
-    return False
+    return any(function_name(one) == "cumsum" for one in _made_of(node))
 
 
 def _reaches_product(captured: Captured, read: Node) -> bool:
@@ -257,18 +250,15 @@ def _reaches_product(captured: Captured, read: Node) -> bool:
 
 def _is_rearranged(captured: Captured, product: Node, value: Node) -> bool:
     """Return whether a product's other factors are buffers: one-hot rows that rearrange a table."""
-    pending, seen = [node for node in product.all_input_nodes if node is not value], set[Node]()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        ref = captured.ref(node)
-        parameter = ref is not None and isinstance(captured.tensor(ref), nn.Parameter)
-        if parameter or node.op in ("placeholder", "call_module"):
-            return False
-        pending.extend(node.all_input_nodes)
-    return bool(seen)
+    others = [node for node in product.all_input_nodes if node is not value]
+    return bool(others) and not any(
+        node.op in _FROM_OUTSIDE or _is_parameter(captured, node) for node in _made_of(*others)
+    )
+
+
+def _is_parameter(captured: Captured, node: Node) -> bool:
+    ref = captured.ref(node)
+    return ref is not None and isinstance(captured.tensor(ref), nn.Parameter)
 
 
 def _is_position_term(captured: Captured, product: Node) -> bool:
@@ -327,16 +317,8 @@ def _scales_another(captured: Captured, node: Node, value: Node) -> bool:
 
 def _largest_parameter(captured: Captured, node: Node) -> int:
     """Return how many values the largest parameter has that a value is made of."""
-    pending, seen, largest = [node], set[Node](), 0
-    while pending:
-        one = pending.pop()
-        if one in seen:
-            continue
-        seen.add(one)
-        if (ref := captured.ref(one)) is not None:
-            largest = max(largest, captured.tensor(ref).numel())
-        pending.extend(one.all_input_nodes)
-    return largest
+    refs = (captured.ref(one) for one in _made_of(node))
+    return max((captured.tensor(ref).numel() for ref in refs if ref is not None), default=0)
 
 
 def _is_look_up(node: Node) -> bool:
@@ -346,15 +328,22 @@ def _is_look_up(node: Node) -> bool:
 
 def _only_parameters(node: Node) -> bool:
     """Return whether a value depends on no input of the model."""
-    pending, seen = [node], set[Node]()
+    return not any(one.op in _FROM_OUTSIDE for one in _made_of(node))
+
+
+_FROM_OUTSIDE = ("placeholder", "call_module")
+"""Operations whose value may depend on an input of the model."""
+
+
+def _made_of(*values: Node) -> Iterator[Node]:
+    """Yield each value, and everything that they are computed from, once."""
+    pending, seen = list(values), set[Node]()
     while pending:
-        one = pending.pop()
-        if one.op in ("placeholder", "call_module"):
-            return False
-        if one not in seen:
-            seen.add(one)
-            pending.extend(one.all_input_nodes)
-    return True
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+            yield node
 
 
 def _is_matrix_of(user: Node, value: Node) -> bool:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from rewrite.affine.channel_map import ChannelMap, Direction
-from rewrite.affine.context import AnalysisContext
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
 
@@ -29,11 +28,6 @@ def captured_of(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Captured, lis
     """Return the graph of f, and its calls, the input first."""
     captured = capture(Operation(f), (x,))
     return captured, [node for node in captured.nodes() if node.op != "output"]
-
-
-def context_of(captured: Captured) -> AnalysisContext:
-    """Return what propagations know of a captured model."""
-    return AnalysisContext(captured, {})
 
 
 def scaled(x: Tensor, channel_map: ChannelMap, scale: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import Node, symbolic_trace
+from torch.fx import symbolic_trace
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
@@ -27,10 +27,6 @@ from rewrite.runtime.copying import copy_model
 
 def norms(captured: Captured) -> list[str]:
     return [norm.target for node in captured.nodes() if (norm := norm_of(captured, node))]
-
-
-def node_of(captured: Captured, target: str) -> Node:
-    return next(node for node in captured.nodes() if str(node.target) == target)
 
 
 def calls(captured: Captured) -> list[str]:

@@ -78,13 +78,16 @@ _SPECIAL = {
 
 def has_meaning(name: str) -> bool:
     """Say whether a name is a value, or a function that a module may keep; looked up."""
-    values = (_SPECIAL, tensors.BUILDERS, natives.BUILDERS, natives.CONSTANTS)
-    return any(name in known for known in values) or held_function(name) is not None
+    return any(name in known for known in _OWN_VALUES) or held_function(name) is not None
 
 
 def own_values() -> frozenset[str]:
     """Return the names of which this package makes a value itself: `allowed_values.json`."""
-    return frozenset({*_SPECIAL, *tensors.BUILDERS, *natives.BUILDERS, *natives.CONSTANTS})
+    return frozenset().union(*_OWN_VALUES)
+
+
+_OWN_VALUES = (_SPECIAL, tensors.BUILDERS, natives.BUILDERS, natives.CONSTANTS)
+"""Names by what this package makes of each."""
 
 
 def meaning_of(name: str, trust: Sequence[str]) -> Meaning:
