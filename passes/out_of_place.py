@@ -86,8 +86,7 @@ class OutOfPlace(Pass):
         module = captured.module(site.target)
         owners = tuple(dict.fromkeys(captured.owner(node) for node in plan.lines))
         for name in (site.target, *owners):
-            held = captured.module(name)
-            captured.keep_stored(name, {**held._parameters, **held._buffers})
+            captured.keep_stored(name, captured.module(name))
         if plan.make is None:
             after = f"{type(module).__name__}(inplace=False)"
             module.inplace = False  # type: ignore[assignment]  # an attribute of activations, for nn.Module a Tensor or a Module

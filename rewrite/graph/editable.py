@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from rewrite.graph.captured import Captured
@@ -39,9 +39,14 @@ class Editable(Captured):
             held["_editor"] = Editor(self.evidence)
         return cast(Editor, held["_editor"])
 
-    def keep_stored(self, name: str, tensors: Mapping[str, Tensor | None]) -> None:
-        """Note that module `name` holds these tensors as they are: nothing of them is rounded."""
-        for key, tensor in tensors.items():
+    def keep_stored(self, name: str, module: nn.Module) -> None:
+        """Note that the tensors which `module` holds itself stay as they are: none is rounded.
+
+        Args:
+            name: the qualified name under which it stands, or is going to stand.
+            module: it.
+        """
+        for key, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is not None and not is_lazy(tensor) and tensor.is_floating_point():
                 self.keep_exact({join(name, key): partial(Tensor.double, tensor.detach())})
 

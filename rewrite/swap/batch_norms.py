@@ -233,13 +233,8 @@ def exchange_class(
         )
     copy_affine(captured, norm, module)
     _give_statistics(captured, norm, module)
-    held = {
-        key: None if ref is None else captured.tensor(ref)
-        for key in ("weight", "bias", "running_mean", "running_var")
-        for ref in (getattr(norm, key),)
-    }
     name, kept = install(captured, norm, module)
-    captured.keep_stored(name, held)
+    captured.keep_stored(name, module)
     after = f"{kind.__name__}({norm.num_features})"
     return Change(site.target, site.before, after, kept, (site.target, name))
 
