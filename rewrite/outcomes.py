@@ -41,6 +41,11 @@ class Contract(enum.StrEnum):
     REDEFINING = "redefining"
     """Another function by intent: only structure is checked."""
 
+    @classmethod
+    def weakest(cls, contracts: Iterable[Contract]) -> Contract:
+        """Return what holds where all of these have to: the last of them, `EXACT` for none."""
+        return max(contracts, key=list(cls).index, default=cls.EXACT)
+
 
 @dataclass(frozen=True)
 class Site:

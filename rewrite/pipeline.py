@@ -39,14 +39,6 @@ Model = TypeVar("Model", bound=nn.Module)
 _EQUAL = (Contract.EXACT, Contract.EXACT_IN_EVAL)
 
 
-_WEAKEST_LAST = (
-    Contract.EXACT,
-    Contract.EXACT_IN_EVAL,
-    Contract.APPROXIMATE,
-    Contract.REDEFINING,
-)
-
-
 @dataclass(frozen=True)
 class Result(Generic[Model]):
     """A rewritten copy of a model, and what was done to it."""
@@ -340,7 +332,7 @@ class _Conversion:
         expected = model
         for pass_ in chosen:
             expected = pass_.reference(expected)
-        contract = max((pass_.contract for pass_ in chosen), key=_WEAKEST_LAST.index)
+        contract = Contract.weakest(pass_.contract for pass_ in chosen)
         return self._verify(expected, after, contract, _passes_of(chosen, reports))
 
     def _verify(

@@ -268,12 +268,10 @@ class _Draft:
         lost = {name for name in biases if self._folder.holds(self._store.place(name))}
         reports = [_with_lost(report, lost) for report in self._reports]
         numbers = {number for number, _, _ in self.sites}
-        contracts = [pass_.contract for n, pass_ in enumerate(chosen) if n in numbers]
-        order = list(Contract)
+        contract = Contract.weakest(p.contract for n, p in enumerate(chosen) if n in numbers)
         return FolderPlan(
             self._structure, tuple(self._steps), made, passing, frozenset(gone), holding.config,
-            Report(tuple(reports), tuple(self._notes)),
-            max(contracts, key=order.index, default=Contract.EXACT),
+            Report(tuple(reports), tuple(self._notes)), contract,
         )  # fmt: skip
 
 
