@@ -45,3 +45,13 @@ def test_a_choice_is_a_member_or_its_name_and_nothing_else() -> None:
     for wrong in ("exactt", "EXACT", "", None):
         with pytest.raises(OptionError, match=r"contract is .*; pass exact, exact-in-eval, appr"):
             as_choice(Contract, wrong, "contract")
+
+
+def test_what_holds_of_several_contracts_is_the_weakest() -> None:
+    order = list(Contract)
+    assert order == [
+        Contract.EXACT, Contract.EXACT_IN_EVAL, Contract.APPROXIMATE, Contract.REDEFINING
+    ]  # fmt: skip
+    assert Contract.weakest(reversed(order)) is Contract.REDEFINING
+    assert Contract.weakest(order[:2]) is Contract.EXACT_IN_EVAL
+    assert Contract.weakest(()) is Contract.EXACT
