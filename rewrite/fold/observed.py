@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 from torch import Tensor, nn
 
 from rewrite.errors import CheckpointError, PassError
 from rewrite.fold.executor import run_recipes
+from rewrite.fold.unfolded import drop_affine_part
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.editable import Editable
 from rewrite.graph.operators import needs_weight
@@ -30,34 +32,37 @@ def carry_out(captured: Editable, fold: ObservedFold, before: str) -> Change:
     """
     recipe = recipe_of(captured, fold)
     try:
-        run_recipes([recipe], ObservedStore(captured, fold, recipe), captured.exact)
+        run_recipes([recipe], _store(captured, fold, recipe), captured.exact)
     except CheckpointError as error:
         raise PassError(f"fold: {error}", fold.target) from error
     return _finish(captured, fold, before, recipe)
 
 
-class ObservedStore:
-    """The tensors of a model whose norm folds by observed calls, written by its editor.
+def _store(captured: Editable, fold: ObservedFold, recipe: ReaderRecipe) -> EditedTensors:
+    untied = {edit.untied for edit in fold.edits if edit.untied}
+    return EditedTensors(captured, untied, {n for e in recipe.edits for n in e["aliases"]})
+
+
+class EditedTensors:
+    """The tensors of a model for recipes on observed calls, written by its editor.
 
     Args:
         captured: the model.
-        fold: the norm.
-        recipe: what is going to be run.
+        alone: names under which a tensor becomes one of its own, where several modules hold it.
+        aliases: names that are written with another one of the same tensor.
     """
 
-    def __init__(self, captured: Editable, fold: ObservedFold, recipe: ReaderRecipe) -> None:
-        self._captured = captured
-        self._untied = {edit.untied for edit in fold.edits if edit.untied}
-        self._aliases = {name for edit in recipe.edits for name in edit["aliases"]}
+    def __init__(self, captured: Editable, alone: Set[str], aliases: Set[str]) -> None:
+        self._captured, self._alone, self._aliases = captured, alone, aliases
 
     def get(self, name: str) -> Tensor:
         """Return a tensor of the model."""
-        return self._captured.tensor(ref_of(name))
+        return self._captured.tensor(TensorRef.of(name))
 
     def set(self, name: str, tensor: Tensor) -> None:
         """Put a tensor in; one that several modules hold is written with the first name of them."""
         if name not in self._aliases:
-            write_tensor(self._captured, name, tensor, alone=name in self._untied)
+            write_tensor(self._captured, name, tensor, alone=name in self._alone)
 
     def delete(self, name: str) -> None:
         """Do nothing: a tensor goes with the norm that it belongs to."""
@@ -79,7 +84,7 @@ def recipe_of(captured: Captured, fold: ObservedFold) -> ReaderRecipe:
 def _finish(captured: Editable, fold: ObservedFold, before: str, recipe: ReaderRecipe) -> Change:
     """Take out what the norm does without, once the recipe has been run; say what changed."""
     if recipe.gone:
-        _drop(captured, fold.target)
+        drop_affine_part(captured, fold.target)
     notes = [*fold.notes]
     if not recipe.gone:
         what = "the module around it" if needs_weight(captured, fold.target) else "its class"
@@ -91,7 +96,7 @@ def _finish(captured: Editable, fold: ObservedFold, before: str, recipe: ReaderR
     for name in list(keys):
         owner, _, attr = name.rpartition(".")
         keys.update({f"{alias}.{attr}": None for alias in captured.aliases(owner)})
-    owners = [ref_of(edit.read.tensor).owner for edit in fold.edits]
+    owners = [TensorRef.of(edit.read.tensor).owner for edit in fold.edits]
     return Change(
         fold.target, before, f"its affine part folded into {', '.join(fold.layers)}",
         note="; ".join(notes), touched=(*fold.layers, *owners), keys=keys,
@@ -101,7 +106,7 @@ def _finish(captured: Editable, fold: ObservedFold, before: str, recipe: ReaderR
 
 def _edit(captured: Captured, edit: ReaderEdit) -> dict[str, Any]:
     read = edit.read
-    shape = captured.tensor(ref_of(read.tensor)).shape
+    shape = captured.tensor(TensorRef.of(read.tensor)).shape
     parts = _ranges(read.operand.part(read.axis), shape)
     channels: int | list[int] = list(read.channels)
     if read.channels == tuple(range(len(read.channels))):
@@ -110,7 +115,7 @@ def _edit(captured: Captured, edit: ReaderEdit) -> dict[str, Any]:
     if edit.has_bias and read.bias is not None:
         held = read.bias[1].part(-1)
         bias_part = [held[0].start, held[0].length] if held else None
-    tied = captured.tied(ref_of(read.tensor))
+    tied = captured.tied(TensorRef.of(read.tensor))
     return {
         "weight": read.tensor,
         "axis": read.axis,
@@ -127,7 +132,7 @@ def _edit(captured: Captured, edit: ReaderEdit) -> dict[str, Any]:
 
 def write_tensor(captured: Editable, name: str, tensor: Tensor, alone: bool) -> None:
     """Set a tensor in every place that holds it, as one; or in one place alone."""
-    ref = ref_of(name)
+    ref = TensorRef.of(name)
     old = getattr(captured.module(ref.owner), ref.attr, None)
     others = () if alone or old is None else captured.tied(ref)
     captured.editor.set_tensor(ref, tensor)
@@ -145,22 +150,9 @@ def _may_go(captured: Captured, fold: ObservedFold) -> bool:
     return plain and not needs_weight(captured, fold.target)
 
 
-def _drop(captured: Editable, target: str) -> None:
-    """Put a norm without weight and bias, otherwise the same, in place of one that has them."""
-    old = captured.module(target)
-    held = [key for key in ("weight", "bias") if key in old._parameters]
-    captured.editor.replace(target, captured.editor.copied(old, dict.fromkeys(held)))
-
-
 def untie_config(model: nn.Module) -> None:
     """Tell the model's configuration that its head has a weight of its own."""
     config = getattr(model, "config", None)
     for part in (config, getattr(config, "text_config", None)):
         if part is not None and getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False
-
-
-def ref_of(name: str) -> TensorRef:
-    """Return the reference of a tensor by its qualified name."""
-    owner, _, attr = name.rpartition(".")
-    return TensorRef(owner, attr)

@@ -312,10 +312,7 @@ def _layer_from(data: Data) -> Layer:
         raise CheckpointError(f"{data['name']} was cloned (unshare); convert the model instead")
 
     def ref(key: str) -> TensorRef | None:
-        if data[key] is None:
-            return None
-        owner, _, attr = data[key].rpartition(".")
-        return TensorRef(owner, attr)
+        return None if data[key] is None else TensorRef.of(data[key])
 
     return Layer(
         data["name"], data["kind"], cast(Node, None), data["module"], 0, 0, 0,

@@ -35,8 +35,8 @@ class StateDictStore:
         """
         if name in self.state:
             return self.state[name]
-        owner, _, attr = name.rpartition(".")
-        computed = (TensorRef(owner, f"parametrizations.{attr}.").name, f"{name}_orig")
+        ref = TensorRef.of(name)
+        computed = (TensorRef(ref.owner, f"parametrizations.{ref.attr}.").name, f"{name}_orig")
         if any(key.startswith(computed) for key in self.state):
             raise CheckpointError(
                 f"{name} is computed from other tensors in this checkpoint, by more than a "
@@ -88,9 +88,9 @@ class ModelStore:
 
     def get(self, name: str) -> Tensor:
         """Return a tensor of the model; a vector with its values, wherever those are."""
-        owner, _, attr = name.rpartition(".")
-        tensor = self.captured.tensor(TensorRef(owner, attr))
-        return self.captured.values(TensorRef(owner, attr)) if tensor.ndim <= 1 else tensor
+        ref = TensorRef.of(name)
+        tensor = self.captured.tensor(ref)
+        return self.captured.values(ref) if tensor.ndim <= 1 else tensor
 
     def set(self, name: str, tensor: Tensor) -> None:
         """Give a layer its new tensor; one that is meant at single calls gets it in `finish`.
@@ -111,9 +111,9 @@ class ModelStore:
         if name.startswith(self._new):
             self.beside[name] = tensor
             return
-        owner, _, attr = name.rpartition(".")
-        if self.captured.tree.name(self.captured.module(owner)) == owner:
-            self.captured.editor.set_tensor(TensorRef(owner, attr), tensor)
+        ref = TensorRef.of(name)
+        if self.captured.tree.name(self.captured.module(ref.owner)) == ref.owner:
+            self.captured.editor.set_tensor(ref, tensor)
 
     def delete(self, name: str) -> None:
         """Do nothing: a tensor goes with the module or the line that is taken out."""

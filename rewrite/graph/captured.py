@@ -244,8 +244,7 @@ class Captured(HasValues, HasPlaces):
             return None
         if node.target in self.region_of(node).constants:
             return None  # a tensor of the code, which no module holds
-        owner, _, attr = str(node.target).rpartition(".")
-        return TensorRef(owner, attr)
+        return TensorRef.of(str(node.target))
 
     def tensor(self, ref: TensorRef) -> torch.Tensor:
         """Return the tensor that `ref` names."""
@@ -265,9 +264,8 @@ class Captured(HasValues, HasPlaces):
 
         It is not if a forward writes or assigns it, or makes it anew.
         """
-        name = str(node.target)
-        owner, _, attr = name.rpartition(".")
-        return name not in self.region_of(node).made and not self.written(TensorRef(owner, attr))
+        ref = TensorRef.of(str(node.target))
+        return ref.name not in self.region_of(node).made and not self.written(ref)
 
     @cached_property
     def code(self) -> ModelCode:

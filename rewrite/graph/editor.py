@@ -191,8 +191,7 @@ class Editor(TensorWriter):
         else:
             arguments[index : index + 1] = [read]
             line.args = tuple(arguments)
-        holder, _, attr = join(forward.owner, key).rpartition(".")
-        return TensorRef(holder, attr)
+        return TensorRef.of(join(forward.owner, key))
 
     def commit(self) -> None:
         """Finish every edited forward: a chain becomes nn.Sequential, the rest a GraphModule."""

@@ -14,6 +14,12 @@ class TensorRef:
     owner: str
     attr: str
 
+    @classmethod
+    def of(cls, name: str) -> TensorRef:
+        """Return the reference of a tensor by its qualified name."""
+        owner, _, attr = name.rpartition(".")
+        return cls(owner, attr)
+
     @property
     def name(self) -> str:
         """The qualified name, as in a state dict."""

@@ -138,7 +138,7 @@ class ObservedPlanner:
                 flows.append((observed, self.evidence.follower(observed).follow(calls)))
         bias = _bias(norm)
         for name in filter(None, (expression.tensor, bias)):
-            held = self.captured.tensor(_ref(name))
+            held = self.captured.tensor(TensorRef.of(name))
             if held.device.type != "meta" and not bool(held.isfinite().all()):
                 raise Unfollowed(f"{name} holds values that are not finite")
         adds = bias is not None and self._nonzero(bias)
@@ -170,7 +170,7 @@ class ObservedPlanner:
     def _check_holders(self, name: str) -> None:
         """Refuse a tensor that a module holds, too, which ran in no observed call."""
         ran = set().union(*(observed.ran for observed in self.evidence.calls))
-        ref = _ref(name)
+        ref = TensorRef.of(name)
         tied = self.captured.tied(ref)
         for holder in (ref, *tied) if tied else ():
             if holder.owner not in ran:
@@ -180,7 +180,7 @@ class ObservedPlanner:
                 )
 
     def _nonzero(self, name: str) -> bool:
-        tensor = self.captured.tensor(_ref(name))
+        tensor = self.captured.tensor(TensorRef.of(name))
         return tensor.device.type == "meta" or bool(tensor.any())
 
     # -- readers ------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ class ObservedPlanner:
         called = observed.called(reader)
         reason = reason or f"{tensor} is also read by {called}"
         owners = {o.owner(r.node) for o, r in reads}
-        weight = self.captured.tensor(_ref(tensor))
+        weight = self.captured.tensor(TensorRef.of(tensor))
         size = weight.numel() * weight.element_size() / 2**20
         if len(owners) != 1:
             raise Unfollowed(reason)
@@ -270,7 +270,7 @@ class ObservedPlanner:
         if names == {None} and all(read.bare for _, read in reads):
             module = self.captured.module(layer)
             standard = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-            same = standard and module.weight is self.captured.tensor(_ref(tensor))
+            same = standard and module.weight is self.captured.tensor(TensorRef.of(tensor))
             if not same or module.bias is not None or not _takes_bias(module, reads[0][1]):
                 raise Unfollowed(f"{layer} has no bias to absorb a shift, and cannot be given one")
             return f"{layer}.bias", False
@@ -288,7 +288,7 @@ class ObservedPlanner:
         return name, True
 
     def _shape(self, tensor: str) -> torch.Size:
-        return self.captured.tensor(_ref(tensor)).shape
+        return self.captured.tensor(TensorRef.of(tensor)).shape
 
 
 def _takes_bias(layer: nn.Module, read: Read) -> bool:
@@ -298,11 +298,6 @@ def _takes_bias(layer: nn.Module, read: Read) -> bool:
     value = next((n for n in read.node.all_input_nodes if n is not read.operand.node), None)
     shape = None if value is None else shape_of(value)
     return shape is not None and adds_new_bias(layer, shape)
-
-
-def _ref(name: str) -> TensorRef:
-    owner, _, attr = name.rpartition(".")
-    return TensorRef(owner, attr)
 
 
 def _bias(norm: ObservedNorm) -> str | None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from rewrite.errors import CheckpointError, PassError
 from rewrite.fold.executor import run_recipes
-from rewrite.fold.observed import ref_of, untie_config, write_tensor
-from rewrite.graph.captured import Captured
+from rewrite.fold.observed import EditedTensors, untie_config
+from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.editable import Editable
 from rewrite.observe.stream_recipe import StreamRecipe
 from rewrite.outcomes import Change
@@ -28,32 +26,6 @@ def recipe_of(captured: Captured, plan: StreamPlan, spec: Mapping[str, Any]) -> 
     )
 
 
-class StreamStore:
-    """The tensors of a model one of whose streams changes, written by its editor.
-
-    Args:
-        captured: the model.
-        recipe: what is going to be run.
-    """
-
-    def __init__(self, captured: Editable, recipe: StreamRecipe) -> None:
-        self._captured = captured
-        self._alone = {edit["tensor"] for edit in recipe.edits if edit["alone"]}
-        self._aliases = {name for edit in recipe.edits for name in edit["aliases"]}
-
-    def get(self, name: str) -> Tensor:
-        """Return a tensor of the model."""
-        return self._captured.tensor(ref_of(name))
-
-    def set(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor in; one that several modules hold is written with the first name of them."""
-        if name not in self._aliases:
-            write_tensor(self._captured, name, tensor, alone=name in self._alone)
-
-    def delete(self, name: str) -> None:
-        """Do nothing: a tensor goes with the norm that it belongs to."""
-
-
 def carry_out(
     captured: Editable, plan: StreamPlan, spec: Mapping[str, Any], before: str, after: str
 ) -> Change:
@@ -66,15 +38,15 @@ def carry_out(
     alone = {edit.tensor for edit in plan.edits if edit.alone}
     aliases = {name for edit in recipe.edits for name in edit["aliases"]}
     try:
-        run_recipes([recipe], StreamStore(captured, recipe), captured.exact)
+        run_recipes([recipe], EditedTensors(captured, alone, aliases), captured.exact)
     except CheckpointError as error:
         raise PassError(str(error), plan.target) from error
     notes = [*plan.notes]
     if alone:
         notes.append(f"{', '.join(sorted(alone))} is a tensor of its own now")
         untie_config(captured.model)
-    owners = [ref_of(name).owner for name in (*aliases, *plan.ones)]
-    owners += [ref_of(edit.tensor).owner for edit in plan.edits]
+    owners = [TensorRef.of(name).owner for name in (*aliases, *plan.ones)]
+    owners += [TensorRef.of(edit.tensor).owner for edit in plan.edits]
     touched = (
         *plan.writers,
         *plan.layers,
@@ -89,7 +61,7 @@ def carry_out(
 
 
 def _edit(captured: Captured, edit: Edit) -> dict[str, Any]:
-    tied = [] if edit.alone else captured.tied(ref_of(edit.tensor))
+    tied = [] if edit.alone else captured.tied(TensorRef.of(edit.tensor))
     return {
         "tensor": edit.tensor,
         "axis": edit.axis,

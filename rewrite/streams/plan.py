@@ -319,9 +319,9 @@ class _Uses:
         owner = values.observed.owner(reader)
         reason = f"{tensor} is also read by {values.observed.called(reader)}"
         module = captured.module(owner)
-        weight = captured.tensor(_ref(tensor))
+        weight = captured.tensor(TensorRef.of(tensor))
         holds = isinstance(module, nn.Linear) and is_plain(module) and module.weight is weight
-        held = [_ref(tensor), *captured.tied(_ref(tensor))]
+        held = [TensorRef.of(tensor), *captured.tied(TensorRef.of(tensor))]
         names = [ref.name for ref in held if ref.owner in self._owners[tensor] - {owner}]
         if not holds or len(names) != 1:
             raise Unfollowed(reason)
@@ -336,7 +336,7 @@ class _Uses:
         """Refuse a parameter that a module holds, too, which ran in no observed call."""
         planner = self._planner
         ran = set().union(*(observed.ran for observed in planner.evidence.calls))
-        for other in planner.captured.tied(_ref(tensor)):
+        for other in planner.captured.tied(TensorRef.of(tensor)):
             if other.owner not in ran:
                 raise Unfollowed(
                     f"{tensor} is also {other.name}, and {other.owner} ran in no observed call"
@@ -358,8 +358,3 @@ def _flows(stream: Stream) -> tuple[tuple[ObservedCall, Followed], ...]:
         reads = [reader for top in tops for reader in values.readers(top)]
         flows.append((values.observed, Followed(tuple(nodes), tuple(reads))))
     return tuple(flows)
-
-
-def _ref(name: str) -> TensorRef:
-    owner, _, attr = name.rpartition(".")
-    return TensorRef(owner, attr)

@@ -57,8 +57,7 @@ class RotatePlanner(StreamPlanner):
             if norm.weight is None:
                 continue
             name, wanted = norm.weight.tensor, (1.0 - norm.weight.offset) / norm.weight.factor
-            owner, _, attr = name.rpartition(".")
-            tensor = self.captured.values(TensorRef(owner, attr))
+            tensor = self.captured.values(TensorRef.of(name))
             if tensor.device.type != "meta" and not bool((tensor == wanted).all()):
                 raise Unfollowed(
                     f"{self.name_of(values, norm)} has a weight that is not one: fold it first"

@@ -10,9 +10,8 @@ from torch import nn
 
 import rewrite
 from passes import FoldNorm
-from rewrite.fold.observed import ref_of, untie_config, write_tensor
+from rewrite.fold.observed import untie_config, write_tensor
 from rewrite.graph.capture import capture
-from rewrite.graph.refs import TensorRef
 from rewrite.outcomes import Change
 from tests.observe.blocks import WIDTH, Decoder, RMSNorm, randomized, tokens
 
@@ -80,7 +79,3 @@ def test_a_configuration_is_told_that_its_head_is_untied() -> None:
     model.config = Config()
     untie_config(model)
     assert not model.config.tie_word_embeddings and not model.config.text_config.tie_word_embeddings
-
-
-def test_a_reference_is_owner_and_attribute() -> None:
-    assert ref_of("a.b.weight") == TensorRef("a.b", "weight") and ref_of("w") == TensorRef("", "w")

@@ -15,10 +15,13 @@ def test_names_are_those_of_a_state_dict() -> None:
         for key in (*module._parameters, *module._buffers)
     ]
     assert [ref.name for ref in refs] == list(model.state_dict())
+    assert [TensorRef.of(name) for name in model.state_dict()] == refs
 
 
 def test_a_tensor_of_the_root_has_no_dot() -> None:
-    assert TensorRef("", "scale").name == "scale"
+    assert TensorRef("", "scale").name == "scale" and TensorRef.of("scale") == TensorRef(
+        "", "scale"
+    )
 
 
 def test_equal_places_are_one_key() -> None:
