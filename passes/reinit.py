@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import nn
 
+from rewrite.calibration.batches import first_batch
 from rewrite.errors import OptionError
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
@@ -160,7 +161,7 @@ class Reinitialize(Pass):
         self, captured: Editable, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
         """Initialize every site, then fit to data and see to the residual branches."""
-        batch = self._batch(calibration) if self.lsuv else None
+        batch = first_batch(calibration, f"{self.name}: lsuv") if self.lsuv else None
         changes = {site.target: self.rewrite(captured, site) for site in sites}
         notes: dict[str, list[str]] = {}
         if self.lsuv:
@@ -178,11 +179,6 @@ class Reinitialize(Pass):
             allowed = {site.target for site in sites}
             extra = scale_residuals(captured, self.residual, allowed, notes)
         return [*(_noted(change, notes) for change in changes.values()), *extra]
-
-    def _batch(self, calibration: Iterable[Any] | None) -> Any:
-        for batch in calibration or ():
-            return batch
-        raise OptionError(f"{self.name}: lsuv needs a batch; pass calibration data")
 
 
 def _single(plan: ModulePlan) -> Weight | None:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from rewrite.calibration.batches import first_batch
 from rewrite.errors import OptionError
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.editable import Editable
@@ -27,7 +28,7 @@ from rewrite.nn.mean_only import MeanOnlyBatchNorm
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
 from rewrite.weights.data_init import FITTED, Draft, fit_magnitudes
-from rewrite.weights.fans import LAYER_KINDS, is_quantized_layer, layer_kind
+from rewrite.weights.fans import LAYER_KINDS, is_quantized_layer, layer_kind, listed_kinds
 from rewrite.weights.layout import Layout
 from rewrite.weights.weight_norm import (
     add_weight_norm,
@@ -87,11 +88,7 @@ class WeightNorm(Pass):
     )
 
     def __post_init__(self) -> None:
-        for kind in self._kinds():
-            if kind not in LAYER_KINDS:
-                raise OptionError(
-                    f"{self.name}: unknown layer kind {kind!r}; known are {', '.join(LAYER_KINDS)}"
-                )
+        self._kinds()  # raises where one is unknown
         if self.min_size < 0:
             raise OptionError(f"{self.name}: min_size is {self.min_size}; pass 0 or more")
         if not 0 < self.momentum <= 1:
@@ -105,7 +102,7 @@ class WeightNorm(Pass):
             object.__setattr__(self, "contract", weakened)
 
     def _kinds(self) -> tuple[str, ...]:
-        return tuple(kind.strip() for kind in self.kinds.split(",") if kind.strip()) or LAYER_KINDS
+        return listed_kinds(self.kinds, LAYER_KINDS, self.name) or LAYER_KINDS
 
     # -- find -------------------------------------------------------------------------------------
 
@@ -195,7 +192,7 @@ class WeightNorm(Pass):
         self, captured: Editable, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
         """Reparameterize every site, then add means and fit to data where that is asked for."""
-        batch = self._batch(calibration) if self.data_init else None
+        batch = first_batch(calibration, f"{self.name}: data_init") if self.data_init else None
         centring = {s.target: self._centring(captured, s) for s in sites} if self.mean_only else {}
         drafts = {site.target: Draft(self.rewrite(captured, site)) for site in sites}
         for site in sites:
@@ -204,11 +201,6 @@ class WeightNorm(Pass):
         if self.data_init:
             fit_magnitudes(captured, sites, drafts, batch)
         return [draft.finished() for draft in drafts.values()]
-
-    def _batch(self, calibration: Iterable[Any] | None) -> Any:
-        for batch in calibration or ():
-            return batch
-        raise OptionError(f"{self.name}: data_init needs a batch; pass calibration data")
 
     def _centring(self, captured: Captured, site: Site) -> str | None:
         """Return why no mean can be taken after a layer, or None."""

@@ -19,7 +19,7 @@ from rewrite.graph.editable import Editable
 from rewrite.graph.order import in_data_flow_order
 from rewrite.outcomes import Change, Contract, Site, Skip
 from rewrite.protocol import Pass
-from rewrite.weights.fans import layer_kind
+from rewrite.weights.fans import layer_kind, listed_kinds
 from rewrite.weights.standardization import (
     sources_unrounded,
     standardization_refusal,
@@ -51,16 +51,12 @@ class WeightStandardize(Pass):
     eps: float = field(default=1e-5, metadata={"help": "added to the variance (default 1e-5)"})
 
     def __post_init__(self) -> None:
-        for kind in self._kinds():
-            if kind not in _KINDS:
-                raise OptionError(
-                    f"{self.name}: unknown layer kind {kind!r}; known are {', '.join(_KINDS)}"
-                )
+        self._kinds()  # raises where one is unknown
         if not 0 < self.eps < float("inf"):
             raise OptionError(f"{self.name}: eps is {self.eps}; pass a positive number")
 
     def _kinds(self) -> tuple[str, ...]:
-        return tuple(kind.strip() for kind in self.kinds.split(",") if kind.strip())
+        return listed_kinds(self.kinds, _KINDS, self.name)
 
     def find(self, captured: Captured) -> Iterable[Site | Skip]:
         """Yield every layer of the kinds."""

@@ -97,6 +97,21 @@ def prepared(model: nn.Module, batch: Any) -> Inputs:
     )
 
 
+def first_batch(calibration: Iterable[Any] | None, wants: str) -> Any:
+    """Return the first batch of a user's data, as it is.
+
+    Args:
+        calibration: the data; None for none.
+        wants: the pass and the option that need it, for the message.
+
+    Raises:
+        OptionError: there is no batch.
+    """
+    for batch in calibration or ():
+        return batch
+    raise OptionError(f"{wants} needs a batch; pass calibration data")
+
+
 def first_usable(model: nn.Module, source: Iterable[Any]) -> Inputs | None:
     """Return the first batch that a model could be fitted to, or None."""
     batches = (prepared(model, batch) for batch in source)

@@ -31,12 +31,14 @@ positions feed each kernel element; dilation changes which, not how many):
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from rewrite.errors import OptionError
 from rewrite.weights.layout import Layout
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -197,6 +199,24 @@ LAYER_KINDS = (
     "attention",
     "bilinear",
 )
+
+
+def listed_kinds(text: str, known: Sequence[str], who: str) -> tuple[str, ...]:
+    """Return the kinds of layer that a text lists, with commas between them.
+
+    Args:
+        text: it; empty for none.
+        known: the kinds that there are, of `LAYER_KINDS`.
+        who: the pass whose option it is, for the message.
+
+    Raises:
+        OptionError: a kind is none of these.
+    """
+    kinds = tuple(kind.strip() for kind in text.split(",") if kind.strip())
+    for kind in kinds:
+        if kind not in known:
+            raise OptionError(f"{who}: unknown layer kind {kind!r}; known are {', '.join(known)}")
+    return kinds
 
 
 def layer_kind(module: nn.Module) -> str:
