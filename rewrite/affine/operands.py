@@ -11,7 +11,7 @@ would turn the sign of t.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.fx import Node
 
@@ -53,7 +53,7 @@ class OperandRules:
             return self._multiply(call, (one, other), value, channel_map, constraints)
         return self._divide(call, (one, other), value, channel_map)
 
-    def _decline(self, call: Call, why: str) -> None:
+    def _decline(self, call: Call, why: str) -> NoReturn:
         raise DeclinedError(f"{called(self._captured, call.node)} {why}", call.node)
 
     def _fits(self, call: Call, value: Any, channel_map: ChannelMap) -> None:

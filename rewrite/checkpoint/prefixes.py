@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rewrite.checkpoint.vetting.state import first_few
 from rewrite.errors import CheckpointError
 
 _WRAPPERS = re.compile(
@@ -93,7 +94,7 @@ def _stripped(
     state: Mapping[str, Tensor], prefix: str, note: Callable[[str], None]
 ) -> dict[str, Tensor]:
     left = [name for name in state if not name.startswith(prefix)]
-    beside = f", and left {len(left)} keys beside it out ({_first(left)})" if left else ""
+    beside = f", and left {len(left)} keys beside it out ({first_few(left)})" if left else ""
     note(f"took {prefix} off the keys{beside}")
     return _with_versions(
         _under(state, prefix), state, lambda name: f"{name}.".removeprefix(prefix).strip(".")
@@ -128,7 +129,3 @@ def needed(keys: Iterable[str], ties: Collection[Collection[str]]) -> list[froze
         group for group in groups
         if not any(key.endswith(("num_batches_tracked", "_extra_state")) for key in group)
     ]  # fmt: skip
-
-
-def _first(keys: list[str], limit: int = 3) -> str:
-    return ", ".join(keys[:limit]) + (", …" if len(keys) > limit else "")

@@ -396,5 +396,5 @@ def has(node: Node, trait: Trait) -> bool:
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """Return an argument of a call by position or by name, for what the table does not list."""
+    """Return an argument of a call by its position or by its name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from rewrite.graph.traits import argument
 from rewrite.observe.export import ObservedCall
 from rewrite.observe.labels import Unfollowed, moved, scaled
 from rewrite.observe.reductions import (
@@ -32,7 +33,6 @@ from rewrite.observe.spellings import (
     SAME,
     SCALES,
     Contraction,
-    argument,
     casts_to_integers,
     contraction_of,
     is_active_dropout,

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from rewrite.errors import one_line
+from rewrite.graph.traits import argument
 from rewrite.observe.export import ObservedCall
-from rewrite.observe.spellings import SCALES, argument, number, op_name, shape_of
+from rewrite.observe.spellings import SCALES, number, op_name, shape_of
 
 _NO_LABEL = -1
 

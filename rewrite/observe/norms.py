@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from rewrite.graph.traits import spelled
+from rewrite.graph.traits import argument, spelled
 from rewrite.observe.export import ObservedCall
-from rewrite.observe.spellings import SAME, argument, number, op_name, shape_of
+from rewrite.observe.spellings import SAME, number, op_name, shape_of
 
 _VIEWS = spelled("view", "unsqueeze", "expand", "unflatten", "flatten")
 _ROOTS = spelled("rsqrt", "sqrt", "linalg_vector_norm", "norm", "reciprocal", "std")

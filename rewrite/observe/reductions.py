@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from rewrite.graph.traits import spelled
-from rewrite.observe.spellings import argument, op_name, shape_of
+from rewrite.graph.traits import argument, spelled
+from rewrite.observe.spellings import op_name, shape_of
 
 _POOLS = {"adaptive_avg_pool1d": 1, "adaptive_avg_pool2d": 2, "adaptive_avg_pool3d": 3}
 

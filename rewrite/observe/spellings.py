@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from rewrite.graph.traits import Shape, Trait, spelled, spelled_where
+from rewrite.graph.traits import Shape, Trait, argument, spelled, spelled_where
 
 _DROPS = spelled_where(lambda row: Trait.DROPS in row.traits)
 
@@ -97,13 +97,6 @@ def pads_nothing(node: Node) -> bool:
 def number(value: Any) -> float | None:
     """Return a plain number as it is, None for anything else."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """Return one argument of a call, by its position or by its name."""
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
 
 
 _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
-from rewrite.observe.spellings import FORM, SAME, argument, op_name, shape_of
+from rewrite.graph.traits import argument
+from rewrite.observe.spellings import FORM, SAME, op_name, shape_of
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from rewrite.graph.traits import argument
 from rewrite.observe.export import ObservedCall
 from rewrite.observe.norms import Expression, expression_of
-from rewrite.observe.spellings import FORM, SAME, argument, number, op_name, shape_of
+from rewrite.observe.spellings import FORM, SAME, number, op_name, shape_of
 
 
 @dataclass(frozen=True, eq=False)

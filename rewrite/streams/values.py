@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from rewrite.graph.traits import argument
 from rewrite.observe.export import ObservedCall
 from rewrite.observe.flow import Follower
 from rewrite.observe.labels import Unfollowed, moved
@@ -26,7 +27,6 @@ from rewrite.observe.spellings import (
     MOVES,
     SAME,
     SCALES,
-    argument,
     casts_to_integers,
     contraction_of,
     is_active_dropout,

@@ -97,7 +97,7 @@ def _is_new(node: ast.AST, decision: Decision) -> bool:
     if isinstance(node, ast.Name):
         return node.id in decision.held
     if isinstance(node, ast.Attribute):
-        number = ".".join(path_of(node) or ()) in decision.held
+        number = ".".join(path_of(node)) in decision.held
         return number or _is_constant(node) or _is_new(node.value, decision)
     if isinstance(node, ast.Call):
         parts = [*node.args, *node.keywords]
@@ -111,7 +111,7 @@ def _is_new(node: ast.AST, decision: Decision) -> bool:
 def _is_pure(function: ast.expr, decision: Decision) -> bool:
     """Return whether a call is of a function of torch, of a builtin, or of a tensor's method."""
     path = path_of(function)
-    if path is not None and path[0] not in decision.held:
+    if path and path[0] not in decision.held:
         if len(path) == 1:
             return path[0] in _BUILTINS and hasattr(builtins, path[0])
         functional = path[:2] == ["nn", "functional"]
@@ -125,4 +125,4 @@ def _is_pure(function: ast.expr, decision: Decision) -> bool:
 def _is_constant(node: ast.Attribute) -> bool:
     """Return whether an attribute is a constant of torch, such as `torch.float16`."""
     path = path_of(node)
-    return path is not None and len(path) == 2 and path[0] == "torch"
+    return len(path) == 2 and path[0] == "torch"

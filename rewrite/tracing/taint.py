@@ -59,7 +59,7 @@ class TaintAnalysis:
         if isinstance(node, ast.Attribute) and node.attr in self._ignored:
             return False
         if isinstance(node, ast.Call) and not calls:
-            path = path_of(node.func) or []
+            path = path_of(node.func)
             if not (len(path) == 1 and hasattr(builtins, path[0])):
                 return self._depends(node.func, calls)
         return any(self._depends(child, calls) for child in ast.iter_child_nodes(node))
@@ -188,13 +188,13 @@ def _assignments(code: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
             yield node.target, node.iter
 
 
-def path_of(node: ast.AST) -> list[str] | None:
-    """Return ["self", "block", "conv"] for `self.block.conv`, None for anything but names."""
+def path_of(node: ast.AST) -> list[str]:
+    """Return ["self", "block", "conv"] for `self.block.conv`, [] for anything but names."""
     if isinstance(node, ast.Name):
         return [node.id]
-    if isinstance(node, ast.Attribute) and (path := path_of(node.value)) is not None:
+    if isinstance(node, ast.Attribute) and (path := path_of(node.value)):
         return [*path, node.attr]
-    return None
+    return []
 
 
 def is_super(node: ast.AST) -> bool:

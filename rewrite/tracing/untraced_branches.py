@@ -256,7 +256,7 @@ class _Search:
         """Analyze what `call` calls; where that is unknown, every module that it could be."""
         assert isinstance(function, FunctionType)
         reader, values = readers
-        path = path_of(call.func) or []
+        path = path_of(call.func)
         if path and path[0] == reader.first:
             target, rest = self._walk(owner, path[1:])
             name = [*rest, "forward"][0]
@@ -322,7 +322,7 @@ def _calls_other_code(node: ast.AST, children: Container[str], code: CodeType) -
     if not isinstance(node, ast.Call):
         return False
     path = path_of(node.func)
-    if path is None:
+    if not path:
         return not isinstance(node.func, ast.Attribute)
     if len(path) == 1:
         return path[0] in code.co_varnames

@@ -24,8 +24,8 @@ from rewrite.observe.code.syntax import (
     lacks,
     left_at_default,
     methods_reach,
-    path_of,
 )
+from rewrite.tracing.taint import path_of
 
 
 class CallReader(OtherValues):

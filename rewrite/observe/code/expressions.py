@@ -19,8 +19,8 @@ from rewrite.observe.code.syntax import (
     children,
     fits,
     functions_named,
-    path_of,
 )
+from rewrite.tracing.taint import path_of
 
 
 class ExpressionReader(CallReader):

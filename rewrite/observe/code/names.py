@@ -29,9 +29,9 @@ from rewrite.observe.code.syntax import (
     decided,
     has_call,
     known_values,
-    path_of,
 )
 from rewrite.observe.export import CodeLine
+from rewrite.tracing.taint import path_of
 
 Others = frozenset[tuple[str, Other]]
 """Parameters that may be another value than the one that is followed."""

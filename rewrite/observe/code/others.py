@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from rewrite.observe.code.fields import ANYWHERE, COLLECTS, FORM, UnobservedLine, excludes
 from rewrite.observe.code.names import FunctionNames, Others
 from rewrite.observe.code.state import Other, either
-from rewrite.observe.code.syntax import Fixed, Function, given_expressions, path_of
+from rewrite.observe.code.syntax import Fixed, Function, given_expressions
+from rewrite.tracing.taint import path_of
 
 _NO_VALUE = (
     ast.Constant, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Compare, ast.Lambda, ast.JoinedStr,

@@ -16,8 +16,9 @@ from rewrite.observe.code.fields import ANYWHERE, Fields, UnobservedLine, joined
 from rewrite.observe.code.forks import ForkReader
 from rewrite.observe.code.names import CodeContext, Others
 from rewrite.observe.code.state import NotNone, Other, either
-from rewrite.observe.code.syntax import Fixed, Function, path_of
+from rewrite.observe.code.syntax import Fixed, Function
 from rewrite.observe.export import CodeLine
+from rewrite.tracing.taint import path_of
 
 _LEAVES = ast.Return | ast.Raise | ast.Continue | ast.Break
 

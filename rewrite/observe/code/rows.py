@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 
-from rewrite.observe.code.syntax import path_of
+from rewrite.tracing.taint import path_of
 
 
 def selects_rows(node: ast.expr, rank: int) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from rewrite.observe.code.state import NotNone
 from rewrite.observe.export import in_torch
+from rewrite.tracing.taint import path_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,15 +311,6 @@ def children(node: ast.AST) -> list[ast.expr]:
         elif isinstance(child, ast.keyword):
             found.append(child.value)
     return found
-
-
-def path_of(node: ast.AST) -> list[str]:
-    """Return ["self", "block", "conv"] for `self.block.conv`, [] for anything but names."""
-    if isinstance(node, ast.Name):
-        return [node.id]
-    if isinstance(node, ast.Attribute) and (path := path_of(node.value)):
-        return [*path, node.attr]
-    return []
 
 
 def fits(function: Function, name: str) -> bool:
