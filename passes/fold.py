@@ -139,7 +139,7 @@ class FoldNorm(Pass):
                 plan: object = outcome
             elif merge := next((m for m in merges if m.inside.issuperset(source.nodes)), None):
                 plan = merge
-            elif self.leftover == "affine" and source.kind == "norm" and not source.refusal:
+            elif self.leftover == "affine" and folder.replaceable(source):
                 plan = UnfoldedNorm(source, outcome.reason)
             else:
                 decided.outcomes.append(Skip(source.target, source.before, outcome.reason))
@@ -351,18 +351,19 @@ def _remove(
             drop_affine_part(captured, source.target)
     elif source.kind != "input" and not merged >= set(source.nodes):
         _bypass(captured, captured.editor, source)
-    into = ", ".join(fold.layers)
+    into = ", ".join(name or "(root)" for name in fold.layers)
     what = "its affine part folded" if source.kind == "gain" else "folded"
     return Change(
         source.target, source.before, f"{what} into {into}" if into else "removed: it did nothing",
-        note="; ".join(_notes(fold, recipe)),
-        touched=(*fold.layers, *clones), keys=keys, recipe=recipe.to_data(),
+        note="; ".join(_notes(fold)),
+        touched=(*fold.layers, *clones, *(name.rpartition(".")[0] for name in recipe.neutral)),
+        keys=keys, recipe=recipe.to_data(),
     )  # fmt: skip
 
 
-def _notes(fold: Fold, recipe: FoldRecipe) -> Iterable[str]:
-    if recipe.neutral:
-        yield "the module around it needs a weight: it stays, and does nothing"
+def _notes(fold: Fold) -> Iterable[str]:
+    if fold.keeps:
+        yield f"{fold.keeps}: it stays, and does nothing"
     relied = dict.fromkeys(step for move in fold.moves for step in move.absorption.needs_size)
     for step in relied:
         yield f"holds for inputs of this size, for which {step} adds nothing"

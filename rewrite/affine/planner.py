@@ -68,10 +68,14 @@ class Planner:
 
     def reader(self, layer: Layer, calls: tuple[Node, ...]) -> str | None:
         """Return what else reads the tensors of a norm that may go, in words, or None."""
-        own = calls if layer.module is None else ()
-        refs = (layer.weight, layer.bias, layer.mean, layer.var)
-        found = (self.context.tensor_readers.reader(ref, own) for ref in refs if ref is not None)
-        return next((reader for reader in found if reader is not None), None)
+        readers, line = self.context.tensor_readers, layer.module is None
+        for ref in (layer.weight, layer.bias, layer.mean, layer.var):
+            if ref is None:
+                continue
+            found = readers.reader(ref, calls if line else ())
+            if found := found or (readers.caller(ref) if line else None):
+                return found
+        return None
 
     def called(self, node: Node) -> str:
         """Return a call in words."""

@@ -60,7 +60,7 @@ class TensorReaders:
                 return f"{ref.name} is one tensor with {tied[0].name}"
             if layer.module is not None and (reader := self.reader(ref)) is not None:
                 return reader
-            if layer.module is None and (caller := self._caller(ref)) is not None:
+            if layer.module is None and (caller := self.caller(ref)) is not None:
                 return caller
             if not captured.tensor(ref).is_floating_point():
                 return f"{ref.name} is of dtype {captured.tensor(ref).dtype}"
@@ -75,7 +75,11 @@ class TensorReaders:
         others = [node for node in self._readers.get(ref.name, ()) if node not in calls]
         return f"{ref.name} is also read by {others[0].name} directly" if others else None
 
-    def _caller(self, ref: TensorRef) -> str | None:
+    def mentioned(self, ref: TensorRef) -> bool:
+        """Return whether a line names a tensor, be it only to ask whether it is there."""
+        return ref.name in self._readers
+
+    def caller(self, ref: TensorRef) -> str | None:
         """Return what may read a tensor of a functional layer through the module that holds it.
 
         A region's root has one code, which was traced, whoever calls it.

@@ -24,6 +24,7 @@ from rewrite.affine.planner import MapRequest, Planner
 from rewrite.fold.candidates import Source
 from rewrite.fold.requirements import Requirements, culprit, narrowest, uninvertible
 from rewrite.graph.captured import Captured
+from rewrite.graph.operators import needs_weight
 from rewrite.outcomes import Declined
 
 Part = Literal["both", "scale", "shift", "shift over scale"]
@@ -51,11 +52,15 @@ class Move:
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """A source that is folded: its map, where it goes, and what that relies on."""
+    """A source that is folded: its map, where it goes, and what that relies on.
+
+    `keeps` says why a norm keeps a weight and a bias, which do nothing from then on, or is "".
+    """
 
     source: Source
     affine: Affine
     moves: tuple[Move, ...]
+    keeps: str = ""
 
     @property
     def requirements(self) -> Requirements:
@@ -99,6 +104,7 @@ class Folder:
         self.compensate = compensate
         self.planner = Planner(captured, clone_shared=unshare, bake=bake, products=products)
         self.ledger = Ledger(captured.values)
+        self._idle: set[Source] = set()
 
     def fold_at(self, source: Source, affine: Affine) -> Fold | Declined:
         """Fold `affine`, a map that no node of the model computes, at `source`."""
@@ -123,7 +129,11 @@ class Folder:
         found = self._moves(source, affine)
         if isinstance(found, Declined):
             return found
-        fold = Fold(source, affine, found)
+        keeps = self._keeps(source)
+        if keeps and not found:
+            self._idle.add(source)
+            return Declined(f"{keeps}, and it does nothing already")
+        fold = Fold(source, affine, found, keeps)
         layers = [edit.layer for move in found for edit in move.absorption.edits]
         if broken := fold.requirements.broken_by(affine, narrowest(layers, self.captured.tensor)):
             return Declined(self._blame(source, f"it {broken}"))
@@ -139,13 +149,35 @@ class Folder:
 
     def is_unsure(self, source: Source, declined: Declined) -> bool:
         """Return whether more stands in the way than layers that cannot absorb the map."""
+        if source in self._idle:
+            return False
         nodes = [node for node in declined.nodes if node not in source.nodes]
         return not nodes or not all(map(self.planner.layer, nodes)) or nodes != [*declined.nodes]
+
+    def replaceable(self, source: Source) -> bool:
+        """Return whether a layer of its own can take the place of a norm that stays."""
+        return source.kind == "norm" and not source.refusal and not self._uneditable(source)
 
     def _blame(self, source: Source, reason: str) -> str:
         """Return a reason with the tensor at fault, where it is one of a norm."""
         why = "" if source.layer is None else culprit(source.layer, self.captured.values)
         return f"{reason}: {why}" if why else reason
+
+    def _keeps(self, source: Source) -> str:
+        """Return why a norm cannot do without a weight once its affine part is folded, or ""."""
+        norm = source.layer
+        if source.kind != "gain" or norm is None:
+            return ""
+        if norm.module is None:
+            return "the line that calls it needs a weight"
+        if needs_weight(self.captured, norm.module):
+            return "the module around it needs a weight"
+        if asks := self.captured.code.asks_affine(norm.module):
+            return f"{asks} asks whether it has a weight"
+        refs = [ref for ref in (norm.weight, norm.bias) if ref is not None]
+        if any(map(self.planner.context.tensor_readers.mentioned, refs)):
+            return "a line asks for its weight"
+        return ""
 
     def _uneditable(self, source: Source) -> str | None:
         return self.captured.lines.refusal(source.first[0])

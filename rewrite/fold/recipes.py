@@ -28,7 +28,6 @@ from rewrite.fold.folder import Fold, Move
 from rewrite.fold.links import Link, constant_link
 from rewrite.fold.requirements import Requirements
 from rewrite.graph.captured import Captured, TensorRef
-from rewrite.graph.operators import needs_weight
 from rewrite.init.draw_recipe import DRAWN, DrawnTensors
 from rewrite.observe.recipe import KIND, ReaderRecipe
 from rewrite.observe.stream_recipe import KIND as STREAM
@@ -187,19 +186,20 @@ def recipe_of(captured: Captured, fold: Fold) -> FoldRecipe:
         layers.append(source.layer)
     modules = {layer.name: layer.module for layer in layers if layer.module is not None}
     aliases = {name: captured.aliases(module) for name, module in modules.items()}
-    neutral = _neutral(captured, fold.source.layer) if source.kind == "gain" else {}
+    neutral = _neutral(captured, source.layer) if fold.keeps and source.layer else {}
     return FoldRecipe(
         source.target, origin, fold.requirements, fold.moves, aliases, neutral, planned=fold.affine
     )
 
 
-def _neutral(captured: Captured, norm: Layer | None) -> dict[str, float]:
-    """Return weight and bias with which a norm scales nothing, if it has to have any."""
-    if norm is None or norm.module is None or not needs_weight(captured, norm.module):
-        return {}
-    refs = [(norm.weight, 1.0), (norm.bias, 0.0)]
-    places = (norm.module, *captured.aliases(norm.module))
-    return {TensorRef(p, ref.attr).name: value for ref, value in refs if ref for p in places}
+def _neutral(captured: Captured, norm: Layer) -> dict[str, float]:
+    """Return weight and bias with which a norm scales nothing, under every name."""
+    return {
+        TensorRef(place, ref.attr).name: value
+        for ref, value in ((norm.weight, 1.0), (norm.bias, 0.0))
+        if ref is not None
+        for place in (ref.owner, *captured.aliases(ref.owner))
+    }
 
 
 def edit_data(edit: Edit, aliases: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
