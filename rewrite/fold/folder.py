@@ -27,6 +27,8 @@ from rewrite.graph.captured import Captured
 from rewrite.graph.operators import needs_weight
 from rewrite.outcomes import Declined
 
+_AFFINE_FLAGS = ("affine", "elementwise_affine")
+
 Part = Literal["both", "scale", "shift", "shift over scale"]
 
 
@@ -172,7 +174,7 @@ class Folder:
             return "the line that calls it needs a weight"
         if needs_weight(self.captured, norm.module):
             return "the module around it needs a weight"
-        if asks := self.captured.code.asks_affine(norm.module):
+        if asks := self.captured.code.reads_of(norm.module, _AFFINE_FLAGS):
             return f"{asks} asks whether it has a weight"
         refs = [ref for ref in (norm.weight, norm.bias) if ref is not None]
         if any(map(self.planner.context.tensor_readers.mentioned, refs)):

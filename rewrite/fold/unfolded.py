@@ -38,7 +38,7 @@ class UnfoldedNorm:
         assert like is not None
         trains = layer.weight is not None and store.get(like.name).requires_grad
         weight, bias = (store.beside[f"{recipe.name}.{attr}"] for attr in ("weight", "bias"))
-        module = ChannelAffine(weight, bias)
+        module = ChannelAffine(weight, bias, source.axis)
         for parameter in module.parameters():
             parameter.requires_grad_(trains)
         counter = "num_batches_tracked" in store.captured.module(source.target)._buffers

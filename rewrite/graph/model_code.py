@@ -19,7 +19,6 @@ from rewrite.tracing.code.class_code import ModuleUse
 from rewrite.tracing.code.code_paths import CodePaths
 
 _PARAMETERS = frozenset({"weight", "bias"})
-_AFFINE = frozenset({"affine", "elementwise_affine"})
 _HARMLESS = frozenset({"forward", "__call__", "training"}) | _PARAMETERS
 
 
@@ -178,21 +177,6 @@ class ModelCode(CodePaths):
     def exchanged(self, name: str) -> str | None:
         """Return why another module cannot take the place of `name` unnoticed, or None."""
         return self._uses.get(name) or self._chosen.get(name) or self.read_whole(name)
-
-    def asks_affine(self, name: str) -> str | None:
-        """Return which line reads whether `name`, a norm, has a weight, or None."""
-        return self._asks_affine.get(name)
-
-    @cached_property
-    def _asks_affine(self) -> dict[str, str]:
-        return {
-            name: f"{use.text} at {use.place}"
-            for owner, _, code in self.owners
-            for use in code.reads
-            if use.path and use.path[-1] in _AFFINE
-            for name, left in self.at(owner, use.path)
-            if len(left) == 1
-        }
 
     def counted(self, name: str) -> str | None:
         """Return which line sees that a layer becomes one of its class with a module below it.

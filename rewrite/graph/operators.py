@@ -73,10 +73,14 @@ class Norm(Operator):
     num_groups: int | None = None
     normalized_shape: tuple[int, ...] = ()
     momentum: float | None = None
+    spatial_axes: int | None = None
+    """Axes behind the channels, where the class says how many: batches or none before them."""
 
     @property
     def channel_axis(self) -> int:
         """The axis of the channels in the input: 1, or the last for layer and RMS norms."""
+        if self.spatial_axes is not None:
+            return -1 - self.spatial_axes
         return -1 if self.kind in ("layer", "rms") else 1
 
 
@@ -120,6 +124,9 @@ class Activation(Operator):
         return self.name not in ("softmax", "log_softmax", "glu", "prelu")
 
 
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+"""By their spatial axes; an input may have no batch axis."""
+
 NORM_MODULES = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 """The norms of torch.nn."""
 
@@ -151,7 +158,7 @@ def norm_of(captured: Captured, node: Node) -> Norm | None:
         num_features=_length(captured, refs),
         num_groups=call.get("num_groups"),
         normalized_shape=tuple(shape) if isinstance(shape, list | tuple) else (),
-        momentum=call.get("momentum"),
+        momentum=call.get("momentum"), spatial_axes=None,
     )  # fmt: skip
 
 
@@ -184,9 +191,10 @@ def norm_module(captured: Captured, name: str, module: nn.Module) -> dict[str, A
         )  # fmt: skip
     if isinstance(module, _InstanceNorm):
         training = module.training or not module.track_running_stats
+        axes = (n for n, kind in enumerate(_INSTANCE_NORMS, 1) if isinstance(module, kind))
         return dict(
             kind="instance", eps=module.eps, training=training, momentum=module.momentum,
-            num_features=module.num_features, **refs,
+            num_features=module.num_features, spatial_axes=next(axes, None), **refs,
         )  # fmt: skip
     if isinstance(module, nn.GroupNorm):
         return dict(

@@ -24,24 +24,29 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class ChannelAffine(nn.Module):
-    """Scale and shift each channel (axis 1): y[n, c, p] = weight[c] * x[n, c, p] + bias[c].
+    """Scale and shift each channel: y[n, c, p] = weight[c] * x[n, c, p] + bias[c].
 
-    Input and output: (N, C, *).
+    Input and output: (N, C, *); with another `axis`, the channels are there.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    axis = 1
+
+    def __init__(self, weight: Tensor, bias: Tensor, axis: int = 1) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
+        if axis != 1:
+            self.axis = axis
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the scaled and shifted `input`."""
-        shape = (1, -1, *(1,) * (input.dim() - 2))
+        shape = [1] * input.dim()
+        shape[self.axis] = -1
         return torch.addcmul(self.bias.reshape(shape), input, self.weight.reshape(shape))
 
     def extra_repr(self) -> str:
-        """Show the number of channels."""
-        return str(self.weight.numel())
+        """Show the number of channels, and their axis if it is not 1."""
+        return f"{self.weight.numel()}" + (f", axis={self.axis}" if self.axis != 1 else "")
 
 
 class ChannelClip(nn.Module):

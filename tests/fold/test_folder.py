@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import rewrite
 from models.randomize import randomize_norms_
+from passes import FoldNorm
 from rewrite.fold.candidates import sources
 from rewrite.fold.folder import Fold, Folder
 from rewrite.graph.capture import capture
@@ -161,3 +165,41 @@ def test_a_refusal_of_layers_alone_is_sure_and_one_of_code_is_not(reader: nn.Mod
         assert isinstance(found, Declined) and folder.is_unsure(source, found)
     else:
         assert isinstance(found, Fold)
+
+
+def tracked(axes: int) -> nn.Module:
+    kind = (nn.InstanceNorm1d, nn.InstanceNorm2d)[axes - 1]
+    return kind(4, affine=True, track_running_stats=True)
+
+
+class Turned(nn.Module):
+    """A norm, and a linear layer that reads another axis of it."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.norm, self.head, self.axis = tracked(2), nn.Linear(4, 4), axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x).transpose(self.axis, -1))
+
+
+UNBATCHED: dict[str, tuple[Callable[[], nn.Module], int, bool]] = {
+    "the linear layer reads positions": (
+        lambda: nn.Sequential(tracked(1), nn.Linear(4, 4)), 2, False,
+    ),
+    "the linear layer reads rows": (lambda: Turned(1), 3, False),
+    "the linear layer reads channels": (lambda: Turned(0), 3, True),
+    "a convolution": (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), tracked(2)), 3, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNBATCHED)
+def test_an_instance_norm_without_a_batch_has_its_channels_first(name: str) -> None:
+    make, axes, folds = UNBATCHED[name]
+    model = randomize_norms_(make()).double().eval()
+    x = torch.randn((4,) * axes, dtype=torch.float64)
+    for fold in (FoldNorm(), FoldNorm(leftover="affine")):
+        result = rewrite.convert(model, fold, example_inputs=x, verify=False)
+        assert (result.model(3 * x) - model(3 * x)).abs().max() < 1e-12
+        words = [change.after for change in result.report.changes]
+        assert any("folded into" in word for word in words) is folds

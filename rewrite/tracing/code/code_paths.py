@@ -6,7 +6,7 @@ in the model's tree to qualified names of modules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import cached_property
 
 from torch import nn
@@ -80,6 +80,18 @@ class CodePaths:
                 item = label.strip(".[]'\"")
                 if key is None or key == item:
                     yield self._tree.name(module), left
+
+    def reads_of(self, name: str, attributes: Container[str]) -> str | None:
+        """Return which line reads one of these attributes of a module, or None."""
+        for owner, _, code in self.owners:
+            for use in code.reads:
+                if use.path is None or use.path[-1] not in attributes:
+                    continue
+                if any(
+                    place == name and len(left) == 1 for place, left in self.at(owner, use.path)
+                ):
+                    return f"{use.text} at {use.place}"
+        return None
 
     def below(self, place: str) -> Iterator[str]:
         """Yield the names of the modules below the one at `place`."""
