@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,17 +89,14 @@ def positional_limit(model: nn.Module) -> int | None:
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the first parameter or buffer; the CPU for a model without any."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    held = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in held), torch.device("cpu"))
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """Return the type of the first floating-point parameter, or float32."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            return parameter.dtype
-    return torch.float32
+    """Return the type of the first floating-point parameter, else of such a buffer, or float32."""
+    held = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.dtype for tensor in held if tensor.is_floating_point()), torch.float32)
 
 
 Mode = Callable[[], contextlib.AbstractContextManager[Any]]

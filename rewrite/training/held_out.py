@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rewrite.errors import OptionError
+from rewrite.runtime.inputs import device_of, dtype_of
 from rewrite.runtime.leaves import tensors
 from rewrite.runtime.modes import evaluating
 from rewrite.swap.agreement import Sums
@@ -85,8 +86,7 @@ class HeldOut:
         if len(counts) < 3:
             return {}
         classes = sorted(label for label, _ in counts.most_common(3))
-        parameter = next(model.parameters())
-        moved = self.samples.to(parameter.device, parameter.dtype).inputs.args[0]
+        moved = self.samples.to(device_of(model), dtype_of(model)).inputs.args[0]
         try:
             return penultimate_plane(model, moved, labels, classes)
         except NoTemplatesError:
@@ -95,9 +95,7 @@ class HeldOut:
 
 def outputs_of(model: nn.Module, samples: Samples) -> tuple[Tensor, ...]:
     """Run a model in eval mode; return each tensor of its output for all samples, on the CPU."""
-    parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    dtype = None if parameter is None else parameter.dtype
+    device, dtype = device_of(model), dtype_of(model)
     parts: list[list[Tensor]] = []
     with evaluating(model), torch.no_grad():
         for index in torch.arange(len(samples)).split(_CHUNK):  # type: ignore[no-untyped-call]  # torch leaves it untyped

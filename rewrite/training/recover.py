@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rewrite.errors import OptionError
 from rewrite.runtime.copying import copy_model
+from rewrite.runtime.inputs import dtype_of
 from rewrite.swap.anchor import Recentering
 from rewrite.training.distillation import Objective
 from rewrite.training.features import Pair, aligned, swapped_norms
@@ -219,7 +220,7 @@ class _Recovery:
         """Take one step of the optimizer; return the mean loss over the global batch."""
         accelerator = self.accelerator
         total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
-        dtype = next(self.student.parameters()).dtype
+        dtype = dtype_of(self.student)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             with _synchronizing(accelerator, self.model, last), accelerator.autocast():

@@ -50,7 +50,7 @@ class Samples:
         chosen = self.inputs.map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf)
         return Samples(chosen, None if self.labels is None else self.labels[index])
 
-    def to(self, device: torch.device, dtype: torch.dtype | None) -> Samples:
+    def to(self, device: torch.device, dtype: torch.dtype) -> Samples:
         """Return the samples on a device, floating-point inputs cast to `dtype`."""
 
         def moved(leaf: Any) -> Any:

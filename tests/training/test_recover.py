@@ -345,6 +345,38 @@ def test_student_and_teacher_of_two_dtypes() -> None:
     assert double.steps[-1][1] == pytest.approx(single.steps[-1][1], rel=1e-4)
 
 
+class Numbered(nn.Module):
+    """A network whose first parameter is no floating-point one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.numbers = nn.Parameter(torch.arange(4), requires_grad=False)
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def _without_parameters(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        for key in list(module._parameters):
+            module.register_buffer(key, module._parameters.pop(key).detach())
+    return model
+
+
+def test_models_need_no_parameter_of_floating_point_in_front() -> None:
+    data = [(x, torch.arange(len(x)) % 4) for x in _data()]
+    plain = recover(_student(), _teacher(), data, labels=True)
+    for student, teacher in (
+        (Numbered(_student()), Numbered(_teacher())),
+        (_student(), _without_parameters(_teacher())),
+        (_student(), _without_parameters(_teacher()).double()),
+    ):
+        found = recover(student, teacher, data, labels=True)
+        assert found.steps[-1][1] == pytest.approx(plain.steps[-1][1], rel=1e-4)
+        assert found.planes.keys() == plain.planes.keys() and "teacher" in plain.planes
+
+
 @pytest.mark.parametrize("what", ["student", "teacher", "data"])
 def test_a_state_of_another_training_is_refused(tmp_path: Path, what: str) -> None:
     (tmp_path / "state").mkdir()  # an empty folder is a place to begin in
