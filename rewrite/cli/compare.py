@@ -38,7 +38,8 @@ def add_parsers(subparsers: Any) -> None:
 
 def run_compare(options: argparse.Namespace) -> int:
     """Compare, print the modules that differ, and write what the options name."""
-    from rewrite.cli.common import check_report, or_inferred
+    from rewrite.cli.checks import check_report
+    from rewrite.cli.common import or_inferred
     from rewrite.equivalence.side_by_side import side_by_side
     from rewrite.progress import ProgressLine
     from rewrite.runtime.inputs import Inputs

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewrite import registry
+from rewrite.cli.checks import (
+    check_graph_name,
+    is_onnx,
+)
 from rewrite.cli.common import (
     FAILED,
     MODEL_HELP,
@@ -17,11 +21,12 @@ from rewrite.cli.common import (
     add_model_arguments,
     add_page_argument,
     calibration_data,
-    check_graph_name,
     complain,
+    default_output,
     example_inputs,
-    is_onnx,
     load_model,
+    or_inferred,
+    own_provenance,
     save_model,
     write_report,
 )
@@ -111,7 +116,7 @@ def _run_convert(options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace, chosen: Sequence[Pass], *, first: bool) -> int:
     """Convert the model, and write the result (of several processes, only the first writes)."""
-    output = _output(options)
+    output = Path(options.output or default_output(options.model, "rewritten"))
     if is_onnx(str(output)):
         raise OptionError(f"-o {output}: takes a model, .pt; --onnx {output} exports it")
     if options.onnx is not None:
@@ -194,28 +199,11 @@ def _page(
     options: argparse.Namespace, result: Result[nn.Module], model: nn.Module, inputs: Any
 ) -> str:
     """Return the HTML page of a conversion, on the given input or an inferred one."""
-    from rewrite.cli.common import or_inferred, own_provenance
-
     check = result.report.verification
     given = inputs
     if check is None or check.runs is None:
         given = or_inferred(options, model, inputs).inputs
     return result.report.to_html(model, result.model, given, own_provenance(options.model))
-
-
-def _output(options: argparse.Namespace) -> Path:
-    from rewrite.files import is_there
-
-    if options.output:
-        return Path(options.output)
-    reference = Path(options.model)
-    if is_there(reference):
-        # Of a state dict a state dict is written, in its own form.
-        own = reference.suffix == ".safetensors"
-        return reference.with_name(f"{reference.stem}.rewritten{'.safetensors' if own else '.pt'}")
-    # A name of a library, or a path that leads nowhere, which is said when it is opened.
-    name = options.model.rpartition(":")[2].split("(")[0].rstrip("/")
-    return Path(f"{name.rpartition('/')[2]}.rewritten.pt")
 
 
 def _check_names(options: argparse.Namespace, report: Report) -> None:

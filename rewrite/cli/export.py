@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from rewrite.cli.checks import (
+    check_graph_name,
+    check_report,
+)
 from rewrite.cli.common import (
     FAILED,
     OK,
     add_model_arguments,
     add_page_argument,
-    check_graph_name,
-    check_report,
     complain,
     example_inputs,
     load_model,

@@ -72,10 +72,13 @@ def _found(
 
         return measured_signal(options, model, inputs, progress)
     if options.balance:
-        from rewrite.cli.rescaling import measured_balance
+        from rewrite.rescaling.balance_report import balance_report
 
         progress("looking for what writes and what reads each channel")
-        return measured_balance(options, model, inputs)
+        balance = balance_report(model, inputs)
+        if options.plot is not None:
+            balance.plot(options.plot)
+        return balance
     if options.path_norm:
         from rewrite.rescaling.path_report import path_norm_report
 

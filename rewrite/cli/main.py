@@ -31,16 +31,18 @@ from rewrite.cli import (
     recover,
     verify,
 )
+from rewrite.cli.checks import (
+    check_places,
+    vet_files,
+    written_reports,
+)
 from rewrite.cli.common import (
     FAILED,
     INTERRUPTED,
     OK,
     USAGE,
-    check_places,
     complain,
     printable,
-    vet_files,
-    written_reports,
 )
 from rewrite.cli.parser import Parser, apply_config, find_config
 from rewrite.errors import OptionError, PassError, RewriteError, system_reason

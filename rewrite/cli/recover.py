@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from rewrite.cli.common import (
     add_model_arguments,
     calibration_data,
     complain,
+    default_output,
     load_model,
     save_model,
     write_report,
@@ -86,7 +88,7 @@ def run_recover(options: argparse.Namespace) -> int:
     from rewrite.files import check_writable
     from rewrite.files.places import check_distinct
 
-    output = Path(options.output or _default_output(options.student))
+    output = Path(options.output or default_output(options.student, "recovered"))
     check_distinct([("--output", output), ("--report", options.report), ("--plot", options.plot)])
     check_writable(output, overwrite=options.force)
     for path in (options.report, options.plot):
@@ -165,16 +167,5 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _default_output(student: str) -> str:
-    from rewrite.files import is_there
-
-    path = Path(student)
-    if is_there(path):
-        return str(path.with_name(f"{path.stem}.recovered.pt"))
-    return student.rpartition(":")[2].split("(")[0] + ".recovered.pt"
-
-
 def _is_first() -> bool:
-    import os
-
     return int(os.environ.get("RANK", "0")) == 0

@@ -9,16 +9,18 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from rewrite.cli.checks import (
+    check_report,
+    is_onnx,
+)
 from rewrite.cli.common import (
     FAILED,
     OK,
     add_model_arguments,
     add_page_argument,
     calibration_data,
-    check_report,
     complain,
     example_inputs,
-    is_onnx,
     load_model,
     or_inferred,
     own_provenance,

@@ -3,10 +3,23 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rewrite.runtime.inputs import batches_for
+from rewrite.runtime.inputs import batches_for, device_of, dtype_of
 from rewrite.runtime.leaves import tensors
 
 
 def test_labels_beside_the_inputs_are_left_out():
     batch = (torch.ones(2, 3), torch.zeros(2, dtype=torch.int64))
     assert len(tensors(list(batches_for(nn.Linear(3, 1), batch).args))) == 1
+
+
+def test_the_dtype_is_that_of_the_first_tensor_of_floating_point() -> None:
+    model = nn.Linear(2, 2).double()
+    model._parameters = {"index": nn.Parameter(torch.arange(2), False), **model._parameters}
+    assert dtype_of(model) is torch.float64
+    norm = nn.BatchNorm1d(2, affine=False).half()
+    assert dtype_of(norm) is torch.float16 and dtype_of(nn.ReLU()) is torch.float32
+
+
+def test_the_device_is_that_of_any_tensor() -> None:
+    assert device_of(nn.BatchNorm1d(2, affine=False, device="meta")).type == "meta"
+    assert device_of(nn.ReLU()).type == "cpu"
