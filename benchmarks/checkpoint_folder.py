@@ -15,7 +15,8 @@ import torch
 
 from benchmarks._process import REWRITE, Run, run
 from benchmarks._table import environment, parser, publish, table
-from rewrite.hub.safetensors_file import bytes_of, header_of
+from rewrite.files.safetensors_header import header_of
+from rewrite.hub.safetensors_file import bytes_of
 
 _IMPORTS = (
     "import torch, transformers, rewrite, passes, rewrite.sharded.convert, rewrite.observe.outcomes"

@@ -22,6 +22,7 @@ from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
 from rewrite.outcomes import Change, Contract, Selection, Site, Skip
 from rewrite.runtime.tree import Tree, join
+from rewrite.text.some import some
 
 if TYPE_CHECKING:
     import torch
@@ -216,7 +217,7 @@ def _kept_settings(captured: Editable) -> Iterable[str]:
     for (kind, held), owners in captured.editor.settings.items():
         place = owners[0] or "the model"
         more = f" and {len(owners) - 1} more" if len(owners) > 1 else ""
-        shown = ", ".join(held[:_SHOWN]) + (", …" if len(held) > _SHOWN else "")
+        shown = some(held, _SHOWN)
         yield (
             f"the forward of {place} ({kind}){more} was edited and keeps {shown}: setting them "
             "afterwards changes nothing"

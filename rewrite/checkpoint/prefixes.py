@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rewrite.checkpoint.vetting.state import first_few
 from rewrite.errors import CheckpointError
+from rewrite.text.some import some
 
 _WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -94,7 +94,7 @@ def _stripped(
     state: Mapping[str, Tensor], prefix: str, note: Callable[[str], None]
 ) -> dict[str, Tensor]:
     left = [name for name in state if not name.startswith(prefix)]
-    beside = f", and left {len(left)} keys beside it out ({first_few(left)})" if left else ""
+    beside = f", and left {len(left)} keys beside it out ({some(left)})" if left else ""
     note(f"took {prefix} off the keys{beside}")
     return _with_versions(
         _under(state, prefix), state, lambda name: f"{name}.".removeprefix(prefix).strip(".")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
@@ -16,9 +15,11 @@ from rewrite.checkpoint.pickles.state import build_state
 from rewrite.checkpoint.pickles.unpickle import opened_pickle
 from rewrite.checkpoint.prefixes import fit_prefix, needed, without_wrappers
 from rewrite.checkpoint.vetting.files import check_file
-from rewrite.checkpoint.vetting.state import describe_root, find_state, first_few
+from rewrite.checkpoint.vetting.state import describe_root, find_state
 from rewrite.checkpoint.vetting.vet import vet_safetensors
 from rewrite.errors import CheckpointError
+from rewrite.files.safetensors_header import header_of
+from rewrite.text.some import some
 from rewrite.weights.weight_norm_keys import fit_weight_norm_keys
 
 
@@ -104,7 +105,7 @@ def fill(
         ("unexpected", keys.unexpected_keys),
         ("of another shape", list(shaped.values())),
     )
-    parts = [f"{len(found)} {what} ({first_few(found)})" for what, found in groups if found]
+    parts = [f"{len(found)} {what} ({some(found)})" for what, found in groups if found]
     if parts:
         raise CheckpointError(f"{path}: does not fit {factory}: {'; '.join(parts)}")
     for names in ties:
@@ -159,8 +160,8 @@ def write_state(state: Mapping[str, Any], path: Path, suffix: str) -> None:
 def _write_safetensors(state: Mapping[str, Any], path: Path) -> None:
     """Write a state dict as safetensors into a path, tensor by tensor.
 
-    The format is 8 bytes of length, a JSON header, and the bytes of the tensors: written here,
-    since the library's writer renames a file of its own, and a file without a name has no folder.
+    Written here, since the library's writer renames a file of its own, and a file without a name
+    has no folder.
 
     Raises:
         CheckpointError: something in it is no tensor, or of a type that the format has not.
@@ -168,24 +169,16 @@ def _write_safetensors(state: Mapping[str, Any], path: Path) -> None:
     from safetensors.torch import _TYPES
 
     names = {dtype: name for name, dtype in _TYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
+    tensors = {}
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.layout is not torch.strided:
             raise CheckpointError(f"{key} is no plain tensor; write a .pt file")
         if value.dtype not in names or value.is_quantized:
             raise CheckpointError(f"{key} is of {value.dtype}, which safetensors has not")
-        end = offset + value.nbytes
-        header[key] = {
-            "dtype": names[value.dtype],
-            "shape": list(value.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+        tensors[key] = (names[value.dtype], tuple(value.shape), value.nbytes)
+    head, _ = header_of(tensors, {"format": "pt"})
     with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(head)
         for value in state.values():
             flat = value.detach().cpu().contiguous().reshape(-1)
             stream.write(flat.view(torch.uint8).numpy() if flat.numel() else b"")

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from rewrite.runtime.leaves import ROOT, leaves
+from rewrite.text.some import some
 
 _CLASS_AXIS_FIRST_FROM = 4
 
@@ -87,14 +88,10 @@ def _missing(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
     new = [path for path in right if path not in left]
     reasons = []
     if gone:
-        reasons.append(f"{len(gone)} of {len(left)} values are missing: {_some(gone)}")
+        reasons.append(f"{len(gone)} of {len(left)} values are missing: {some(gone)}")
     if new:
-        reasons.append(f"{len(new)} values are new: {_some(new)}")
+        reasons.append(f"{len(new)} values are new: {some(new)}")
     return reasons
-
-
-def _some(paths: list[str]) -> str:
-    return ", ".join(paths[:3]) + (" …" if len(paths) > 3 else "")
 
 
 @dataclass

@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from rewrite.errors import CheckpointError
+from rewrite.files.safetensors_header import Entry
 from rewrite.hub.form import CONFIG, INDEX, SINGLE, read_form
 from rewrite.hub.merged import Merged
-from rewrite.hub.safetensors_file import Entry, SafetensorsFile, open_safetensors
+from rewrite.hub.safetensors_file import SafetensorsFile, open_safetensors
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ckpt", ".gguf")
 """Endings of files that hold weights."""

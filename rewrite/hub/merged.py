@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rewrite.hub.safetensors_file import Entry
+from rewrite.files.safetensors_header import Entry
 
 
 @dataclass(frozen=True)

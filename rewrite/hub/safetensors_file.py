@@ -1,6 +1,4 @@
-"""The header of a safetensors file, and single tensors read through it.
-
-    u64 n | n bytes of JSON: {name: {dtype, shape, data_offsets: [begin, end]}} | data
+"""Single tensors of a safetensors file, read through its header.
 
 Tensors are read, not mapped: a mapped page counts as resident until the system reclaims it.
 """
@@ -8,23 +6,17 @@ Tensors are read, not mapped: a mapped page counts as resident until the system 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rewrite.errors import CheckpointError, system_reason
-from rewrite.files import no_file
-
-_LARGEST_HEADER = 100_000_000
-"""Bytes: what the format itself allows."""
+from rewrite.files.safetensors_header import Entry, Header, read_header
 
 _BLOCK = 1 << 24
 """Bytes that are compared at a time."""
@@ -36,33 +28,23 @@ DTYPES: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 """Types whose tensors can be computed with; others are copied as they are."""
 
-_BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "U32": 32, "U64": 64, "C64": 64}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: its dtype as the format spells it, its shape, its range of bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def size(self) -> int:
-        """The size in bytes."""
-        return self.end - self.begin
-
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """A safetensors file: its entries by name, in the order of their offsets, and its metadata."""
+    """A safetensors file, by its header."""
 
     path: Path
-    entries: Mapping[str, Entry]
-    metadata: Mapping[str, str]
-    data: int
-    """Where the data begin."""
+    header: Header
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """The tensors by name, in the order of their offsets."""
+        return self.header.entries
+
+    @property
+    def data(self) -> int:
+        """Where the data begin."""
+        return self.header.length
 
     def blocks(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of one tensor, block by block.
@@ -126,72 +108,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     Raises:
         CheckpointError: it cannot be read, is no safetensors file, or is truncated.
     """
-    if wrong := no_file(path):
-        raise CheckpointError(f"{path}: {wrong}")
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or not 2 <= length <= min(_LARGEST_HEADER, size - 8):
-                raise CheckpointError(f"{path}: is no safetensors file, or is cut off")
-            header = json.loads(stream.read(length))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {system_reason(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its header is damaged ({error})") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: its header is damaged (no object)")
-    metadata = header.pop("__metadata__", None) or {}
-    entries = {str(name): _entry(path, str(name), held) for name, held in header.items()}
-    entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
-    at = 0
-    for name, entry in entries.items():
-        if entry.begin != at:
-            raise CheckpointError(f"{path}: {name} does not begin where the tensor before it ends")
-        at = entry.end
-    if 8 + length + at != size:
-        raise CheckpointError(f"{path}: has {size} bytes where its header says {8 + length + at}")
-    return SafetensorsFile(path, entries, metadata, 8 + length)
-
-
-def _entry(path: Path, name: str, held: Any) -> Entry:
-    try:
-        dtype, shape = str(held["dtype"]), tuple(held["shape"])
-        begin, end = held["data_offsets"]
-    except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{path}: the header's entry of {name} is damaged") from None
-    whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
-    bits = _BITS.get(dtype)
-    if dtype in DTYPES:
-        bits = 8 * torch.empty(0, dtype=DTYPES[dtype]).element_size()
-    if not whole or (bits is not None and 8 * (end - begin) != bits * math.prod(shape)):
-        raise CheckpointError(f"{path}: the header's entry of {name} is damaged")
-    return Entry(dtype, shape, begin, end)
-
-
-def header_of(
-    tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, Entry]]:
-    """Return the header of a file that stores `tensors` in order, and their entries.
-
-    Args:
-        tensors: dtype as the format spells it, shape and number of bytes, by name.
-        metadata: the `__metadata__` of the file.
-    """
-    entries, at = {}, 0
-    for name, (dtype, shape, size) in tensors.items():
-        entries[name] = Entry(dtype, shape, at, at + size)
-        at += size
-    held: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    for name, entry in entries.items():
-        held[name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [entry.begin, entry.end],
-        }
-    text = json.dumps(held, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, entries
+    return SafetensorsFile(path, read_header(path))
 
 
 def type_name(dtype: torch.dtype) -> str:

@@ -36,6 +36,7 @@ from rewrite.runtime.copying import copy_model
 from rewrite.runtime.infer_inputs import infer_inputs
 from rewrite.runtime.inputs import Inputs, device_of
 from rewrite.runtime.tree import Tree
+from rewrite.text.some import some
 from rewrite.weights.weight_norm import remove_weight_norm, weight_normed
 
 MAX_BYTES = 1_900_000_000
@@ -163,8 +164,7 @@ def _baked(model: nn.Module, notes: list[str]) -> nn.Module:
         module = tree.get(name)
         for key in weight_normed(module):
             remove_weight_norm(TensorWriter(), module, key)
-    shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-    notes.append(f"baked the weight norm of {len(names)} modules: {shown}")
+    notes.append(f"baked the weight norm of {len(names)} modules: {some(names)}")
     return copied
 
 

@@ -26,7 +26,7 @@ from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_t
 from rewrite.errors import VerificationError, one_line
 from rewrite.files import no_file
 from rewrite.onnx.vetting.expansion import check_expansion
-from rewrite.onnx.vetting.nodes import all_nodes
+from rewrite.onnx.vetting.nodes import all_nodes, inner_graphs, nodes_of
 from rewrite.onnx.vetting.sizes import check_static
 
 LARGE = 64 * 1024
@@ -195,15 +195,13 @@ def _declare(tensor: Any) -> None:
 def _tensors(model: onnx.ModelProto) -> Iterator[Any]:
     """Yield what the graph, the graphs inside of it and the functions hold; initializers first."""
     yield from model.graph.initializer
-    for holder in (model.graph, *model.functions):
-        for node in all_nodes(holder):
-            for attribute in node.attribute:
-                if attribute.type == onnx.AttributeProto.TENSOR:
-                    yield attribute.t
-                yield from attribute.tensors
-                yield from attribute.g.initializer
-                for graph in attribute.graphs:
-                    yield from graph.initializer
+    for node in nodes_of(model):
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                yield attribute.t
+            yield from attribute.tensors
+        for graph in inner_graphs(node):
+            yield from graph.initializer
 
 
 def _check_form(place: Path, tensor: Any) -> None:

@@ -27,7 +27,7 @@ from onnx import AttributeProto, TensorProto, numpy_helper
 
 from rewrite.equivalence.rounding import EXPLAINS, Perturbation
 from rewrite.onnx.file import Array, OnnxFile, initializer
-from rewrite.onnx.vetting.nodes import all_nodes
+from rewrite.onnx.vetting.nodes import all_nodes, inner_graphs, nodes_of
 
 _HALF_EPS = float(np.finfo(np.float32).eps) / 2
 
@@ -56,7 +56,7 @@ def perturbed_graph(opened: OnnxFile, seed: int = 0) -> OnnxFile:
         for tensor in graph.initializer:
             if tensor.name not in opened.weights and tensor.name not in sizes:
                 _move(tensor, nudge)
-    for node in _nodes(copy):
+    for node in nodes_of(copy):
         if node.op_type == "Constant" and not sizes.intersection(node.output):
             for attribute in node.attribute:
                 _move_constant(attribute, nudge)
@@ -99,22 +99,8 @@ def _move_constant(attribute: Any, nudge: Perturbation) -> None:
 def _graphs(model: Any) -> Iterator[Any]:
     """Yield the graph and every graph inside its nodes."""
     yield model.graph
-    for node in _nodes(model):
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.GRAPH:
-                yield attribute.g
-            yield from attribute.graphs
-
-
-def _nodes(model: Any) -> Iterator[Any]:
-    """Yield every node, those of subgraphs and of local functions too."""
-    yield from all_nodes(model.graph)
-    for function in model.functions:
-        for node in function.node:
-            yield node
-            for attribute in node.attribute:
-                if attribute.type == AttributeProto.GRAPH:
-                    yield from all_nodes(attribute.g)
+    for node in nodes_of(model):
+        yield from inner_graphs(node)
 
 
 # -- sizes ---------------------------------------------------------------------------------------
@@ -130,7 +116,7 @@ _SIZE_INPUTS = {
 
 def _sizes(model: Any) -> set[str]:
     """Return the names that decide on sizes and whose values do not depend on an input's."""
-    nodes = list(_nodes(model))
+    nodes = list(nodes_of(model))
     producers = {name: node for node in nodes for name in node.output if name}
     varying = _varying(model, nodes)
     pending = [name for node in nodes for name in _size_inputs(node)]

@@ -19,6 +19,7 @@ from rewrite.graph.capture import capture
 from rewrite.rescaling.balance import Balance
 from rewrite.rescaling.plan import edges_of
 from rewrite.rescaling.scales import ScaleGroup, Scales
+from rewrite.text.some import some
 from rewrite.text.tables import Rows
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class BalanceReport:
         for row in self.rows:
             shares = ", ".join(f"{channel} ({share:.0%})" for channel, share in row.dominant)
             numbers = (str(row.channels), f"{row.typical:.3g}", f"{row.worst:.3g}", shares)
-            rows.append((_names(row.writers), _names(row.readers), *numbers))
+            rows.append((some(row.writers, 2), some(row.readers, 2), *numbers))
         yield Rows(heads, rows, title, prose=True)
         kept = len(self.fixed)
         if kept and not verbose:
@@ -133,7 +134,3 @@ def _row(group: ScaleGroup, units: Tensor, written: Tensor, read: Tensor) -> Bal
         ),
         log_ratios=tuple((written / read).log10().tolist()),
     )
-
-
-def _names(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

@@ -21,6 +21,7 @@ from rewrite.rescaling.couplings import Coupling, Measure, couplings
 from rewrite.rescaling.path_kappa import PathCurvature, ones_of
 from rewrite.rescaling.scaled_operations import ScaledLayer
 from rewrite.rescaling.scales import ScaleGroup, Scales
+from rewrite.text.some import some
 
 OBJECTIVES = ("path", "l2", "equalize")
 
@@ -162,8 +163,7 @@ def describe(group: ScaleGroup) -> str:
     """Return a short description of a group: "64 channels of conv1, read by conv2"."""
 
     def names(layers: Sequence[ScaledLayer]) -> str:
-        found = [scaled.layer.name for scaled in layers]
-        return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        return some([scaled.layer.name for scaled in layers])
 
     return (
         f"{len(group.units)} channels written by {names(group.writers)}, "

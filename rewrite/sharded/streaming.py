@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rewrite.hub.safetensors_file import DTYPES, SafetensorsFile, bytes_of
-from rewrite.weights.scaling import BLOCK, Range, Scaling, blocks
+from rewrite.weights.scaling import Range, Scaling, blocks
 
 CHUNK = 1 << 19
 """Elements that are read and written at a time."""
@@ -59,7 +59,7 @@ def scale_tensor(
                 at, start = chunks[number], starts[number]
                 old, new = buffers[:, : _size(at)].reshape(2, *(length for _, length in at))
                 source.fill(stream, name, start, old)
-                _multiply(narrow, new, old, at, check)
+                narrow.fill(new, old, at, check)
                 for write in writes:
                     write(bytes_of(new), start)
 
@@ -69,19 +69,6 @@ def scale_tensor(
     else:
         with ThreadPoolExecutor(count) as pool:
             list(pool.map(work, range(count)))
-
-
-def _multiply(
-    scaling: Scaling, new: Tensor, old: Tensor, at: Sequence[Range], check: Callable[[Tensor], None]
-) -> None:
-    """Multiply a chunk, in blocks that stay in a processor's cache."""
-    for inner in blocks(old.shape, BLOCK):
-        part = tuple(slice(begin, begin + length) for begin, length in inner)
-        place = [
-            (outer[0] + begin, length) for outer, (begin, length) in zip(at, inner, strict=True)
-        ]
-        scaling.fill(new[part], old[part], place)
-        check(new[part])
 
 
 def _size(at: Sequence[Range]) -> int:

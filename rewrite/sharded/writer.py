@@ -19,15 +19,10 @@ from typing import Any
 
 from torch import Tensor
 
+from rewrite.files.safetensors_header import Entry, header_of
 from rewrite.hub.folder import CheckpointFolder
 from rewrite.hub.form import CONFIG, INDEX
-from rewrite.hub.safetensors_file import (
-    DTYPES,
-    Entry,
-    bytes_of,
-    copy_range,
-    header_of,
-)
+from rewrite.hub.safetensors_file import DTYPES, bytes_of, copy_range
 from rewrite.progress import Countdown
 from rewrite.sharded.plan import Made
 
@@ -99,7 +94,8 @@ class FolderWriter:
 
     def _open(self, shard: str, contents: Mapping[str, tuple[str, tuple[int, ...], int]]) -> None:
         old = self._folder.shards.get(shard)
-        head, entries = header_of(contents, {"format": "pt"} if old is None else old.metadata)
+        metadata = {"format": "pt"} if old is None else old.header.metadata
+        head, entries = header_of(contents, metadata)
         handle = os.open(self._stage / shard, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o644)
         self._files[shard] = handle
         os.pwrite(handle, head, 0)

@@ -1,1 +1,1 @@
-"""How things are said: rows on a screen, and what a mistyped name probably meant."""
+"""How things are said: rows on a screen, the first of many names, what a mistyped one meant."""

@@ -27,6 +27,7 @@ from rewrite.outcomes import Declined
 from rewrite.runtime.inputs import device_of, dtype_of
 from rewrite.runtime.modes import evaluating
 from rewrite.runtime.tree import Tree
+from rewrite.text.some import some
 from rewrite.training.samples import Samples
 
 _STAYS, _CLEAR, _HALF = 0.7, 0.5, 0.5
@@ -99,15 +100,10 @@ def aligned(
             left.setdefault(channels.reason, []).append(pair.name)
         else:
             kept.append(replace(pair, channels=channels, variance=found.variance()))
-    notes = [f"features: {reason} at {_some(names)}: not matched" for reason, names in left.items()]
+    notes = [f"features: {reason} at {some(names)}: not matched" for reason, names in left.items()]
     if moved := [pair.name for pair in kept if pair.channels is not None]:
-        notes.insert(0, f"features: channels in another order at {_some(moved)}: matched by it")
+        notes.insert(0, f"features: channels in another order at {some(moved)}: matched by it")
     return kept, notes
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def run_noted(

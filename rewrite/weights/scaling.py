@@ -17,7 +17,7 @@ within 2**-14 of a last place of the middle of two neighbours it may end at the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,18 +59,32 @@ class Scaling:
     def __call__(self, old: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the product as a new tensor of a type."""
         new = torch.empty_like(old, dtype=dtype)
-        scaling = self.between(old.dtype, dtype)
-        for at in blocks(old.shape, BLOCK):
-            scaling.fill(_part(new, at), _part(old, at), at)
+        whole = [(0, size) for size in old.shape]
+        self.between(old.dtype, dtype).fill(new, old, whole)
         return new
 
-    def fill(self, new: Tensor, old: Tensor, at: Sequence[Range]) -> None:
-        """Write into `new` the product of `old`, a block of the tensor.
+    def fill(
+        self,
+        new: Tensor,
+        old: Tensor,
+        at: Sequence[Range],
+        check: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        """Write into `new` the product of `old`, a part of the tensor, block by block.
 
         Args:
             new, old: of one shape.
-            at: where the block is in the tensor, by axis.
+            at: where the part is in the tensor, by axis.
+            check: is given each block of the product, and raises where that may not be.
         """
+        for block in blocks(old.shape, BLOCK):
+            place = [(outer + begin, n) for (outer, _), (begin, n) in zip(at, block, strict=True)]
+            product = _part(new, block)
+            self._fill_block(product, _part(old, block), place)
+            if check is not None:
+                check(product)
+
+    def _fill_block(self, new: Tensor, old: Tensor, at: Sequence[Range]) -> None:
         vector = self.vector.narrow(0, *at[self.axis])
         vector = vector.reshape([-1 if axis == self.axis else 1 for axis in range(old.ndim)])
         if not self.parts:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rewrite.files.safetensors_header import Entry
 from rewrite.hub.merged import Merged
-from rewrite.hub.safetensors_file import Entry
 
 PARTS = {f"{kind}.{n}": torch.randn(rows, 3) for kind, rows in (("a", 2), ("b", 4)) for n in (0, 1)}
 MERGED = Merged((("a.0", "a.1"), ("b.0", "b.1")))

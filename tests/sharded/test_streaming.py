@@ -57,11 +57,11 @@ def test_the_product_is_that_in_memory(
     shape: tuple[int, ...], axis: int, parts: tuple[tuple[int, int, int], ...],
     dtype: torch.dtype, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(streaming, "CHUNK", 1000)
-    monkeypatch.setattr(streaming, "BLOCK", 300)
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     scaling = Scaling(torch.randn(shape[axis], dtype=torch.float64), axis, parts)
     expected = scaling(tensor, dtype)
+    monkeypatch.setattr("rewrite.sharded.streaming.CHUNK", 1000)
+    monkeypatch.setattr("rewrite.weights.scaling.BLOCK", 300)
     for got in streamed(tmp_path / "w.safetensors", tensor, scaling):
         assert torch.equal(got, expected) and not torch.equal(got, tensor)
 

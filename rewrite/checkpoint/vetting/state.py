@@ -6,11 +6,12 @@ state dict = the mapping from names to tensors
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rewrite.checkpoint.vetting.opcodes import DictOf, ListOf, Made, Name, Node, TupleOf
 from rewrite.errors import CheckpointError
+from rewrite.text.some import some
 
 TENSORS = frozenset(
     {
@@ -192,10 +193,5 @@ def describe_root(root: Any) -> str:
     pairs = pairs_of(root)
     if pairs is not None:
         keys = [describe_node(key) if isinstance(key, Node) else str(key) for key, _ in pairs]
-        return f"a dict with the keys {first_few(keys, 6) or '(none)'}"
+        return f"a dict with the keys {some(keys, 6) or '(none)'}"
     return f"a {'Tensor' if is_tensor(root) else describe_node(root)}"
-
-
-def first_few(keys: Sequence[str], limit: int = 3) -> str:
-    """Return the first few keys in one line."""
-    return ", ".join(keys[:limit]) + (", …" if len(keys) > limit else "")

@@ -219,11 +219,10 @@ class _Following:
     def _scan(self, node: Any, run: _Run) -> _Run:
         body = next(a.g for a in node.attribute if a.name == "body")
         attributes = {a.name: a for a in node.attribute}
-        count = int(attributes["num_scan_inputs"].i) if "num_scan_inputs" in attributes else 0
+        count = int(attributes["num_scan_inputs"].i)
         states = len(node.input) - count
-        axes = (
-            attributes["scan_input_axes"].ints if "scan_input_axes" in attributes else [0] * count
-        )
+        axes = [n for a in node.attribute if a.name == "scan_input_axes" for n in a.ints]
+        axes = axes or [0] * count
         types, rounds = {}, 1
         for place, (name, own) in enumerate(zip(node.input, body.input, strict=False)):
             kind = run.types.get(name, onnx.TypeProto())

@@ -24,6 +24,12 @@ def all_nodes(graph: Any) -> Iterator[Any]:
             yield from all_nodes(inner)
 
 
+def nodes_of(model: Any) -> Iterator[Any]:
+    """Yield every node of a model: of its graph, of the graphs inside, of its functions."""
+    for holder in (model.graph, *model.functions):
+        yield from all_nodes(holder)
+
+
 def label(node: Any) -> str:
     """Return what a message calls a node: its name, or what it computes."""
     return str(node.name) or f"{node.op_type} -> {', '.join(filter(None, node.output))}"

@@ -21,6 +21,7 @@ import onnx
 from rewrite.errors import VerificationError
 from rewrite.memory import free_memory
 from rewrite.onnx.vetting.constants import with_sizes
+from rewrite.onnx.vetting.control_flow import check_control_flow
 from rewrite.onnx.vetting.expansion import inlined
 from rewrite.onnx.vetting.loops import check_loops
 from rewrite.onnx.vetting.nodes import inner_graphs, label
@@ -69,6 +70,7 @@ def check_static(place: Path, model: onnx.ModelProto, nbytes: int) -> None:
 
 def _check_static(place: Path, model: onnx.ModelProto, nbytes: int) -> None:
     flat = inlined(model)
+    check_control_flow(place, flat.graph)
     check_axes(place, flat.graph)
     check_loops(place, flat, nbytes)
     inferred = infer(with_sizes(flat))
@@ -110,7 +112,8 @@ def check_axes(place: Path, graph: Any, outer: Mapping[str, int] | None = None) 
             )
         for name in node.output:
             axes[name], texts[name] = count, concatenations
-        for attribute in node.attribute if node.op_type == "Constant" else ():
+        # Without an output it is the checker that refuses it.
+        for attribute in node.attribute if node.op_type == "Constant" and node.output else ():
             dims = attribute.t.dims if attribute.name == "value" else [len(attribute.ints)]
             vectors[node.output[0]] = dims[0] if len(dims) == 1 else MOST_AXES
             axes[node.output[0]] = len(dims)
