@@ -1,9 +1,11 @@
-"""Free memory of the computer, and memory that this process holds, in bytes."""
+"""Free memory of the computer, memory of this process, and when its garbage is collected."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -39,3 +41,18 @@ def _told(column: int) -> int:
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError, IndexError):
         return 0
+
+
+@contextlib.contextmanager
+def rare_collection() -> Iterator[None]:
+    """Collect garbage rarely while many objects are made that stay: modules, graphs, copies.
+
+    Each collection looks at those once more, and a full one at all of torch.
+    """
+    before = gc.get_threshold()
+    if before[0]:  # else the program has turned it off
+        gc.set_threshold(*map(max, before, (100_000, 50, 100)))
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)

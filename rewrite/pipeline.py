@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rewrite import registry
 from rewrite.errors import ContractError, PassError, VerificationError
 from rewrite.graph.capture import capture
+from rewrite.memory import rare_collection
 from rewrite.observe.calls import known_calls
 from rewrite.offenders import offenders
 from rewrite.outcomes import Contract, Selection
@@ -54,6 +55,7 @@ class Result(Generic[Model]):
         return self.report._repr_html_()
 
 
+@rare_collection()
 def convert(
     model: Model,
     passes: Pass | type[Pass] | str | Iterable[Pass | type[Pass] | str],

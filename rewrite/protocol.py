@@ -20,6 +20,7 @@ from rewrite.errors import OptionError, PassError, RewriteError
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
 from rewrite.graph.editable import Editable
+from rewrite.memory import rare_collection
 from rewrite.outcomes import Change, Contract, Selection, Site, Skip
 from rewrite.runtime.tree import Tree, join
 from rewrite.text.some import some
@@ -159,6 +160,7 @@ def _found(pass_: Pass, evidence: Captured) -> list[Site | Skip]:
     return found
 
 
+@rare_collection()
 def apply_pass(
     pass_: Pass,
     model: nn.Module,
@@ -190,7 +192,8 @@ def apply_pass(
     captured.numbers = numbers
     captured.exact = {} if keep_exact else None
     sites, skips = find_sites(pass_, captured, selection)
-    shapes, entries = _shapes(model), captured.code.other_entries
+    shapes = _shapes(model) if sites else {}
+    entries = captured.code.other_entries
     modules = frozenset(captured.tree.names)
     try:
         changes = pass_.rewrite_all(captured, sites, calibration) if sites else []
@@ -200,7 +203,7 @@ def apply_pass(
     except Exception as error:
         raise PassError(f"{pass_.name}: {error}") from error
     done = tuple(
-        _with_shapes(_complete(captured, change), shapes)
+        replace(change, touched=_touched(captured, change), shapes=_shapes_read(change, shapes))
         for change in _with_forwards(captured, changes)
     )
     touched = frozenset(name for change in done for name in change.touched)
@@ -278,8 +281,8 @@ def _without_live_keys(change: Change, live: Set[str]) -> Change:
     return replace(change, keys=kept)
 
 
-def _complete(captured: Captured, change: Change) -> Change:
-    """Return `change` with its target and every alias of what it touched among the touched."""
+def _touched(captured: Captured, change: Change) -> tuple[str, ...]:
+    """Return what a change touched, its target and every alias among it."""
     touched = dict.fromkeys((change.target, *change.touched))
     for name in list(touched):
         owner, _, attr = name.rpartition(".")
@@ -287,11 +290,11 @@ def _complete(captured: Captured, change: Change) -> Change:
             touched.update(dict.fromkeys(captured.aliases(name)))
         elif owner in captured.tree.names:
             touched.update(dict.fromkeys(join(alias, attr) for alias in captured.aliases(owner)))
-    return replace(change, touched=tuple(touched))
+    return tuple(touched)
 
 
 def _shapes(model: nn.Module) -> dict[str, dict[str, torch.Size]]:
-    """Return the shape of every tensor of floating point, under its own and its module's name."""
+    """Return the shape of every tensor of floating point by its name, under its module's name."""
     found: dict[str, dict[str, torch.Size]] = {}
     pending = [("", model)]
     while pending:
@@ -302,24 +305,28 @@ def _shapes(model: nn.Module) -> dict[str, dict[str, torch.Size]]:
             for key, tensor in tensors.items()
             if tensor is not None and tensor.is_floating_point() and not is_lazy(tensor)
         }
-        if prefix and held:
+        if held:
             found[prefix[:-1]] = held
-        for name, shape in held.items():
-            found[name] = {name: shape}
         for key, child in module._modules.items():
             if child is not None:
                 pending.append((f"{prefix}{key}.", child))
     return found
 
 
-def _with_shapes(change: Change, shapes: Mapping[str, Mapping[str, torch.Size]]) -> Change:
-    """Return `change` with the shapes of what its recipe names: tensors, and those of modules."""
+def _shapes_read(
+    change: Change, shapes: Mapping[str, Mapping[str, torch.Size]]
+) -> dict[str, list[int]]:
+    """Return the shapes of what the recipe of a change names: tensors, and those of modules."""
     named: set[str] = set()
     _collect_strings(change.recipe, named)
     read: dict[str, list[int]] = {}
-    for part in sorted(named & shapes.keys()):
-        read |= {name: list(shape) for name, shape in shapes[part].items()}
-    return replace(change, shapes=read)
+    for part in sorted(named):
+        owner = part.rpartition(".")[0]
+        if part and part in shapes:
+            read |= {name: list(shape) for name, shape in shapes[part].items()}
+        elif (shape := shapes.get(owner, {}).get(part)) is not None:
+            read[part] = list(shape)
+    return read
 
 
 def _collect_strings(data: Any, found: set[str]) -> None:

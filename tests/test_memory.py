@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 
-from rewrite.memory import free_memory, private_memory, used_memory
+import pytest
+
+from rewrite.memory import free_memory, private_memory, rare_collection, used_memory
 
 
 def test_a_process_uses_what_it_holds() -> None:
@@ -22,3 +25,18 @@ def test_private_memory_grows_by_what_is_reserved() -> None:
     before = private_memory()
     with mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS):
         assert before == 0 or private_memory() - before >= 64 << 20
+
+
+@pytest.mark.parametrize("before", [(700, 10, 10), (0, 10, 10), (1_000_000, 5, 200)])
+def test_garbage_is_collected_rarely_and_then_as_before(before: tuple[int, int, int]) -> None:
+    own = gc.get_threshold()
+    try:
+        gc.set_threshold(*before)
+        with pytest.raises(ValueError), rare_collection():
+            inside = gc.get_threshold()
+            raise ValueError
+        assert gc.get_threshold() == before
+    finally:
+        gc.set_threshold(*own)
+    assert inside[0] == (max(before[0], 100_000) if before[0] else 0)
+    assert all(map(int.__ge__, inside, before))

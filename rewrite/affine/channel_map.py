@@ -55,7 +55,7 @@ class ChannelMap:
         """Whether nothing happens to the value."""
         if not (self.scale or self.shift) or not self.index.numel():
             return True
-        return int(self.index.max()) < 0
+        return int(self.index[0]) < 0 and int(self.index.max()) < 0  # the first mostly decides
 
     def same(self, other: ChannelMap) -> bool:
         """Return whether both say the same."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch.nn.functional as F
 from torch import nn
@@ -39,8 +39,7 @@ from rewrite.graph.operators import (
 )
 from rewrite.graph.spellings import is_plain
 
-_LAYERS = (_ConvNd, nn.Linear, *NORM_MODULES)
-"""What the modules are that `layer_of` knows."""
+_KERNELS = (_ConvNd, nn.Linear)
 
 _OPERANDS = ("query", "key", "value")
 
@@ -109,8 +108,13 @@ class Layer:
 
 def layer_of(captured: Captured, node: Node, rank: int | None) -> Layer | None:
     """Return the layer that `node` calls, or None; `rank` is that of its input, if known."""
-    if node.op == "call_module" and not isinstance(captured.module(str(node.target)), _LAYERS):
-        return None
+    if node.op == "call_module":
+        module = captured.module(str(node.target))
+        if isinstance(module, NORM_MODULES):
+            norm = norm_of(captured, node)
+            return None if norm is None else norm_layer(captured, norm, rank)
+        if not isinstance(module, _KERNELS):
+            return None
     if (conv := conv_of(captured, node)) is not None:
         return _conv_layer(captured, conv)
     if (linear := linear_of(captured, node)) is not None:
@@ -128,7 +132,7 @@ def attention_layer(captured: Captured, node: Node) -> Layer | None:
 
     What is added behind them (`add_bias_kv`, `add_zero_attn`, masks) reads no input of theirs.
     """
-    given = dict(zip(_OPERANDS, node.args, strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = {}
     weight: TensorRef | None
     bias: TensorRef | None
     if node.op == "call_module":
@@ -140,6 +144,7 @@ def attention_layer(captured: Captured, node: Node) -> Layer | None:
         bias = TensorRef(name, "in_proj_bias") if module.in_proj_bias is not None else None
     elif node.target is F.multi_head_attention_forward:
         given |= dict(zip(("in_proj_weight", "in_proj_bias"), node.args[5:7], strict=False))
+        given |= node.kwargs
         weight, bias = captured.ref(given["in_proj_weight"]), captured.ref(given["in_proj_bias"])
         if weight is None or given.get("use_separate_proj_weight"):
             return None
@@ -147,6 +152,7 @@ def attention_layer(captured: Captured, node: Node) -> Layer | None:
         sizes = (captured.tensor(weight).shape[1],) * 3
     else:
         return None
+    given |= {**dict(zip(_OPERANDS, node.args, strict=False)), **node.kwargs}
     operands = tuple(given.get(key) for key in _OPERANDS)
     if not all(isinstance(operand, Node) for operand in operands):
         return None

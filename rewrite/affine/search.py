@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from rewrite.affine.layers import Layer
 
 
+_COMBINES = Trait.ADDS | Trait.JOINS
+
 _VALUES = 400
 """Values that one propagation may change: a bound on the work."""
 
@@ -165,11 +167,11 @@ class PropagationSearch:
         """
         if self.direction is Direction.FORWARD or self.absorb_inverse:
             return False
-        order = self.context.order
-        if not all(s.graph is node.graph and order[s] < order[node] for s in self._seeds):
-            return False
         row = operation(node)
-        return row is not None and bool(row.traits & (Trait.ADDS | Trait.JOINS))
+        if row is None or not row.traits & _COMBINES:
+            return False
+        order = self.context.order
+        return all(s.graph is node.graph and order[s] < order[node] for s in self._seeds)
 
     def _visit(self, node: Node, value: Node, side: Side, along: bool) -> None:
         channel_map = self._changed[value]

@@ -8,7 +8,6 @@ input; 3 nothing to rewrite; 130 interrupted, and nothing was written
 from __future__ import annotations
 
 import argparse
-import gc
 import io
 import logging
 import os
@@ -46,6 +45,7 @@ from rewrite.cli.common import (
 )
 from rewrite.cli.parser import Parser, apply_config, find_config
 from rewrite.errors import OptionError, PassError, RewriteError, system_reason
+from rewrite.memory import rare_collection
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     told = _Told()
     _escape_what_has_no_code()
     try:
-        with _rare_collection():
+        with rare_collection():
             if "_ARGCOMPLETE" in os.environ:
                 complete(_parser(os.environ.get("COMP_LINE", "").split()[1:]))
             parser = _parser(argv)
@@ -160,17 +160,6 @@ def _stopped_by_signals(told: _Told) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _rare_collection() -> Iterator[None]:
-    """Collect garbage rarely: imports make a million objects that stay, a tenth of the time."""
-    before = gc.get_threshold()
-    gc.set_threshold(100_000, 50, 100)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def _parser(argv: Sequence[str]) -> Parser:

@@ -214,7 +214,7 @@ class Captured(HasValues, HasPlaces):
         """Return who reads the value of `node`, and whether those are all."""
         nodes = tuple(node.users)
         region = self.region_of(node)
-        if any(user.op == "output" for user in nodes):
+        if node in self._index.returned:
             where = region.name or "the model"
             return Readers(nodes, False, f"the value is returned by {where}")
         if (kept := region.kept.get(node)) is not None:

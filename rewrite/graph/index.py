@@ -74,6 +74,12 @@ class Index:
         return calls
 
     @cached_property
+    def returned(self) -> frozenset[Node]:
+        """The values that some traced forward returns."""
+        ends = (end for region in self.regions for end in region.graph.find_nodes(op="output"))
+        return frozenset(value for end in ends for value in end.all_input_nodes)
+
+    @cached_property
     def roots(self) -> frozenset[str]:
         """Roots of regions but the model itself: code that was not traced calls them."""
         return frozenset(region.name for region in self.regions if region.name)

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
+from torch.nn.modules.conv import _ConvNd
 
 from rewrite.graph.captured import Captured
 from rewrite.graph.operators import conv_of, linear_of, norm_of
-from rewrite.graph.spellings import function_name, is_getitem
+from rewrite.graph.spellings import function_name, is_getitem, is_plain
 from rewrite.graph.traits import SPATIAL, Call, Shape, Trait, call_of, has, operation
 
 
@@ -105,10 +106,10 @@ class Ranks:
             return self._attribute_rank(node)
         if node.op in ("placeholder", "output"):
             return None
-        if (conv := conv_of(self._captured, node)) is not None:
-            return conv.dims + 2
         if node.op == "call_module":
             return self._module_rank(node)
+        if (conv := conv_of(self._captured, node)) is not None:
+            return conv.dims + 2
         return self._function_rank(node)
 
     def _attribute_rank(self, node: Node) -> int | None:
@@ -123,6 +124,8 @@ class Ranks:
 
     def _module_rank(self, node: Node) -> int | None:
         module = self._captured.module(str(node.target))
+        if isinstance(module, _ConvNd) and is_plain(module):
+            return len(module.kernel_size) + 2
         if isinstance(module, nn.BatchNorm2d):
             return 4
         if isinstance(module, nn.BatchNorm3d):

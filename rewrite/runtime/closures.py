@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -17,16 +17,19 @@ from torch import Tensor, nn
 _PLAIN = frozenset({type(None), bool, int, float, str, type, Tensor})
 """What holds no function."""
 
+_DICTS = frozenset({dict, OrderedDict})
+
+_REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
+
 _DEPTH = 4
 """How far a function is followed through containers, partials and other functions."""
 
 
-def functions_of(module: nn.Module) -> Iterator[FunctionType]:
+def functions_of(attributes: Iterable[tuple[str, Any]]) -> Iterator[FunctionType]:
     """Yield the functions among the hooks and attributes of a module, those in containers too."""
-    for key, value in vars(module).items():
-        if type(value) in _PLAIN or (type(value) in (dict, OrderedDict) and not value):
-            continue
-        if key not in ("_parameters", "_buffers", "_modules"):
+    for key, value in attributes:
+        kind = type(value)
+        if (kind not in _DICTS or value) and kind not in _PLAIN and key not in _REGISTERED:
             yield from _functions_in(value)
 
 

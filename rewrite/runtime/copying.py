@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -29,79 +29,93 @@ def copy_model(model: Model) -> Model:
     """
     programs = list(sys.modules.values())
     memo: dict[int, Any] = dict(zip(map(id, programs), programs, strict=True))
-    modules = [module for _, module in Tree(model).modules()]
-    attributes = [value for module in modules for value in _attributes(module)]
+    held = {module: _objects_of(module) for _, module in Tree(model).modules()}
+    attributes = [value for objects in held.values() for value in _attributes(objects)]
     memo |= {
         id(value): value for value in attributes if isinstance(value, torch.jit.ScriptFunction)
     }
-    for tensor in (*_registered(modules), *_tensors_among(attributes)):
+    for tensor in (*_registered(held), *_tensors_among(attributes)):
         if id(tensor) not in memo:
             memo[id(tensor)] = lazy_copy(tensor)
-    binders = list(_bind_functions(modules, memo))
-    _copy_plain_modules(modules, memo)
+    binders = list(_bind_functions(held, memo))
+    _copy_plain_modules(held, memo)
     copied = copy.deepcopy(model, memo)
     for put_in in binders:
         put_in(lambda value: copy.deepcopy(value, memo))
     return copied
 
 
+def _objects_of(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return what a module holds, but for numbers, names and tuples of them: a copy shares those.
+
+    Each module is asked once: most of it is empty dicts, of which there are a dozen a module.
+    """
+    return [
+        (key, value)
+        for key, value in vars(module).items()
+        if type(value) not in _UNCHANGED
+        and not (type(value) is tuple and _UNCHANGED.issuperset(map(type, value)))
+    ]
+
+
 def _bind_functions(
-    modules: Iterable[nn.Module], memo: dict[int, Any]
+    held: Mapping[nn.Module, list[tuple[str, Any]]], memo: dict[int, Any]
 ) -> Iterator[Callable[[Callable[[Any], Any]], None]]:
     """Enter into `memo` the hooks that hold modules of the tree; yield what binds each to a copy.
 
     Also those that hold a tensor of it, and those that name a module by a global variable.
     """
-    inside = {id(module) for module in modules}
+    inside = set(map(id, held))
 
     def is_copied(value: Any) -> bool:
         return id(value) in inside or (isinstance(value, torch.Tensor) and id(value) in memo)
 
-    for module in modules:
-        for function in functions_of(module):
+    for objects in held.values():
+        for function in functions_of(objects):
             if id(function) not in memo and (bound := rebound(function, is_copied)) is not None:
                 memo[id(function)], put_in = bound
                 yield put_in
 
 
-def _attributes(module: nn.Module) -> Iterator[Any]:
+def _attributes(objects: Iterable[tuple[str, Any]]) -> Iterator[Any]:
     """Yield what a module holds beside what is registered, but for what nothing has to copy.
 
-    That is numbers, names, tuples and dicts, in which `copy.deepcopy` finds what it copies.
+    That is tuples and dicts, in which `copy.deepcopy` finds what it copies.
     """
-    for value in vars(module).values():
-        if type(value) not in _NO_TENSORS:
-            yield value
+    return (value for _, value in objects if type(value) not in _FOLLOWED)
 
 
 _UNCHANGED = frozenset({type(None), bool, int, float, str, type})
 
-_NO_TENSORS = _UNCHANGED | {tuple, dict, OrderedDict}
+_DICTS = frozenset({dict, OrderedDict})
+
+_FOLLOWED = _DICTS | {tuple}
 
 
-def _copy_plain_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
+def _copy_plain_modules(
+    held: Mapping[nn.Module, list[tuple[str, Any]]], memo: dict[int, Any]
+) -> None:
     """Enter into `memo` copies of the modules that `copy.deepcopy` copies attribute by attribute.
 
     They hold the same as its own would; most of what a module holds is an empty dict or a number,
     which needs none of its machinery.
     """
     plain: dict[type, bool] = {}
-    copies: list[tuple[nn.Module, nn.Module]] = []
-    for module in modules:
+    copies: list[nn.Module] = []
+    for module in held:
         kind = type(module)
         if kind not in plain:
             plain[kind] = _is_plain(kind)
         if plain[kind] and id(module) not in memo:
             memo[id(module)] = kind.__new__(kind)
-            copies.append((module, memo[id(module)]))
+            copies.append(module)
     # The innermost first: a class that copies itself may look at its children.
-    for module, twin in reversed(copies):
-        held = vars(twin)
-        for key, value in vars(module).items():
-            if type(value) in _UNCHANGED:
-                held[key] = value
-            elif key != "_compiled_call_impl":  # nor does torch pickle it
-                held[key] = _copied(value, memo)
+    for module in reversed(copies):
+        attributes = vars(memo[id(module)])
+        attributes.update(vars(module))
+        for key, value in held[module]:
+            attributes[key] = _copied(value, memo)
+        attributes.pop("_compiled_call_impl", None)  # nor does torch pickle it
 
 
 def _is_plain(kind: type) -> bool:
@@ -123,17 +137,15 @@ def _is_plain(kind: type) -> bool:
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
-    if kind in _UNCHANGED or (kind is tuple and _UNCHANGED.issuperset(map(type, value))):
+    if kind in _UNCHANGED:
         return value
-    if (kind is dict or kind is OrderedDict) and id(value) not in memo:
-        if not value:
-            memo[id(value)] = kind()
-            return memo[id(value)]
-        if all(type(key) is str for key in value):
-            twin = memo[id(value)] = kind()
-            for key, held in value.items():
-                twin[key] = _copied(held, memo)
-            return twin
+    if (known := memo.get(id(value))) is not None:
+        return known
+    if kind in _DICTS and (not value or all(type(key) is str for key in value)):
+        twin = memo[id(value)] = kind()
+        for key, held in value.items():
+            twin[key] = _copied(held, memo)
+        return twin
     return copy.deepcopy(value, memo)
 
 
@@ -141,7 +153,7 @@ def _tensors(modules: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
     """Yield the parameters and buffers, then the other tensors that are copied lazily."""
     held = list(modules)
     yield from _registered(held)
-    yield from _tensors_among(value for module in held for value in _attributes(module))
+    yield from _tensors_among(v for module in held for v in _attributes(vars(module).items()))
 
 
 def _registered(modules: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
@@ -177,7 +189,7 @@ def lazy_copy(tensor: torch.Tensor) -> torch.Tensor:
             kind(requires_grad=tensor.requires_grad, device=tensor.device, dtype=tensor.dtype),
         )
     data = tensor.detach()
-    shared = torch._lazy_clone(data) if _owns_memory(tensor) else data.clone()
+    shared = torch._lazy_clone(data) if _owns_memory(tensor, data) else data.clone()
     if isinstance(tensor, nn.Parameter):
         parameter = copy.copy(tensor) if type(tensor) is not nn.Parameter else None
         if parameter is not None:
@@ -189,21 +201,21 @@ def lazy_copy(tensor: torch.Tensor) -> torch.Tensor:
     return shared.requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
 
-def _owns_memory(tensor: torch.Tensor) -> bool:
+def _owns_memory(tensor: torch.Tensor, data: torch.Tensor) -> bool:
     """Return whether a copy of `tensor` may share its storage until either side writes.
 
     The memory of a storage that came out of a file, from numpy or from another process belongs to
     no allocator; torch would crash when such a shared storage is written to. Nor can a shared
     storage be resized, as quantization's observers do with their small buffers.
     """
-    if type(tensor.detach()) is not torch.Tensor or tensor.layout is not torch.strided:
+    if type(data) is not torch.Tensor or data.layout is not torch.strided:
         return False
-    if tensor.is_quantized or tensor.device.type == "meta":
+    if data.is_quantized or data.is_meta:
         return False
     storage = tensor.untyped_storage()
     if not isinstance(tensor, nn.Parameter) and storage.nbytes() < _SMALL:
         return False
-    return bool(storage.resizable()) and not (tensor.device.type == "cpu" and storage.is_shared())
+    return bool(storage.resizable()) and not (data.is_cpu and storage.is_shared())
 
 
 def own_memory_(

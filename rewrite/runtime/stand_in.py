@@ -25,9 +25,6 @@ from rewrite.runtime.tree import Tree
 
 _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 
-_GRAPH_ATTRIBUTES = frozenset({"_graph", "meta", "_tracer_extras"})
-"""What a GraphModule knows of its graph, which no forward changes."""
-
 _SHARED = frozenset(
     {type(None), bool, int, float, complex, str, bytes, type, torch.Size, torch.dtype}
     | {torch.device, range, slice, type(len)}
@@ -163,19 +160,18 @@ class _Copier:
 
     def _fill(self, module: nn.Module) -> None:
         held = vars(self._memo[id(module)])
+        held.update(vars(module))
         for key, value in vars(module).items():
             kind = type(value)
             if kind in _SHARED or (kind is tuple and _SHARED.issuperset(map(type, value))):
-                held[key] = value
-            elif key in _OWN_ATTRIBUTES and not value:
+                continue
+            if key in _OWN_ATTRIBUTES and not value:
                 held[key] = kind()
             elif key in ("_parameters", "_buffers"):
                 held[key] = {k: None if t is None else self._tensor(t) for k, t in value.items()}
-            elif key == "_modules" and type(value) is dict:
+            elif key == "_modules" and kind is dict:
                 held[key] = {k: None if m is None else self._module(m) for k, m in value.items()}
-            elif key in ("_graph", "meta"):
-                held[key] = value
-            else:
+            elif key not in ("_graph", "meta"):  # of a GraphModule: no forward changes them
                 held[key] = self.value(value)
 
     def _module(self, module: nn.Module) -> nn.Module:

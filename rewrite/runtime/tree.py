@@ -25,7 +25,7 @@ from torch import nn
 _OWN_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"_graph", "_tracer_cls", "meta"}
 
 
-_HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks"})
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 """Whose functions run with the module, and may hold others."""
 
 
@@ -91,17 +91,36 @@ def slots(module: nn.Module) -> Iterator[tuple[Slot, nn.Module]]:
 
     A TorchScript module has none: what is inside of it is compiled, and cannot be exchanged.
     """
+    yield from _registered(module)
+    yield from _hidden(module)
+
+
+def _registered(module: nn.Module) -> list[tuple[Slot, nn.Module]]:
+    if not module._modules or isinstance(module, torch.jit.ScriptModule):
+        return []
+    return [(Slot(module, k), child) for k, child in module._modules.items() if child is not None]
+
+
+def _hidden(module: nn.Module) -> list[tuple[Slot, nn.Module]]:
     if isinstance(module, torch.jit.ScriptModule):
-        return
-    for key, child in module._modules.items():
-        if child is not None:
-            yield Slot(module, key), child
-    for attr, value in vars(module).items():
-        if type(value) in _PLAIN or attr in _OWN_ATTRIBUTES:
-            continue
-        if not _holds_nothing(value):
-            for path, child in _inside(value):
-                yield Slot(module, attr, path), child
+        return []
+    return [
+        (Slot(module, attr, path), child)
+        for attr, value in attributes_of(module)
+        for path, child in _inside(value)
+    ]
+
+
+def attributes_of(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return what a module holds beside what each has, but for plain values and sequences of them.
+
+    Most modules hold nothing else: numbers, names, sizes.
+    """
+    return [
+        (attr, value)
+        for attr, value in vars(module).items()
+        if attr not in _OWN_ATTRIBUTES and type(value) not in _PLAIN and not _holds_nothing(value)
+    ]
 
 
 def _holds_nothing(value: Any) -> bool:
@@ -233,11 +252,11 @@ class Tree:
         """What also holds a module in a way that nothing can exchange: "a closure of …"."""
         found: dict[nn.Module, str] = {}
         for name, module in self.modules():
-            for attr, value in vars(module).items():
-                if attr not in _OWN_ATTRIBUTES or attr in _HOOKS:
-                    for held, how in _pinned(value):
-                        if held is not module and held in self._canonical:
-                            found[held] = f"{join(name, attr)}, {how}, holds it too"
+            hooks = ((attr, value) for attr in _HOOKS if (value := vars(module).get(attr)))
+            for attr, value in (*hooks, *attributes_of(module)):
+                for held, how in _pinned(value):
+                    if held is not module and held in self._canonical:
+                        found[held] = f"{join(name, attr)}, {how}, holds it too"
         return found
 
     def _walk(self, model: nn.Module) -> None:
@@ -252,14 +271,13 @@ class Tree:
                 continue
             prefix, module = stack.pop()
             descend = []
-            for slot, child in slots(module):
-                if slot.path or slot.attr not in module._modules:
-                    hidden.append((join(prefix, slot.label), slot, child))
-                    continue
+            for slot, child in _registered(module):
                 name = f"{prefix}.{slot.attr}" if prefix else slot.attr
                 if self._record(name, slot, child):
                     descend.append((name, child))
             stack.extend(reversed(descend))
+            for slot, child in _hidden(module):
+                hidden.append((join(prefix, slot.label), slot, child))
 
     def _record(self, name: str, slot: Slot, module: nn.Module) -> bool:
         """Note one place; return whether the module is met for the first time."""

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.fx.proxy import TraceError
 
+from rewrite.runtime.tree import attributes_of
 from rewrite.tracing.source_lines import asked_by_model
 
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -36,11 +37,6 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "uuid": ("uuid1", "uuid4"),
     "os": ("urandom",),
 }  # fmt: skip
-
-_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
-"""What each module has: tensors, children and hooks, and no generator."""
-
-_PLAIN = frozenset({type(None), bool, int, float, str, tuple})
 
 _NUMBERS = ("item", "tolist", "__bool__", "__float__", "__int__")
 
@@ -96,11 +92,7 @@ def _hold_generators(
         kinds += (numpy.Generator, numpy.RandomState)
     found = [torch.default_generator]
     for module in model.modules():
-        own = {
-            key: value
-            for key, value in vars(module).items()
-            if type(value) not in _PLAIN and key not in _OWN_ATTRIBUTES
-        }
+        own = dict(attributes_of(module))
         dicts = [value for value in own.values() if isinstance(value, dict)]
         for held, items in ((vars(module), own), *((held, dict(held)) for held in dicts)):
             for key, value in items.items():

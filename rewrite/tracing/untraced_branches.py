@@ -18,7 +18,7 @@ import ast
 import builtins
 import inspect
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Set
 from functools import cached_property
 from types import CodeType, FunctionType
 from typing import Any
@@ -106,8 +106,9 @@ class UntracedBranches:
     def caller(self, place: str) -> str | None:
         """Return, in words, what may call the module at `place` in code that did not run."""
         for region in (*self._choices.values(), *self._by_size.values()):
-            for owner, does in region.items():
-                below = place[len(owner) :].lstrip(".") if is_within(place, owner) else ""
+            for owner in _around(place, region):
+                below = place[len(owner) :].lstrip(".")
+                does = region[owner]
                 if below and does.may_call(below):
                     where = owner or "the model"
                     return f"the forward of {where} may call {place} {does.words}"
@@ -125,7 +126,8 @@ class UntracedBranches:
         over = own is not None and line is not None and own.is_over(*line)
         for user in node.users:
             read = region.frames[user].owner if user in region.frames else made
-            for owner, does in found.items():
+            for owner in dict.fromkeys((*_around(made, found), *_around(read, found))):
+                does = found[owner]
                 enters = not is_within(made, owner) and is_within(read, owner)
                 if (over and owner == made) or (enters and not does.incoming):
                     continue
@@ -150,6 +152,17 @@ class UntracedBranches:
 def is_within(name: str, owner: str) -> bool:
     """Return whether `name` is `owner` or the name of a module below it."""
     return not owner or name == owner or name.startswith(f"{owner}.")
+
+
+def _around(name: str, owners: Container[str]) -> Iterator[str]:
+    """Yield those of `owners` that `name` is or lies within, the outermost first."""
+    if "" in owners:
+        yield ""
+    end = 0
+    while end >= 0 and name:
+        end = name.find(".", end + 1)
+        if (place := name if end < 0 else name[:end]) in owners:
+            yield place
 
 
 def _below(owner: str, name: str, entered: Set[str]) -> str | None:

@@ -64,6 +64,8 @@ class Baked:
 
 def computed_tensors(module: nn.Module) -> dict[str, str]:
     """Return which of weight and bias the module computes, each with the name of what does it."""
+    if not module._forward_pre_hooks and not has_parametrizations(module):
+        return {}  # as with most layers
     new = {key: type(chain[0]).__name__.lstrip("_") for key, chain in _parametrized(module).items()}
     return new | {name: f"old-style {type(hook).__name__}" for name, hook in _old_hooks(module)}
 

@@ -168,6 +168,6 @@ def test_functions_are_found_in_hooks_attributes_and_containers() -> None:
     model.first.register_forward_pre_hook(one)
     model.first.act = two  # type: ignore[assignment]
     model.first.table = {"a": [functools.partial(three)]}  # type: ignore[assignment]
-    found = set(functions_of(model.first))
+    found = set(functions_of(vars(model.first).items()))
     assert {one, two, three} <= found
     assert rebound(one, lambda value: True) is None
