@@ -254,10 +254,9 @@ class Captured(HasValues, HasPlaces):
 
     def tied(self, ref: TensorRef) -> tuple[TensorRef, ...]:
         """Return every other place that holds the same tensor, or a view of the same storage."""
-        tensor = self.tensor(ref)
-        return tuple(
-            other for other in self._index.holders.get(storage_of(tensor), ()) if other != ref
-        )
+        if not (shared := self._index.shared):
+            return ()
+        return tuple(o for o in shared.get(storage_of(self.tensor(ref)), ()) if o != ref)
 
     def is_fixed(self, node: Node) -> bool:
         """Return whether a `get_attr` node is the same tensor at every call.

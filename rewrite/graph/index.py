@@ -90,15 +90,20 @@ class Index:
         return frozenset(self.opaque) - frozenset(region.name for region in self.regions)
 
     @cached_property
-    def holders(self) -> dict[int, list[TensorRef]]:
-        """By storage: every place that holds a tensor in it."""
-        holders: dict[int, list[TensorRef]] = {}
+    def shared(self) -> dict[int, list[TensorRef]]:
+        """By storage, where several places hold a tensor in it: all of them."""
+        first: dict[int, tuple[str, str]] = {}
+        shared: dict[int, list[TensorRef]] = {}
         for name, module in self.tree.modules():
             for held in (module._parameters, module._buffers):
                 for key, tensor in held.items():
-                    if tensor is not None and not is_lazy(tensor):
-                        holders.setdefault(storage_of(tensor), []).append(TensorRef(name, key))
-        return holders
+                    if tensor is None or is_lazy(tensor):
+                        continue
+                    storage = storage_of(tensor)
+                    if (before := first.setdefault(storage, (name, key))) != (name, key):
+                        places = shared.setdefault(storage, [TensorRef(*before)])
+                        places.append(TensorRef(name, key))
+        return shared
 
     def opaque_around(self, place: str) -> str | None:
         """Return why the innermost module around `place` is opaque, in words, if one is."""
@@ -107,6 +112,8 @@ class Index:
 
     def opaque_caller(self, place: str) -> str | None:
         """Return which opaque module may call the one at `place`, in words, or None."""
+        if not self._untraced:
+            return None
         for parent in _prefixes(place):
             if parent in self._untraced and self._mentions(parent, place):
                 return self._opaque_words(parent, f" and may call {place}")

@@ -114,7 +114,10 @@ def _copy_plain_modules(
         attributes = vars(memo[id(module)])
         attributes.update(vars(module))
         for key, value in held[module]:
-            attributes[key] = _copied(value, memo)
+            if type(value) in _DICTS and not value and id(value) not in memo:
+                attributes[key] = memo[id(value)] = type(value)()
+            else:
+                attributes[key] = _copied(value, memo)
         attributes.pop("_compiled_call_impl", None)  # nor does torch pickle it
 
 

@@ -64,12 +64,11 @@ def test_tensors_in_one_storage_are_held_together_and_others_are_not() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     with torch.no_grad():
         model[1].bias = nn.Parameter(model[0].weight[0])
-    holders = index_of(model).holders
-    assert holders[storage_of(model[0].weight)] == [
-        TensorRef("0", "weight"),
-        TensorRef("1", "bias"),
-    ]
-    assert holders[storage_of(model[2].weight)] == [TensorRef("2", "weight")]
+    shared = index_of(model).shared
+    assert shared == {
+        storage_of(model[0].weight): [TensorRef("0", "weight"), TensorRef("1", "bias")]
+    }
+    assert not index_of(nn.Sequential(nn.Linear(4, 4))).shared
 
 
 def test_storages_of_tensors_without_one_are_told_apart() -> None:
