@@ -34,18 +34,14 @@ from torch import nn
 import rewrite
 from benchmarks import corpus
 from benchmarks._table import environment, replace_section, table
-from benchmarks.sweep.order import by_family
+from benchmarks.sweep.order import everything
 from benchmarks.sweep.rows import Row, append, read
 from benchmarks.sweep.workers import Limits, run_all
 
 RESULTS = Path(__file__).parent / "conversions.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
 PASSES = {"fold": "fold", "swap": "bn-to-gn"}
-_PACKAGES = {
-    "timm": "timm",
-    "torchvision": "torchvision",
-    "smp": "segmentation_models_pytorch",
-}
+_PACKAGES = ("timm", "torchvision", "smp")
 _CUT_OFF = ("timeout", "memory")
 
 
@@ -56,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.summarize:
         PAGE.write_text(added_to(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
         return 0
-    wanted = options.names or (_quick() if options.quick else _all())
+    wanted = options.names or (_quick() if options.quick else everything(_PACKAGES))
     pending = [name for name in wanted if name not in rows or (options.again and _bad(rows[name]))]
     _sweep(pending, options)
     rows = {row["name"]: row for row in read(options.results)}
@@ -127,10 +123,10 @@ def failures(row: Row) -> list[str]:
 
 def added_to(page: str) -> str:
     """Return docs/coverage.md with its section of whole conversions anew."""
-    return replace_section(page, "conversions", summary(read(RESULTS), len(_all())))
+    return replace_section(page, "conversions", summary(read(RESULTS), len(everything(_PACKAGES))))
 
 
-def summary(rows: Sequence[Row], everything: int) -> str:
+def summary(rows: Sequence[Row], corpus_size: int) -> str:
     """Return the section of the page."""
     header = ["package", "architectures", "converted", "too large", "cut off", "not built"]
     header += [f"{column}: {what}" for column in PASSES for what in ("0", "3", "1 or 2")]
@@ -144,7 +140,7 @@ def summary(rows: Sequence[Row], everything: int) -> str:
         "## Whole conversions\n\n`python -m benchmarks.conversions`: `convert --fold` and "
         "`convert --bn-to-gn` with an example input and verification on; the exit code is 0 "
         "where something was rewritten and the contract holds, 3 where nothing is there to "
-        f"rewrite. {len(rows):,} of {everything:,} architectures have a row, one of every family "
+        f"rewrite. {len(rows):,} of {corpus_size:,} architectures have a row, one of every family "
         f"first; rows come from the versions {versions}. {environment('timm', 'torchvision')}.\n\n"
         f"{table(header, lines)}\n\nWhat fails:\n\n"
     )
@@ -173,7 +169,7 @@ def _bad(row: Row) -> bool:
 
 def _sweep(pending: Sequence[str], options: argparse.Namespace) -> None:
     for package in sorted({name.partition(":")[0] for name in pending}):
-        importlib.import_module(_PACKAGES[package])
+        importlib.import_module(corpus.PACKAGES[package])
     limits = Limits(options.seconds, options.megabytes)
     end = time.monotonic() + 60 * options.within
     names = takewhile(lambda _: time.monotonic() < end, pending)
@@ -193,11 +189,6 @@ def _version() -> str:
 
 def _quick() -> list[str]:
     return [name for name in corpus.QUICK if name.partition(":")[0] in _PACKAGES]
-
-
-def _all() -> list[str]:
-    present = [package for package in _PACKAGES if corpus.installed(f"{package}:")]
-    return by_family(name for package in present for name in corpus.names(package))
 
 
 def _parser() -> argparse.ArgumentParser:

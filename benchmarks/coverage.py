@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import conversions
-from benchmarks.corpus import PACKAGES, QUICK, UnbuildableError, build, installed, names
+from benchmarks.corpus import PACKAGES, QUICK, UnbuildableError, build, installed
 from benchmarks.sweep.measure import BRIEF_ABOVE, measure, with_peers
-from benchmarks.sweep.order import by_family
+from benchmarks.sweep.order import everything
 from benchmarks.sweep.rows import append, read
 from benchmarks.sweep.summary import failures, summary
 from benchmarks.sweep.workers import Limits, run_all
@@ -58,11 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sweep, or write its summary; return 1 if an architecture misses the target."""
     options = _parser().parse_args(arguments)
     if options.summarize:
-        everything = len(_all(tuple(PACKAGES)))
-        page = summary(read(options.results), everything)
+        page = summary(read(options.results), len(everything(PACKAGES)))
         PAGE.write_text(conversions.added_to(page), encoding="utf-8")
         return 0
-    wanted = options.names or (QUICK if options.quick else _all(options.package or tuple(PACKAGES)))
+    wanted = options.names or (QUICK if options.quick else everything(options.package or PACKAGES))
     chosen = [name for name in wanted if installed(name)]
     if missing := [name for name in wanted if name not in chosen]:
         print(f"not installed: {', '.join(missing)}", file=sys.stderr)
@@ -127,11 +126,6 @@ def _sweep(
         for row in run_all(pending, function, limits, options.workers):
             append(options.results, finish(row))
             progress.update(task, advance=1, description=row["name"], refresh=True)
-
-
-def _all(packages: Sequence[str]) -> list[str]:
-    present = [package for package in packages if installed(package)]
-    return by_family(name for package in present for name in names(package))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from benchmarks.corpus import UnbuildableError, fit_inputs, make
-from benchmarks.sweep.rows import append, read
+from benchmarks.sweep.rows import complete, read
 from passes import Reinitialize
 from rewrite.graph.capture import capture
 from rewrite.graph.captured import Captured
@@ -86,22 +86,17 @@ def main() -> int:
         print(json.dumps(measure(options.one)))
         return 0
     if not options.summarize:
-        done = {row["name"] for row in read(RESULTS)}
-        for name in FAMILIES:
-            if name not in done:
-                _append(name)
+        complete(RESULTS, FAMILIES, _measured)
     rows = sorted(read(RESULTS), key=lambda row: FAMILIES.index(row["name"]))
     PAGE.write_text(page(rows), encoding="utf-8")
     return 0
 
 
-def _append(name: str) -> None:
+def _measured(name: str) -> dict[str, Any]:
     try:
-        row = measure(name)
+        return measure(name)
     except Exception as error:  # noqa: BLE001 - the row says what went wrong
-        row = {"name": name, "error": f"{type(error).__name__}: {error}"[:200]}
-    append(RESULTS, row)
-    print(row, flush=True)
+        return {"name": name, "error": f"{type(error).__name__}: {error}"[:200]}
 
 
 def measure(name: str) -> dict[str, Any]:

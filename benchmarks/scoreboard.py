@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import traps
 from benchmarks._table import environment, parser, publish, table
 from benchmarks.folders import FOLDERS, SWAPPERS, Folder, clone, installed, versions
+from benchmarks.sweep.outputs import tensors
 
 _NORM_OPS = ("native_batch_norm", "_native_batch_norm_legit", "batch_norm", "cudnn_batch_norm")
 _TOLERANCE = {torch.float64: 1e-10, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -77,18 +78,7 @@ def run(model: Any, inputs: tuple[Any, ...]) -> Run:
     torch.manual_seed(0)
     with torch.no_grad(), _CountNorms() as norms:
         output = model(*inputs)
-    return Run(list(_tensors(output)), norms.count, norms.products)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+    return Run(list(tensors(output)), norms.count, norms.products)
 
 
 def difference(got: list[Tensor], want: list[Tensor]) -> float:

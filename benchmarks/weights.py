@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.corpus import QUICK, UnbuildableError, build
-from benchmarks.sweep.rows import append, read
+from benchmarks.sweep.rows import complete, read
 from passes import Reinitialize, RemoveWeightNorm, WeightNorm
 from rewrite.init.residual import residual_branches
 from rewrite.pipeline import convert
@@ -47,12 +47,7 @@ def main() -> int:
         print(json.dumps(measure(options.one)))
         return 0
     if not options.summarize:
-        done = {row["name"] for row in read(RESULTS)}
-        for name in QUICK:
-            if name not in done:
-                row = _in_process(name)
-                append(RESULTS, row)
-                print(row, flush=True)
+        complete(RESULTS, QUICK, _in_process)
     PAGE.write_text(page(read(RESULTS)), encoding="utf-8")
     return 0
 

@@ -23,7 +23,7 @@ from rewrite.outcomes import Contract, Selection
 from rewrite.preconditions import check_convertible, why_not_run
 from rewrite.progress import Announced
 from rewrite.protocol import Applied, Pass, apply_pass, find_sites
-from rewrite.report import PassReport, Report, advice
+from rewrite.report import PassReport, Report, advice, violation
 from rewrite.runtime.copying import copy_model
 from rewrite.runtime.infer_inputs import has_certain_rank, infer_inputs
 from rewrite.runtime.inputs import ExampleCall, Inputs
@@ -190,7 +190,7 @@ class _Attempt:
     def failure(self) -> str:
         """Why the contract does not hold, in one line, or ""."""
         if self.violations:
-            return f"{self.violations[0]} changed although no rewritten site names it"
+            return violation(self.violations[0])
         if self.verification is not None and not self.verification.ok:
             return self.verification.reasons[0]
         return ""

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from rewrite.onnx.report import OnnxVerification
 
 
+def violation(name: str) -> str:
+    """Say of a tensor that it changed although no change names its module."""
+    return f"{name} changed although no rewritten site names it"
+
+
 @dataclass(frozen=True)
 class PassReport:
     """One pass: its text form, its contract, what it did, and how the result was verified.
@@ -41,6 +46,11 @@ class PassReport:
     def ok(self) -> bool:
         """Whether the contract held, as far as it was checked."""
         return not self.violations and (self.verification is None or self.verification.ok)
+
+    @property
+    def violated(self) -> tuple[str, ...]:
+        """The violations in words."""
+        return tuple(map(violation, self.violations))
 
 
 @dataclass(frozen=True)
@@ -80,9 +90,7 @@ class Report:
         """The first broken contract in one line: the pass, and what is wrong; "" if all hold."""
         for part in self.passes:
             if part.violations:
-                return (
-                    f"{part.spec}: {part.violations[0]} changed although no rewritten site names it"
-                )
+                return f"{part.spec}: {part.violated[0]}"
             if part.verification is not None and not part.verification.ok:
                 return f"{part.spec} is not {part.contract}: {part.verification.reasons[0]}"
         if self.verification is not None and not self.verification.ok:
@@ -132,8 +140,8 @@ class Report:
             changes = [(c.target or "(root)", c.before, c.after, c.note) for c in part.changes]
             for name, before, after, note, count in _rows(changes, verbose):
                 yield _entry(name, f"{before} → {after}{f' ({note})' if note else ''}", count)
-            for name in part.violations:
-                yield Text(f"{name} changed although no rewritten site names it", style="red")
+            for said in part.violated:
+                yield Text(said, style="red")
             yield Text(f"{len(part.changes)} rewritten, {len(part.skips)} left alone")
         for note, count in _rows([(note,) for note in self.notes], verbose):
             yield Text(f"note: {note}{f'  {count} alike' if count > 1 else ''}")

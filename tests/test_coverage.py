@@ -17,7 +17,7 @@ from benchmarks.corpus.fill import SkipRandomInit, fill
 from benchmarks.sweep import measure, outputs, workers
 from benchmarks.sweep.counts import run
 from benchmarks.sweep.order import by_family
-from benchmarks.sweep.rows import append, read
+from benchmarks.sweep.rows import append, complete, read
 from benchmarks.sweep.summary import failures, summary
 from rewrite.protocol import Applied
 
@@ -294,3 +294,16 @@ def test_a_peer_that_crashes_takes_nothing_from_a_row(tmp_path, monkeypatch):
 def test_the_number_of_regions_grows_with_the_blocks_and_no_faster():
     (_, four, _), (_, forty, _) = capture_time.growth(1, sizes=(4, 40))
     assert (four, forty) == (5, 41)
+
+
+def test_what_has_a_row_is_not_measured_again(tmp_path):
+    place, measured = tmp_path / "rows.jsonl", []
+
+    def measure(name):
+        measured.append(name)
+        return {"name": name}
+
+    complete(place, ["a", "b"], measure)
+    complete(place, ["a", "b", "c"], measure)
+    assert measured == ["a", "b", "c"]
+    assert [row["name"] for row in read(place)] == measured

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from itertools import chain, zip_longest
 
+from benchmarks import corpus
+
 _LARGE = re.compile(
     r"large|huge|giant|gigantic|xl|_l\b|_h\b|_so\d|_g\b|so400m|1202|1001|542|272|269|264|200|"
     r"152|128gf|_b[5-8]|_l2|384|448|512|768|1024"
@@ -14,6 +16,12 @@ _LARGE = re.compile(
 
 
 _DATASET = re.compile(r"_(cifar100|svhn|cub|ade20k|cityscapes|celebamaskhq)\b")
+
+
+def everything(packages: Iterable[str]) -> list[str]:
+    """Return every architecture of the packages that are installed, in the order of `by_family`."""
+    present = filter(corpus.installed, packages)
+    return by_family(chain.from_iterable(map(corpus.names, present)))
 
 
 def by_family(names: Iterable[str]) -> list[str]:

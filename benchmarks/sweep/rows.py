@@ -6,6 +6,7 @@ A sweep that was stopped goes on where it was: what has a row is not measured ag
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ def read(path: Path) -> list[Row]:
         return []
     with path.open(encoding="utf-8") as lines:  # by lines of the file: JSON may hold U+2028
         return list({row["name"]: row for row in map(json.loads, lines)}.values())
+
+
+def complete(path: Path, names: Iterable[str], measure: Callable[[str], Row]) -> None:
+    """Measure each name that has no row yet, and append the row as it comes."""
+    done = {row["name"] for row in read(path)}
+    for name in names:
+        if name not in done:
+            row = measure(name)
+            append(path, row)
+            print(row, flush=True)
 
 
 def append(path: Path, row: Row) -> None:

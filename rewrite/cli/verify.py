@@ -184,14 +184,17 @@ def _two_models(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     return one, two
 
 
+def _graph_and_reference(options: argparse.Namespace) -> tuple[str, str | None]:
+    """Return the graph that is verified, and what it is held to; of two graphs the second is."""
+    first, second = options.model, options.other
+    return (second, first) if second is not None and is_onnx(second) else (first, second)
+
+
 def _verify_onnx(options: argparse.Namespace) -> OnnxVerification:
     from rewrite.equivalence.verification import Level
     from rewrite.onnx.verify import verify_onnx
 
-    # The graph is what is verified; where both are ONNX files, the second is held to the first.
-    graph, reference = options.model, options.other
-    if reference is not None and is_onnx(reference):
-        graph, reference = reference, graph
+    graph, reference = _graph_and_reference(options)
     model: Any = reference
     if reference is not None and not is_onnx(reference):
         model = load_model(options, reference)
@@ -219,9 +222,8 @@ def _write_node_data(options: argparse.Namespace) -> None:
     from rewrite.files import write_bytes
     from rewrite.onnx.node_data import node_data, node_errors
 
-    graph, reference = options.model, options.other
-    if is_onnx(reference):
-        graph, reference = reference, graph
+    graph, reference = _graph_and_reference(options)
+    assert reference is not None  # checked before anything is run
     model = load_model(options, reference).eval()
     given = _named_inputs(options) or example_inputs(options, model)
     inferred = or_inferred(options, model, given)

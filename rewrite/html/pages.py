@@ -40,11 +40,6 @@ def conversion_page(
         *_took(sum(item.seconds for item in report.passes), "to rewrite"),
         *([] if check is None else _took(check.seconds, "to verify")),
     ]
-    violations = [
-        f"{name} changed although no rewritten site names it"
-        for item in report.passes
-        for name in item.violations
-    ]
     return Page(
         title=f"{title}: {', '.join(item.spec for item in report.passes)}",
         verdict=verdict,
@@ -52,7 +47,7 @@ def conversion_page(
         measured=measured,
         numbers=numbers,
         reasons=[
-            *violations,
+            *(said for item in report.passes for said in item.violated),
             *(() if check is None else check.reasons),
             *(() if exported is None else exported.reasons),
         ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,25 +17,15 @@ from rewrite.errors import OptionError, PassError
 from rewrite.outcomes import Selection
 from rewrite.protocol import Applied, apply_pass
 from rewrite.runtime.copying import copy_model
+from rewrite.runtime.leaves import tensors
 
 RIGHT, WRONG = 1e-10, 1e-3
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors(item)
 
 
 def run(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     torch.manual_seed(0)
     with torch.no_grad():
-        return list(tensors(model(*inputs)))
+        return tensors(model(*inputs))
 
 
 def difference(got: list[Tensor], want: list[Tensor]) -> float:
