@@ -61,11 +61,11 @@ def _standardization(module: nn.Module) -> tuple[WeightStandardization, list[Ten
     return step, [tensor.detach() for tensor in chain.parameters()]
 
 
-def is_standardized(module: nn.Module, key: str = "weight") -> bool:
-    """Return whether weight `key` is computed by a weight standardization, and by it alone."""
-    if not parametrize.is_parametrized(module, key):
+def is_standardized(module: nn.Module) -> bool:
+    """Return whether the weight is computed by a weight standardization, and by it alone."""
+    if not parametrize.is_parametrized(module, "weight"):
         return False
-    chain = module.parametrizations[key]  # type: ignore[index]  # a ModuleDict, for nn.Module a Tensor or a Module
+    chain = module.parametrizations["weight"]  # type: ignore[index]  # a ModuleDict, for nn.Module a Tensor or a Module
     return len(chain) == 1 and isinstance(chain[0], WeightStandardization)
 
 
