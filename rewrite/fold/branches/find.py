@@ -151,6 +151,11 @@ class Branches:
                         f"{conv.target} has {what}={getattr(conv, what)}, {widest.target} has "
                         f"{getattr(widest, what)}"
                     )
+            channels, most = len(tensor(conv.weight)), len(tensor(widest.weight))
+            if channels != most:
+                raise DeclinedError(
+                    f"{conv.target} writes {channels} channels, {widest.target} {most}"
+                )
             taps = tensor(conv.weight).shape[2:]
             if any(
                 t > 1 and d != w

@@ -101,6 +101,8 @@ def test_branches_that_see_one_window_are_merged(model: nn.Module, terms: int) -
         (Two(conv(padding="same"), conv(1)), "padding='same'"),
         (Two(conv(padding=2, dilation=2), conv()), "different dilations"),
         (Two(conv(padding=1), conv(5, padding=1)), "see different windows"),
+        (Two(conv(), conv(1, outputs=1)), "b writes 1 channels, a 4"),
+        (Two(conv(1, outputs=1), conv(1)), "b writes 4 channels, a 1"),
         (ReadInside(conv(), conv(1)), "is also read outside of the branches"),
         (Writes(conv(), conv(1)), "writes into what the branches read"),
     ],
