@@ -68,10 +68,8 @@ def _plan(captured: Captured, readers: TensorReaders, candidate: swap.Candidate)
         return "has no running statistics to freeze"
     weight, bias = (None if r is None else captured.tensor(r) for r in (norm.weight, norm.bias))
     mean, var = captured.tensor(norm.running_mean), captured.tensor(norm.running_var)
-    calls = captured.call_sites(norm.node) if norm.module is None else ()
-    for ref in (norm.weight, norm.bias):
-        if ref is not None and (reader := readers.reader(ref, calls)) is not None:
-            return reader
+    if (reader := swap.reader_of(captured, readers, norm)) is not None:
+        return reader
     affine = Affine.batch_norm(mean, var, weight, bias, norm.eps)
     if affine.scale.is_meta:
         return affine

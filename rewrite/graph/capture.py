@@ -41,7 +41,7 @@ def capture(
     traced = trace_regions(tree, inputs)
     found = Captured(
         model, tree, traced.regions, traced.opaque, traced.error, traced.altered,
-        example_calls=tuple(calls), example_inputs=inputs,
+        traced.ran, example_calls=tuple(calls), example_inputs=inputs,
     )  # fmt: skip
     return Editable.of(found)
 
@@ -58,7 +58,7 @@ def in_other_mode(captured: Captured) -> Captured | None:
         return None
     found = Captured(
         captured.model, captured.tree, traced.regions, traced.opaque, traced.error, traced.altered,
-        example_inputs=captured.example_inputs,
+        traced.ran, example_inputs=captured.example_inputs,
     )  # fmt: skip
     found.numbers = captured.numbers
     return found

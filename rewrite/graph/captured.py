@@ -29,6 +29,7 @@ from rewrite.graph.refs import Readers as Readers
 from rewrite.graph.refs import TensorRef as TensorRef
 from rewrite.provenance import shown_path
 from rewrite.runtime.tree import Tree
+from rewrite.tracing.code.functions_run import FunctionsRun
 from rewrite.tracing.records import Frame
 from rewrite.tracing.records import Opaque as Opaque
 from rewrite.tracing.regions import Region as Region
@@ -117,6 +118,7 @@ class Captured(HasValues, HasPlaces):
         opaque: the modules that are one call to the tracer, with the reason.
         shape_error: why some values have no shape although example inputs were given.
         altered: by name, why a module is not the same at every call of the model.
+        ran: the functions that the traces ran, and the modules that they had.
         notes: what a pass has to say of the whole model; it goes into the report.
         exact: what written tensors are before they are rounded, in float64, by qualified name; None
             where nobody is going to ask. It keeps the old tensors alive.
@@ -131,6 +133,7 @@ class Captured(HasValues, HasPlaces):
     opaque: dict[str, Opaque]
     shape_error: str | None = None
     altered: dict[str, str] = field(default_factory=dict)
+    ran: FunctionsRun | None = field(default=None, repr=False)
     notes: list[str] = field(default_factory=list)
     exact: dict[str, Callable[[], torch.Tensor]] | None = field(default_factory=dict)
     example_calls: tuple[ExampleCall, ...] = ()
@@ -270,7 +273,8 @@ class Captured(HasValues, HasPlaces):
     def code(self) -> ModelCode:
         """What the code of the model does with its modules, beside calling them."""
         entered = {name for region in self.regions for name in region.entered if region.name == ""}
-        return ModelCode(self.tree, frozenset(entered | set(self._index.calls) - self._index.roots))
+        called = frozenset(entered | set(self._index.calls) - self._index.roots)
+        return ModelCode(self.tree, called, () if self.ran is None else self.ran.uses())
 
     @cached_property
     def effects(self) -> Effects:

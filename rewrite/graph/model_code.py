@@ -6,7 +6,7 @@ tree, so that the answers are about modules by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -15,7 +15,7 @@ from torch import nn
 
 from rewrite.runtime.tree import Tree
 from rewrite.tracing.altered import UNUSED_IN_EVAL
-from rewrite.tracing.code.class_code import ModuleUse
+from rewrite.tracing.code.class_code import ClassCode, ModuleUse
 from rewrite.tracing.code.code_paths import CodePaths
 
 _PARAMETERS = frozenset({"weight", "bias"})
@@ -36,26 +36,29 @@ class ModelCode(CodePaths):
     Args:
         tree: the modules of the model.
         called: the names of the modules that some traced forward calls or enters.
+        given: the analyses of functions that ran with modules of the model, by the module's name.
     """
 
-    def __init__(self, tree: Tree, called: frozenset[str]) -> None:
-        super().__init__(tree)
+    def __init__(
+        self, tree: Tree, called: frozenset[str], given: Iterable[tuple[str, ClassCode]] = ()
+    ) -> None:
+        super().__init__(tree, given)
         self._called = called
 
     @cached_property
     def _uses(self) -> dict[str, str]:
         """By module: a line that tests its class or reads what only it has."""
         found: dict[str, str] = {}
-        for owner, _, code in self.owners:
+        for owner, _, code, own in self.readings:
             for use in code.tests:
                 for name in self._tested(owner, use):
                     found.setdefault(name, f"{use.text} at {use.place} tests what it is")
             for use in code.reads:
                 assert use.path is not None
-                if len(use.path) < 2 or use.path[-1] in _HARMLESS:
+                if (own and len(use.path) < 2) or use.path[-1] in _HARMLESS:
                     continue
                 for name, left in self.at(owner, use.path):
-                    if name != owner and len(left) == 1:
+                    if not (own and name == owner) and len(left) == 1:
                         found.setdefault(name, f"{use.text} at {use.place} reads of it")
         for module, how in self._tree.pinned.items():
             found.setdefault(self._tree.name(module), how)
@@ -77,7 +80,7 @@ class ModelCode(CodePaths):
     def _chosen(self) -> dict[str, str]:
         """By module: the line that chooses it by an attribute, where another was not traced."""
         found: dict[str, str] = {}
-        for owner, _, code in self.owners:
+        for owner, _, code, _ in self.readings:
             by_line: dict[tuple[str, str], set[str]] = {}
             for use in code.choices:
                 assert use.path is not None
@@ -103,7 +106,7 @@ class ModelCode(CodePaths):
         """By module: a line that reads every tensor of it and below."""
         return {
             name: f"{use.text} at {use.place} reads all tensors of {name or 'the model'}"
-            for owner, _, code in self.owners
+            for owner, _, code, _ in self.readings
             for use in code.tensors
             if use.path is not None
             for name, left in self.at(owner, use.path)
@@ -113,7 +116,7 @@ class ModelCode(CodePaths):
     @cached_property
     def _assigned(self) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
-        for owner, _, code in self.owners:
+        for owner, _, code, _ in self.readings:
             for use in code.assigned:
                 for name, left in self.at(owner, use.path or ()):
                     if left and left[0] is not None:
@@ -128,10 +131,10 @@ class ModelCode(CodePaths):
     def _altered(self) -> dict[str, str]:
         """By module: the line of a forward that assigns an attribute of it, or its place."""
         found: dict[str, str] = {}
-        for owner, _, code in self.owners:
+        for owner, _, code, own in self.readings:
             for use in code.assigned:
                 for name, left in self.at(owner, use.path or ()):
-                    if name == owner:
+                    if own and name == owner:
                         continue
                     if not left:
                         for below in (name, *self.below(name)):
@@ -140,7 +143,7 @@ class ModelCode(CodePaths):
                         found.setdefault(name, f"{use.text} is assigned at {use.place}")
             for use in code.moved:
                 for name, left in self.at(owner, (*(use.path or ()), None)):
-                    if name != owner and not left:
+                    if not left and not (own and name == owner):
                         for below in (name, *self.below(name)):
                             found.setdefault(below, f"{use.text} at {use.place} may move it")
         return found
@@ -189,7 +192,7 @@ class ModelCode(CodePaths):
     def _counted(self) -> dict[str, str]:
         return {
             name: f"{use.text} at {use.place} tests what it is"
-            for owner, _, code in self.owners
+            for owner, _, code, _ in self.readings
             for use in code.tests
             if use.below or not use.text.startswith(("isinstance(", "issubclass(", "hasattr("))
             for name in self._tested(owner, use)
@@ -215,7 +218,7 @@ class ModelCode(CodePaths):
         """
         return tuple(
             OtherEntry(f"{type(module).__name__}.{method}()", frozenset(read - {owner}))
-            for owner, module, code in self.owners
+            for owner, module, code, _ in self.owners
             for method, paths in code.others.items()
             if not _is_plumbing(type(module), method)
             and (read := {name for path in paths for name, _ in self.at(owner, path)})

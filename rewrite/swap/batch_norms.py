@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from rewrite.affine.tensor_readers import TensorReaders
 from rewrite.graph.captured import Captured, TensorRef
 from rewrite.graph.editable import Editable
 from rewrite.graph.operators import Norm, conv_of, norm_of
@@ -108,10 +109,12 @@ def _fused_holder(captured: Captured, name: str) -> str | None:
 def _unseen(captured: Captured, owners: set[str]) -> Iterator[Skip]:
     """Yield what holds running statistics although no call of a batch norm was seen for it."""
     for name, module in captured.tree.modules():
-        if name in owners or getattr(module, "running_mean", None) is None:
+        # Its own: what a wrapper hands on by `__getattr__` is another module's.
+        mean = {**vars(module), **module._parameters, **module._buffers}.get("running_mean")
+        if name in owners or mean is None:
             continue
         before = type(module).__name__
-        held = (module.running_mean, module._parameters.get("weight"))
+        held = (mean, module._parameters.get("weight"))
         tensors = [tensor for tensor in held if tensor is not None]
         if isinstance(module, nn.modules.instancenorm._InstanceNorm):
             continue
@@ -200,6 +203,13 @@ def sites(captured: Captured, decide: Callable[[Candidate], object]) -> Iterator
             yield Skip(candidate.target, candidate.before, plan)
         else:
             yield Site(candidate.target, candidate.before, candidate.norm.node, plan)
+
+
+def reader_of(captured: Captured, readers: TensorReaders, norm: Norm) -> str | None:
+    """Return what else than the norm reads its γ or β, in words, or None."""
+    calls = captured.call_sites(norm.node) if norm.module is None else ()
+    found = (readers.reader(ref, calls) for ref in (norm.weight, norm.bias) if ref is not None)
+    return next((reader for reader in found if reader is not None), None)
 
 
 def spatial_axes(captured: Captured, candidate: Candidate) -> int | str:

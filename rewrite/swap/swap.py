@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from rewrite.affine.tensor_readers import TensorReaders
 from rewrite.errors import OptionError
 from rewrite.fold.requirements import broken_statistics
 from rewrite.fold.swap_recipe import swap_data, with_norm
@@ -62,11 +63,18 @@ def check(name: str, keep: str, anchor: float | None) -> None:
 def sites(
     captured: Captured, keep: str, decide: Callable[[swap.Candidate], object]
 ) -> Iterator[Site | Skip]:
-    """Yield the sites of a swap, and skips: also of norms whose statistics are no map to keep."""
-    reads = keep in DEFAULT_ANCHOR
+    """Yield the sites of a swap, and skips.
+
+    Where γ and β change, norms are declined whose statistics are no map to keep, or whose γ or β
+    other code reads.
+    """
+    if keep not in DEFAULT_ANCHOR:
+        return swap.sites(captured, decide)
+    readers = TensorReaders(captured)
 
     def decided(candidate: swap.Candidate) -> object:
-        reason = _no_map(captured, candidate.norm) if reads else ""
+        norm = candidate.norm
+        reason = _no_map(captured, norm) or swap.reader_of(captured, readers, norm)
         return reason or decide(candidate)
 
     return swap.sites(captured, decided)

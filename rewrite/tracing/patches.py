@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dis
+import functools
 import math
 import random
 import sys
@@ -48,6 +50,7 @@ def tracing(model: nn.Module) -> Iterator[None]:
             _record_factories(patcher)
             refuse_draws(patcher, model)
             _wrap_math(patcher)
+            _disassemble_once(patcher)
             with _uncompiled():
                 yield
     finally:
@@ -55,6 +58,17 @@ def tracing(model: nn.Module) -> Iterator[None]:
         random.setstate(states[1])
         if numpy is not None:
             numpy.random.set_state(states[2])
+
+
+def _disassemble_once(patcher: Any) -> None:
+    """Keep the instructions of a function: torch.fx asks for them at each unpacking of a proxy."""
+
+    @functools.lru_cache(maxsize=1024)
+    def instructions(code: Any, **options: Any) -> tuple[dis.Instruction, ...]:
+        return tuple(disassembled(code, **options))
+
+    disassembled = dis.get_instructions
+    patcher.patch(vars(dis), "get_instructions", instructions, deduplicate=False)
 
 
 def _wrap_math(patcher: Any) -> None:

@@ -19,6 +19,7 @@ from rewrite.runtime.inputs import Inputs
 from rewrite.runtime.stand_in import stand_in, without_values
 from rewrite.runtime.tree import Tree, slots, tensor_names
 from rewrite.tracing.altered import Layers
+from rewrite.tracing.code.functions_run import FunctionsRun
 from rewrite.tracing.code.source import source_of
 from rewrite.tracing.decisions import real_decisions
 from rewrite.tracing.patches import tracing
@@ -69,12 +70,14 @@ class Traced:
         opaque: the modules that could not be traced, by name.
         error: why some values have no shape although inputs were given.
         altered: the modules that a forward alters, by name, each with the reason.
+        ran: the functions that the traces ran.
     """
 
     regions: tuple[Region, ...]
     opaque: dict[str, Opaque]
     error: str | None
     altered: dict[str, str]
+    ran: FunctionsRun
 
 
 def trace_regions(model: Tree, inputs: Inputs | None = None, *, other_mode: bool = False) -> Traced:
@@ -94,7 +97,8 @@ def trace_regions(model: Tree, inputs: Inputs | None = None, *, other_mode: bool
     regions: list[Region] = []
     seen: set[str] = set()
     expanded: set[str] = set()
-    tracer = RegionTracer(tree, tensor_names(tree), opaque, shapes)
+    ran = FunctionsRun(tree)
+    tracer = RegionTracer(tree, tensor_names(tree), opaque, shapes, ran)
 
     def visit(root: nn.Module) -> None:
         pending = [root]
@@ -128,7 +132,7 @@ def trace_regions(model: Tree, inputs: Inputs | None = None, *, other_mode: bool
             if name not in seen and not parametrization and not _is_iterated(tree, module, seen):
                 visit(module)
     error = None if shapes is None else shapes.error
-    return Traced(tuple(regions), opaque, error, layers.altered(tracer.moved))
+    return Traced(tuple(regions), opaque, error, layers.altered(tracer.moved), ran)
 
 
 def is_lazy_model(tree: Tree) -> bool:

@@ -18,6 +18,7 @@ Differences from `torch.fx.Tracer`, each for a reason:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from rewrite.runtime.stand_in import Attributes
 from rewrite.runtime.tree import Tree
+from rewrite.tracing.code.functions_run import FunctionsRun, unnoted
 from rewrite.tracing.patches import modes_noted
 from rewrite.tracing.proxies import AUGMENTED, nodes_of
 from rewrite.tracing.records import Frame, Opaque, Trace
@@ -116,6 +118,7 @@ class RegionTracer(ValueTracer):
         tensors: the owner and attribute of each parameter and buffer, by id.
         opaque: the modules known to be opaque; the tracer adds those that it finds.
         shapes: computes the shape of each value, if there are example inputs.
+        ran: takes note of the functions that run, if it is given.
 
     Attributes:
         moved: modules that a forward has assigned to another place so far.
@@ -130,8 +133,9 @@ class RegionTracer(ValueTracer):
         tensors: dict[int, str],
         opaque: dict[str, Opaque],
         shapes: Shapes | None = None,
+        ran: FunctionsRun | None = None,
     ) -> None:
-        super().__init__(shapes)
+        super().__init__(shapes, ran)
         self.tree = tree
         self.tensors = tensors
         self.opaque = opaque
@@ -158,7 +162,7 @@ class RegionTracer(ValueTracer):
         if self.shapes is not None:
             self.shapes.enter(name, root)
         try:
-            with modes_noted(self.decide):
+            with modes_noted(self.decide), self._noting():
                 self.trace(root, concrete_args=arguments or None)
         finally:
             # A value that a forward caches on its module belongs to this graph, not to the next.
@@ -195,6 +199,7 @@ class RegionTracer(ValueTracer):
             raise NameError(f"calls a {type(mod).__name__} that no attribute of the model holds")
         return self.tree.name(mod)
 
+    @unnoted
     def call_module(
         self,
         m: nn.Module,
@@ -203,8 +208,9 @@ class RegionTracer(ValueTracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Record a leaf, or enter a module; one whose forward raises becomes one opaque call."""
-        if self._computes() or self._is_slice(m):
-            return forward(*args, **kwargs)
+        if self._computes() or _is_slice(self.tree, m):
+            with self._noting():
+                return forward(*args, **kwargs)
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name) or name in self.opaque:
             return self.create_proxy("call_module", name, args, kwargs)
@@ -219,7 +225,8 @@ class RegionTracer(ValueTracer):
         self._trace.entered.append(name)
         self._before.add(m)
         try:
-            return forward(*args, **kwargs)
+            with self._noting():
+                return forward(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - a forward under proxies may raise anything
             self.opaque[name] = Opaque(name, *reason_of(error))
             self._dead.extend(_nodes_after(last))
@@ -242,12 +249,6 @@ class RegionTracer(ValueTracer):
 
     def _computes(self) -> bool:
         return self.shapes is not None and self.shapes.running
-
-    def _is_slice(self, module: nn.Module) -> bool:
-        """Return whether `module` is a temporary slice of a Sequential: `self.layers[:-1]`."""
-        if module in self.tree or type(module).forward is not nn.Sequential.forward:
-            return False
-        return all(child in self.tree or self._is_slice(child) for child in module.children())
 
     def create_arg(self, a: Any) -> Any:
         """Turn a tensor into a `get_attr` node without storing anything on the model.
@@ -273,6 +274,7 @@ class RegionTracer(ValueTracer):
             return self.create_node("get_attr", self.path_of_module(a), (), {})
         return super().create_arg(a)
 
+    @unnoted
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **names: Any
     ) -> Node:
@@ -288,7 +290,9 @@ class RegionTracer(ValueTracer):
             if frame is not None:
                 self._trace.lines[node] = (frame.f_code, frame.f_lineno)
         if self.shapes is not None:
-            self.shapes.attach(node, self._trace.constants, node.target in self.opaque)
+            opaque = node.target in self.opaque
+            with self._noting() if opaque else contextlib.nullcontext():
+                self.shapes.attach(node, self._trace.constants, opaque)
         if self._deciding:
             self._note_decided(node)
         return node
@@ -303,6 +307,13 @@ class RegionTracer(ValueTracer):
         for node in reversed(self._dead):
             if not node.users and not node._erased:
                 self.graph.erase_node(node)
+
+
+def _is_slice(tree: Tree, module: nn.Module) -> bool:
+    """Return whether `module` is a temporary slice of a Sequential: `self.layers[:-1]`."""
+    if module in tree or type(module).forward is not nn.Sequential.forward:
+        return False
+    return all(child in tree or _is_slice(tree, child) for child in module.children())
 
 
 def _filled(value: Any) -> bool:

@@ -7,6 +7,7 @@ the values that its function has at that point and those that it computes afterw
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +17,7 @@ from torch import nn
 from torch.fx import Node, Proxy, Tracer
 from torch.fx.proxy import TraceError
 
+from rewrite.tracing.code.functions_run import FunctionsRun, unnoted
 from rewrite.tracing.decisions import returns_an_answer
 from rewrite.tracing.proxies import ValueProxy, nodes_of
 from rewrite.tracing.records import BY_SIZE, Decision, Frame, Trace
@@ -41,19 +43,28 @@ class ValueTracer(Tracer):
 
     Args:
         shapes: computes the shape of each value, if there are example inputs.
+        ran: takes note of the functions that run, if it is given.
     """
 
-    def __init__(self, shapes: Shapes | None) -> None:
+    def __init__(self, shapes: Shapes | None, ran: FunctionsRun | None = None) -> None:
         super().__init__()
         self.shapes = shapes
+        self._ran = ran
         self._trace: Trace
         self._frames: list[Frame] = []
         self._deciding: dict[FrameType, list[Decision]] = {}
+
+    create_proxy = unnoted(Tracer.create_proxy)
+
+    def _noting(self) -> contextlib.AbstractContextManager[None]:
+        """Take note of the functions that run in this context."""
+        return contextlib.nullcontext() if self._ran is None else self._ran.noted()
 
     def proxy(self, node: Node) -> Proxy:
         """Return the proxy that stands for the value of `node` in the traced forward."""
         return ValueProxy(node, self)
 
+    @unnoted
     def iter(self, obj: Proxy) -> Iterator[Any]:
         """Iterate over a proxy of known length: parts of a split by sizes, a shape, a container."""
         parts = _parts(obj.node)
@@ -70,12 +81,14 @@ class ValueTracer(Tracer):
         value = self._known(obj)
         return list(value) if isinstance(value, dict) else super().keys(obj)
 
+    @unnoted
     def to_bool(self, obj: Proxy) -> bool:
         """Return the value of a condition on known sizes, and record the decision."""
         if isinstance(self._known(obj), bool | int | float | tuple | list | torch.Size):
             return bool(self.number(obj))
         return super().to_bool(obj)  # raises
 
+    @unnoted
     def number(self, obj: Proxy) -> Any:
         """Return the number that a proxy stands for, and record the decision.
 
@@ -88,6 +101,7 @@ class ValueTracer(Tracer):
         self._decide(obj)
         return value
 
+    @unnoted
     def length(self, obj: Proxy) -> int:
         """Return the number of items of a value, and record the decision.
 

@@ -217,7 +217,8 @@ def test_the_reason_names_the_line_or_what_was_seen() -> None:
     captured = capture(make(Assigns), X)
     assert "self.bn.eps is assigned at test_altered.py:" in str(captured.unsteady("bn"))
     assert captured.unsteady("conv") is None
-    assert capture(make(ByAnObject), X).unsteady("bn") == "a forward assigns its eps"
+    by_an_object = str(capture(make(ByAnObject), X).unsteady("bn"))
+    assert "norm.eps is assigned at test_altered.py:" in by_an_object
     assert "may move it" in str(capture(make(InADeque), X).unsteady("bn"))
 
 

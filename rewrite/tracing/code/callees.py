@@ -9,7 +9,7 @@ import ast
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 _MOST, _DEEPEST = 64, 3
@@ -59,16 +59,48 @@ def _assigned(tree: ast.AST, name: str) -> Iterator[ast.expr]:
             yield node.value
 
 
+def functions_behind(value: Any) -> tuple[FunctionType, ...]:
+    """Return the functions that run when an attribute of a class, or what is called, is used.
+
+    Of a property, a partial, a generic function or a decorated one these are all that it stands
+    for: what a decorator puts around a function runs as well as the function.
+    """
+    found: dict[FunctionType, None] = {}
+    pending = [value]
+    while pending and len(found) < _MOST:
+        one = pending.pop()
+        if isinstance(one, FunctionType) and one not in found:
+            found[one] = None
+        pending += _behind(one)
+    return tuple(found)
+
+
+def _behind(value: Any) -> tuple[Any, ...]:
+    """Return what a property, a partial, a bound, decorated or generic function runs."""
+    if isinstance(value, property):
+        return value.fget, value.fset
+    if isinstance(value, staticmethod | classmethod | MethodType):
+        return (value.__func__,)
+    if isinstance(value, functools.partial | functools.partialmethod | functools.cached_property):
+        return (value.func,)
+    if isinstance(value, functools.singledispatchmethod):
+        return (value.dispatcher,)
+    if isinstance(value, type) or not callable(value):
+        return ()
+    held = getattr(value, "__dict__", {})
+    variants = held.get("registry")
+    many = tuple(variants.values()) if isinstance(variants, Mapping) else ()
+    return (*many, held["__wrapped__"]) if "__wrapped__" in held else ()
+
+
 def _functions_in(value: Any, depth: int = 0) -> Iterator[FunctionType]:
     """Yield the functions that a value is, or that a table of them holds."""
-    if isinstance(value, functools.partial):
-        value = value.func
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple | set | frozenset) and depth < 2:
         for item in list(value)[:_MOST]:
             yield from _functions_in(item, depth + 1)
         return
-    plain = inspect.unwrap(value) if inspect.isroutine(value) else value
-    if isinstance(plain, FunctionType) and not plain.__module__.startswith("transformers."):
-        yield plain
+    for function in functions_behind(value):
+        if not function.__module__.startswith("transformers."):
+            yield function

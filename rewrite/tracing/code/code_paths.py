@@ -6,8 +6,9 @@ in the model's tree to qualified names of modules.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import nn
 
@@ -18,15 +19,32 @@ from rewrite.tracing.code.handed import with_handed
 from rewrite.tracing.code.module_paths import Path
 
 
+class Reading(NamedTuple):
+    """What some code does with a module and those below it.
+
+    Attributes:
+        owner, module: what the paths of the analysis begin at.
+        code: the analysis.
+        own: whether it is the code of the module's own class, or of a function that was given it.
+    """
+
+    owner: str
+    module: nn.Module
+    code: ClassCode
+    own: bool = True
+
+
 class CodePaths:
     """The analyzed classes of a model, and the resolution of their paths.
 
     Args:
         tree: the modules of the model.
+        given: the analyses of functions that ran with modules of it, by the module's name.
     """
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, given: Iterable[tuple[str, ClassCode]] = ()) -> None:
         self._tree = tree
+        self._given = given
 
     @cached_property
     def classes(self) -> dict[type, ClassCode]:
@@ -38,13 +56,26 @@ class CodePaths:
         return {kind: code_of(kind) for kind in own}
 
     @cached_property
-    def owners(self) -> list[tuple[str, nn.Module, ClassCode]]:
-        """The modules whose class was analyzed: name, module, analysis."""
+    def readings(self) -> list[Reading]:
+        """The analyses of all code, that of classes first."""
+        found = list(self.owners)
+        for name, code in self._given:
+            if name not in self._tree.names:
+                continue  # an edit has removed it
+            module = self._tree.get(name)
+            code = with_handed(module, code) if code.handed else code
+            found.append(Reading(name, module, code, own=False))
+        return found
+
+    @cached_property
+    def owners(self) -> list[Reading]:
+        """The modules whose class was analyzed."""
         found = []
         for name, module in self._tree.modules():
             kind = original_class(type(module))
             if (code := self.classes.get(type(module)) or self.classes.get(kind)) is not None:
-                found.append((name, module, with_handed(module, code) if code.handed else code))
+                code = with_handed(module, code) if code.handed else code
+                found.append(Reading(name, module, code))
         return found
 
     def at(self, owner: str, path: Path) -> Iterator[tuple[str, Path]]:

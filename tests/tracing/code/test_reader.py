@@ -1,4 +1,4 @@
-"""How code chooses a norm: by an attribute, however that is spelled, or by a name that stays."""
+"""rewrite.tracing.code.reader: what one function does with modules: choices, tests, assignments."""
 
 from __future__ import annotations
 
