@@ -241,8 +241,8 @@ class Constants(_Evaluated):
         if 1 not in counts:
             return None
         call = call_of(self._captured, node)
-        if call is None:
-            return _unknown(node)
+        if call is None:  # with a matrix it is a layer: what it gets per channel is its bias
+            return None if max(counts) > 1 else _unknown(node)
         if call.name in _DOES:
             return Declined(_DOES[call.name], (node,))
         several = "two values with the constant" if len(others) > 1 else "several constants"

@@ -204,9 +204,11 @@ def operand_of(call: Call) -> Node:
     """Return the first operand of a call.
 
     Raises:
-        DeclinedError: it is a number, or there is none.
+        DeclinedError: it is a number or a list of values, or there is none.
     """
     operand = call.operand
+    if isinstance(operand, list | tuple):
+        raise DeclinedError(f"{call.node.name} takes a list of values at once", call.node)
     if not isinstance(operand, Node):
         raise DeclinedError(f"{call.node.name} reads no value first", call.node)
     return operand

@@ -28,7 +28,7 @@ from torch import nn
 from rewrite.equivalence.record import Event, Key, Known, Near, Record, Sketch, Sketcher, record
 from rewrite.equivalence.rounding import EXPLAINS
 from rewrite.runtime.control_flow import branches_in_python
-from rewrite.runtime.inputs import Inputs
+from rewrite.runtime.inputs import Inputs, seeded
 
 AGREES = 1e-11
 
@@ -100,8 +100,7 @@ def recorded(
 ) -> tuple[Record, Any]:
     """Run a model whose tensors are float64 already; return its record and its output."""
     own = inputs.clone()
-    with torch.random.fork_rng(), torch.no_grad(), branches_in_python():
-        torch.manual_seed(seed)
+    with seeded(seed), torch.no_grad(), branches_in_python():
         return record(model, own.args, own.kwargs, sketch, keep)
 
 

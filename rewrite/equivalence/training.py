@@ -20,7 +20,7 @@ from rewrite.equivalence.compare import compare
 from rewrite.equivalence.variations import with_batch
 from rewrite.equivalence.verification import Case
 from rewrite.errors import one_line
-from rewrite.runtime.inputs import Inputs
+from rewrite.runtime.inputs import Inputs, seeded
 from rewrite.runtime.leaves import tensors
 from rewrite.runtime.modes import widen
 
@@ -107,8 +107,7 @@ def _run(model: nn.Module, inputs: Inputs, seed: int) -> _Pass:
     own = inputs.clone().map(_watched)
     leaves = {f"input {i}": t for i, t in enumerate(_inputs(own)) if t.requires_grad}
     leaves |= {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(seed)
+    with seeded(seed), torch.enable_grad():
         output = model(*own.args, **own.kwargs)
         loss = _loss([t for t in tensors(output) if t.is_floating_point()], seed)
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,9 +107,26 @@ Mode = Callable[[], contextlib.AbstractContextManager[Any]]
 
 def call(model: nn.Module, inputs: Inputs, seed: int = 0, mode: Mode = torch.no_grad) -> Any:
     """Run `model` in `mode`, with the random state seeded and put back."""
-    with torch.random.fork_rng(), mode(), branches_in_python():
-        torch.manual_seed(seed)
+    with seeded(seed), mode(), branches_in_python():
         return model(*inputs.args, **inputs.kwargs)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the random state of torch, Python and numpy, and put it back."""
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), numpy and numpy.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if numpy is not None:
+            numpy.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            if numpy is not None:
+                numpy.random.set_state(states[1])
 
 
 @contextlib.contextmanager

@@ -175,12 +175,13 @@ class _Copier:
                 held[key] = self.value(value)
 
     def _module(self, module: nn.Module) -> nn.Module:
-        if isinstance(module, torch.jit.ScriptModule):
-            return module
         if id(module) not in self._memo:
             self._kept.append(module)
-            self._shell(module)
-            self._fill(module)
+            if isinstance(module, torch.jit.ScriptModule):
+                self._memo[id(module)] = self._other(module)  # whole: what is in it is compiled
+            else:
+                self._shell(module)
+                self._fill(module)
         return cast(nn.Module, self._memo[id(module)])
 
     def _tensor(self, tensor: Tensor) -> Tensor:

@@ -441,3 +441,35 @@ class Multiplied(Scaled):
 def test_a_layer_and_a_concatenation_are_no_candidates() -> None:
     applied = fold(Multiplied)
     assert not applied.changes and not applied.skips
+
+
+@torch.fx.wrap
+def attends(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.nn.functional.conv2d(x, weight, bias).relu()
+
+
+@torch.fx.wrap
+def scales(x: Tensor, gamma: Tensor) -> Tensor:
+    return x * gamma
+
+
+class ALayerOfItsOwn(Scaled):
+    """A function that torch.fx does not enter gets a matrix, and a bias per channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Conv2d(4, 4, 1)
+
+    def lines(self, y: Tensor) -> Tensor:
+        return attends(y, self.own.weight, self.own.bias)
+
+
+class AScaleOfItsOwn(Scaled):
+    def lines(self, y: Tensor) -> Tensor:
+        return scales(y, self.gamma)
+
+
+def test_the_bias_of_an_unknown_layer_is_no_candidate_and_an_unknown_scale_is() -> None:
+    assert not fold(ALayerOfItsOwn).skips
+    (skip,) = fold(AScaleOfItsOwn).skips
+    assert skip.reason == "scales is not an operation that folding knows"

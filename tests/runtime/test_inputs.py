@@ -1,9 +1,12 @@
 from __future__ import annotations
 
-import torch
-from torch import nn
+import random
 
-from rewrite.runtime.inputs import batches_for, device_of, dtype_of
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rewrite.runtime.inputs import Inputs, batches_for, call, device_of, dtype_of
 from rewrite.runtime.leaves import tensors
 
 
@@ -23,3 +26,17 @@ def test_the_dtype_is_that_of_the_first_tensor_of_floating_point() -> None:
 def test_the_device_is_that_of_any_tensor() -> None:
     assert device_of(nn.BatchNorm1d(2, affine=False, device="meta")).type == "meta"
     assert device_of(nn.ReLU()).type == "cpu"
+
+
+class Draws(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float(np.random.rand()) * random.random() + torch.rand(())
+
+
+def test_a_call_draws_the_same_of_every_generator_and_puts_them_back() -> None:
+    inputs = Inputs.of(torch.ones(2))
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    first, second, other = (call(Draws(), inputs, seed) for seed in (3, 3, 4))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    assert states[0] == random.getstate() and states[1] == np.random.get_state()[1].tolist()
+    assert torch.equal(states[2], torch.get_rng_state())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rewrite.runtime.copying import lazy_copy
 from rewrite.runtime.stand_in import Attributes, stand_in, without_values
 from rewrite.runtime.tree import Tree
 
@@ -175,3 +176,13 @@ def test_tensors_that_nothing_wrote_or_exchanged_are_told() -> None:
     assert before.unchanged() == {id(module.held)}
     module.held = torch.ones(2)
     assert before.unchanged() == set()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_the_mode_of_torchscript_does_not_reach_the_model() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), scripted).eval()
+    copied = stand_in(Tree(model), without_values, lazy_copy)
+    copied.train()
+    assert not scripted.training and not any(m.training for m in scripted.modules())
+    assert copied.get_submodule("1").training

@@ -64,8 +64,8 @@ def _read(kind: type, named: tuple[tuple[Any, ...], ...]) -> ClassCode:
             for function in variants[0]:
                 Reader(function, {}, aside).read()
             found.elsewhere += aside.stores
-            named = (use.path for use in aside.reads if use.path and use.path != (None,))
-            found.others[name] = [*aside.calls, *named]
+            read = (use.path for use in aside.reads if use.path and use.path != (None,))
+            found.others[name] = [*aside.calls, *read]
             found.others[name] += [use.path for use in aside.tensors if use.path is not None]
     _once(found)
     return found

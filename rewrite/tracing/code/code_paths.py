@@ -114,7 +114,7 @@ class CodePaths:
 
     def reads_of(self, name: str, attributes: Container[str]) -> str | None:
         """Return which line reads one of these attributes of a module, or None."""
-        for owner, _, code in self.owners:
+        for owner, _, code, _ in self.readings:
             for use in code.reads:
                 if use.path is None or use.path[-1] not in attributes:
                     continue
