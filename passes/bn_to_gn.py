@@ -126,7 +126,11 @@ class BatchNormToGroupNorm(Pass):
         return keeping.swap_all(captured, sites, settings, _make, calibration)
 
     def groups(self, candidate: swap.Candidate) -> Groups | str:
-        """Return the groups for one norm, or why there are none."""
+        """Return the groups for one norm, or why there are none.
+
+        Raises:
+            OptionError: `strict`, and the number of groups does not divide the channels.
+        """
         channels, positions = candidate.num_features, candidate.positions
         wanted, asked = self._wanted(channels)
         if channels % wanted and self.strict:

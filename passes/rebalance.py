@@ -133,7 +133,11 @@ class Rebalance(Pass):
     def rewrite_all(
         self, captured: Editable, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
-        """Rescale all groups: each layer's new weight is computed once, from both of its sides."""
+        """Rescale all groups: each layer's new weight is computed once, from both of its sides.
+
+        Raises:
+            PassError: a weight that would be written is not finite.
+        """
         clipped = [site.plan for site in sites if isinstance(site.plan, Clip)]
         targets = [site.target for site in sites if isinstance(site.plan, Rescaling)]
         plan = self._plan(captured, sites, clipped, targets)

@@ -59,7 +59,11 @@ class RecalibrateBatchNorm(Pass):
     def rewrite_all(
         self, captured: Editable, sites: Sequence[Site], calibration: Iterable[Any] | None = None
     ) -> list[Change]:
-        """Run the data through the model once and set the statistics of all sites."""
+        """Run the data through the model once and set the statistics of all sites.
+
+        Raises:
+            OptionError: there are no data, or none that the model takes.
+        """
         if calibration is None:
             raise OptionError(f"{self.name}: pass calibration data (--calibration DATA)")
         modules = [captured.module(site.target) for site in sites]

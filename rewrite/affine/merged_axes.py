@@ -38,7 +38,11 @@ class MergedAxes:
     def flatten(
         self, source: Node, channel_map: ChannelMap, direction: Direction, start: int, end: int
     ) -> ChannelMap:
-        """Follow the axes `start` to `end`, which become one."""
+        """Follow the axes `start` to `end`, which become one.
+
+        Raises:
+            DeclinedError: the rank is unknown, or the channels do not stay apart.
+        """
         backward = direction is Direction.BACKWARD
         rank = self._ranks.rank(source)
         if rank is None:
@@ -135,7 +139,11 @@ class MergedAxes:
     def view(
         self, call: Call, source: Node, channel_map: ChannelMap, direction: Direction
     ) -> ChannelMap:
-        """Follow a view into another shape, by the shapes of the example inputs."""
+        """Follow a view into another shape, by the shapes of the example inputs.
+
+        Raises:
+            DeclinedError: the shapes are unknown, or the view mixes the channels with another axis.
+        """
         node = call.node
         backward = direction is Direction.BACKWARD
         if any(isinstance(given, torch.dtype) for given in (*node.args, *node.kwargs.values())):

@@ -49,7 +49,11 @@ class Parts:
         return call, call.operand
 
     def part(self, node: Node, channel_map: ChannelMap, direction: Direction) -> ChannelMap | None:
-        """Follow an indexing or one result of a chunk or split; None if `node` is neither."""
+        """Follow an indexing or one result of a chunk or split; None if `node` is neither.
+
+        Raises:
+            DeclinedError: what it takes is computed, or is no part of one value.
+        """
         if named(node, *_INDEXING):
             return self._indexing(node, channel_map, direction)
         if not is_getitem(node) or not isinstance(node.args[0], Node):
@@ -180,7 +184,11 @@ class Parts:
         )
 
     def join(self, node: Node) -> tuple[list[Node], int] | None:
-        """Return the parts of a concatenation and its axis, or None if `node` is none."""
+        """Return the parts of a concatenation and its axis, or None if `node` is none.
+
+        Raises:
+            DeclinedError: its parts or its axis are computed.
+        """
         if (found := self._ranks.concatenated(node)) is None:
             return None
         parts, dim = found

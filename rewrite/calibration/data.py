@@ -65,7 +65,11 @@ class ImageFormat:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> ImageFormat:
-        """Return what a model takes; what is given wins over what its configuration says."""
+        """Return what a model takes; what is given wins over what its configuration says.
+
+        Raises:
+            OptionError: the size or a divisor is not positive.
+        """
         config = getattr(model, "pretrained_cfg", None)
         config = config if isinstance(config, dict) else {}
         shape = config.get("input_size", (3, 224, 224))

@@ -177,7 +177,11 @@ def _operation(name: str) -> Any:
 
 
 def name_of_function(function: Any, node: Node) -> str:
-    """Return the name under which `find_function` finds a function again."""
+    """Return the name under which `find_function` finds a function again.
+
+    Raises:
+        CheckpointError: no name leads to it.
+    """
     name = _get_qualified_name(function)
     if getattr(builtins, name, None) is function:
         name = f"builtins.{name}"

@@ -69,14 +69,22 @@ class Archive:
         return self._info(name).file_size
 
     def read(self, name: str) -> bytes:
-        """Return a member that describes something: a pickle, a JSON text."""
+        """Return a member that describes something: a pickle, a JSON text.
+
+        Raises:
+            CheckpointError: it is not there, too long, or damaged.
+        """
         if self.size(name) > LARGEST_PROGRAM:
             raise CheckpointError(f"holds {name} of {self.size(name)} bytes, which is too long")
         with _reading(name), self._open(name) as member:
             return member.read()
 
     def storage(self, key: str, size: int) -> torch.UntypedStorage:
-        """Return the first `size` bytes of the member `key`, checked against its checksum."""
+        """Return the first `size` bytes of the member `key`, checked against its checksum.
+
+        Raises:
+            CheckpointError: it is not there, of another length, or damaged.
+        """
         held = self.size(key)
         if held < size:
             raise CheckpointError(f"{key} has {held} bytes instead of {size}")
@@ -105,7 +113,11 @@ class Archive:
 
 
 def fill(stream: IO[bytes], own: torch.Tensor) -> None:
-    """Read from `stream` until the bytes of `own` are full."""
+    """Read from `stream` until the bytes of `own` are full.
+
+    Raises:
+        CheckpointError: the stream ends before that.
+    """
     # Not by way of numpy: a storage that numpy has seen can never be shared copy-on-write.
     left = memoryview((ctypes.c_char * own.nbytes).from_address(own.data_ptr())).cast("B")
     while left:

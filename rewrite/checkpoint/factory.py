@@ -27,7 +27,11 @@ FACTORY_NAME = re.compile(
 
 
 def build_named(reference: str, seed: int | None = None) -> nn.Module:
-    """Return the eval-mode model that a name or a factory stands for, drawn from `seed`."""
+    """Return the eval-mode model that a name or a factory stands for, drawn from `seed`.
+
+    Raises:
+        CheckpointError: there is no such factory, it raises, or it returns no module.
+    """
     match = FACTORY_NAME.fullmatch(reference)
     if match is None:
         raise CheckpointError(f"{reference}: is no factory; write package.module:callable")

@@ -26,7 +26,11 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 def encode(value: Any, node: torch.fx.Node) -> Any:
-    """Return an argument as plain data; containers are tagged with their kind."""
+    """Return an argument as plain data; containers are tagged with their kind.
+
+    Raises:
+        CheckpointError: it is of a type that no file holds.
+    """
     if isinstance(value, torch.fx.Node):
         return {"node": value.name}
     if type(value) in _PLAIN:
@@ -55,7 +59,11 @@ def encode(value: Any, node: torch.fx.Node) -> Any:
 
 
 def decode(value: Any, nodes: Mapping[str, torch.fx.Node]) -> Any:
-    """Return the argument that plain data stands for."""
+    """Return the argument that plain data stands for.
+
+    Raises:
+        CheckpointError: the data stand for none.
+    """
     if type(value) in _PLAIN:
         return value
     if not isinstance(value, dict) or len(value) != 1:

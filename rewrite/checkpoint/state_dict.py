@@ -51,7 +51,11 @@ def read_state(
 
 
 def read_safetensors(path: Path, map_location: str | torch.device) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file; the format holds nothing else."""
+    """Return the tensors of a safetensors file; the format holds nothing else.
+
+    Raises:
+        CheckpointError: it is no such file, or a damaged one.
+    """
     vet_safetensors(path)
     from safetensors import SafetensorError
     from safetensors.torch import load_file

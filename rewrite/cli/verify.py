@@ -69,7 +69,11 @@ def add_parsers(subparsers: Any) -> None:
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    """Run `rewrite verify`; return 0 if everything holds, else 1."""
+    """Run `rewrite verify`; return 0 if everything holds, else 1.
+
+    Raises:
+        OptionError: the options do not go together.
+    """
     check_report(options)
     if options.repro:
         from rewrite.onnx.repro import check_folder

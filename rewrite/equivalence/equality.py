@@ -221,7 +221,11 @@ class _Judge:
         self.found.reasons += [f"{name}: {reason}" for reason in reasons]
 
     def judge_given(self, name: str, inputs: Inputs, index: int) -> None:
-        """Judge an input of the user; value by value, if stored parameters were rounded."""
+        """Judge an input of the user; value by value, if stored parameters were rounded.
+
+        Raises:
+            VerificationError: it cannot be run in float64.
+        """
         before, after = self.native[index]
         if after is None:
             return

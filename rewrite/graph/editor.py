@@ -99,13 +99,9 @@ class Editor(TensorWriter):
         forward, line = self._lines.open_line(node)
         owner = self.captured.module(forward.owner)
         key = self._place_of(holder, forward, line) or _free_name(owner, forward.children, name)
-        module.train(owner.training)
-        forward.children[key] = module
-        with forward.graph.inserting_before(line):
-            call = forward.graph.create_node("call_module", key, (line.all_input_nodes[0],))
-        line.replace_all_uses_with(call)
+        _call_instead(forward, line, key, module.train(owner.training), line.all_input_nodes[0])
         forward.graph.erase_node(line)
-        return f"{forward.owner}.{key}" if forward.owner else key
+        return join(forward.owner, key)
 
     def merge(
         self, node: Node, source: Callable[[Node], Node | None], module: nn.Module, name: str
@@ -122,6 +118,9 @@ class Editor(TensorWriter):
 
         Returns:
             The qualified name of the new child.
+
+        Raises:
+            PassError: there is no one value that the branches begin at.
         """
         forward, line = self._lines.open_line(node)
         before = source(line)
@@ -129,11 +128,7 @@ class Editor(TensorWriter):
             raise PassError(f"{forward.owner}: the branches of {node.name} begin at several values")
         owner = self.captured.module(forward.owner)
         key = _free_name(owner, forward.children, name)
-        module.train(owner.training)
-        forward.children[key] = module
-        with forward.graph.inserting_before(line):
-            call = forward.graph.create_node("call_module", key, (before,))
-        line.replace_all_uses_with(call)
+        _call_instead(forward, line, key, module.train(owner.training), before)
         dead = [line]
         while dead:
             gone = dead.pop()
@@ -141,7 +136,7 @@ class Editor(TensorWriter):
                 inputs = gone.all_input_nodes
                 forward.graph.erase_node(gone)
                 dead.extend(inputs)
-        return f"{forward.owner}.{key}" if forward.owner else key
+        return join(forward.owner, key)
 
     def recompute(
         self, node: Node, make: Callable[[Graph, Node], Node], also: Sequence[Node] = ()
@@ -226,6 +221,14 @@ class Editor(TensorWriter):
             return None
         reads = [n for n in forward.graph.nodes if str(n.target).startswith(f"{key}.")]
         return key if all(set(n.users) <= {line} for n in reads) else None
+
+
+def _call_instead(forward: Forward, line: Node, key: str, module: nn.Module, operand: Node) -> None:
+    """Let what reads a line read a call of `module`, the new child `key`, on `operand` instead."""
+    forward.children[key] = module
+    with forward.graph.inserting_before(line):
+        call = forward.graph.create_node("call_module", key, (operand,))
+    line.replace_all_uses_with(call)
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

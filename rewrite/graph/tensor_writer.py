@@ -138,6 +138,9 @@ class TensorWriter:
         """Take an old-style weight norm of `key` off; return its g, v and dim.
 
         The module is left without a tensor of that name.
+
+        Raises:
+            KeyError: it has no such weight norm.
         """
         for number, hook in module._forward_pre_hooks.items():
             if isinstance(hook, OldWeightNorm) and hook.name == key:

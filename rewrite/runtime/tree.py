@@ -309,7 +309,11 @@ class Tree:
                 yield name, module
 
     def get(self, name: str) -> nn.Module:
-        """Return the module called `name`, also when only a parent is listed under an alias."""
+        """Return the module called `name`, also when only a parent is listed under an alias.
+
+        Raises:
+            KeyError: there is none.
+        """
         if name in self.names:
             return self.names[name]
         module = self.model

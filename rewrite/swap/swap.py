@@ -104,7 +104,11 @@ def swap_all(
     make: Make,
     calibration: Iterable[Any] | None,
 ) -> list[Change]:
-    """Replace the norms of all sites, keeping what `settings` say."""
+    """Replace the norms of all sites, keeping what `settings` say.
+
+    Raises:
+        OptionError: keep=function without data, or with data that cannot be used.
+    """
     if settings.keep == "function" and calibration is None:
         raise OptionError(
             "keep=function fits to data; pass calibration (--calibration DATA), or keep=statistics"

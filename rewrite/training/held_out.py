@@ -94,7 +94,11 @@ class HeldOut:
 
 
 def outputs_of(model: nn.Module, samples: Samples) -> tuple[Tensor, ...]:
-    """Run a model in eval mode; return each tensor of its output for all samples, on the CPU."""
+    """Run a model in eval mode; return each tensor of its output for all samples, on the CPU.
+
+    Raises:
+        OptionError: the model rejects them, or returns no tensor whose axis 0 is the samples.
+    """
     device, dtype = device_of(model), dtype_of(model)
     parts: list[list[Tensor]] = []
     with evaluating(model), torch.no_grad():

@@ -89,7 +89,11 @@ class _Payload:
         return list(self._entries)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return one tensor; those of one member share their bytes."""
+        """Return one tensor; those of one member share their bytes.
+
+        Raises:
+            CheckpointError: there is none of that name, or of a layout or type of its own.
+        """
         if name not in self._entries:
             raise CheckpointError(f"has no tensor {name!r}")
         member, meta = self._entries[name]

@@ -17,7 +17,11 @@ _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 
 def archived_program(archive: Archive) -> Program:
-    """Return the pickle of a zip archive."""
+    """Return the pickle of a zip archive.
+
+    Raises:
+        CheckpointError: the archive is no checkpoint, or of another byte order.
+    """
     if "byteorder" in archive.names and archive.read("byteorder").strip() != b"little":
         raise CheckpointError("was written on a machine of another byte order")
     if "data.pkl" not in archive.names:
@@ -26,7 +30,11 @@ def archived_program(archive: Archive) -> Program:
 
 
 def parse_legacy(stream: IO[bytes]) -> tuple[Program, list[str]]:
-    """Return the object of a file of the format before zip, and the keys of its tensors."""
+    """Return the object of a file of the format before zip, and the keys of its tensors.
+
+    Raises:
+        CheckpointError: the file is no checkpoint, or a damaged one.
+    """
     if parse(stream).root != _MAGIC or parse(stream).root != _PROTOCOL:
         raise CheckpointError("is no checkpoint, or a damaged one")
     parse(stream)

@@ -50,7 +50,11 @@ class BranchTerms:
         return Trait.DROPS not in call.operation.traits or not drops(call)
 
     def between(self, node: Node, source: Node) -> tuple[Term, ...]:
-        """Return the branches between `source` and `node`, which are linear all along."""
+        """Return the branches between `source` and `node`, which are linear all along.
+
+        Raises:
+            DeclinedError: a branch is not linear, or none that one convolution can hold.
+        """
         if node in self.planner.folded and node is not source:
             return self.between(self.planner.folded[node], source)
         if node is source:
