@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         PAGE.write_text(added_to(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
         return 0
     wanted = options.names or (_quick() if options.quick else everything(_PACKAGES))
-    pending = [name for name in wanted if name not in rows or (options.again and _bad(rows[name]))]
+    again = {n for n, row in rows.items() if options.again and unanswered(row, options.largest)}
+    pending = [name for name in wanted if name not in rows or name in again]
     _sweep(pending, options)
     rows = {row["name"]: row for row in read(options.results)}
     failed = [line for name in wanted if name in rows for line in failures(rows[name])]
@@ -90,6 +91,8 @@ def _converted(model: nn.Module, spec: str, example_inputs: tuple[Any, ...]) -> 
         except rewrite.ContractError as error:
             return {"exit": 1, "error": str(error)[:300]}
         except rewrite.RewriteError as error:
+            if "allocate memory" in str(error):  # the limit of this sweep, not an answer
+                raise MemoryError from error
             return {"exit": 2, "error": f"{type(error).__name__}: {error}"[:300]}
         except Exception as error:  # noqa: BLE001 - a failure of ours is a row, not the end
             return {"exit": 1, "error": f"{type(error).__name__}: {error}"[:300]}
@@ -163,8 +166,10 @@ def _line(package: str, rows: Sequence[Row]) -> list[object]:
     return [*cells, f"{worst:.1e}"]
 
 
-def _bad(row: Row) -> bool:
-    return bool(failures(row)) or row["status"] in _CUT_OFF
+def unanswered(row: Row, largest: int) -> bool:
+    """Say whether a row was cut off, fails, or left out what is no larger than `largest`."""
+    left_out = row["status"] == "large" and row["parameters"] <= largest
+    return left_out or bool(failures(row)) or row["status"] in _CUT_OFF
 
 
 def _sweep(pending: Sequence[str], options: argparse.Namespace) -> None:
@@ -197,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("names", nargs="*", metavar="PACKAGE:ARCHITECTURE")
     parser.add_argument("--quick", action="store_true", help="one architecture a family")
-    parser.add_argument("--again", action="store_true", help="also those that failed")
+    parser.add_argument("--again", action="store_true", help="those without an answer, too")
     parser.add_argument("--within", type=float, default=1e9, metavar="MINUTES")
     parser.add_argument("--largest", type=int, default=1_000_000_000, metavar="PARAMETERS")
     parser.add_argument("--results", type=Path, default=RESULTS)

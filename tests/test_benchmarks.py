@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rewrite
-from benchmarks import _optional, _process, _table, house
+from benchmarks import _optional, _process, _table, conversions, house
 
 PAGE = "# Page\n\n<!-- begin a -->\nold\n<!-- end a -->\n\n<!-- begin b -->\nkeep\n<!-- end b -->\n"
 
@@ -126,3 +126,18 @@ def test_the_house_counts_what_runs_and_not_what_types_see(tmp_path) -> None:
     assert numbers["floors of imports, by file"] == 3  # one, two, passes
     assert numbers["import circles between files"] == 0
     assert (numbers["files"], numbers["files in the largest folder"]) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("row", "again"),
+    [
+        ({"status": "run", "fold": {"exit": 0}, "swap": {"exit": 3}}, False),
+        ({"status": "run", "fold": {"exit": 0}, "swap": {"exit": 1, "error": "it"}}, True),
+        ({"status": "timeout", "error": "more than 300 s"}, True),
+        ({"status": "large", "parameters": 300}, True),
+        ({"status": "large", "parameters": 301}, False),
+        ({"status": "unbuildable", "error": "it"}, False),
+    ],
+)
+def test_which_conversions_are_run_again(row: dict[str, object], again: bool) -> None:
+    assert conversions.unanswered({"name": "timm:net", **row}, largest=300) == again
