@@ -69,6 +69,8 @@ class Planner:
     def reader(self, layer: Layer, calls: tuple[Node, ...]) -> str | None:
         """Return what else reads the tensors of a norm that may go, in words, or None."""
         readers, line = self.context.tensor_readers, layer.module is None
+        if (twice := readers.both(layer)) is not None:
+            return twice
         for ref in (layer.weight, layer.bias, layer.mean, layer.var):
             if ref is None:
                 continue

@@ -51,6 +51,8 @@ class TensorReaders:
                 return chosen
             if (caller := captured.unknown_caller(layer.module)) is not None:
                 return f"{layer.name} may have callers that were not traced: {caller}"
+        if (twice := self.both(layer)) is not None:
+            return twice
         for ref in (layer.weight, layer.bias):
             if ref is None:
                 continue
@@ -74,6 +76,12 @@ class TensorReaders:
             return whole
         others = [node for node in self._readers.get(ref.name, ()) if node not in calls]
         return f"{ref.name} is also read by {others[0].name} directly" if others else None
+
+    def both(self, layer: Layer) -> str | None:
+        """Return that one tensor is weight and bias of a layer, in words, or None."""
+        if layer.weight is None or layer.weight != layer.bias:
+            return None
+        return f"{layer.weight.name} is its weight and its bias"
 
     def mentioned(self, ref: TensorRef) -> bool:
         """Return whether a line names a tensor, be it only to ask whether it is there."""

@@ -224,3 +224,33 @@ def test_a_line_that_cannot_be_edited_becomes_no_multiply_add(kind: type[nn.Modu
     assert len(report.changes) == (kind is Plain)
     assert all("enters torch.no_grad()" in skip.reason for skip in report.skips)
     assert not any("breaks" in skip.reason for skip in report.skips)
+
+
+class OneTensor(nn.Module):
+    """Norms on lines whose bias may be their weight."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.both = both
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.gain, self.shift = nn.Parameter(torch.rand(4) + 0.5), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.gain if self.both else self.shift
+        return self.conv(F.group_norm(x, 2, self.gain, shift))
+
+
+class Absorbing(OneTensor):
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.gain if self.both else self.shift
+        return self.norm(F.group_norm(x.exp(), 2, self.gain, shift)).exp()
+
+
+@pytest.mark.parametrize("kind", [OneTensor, Absorbing])
+@pytest.mark.parametrize("both", [False, True])
+def test_one_tensor_as_weight_and_bias_stays_as_it_is(kind: type[OneTensor], both: bool) -> None:
+    model = randomize_norms_(kind(both)).double().eval()
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    result = rewrite.convert(model, "fold", example_inputs=x, verify=False)
+    torch.testing.assert_close(result.model(2 * x), model(2 * x), rtol=1e-11, atol=1e-11)
+    assert bool(result.report.changes) is not both
