@@ -217,8 +217,10 @@ def _reduced(before: int | None, call: Call) -> int | None:
 
 def _listed(call: Call) -> int | None:
     sizes = call.get(call.operation.arguments[0].lstrip("*").partition("|")[0])
-    if not isinstance(sizes, list | tuple) or (len(sizes) == 1 and isinstance(sizes[0], Node)):
-        return None
+    if not isinstance(sizes, list | tuple) or (
+        len(sizes) == 1 and isinstance(sizes[0], Node | torch.dtype)
+    ):
+        return None  # computed; or a view of the bits as another dtype, which lists no sizes
     return len(sizes) or None
 
 

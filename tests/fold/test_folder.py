@@ -203,3 +203,26 @@ def test_an_instance_norm_without_a_batch_has_its_channels_first(name: str) -> N
         assert (result.model(3 * x) - model(3 * x)).abs().max() < 1e-12
         words = [change.after for change in result.report.changes]
         assert any("folded into" in word for word in words) is folds
+
+
+class Bits(nn.Module):
+    """A norm of the bits of a value, and a linear layer along another axis."""
+
+    def __init__(self, bits: bool) -> None:
+        super().__init__()
+        self.bits = bits
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.head(self.norm(x.view(torch.int64).double() * 1e-18 if self.bits else x))
+
+
+@pytest.mark.parametrize("bits", [False, True])
+def test_a_view_as_another_dtype_lists_no_sizes(bits: bool) -> None:
+    model = randomize_norms_(Bits(bits)).double().eval()
+    x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
+    result = rewrite.convert(model, FoldNorm(), verify=False)
+    assert not result.report.changes
+    assert torch.equal(result.model(x), model(x))
