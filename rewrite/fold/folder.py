@@ -18,6 +18,7 @@ from typing import Literal
 
 from rewrite.affine.algebra import Affine
 from rewrite.affine.channel_map import Direction
+from rewrite.affine.layers import Side
 from rewrite.affine.ledger import Ledger
 from rewrite.affine.plan import Absorption
 from rewrite.affine.planner import MapRequest, Planner
@@ -131,6 +132,8 @@ class Folder:
         found = self._moves(source, affine)
         if isinstance(found, Declined):
             return found
+        if reason := self._loses_gradients(source, found):
+            return Declined(reason)
         keeps = self._keeps(source)
         if keeps and not found:
             self._idle.add(source)
@@ -183,6 +186,18 @@ class Folder:
 
     def _uneditable(self, source: Source) -> str | None:
         return self.captured.lines.refusal(source.first[0])
+
+    def _loses_gradients(self, source: Source, moves: tuple[Move, ...]) -> str | None:
+        """Return why a value would no longer require gradients, as it did behind a norm."""
+        held = source.layer and (source.layer.weight, source.layer.bias)
+        trained = any(self.captured.tensor(ref).requires_grad for ref in held or () if ref)
+        if not trained or any(node.meta.get("no_grad") for node in source.last):
+            return None
+        for edit in (edit for move in moves for edit in move.absorption.edits):
+            calls = self.planner.context.tensor_readers.calls(edit.layer)
+            if edit.side is Side.OUTPUT and any(call.meta.get("no_grad") for call in calls):
+                return f"{edit.layer.name} runs without gradients, and the norm with them"
+        return None
 
     def _aliasing(self, source: Source) -> str | None:
         """Return why y cannot become x itself: the one is written, and the other read later."""

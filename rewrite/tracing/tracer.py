@@ -217,7 +217,7 @@ class RegionTracer(ValueTracer):
         if hooks := hook_reasons(m):
             self.opaque[name] = Opaque(name, hooks[0], None)
             return self.create_proxy("call_module", name, args, kwargs)
-        last = self._last_node()
+        last = self.graph._root._prev
         depth, entered = len(self._frames), len(self._trace.entered)
         invocation = self._invocations.get(name, 0)
         self._invocations[name] = invocation + 1
@@ -285,6 +285,8 @@ class RegionTracer(ValueTracer):
         if plain is not None:
             self._trace.augmented.add(node)
         self._trace.frames[node] = self._frames[-1]
+        if not torch.is_grad_enabled():
+            node.meta["no_grad"] = True
         if node.op not in ("placeholder", "output", "get_attr"):
             frame = user_frame()
             if frame is not None:
@@ -298,9 +300,6 @@ class RegionTracer(ValueTracer):
         return node
 
     # -- erasing ------------------------------------------------------------------------------
-
-    def _last_node(self) -> Node:
-        return self.graph._root._prev
 
     def _erase_dead(self) -> None:
         """Erase nodes of failed attempts, unless other nodes read them (cached attributes)."""

@@ -226,3 +226,29 @@ def test_a_view_as_another_dtype_lists_no_sizes(bits: bool) -> None:
     result = rewrite.convert(model, FoldNorm(), verify=False)
     assert not result.report.changes
     assert torch.equal(result.model(x), model(x))
+
+
+class WithoutGradients(nn.Module):
+    """A convolution under `no_grad`, and a norm that is trained behind it."""
+
+    def __init__(self, *, inside: bool) -> None:
+        super().__init__()
+        self.conv, self.norm, self.inside = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = self.conv(x)
+            if self.inside:
+                y = self.norm(y)
+        return y if self.inside else self.norm(y)
+
+
+@pytest.mark.parametrize(("inside", "trained"), [(False, True), (False, False), (True, True)])
+def test_a_norm_stays_whose_output_would_lose_its_gradients(inside: bool, trained: bool) -> None:
+    model = randomize_norms_(WithoutGradients(inside=inside)).eval().requires_grad_(trained)
+    x = torch.randn(2, 3, 4, 4)
+    result = rewrite.convert(model, ["fold"], example_inputs=x)
+    assert result.model(x).requires_grad is model(x).requires_grad
+    assert bool(result.report.changes) is (inside or not trained)
+    if not result.report.changes:
+        assert "conv runs without gradients" in result.report.skips[0].reason
