@@ -186,7 +186,8 @@ def _is_followed(frame: FrameType) -> bool:
     """Return whether a function is of the model's own code, or of a library that models use."""
     package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
     generated = frame.f_code.co_filename.startswith(_GENERATED)
-    return package != "transformers" and not generated and asked_by_model(frame)
+    other = package in ("rewrite", "transformers")
+    return not other and not generated and asked_by_model(frame)
 
 
 def _modules_in(value: Any) -> Iterator[tuple[Step, nn.Module]]:
