@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 
 from rewrite.tracing.code.callees import callees
 from rewrite.tracing.code.module_paths import (
@@ -176,7 +176,7 @@ class Reader:
 
     def _attribute(self, node: ast.Attribute | ast.Subscript) -> None:
         parent = self._around.parents.get(node)
-        if isinstance(node, ast.Attribute):
+        if isinstance(node, ast.Attribute) and self._may_be_own(node):
             self.words.add(node.attr)
         path = self._paths.of(node)
         if path is None:
@@ -193,6 +193,18 @@ class Reader:
             self._found.reads.append(self._use(node, path))
             if node.attr in _TENSORS:
                 self._found.tensors.append(self._use(node, path[:-1]))
+
+    def _may_be_own(self, node: ast.Attribute) -> bool:
+        """Return whether an attribute may be one of `self`.
+
+        That of a Python module (`torch.cuda`), or of a local name that holds no module
+        (`x.to(dtype)`), is none.
+        """
+        if not isinstance(node.value, ast.Name):
+            return True
+        if node.value.id in self._function.__code__.co_varnames:
+            return self._paths.of(node.value) is not None
+        return not isinstance(self._function.__globals__.get(node.value.id), ModuleType)
 
     def _call(self, node: ast.Call) -> None:
         name = called(node)

@@ -211,6 +211,39 @@ def test_what_forward_reaches_is_read_and_what_it_overrides_is_not(
     assert (("bn", "num_features") in paths(code_of(kind).reads)) is reads
 
 
+class Moves(Base):
+    """Methods whose names tensors and packages have, too."""
+
+    def to(self, *given: Any, **named: Any) -> Any:
+        return self.cuda()
+
+    def cuda(self, *given: Any, **named: Any) -> Any:
+        return super().cuda() if isinstance(self.bn, nn.BatchNorm2d) else self
+
+
+class MovesValues(Moves):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.to(torch.float32) if torch.cuda.is_available() else x
+        return self.bn(self.conv(y))
+
+
+class MovesItself(Moves):
+    def forward(self, x: Tensor) -> Tensor:
+        own = self
+        return self.bn(self.conv(own.to(x.device) and x))
+
+
+class MovesByItsClass(Moves):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(Moves.cuda(self) and x))
+
+
+def test_a_method_of_a_value_or_a_package_is_none_of_the_module() -> None:
+    assert not code_of(MovesValues).tests
+    for kind in (MovesItself, MovesByItsClass):
+        assert [use.path for use in code_of(kind).tests] == [("bn",)]
+
+
 class Others(Plain):
     def export(self) -> int:
         return self.bn.num_features
