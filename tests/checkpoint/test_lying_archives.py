@@ -189,7 +189,7 @@ def test_an_archive_in_the_comment_of_another(tmp_path, good) -> None:
 @pytest.mark.parametrize(
     ("suffix", "reason"),
     [
-        (".safetensors", "no readable safetensors file"),
+        (".safetensors", "is no safetensors file, or is cut off"),
         (".onnx", "is an ONNX graph"),
         (".pt2", "no part of an exported program|names posix.system"),
         (".gguf", "names posix.system"),

@@ -116,6 +116,19 @@ def _gets_a_module(node: ast.Call, paths: ModulePaths) -> bool:
     return paths.of(node.func) is None and any(paths.of(value) is not None for value in values)
 
 
+def _may_be_own(node: ast.Attribute, paths: ModulePaths, function: FunctionType) -> bool:
+    """Return whether an attribute that a function spells may be one of its `self`.
+
+    That of a Python module (`torch.cuda`), or of a local name that holds no module
+    (`x.to(dtype)`), is none.
+    """
+    if not isinstance(node.value, ast.Name):
+        return True
+    if node.value.id in function.__code__.co_varnames:
+        return paths.of(node.value) is not None
+    return not isinstance(function.__globals__.get(node.value.id), ModuleType)
+
+
 def _container(value: ast.expr) -> ast.expr:
     """Return what `self.norms`, `dict(self.named_children())` and their like are items of."""
     if called(value) == "dict" and isinstance(value, ast.Call) and value.args:
@@ -176,7 +189,7 @@ class Reader:
 
     def _attribute(self, node: ast.Attribute | ast.Subscript) -> None:
         parent = self._around.parents.get(node)
-        if isinstance(node, ast.Attribute) and self._may_be_own(node):
+        if isinstance(node, ast.Attribute) and _may_be_own(node, self._paths, self._function):
             self.words.add(node.attr)
         path = self._paths.of(node)
         if path is None:
@@ -193,18 +206,6 @@ class Reader:
             self._found.reads.append(self._use(node, path))
             if node.attr in _TENSORS:
                 self._found.tensors.append(self._use(node, path[:-1]))
-
-    def _may_be_own(self, node: ast.Attribute) -> bool:
-        """Return whether an attribute may be one of `self`.
-
-        That of a Python module (`torch.cuda`), or of a local name that holds no module
-        (`x.to(dtype)`), is none.
-        """
-        if not isinstance(node.value, ast.Name):
-            return True
-        if node.value.id in self._function.__code__.co_varnames:
-            return self._paths.of(node.value) is not None
-        return not isinstance(self._function.__globals__.get(node.value.id), ModuleType)
 
     def _call(self, node: ast.Call) -> None:
         name = called(node)
