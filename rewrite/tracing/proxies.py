@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch.fx import Node, Proxy
 from torch.fx.proxy import Attribute, TraceError
+
+from rewrite.tracing.code.functions_run import unnoted
 
 _ASSIGNED = frozenset({"data", "grad", "requires_grad"})
 
@@ -32,6 +34,8 @@ class ValueProxy(Proxy):
     """A proxy that converts to a Python number where its value is known."""
 
     tracer: Any
+
+    __torch_function__: Any = classmethod(unnoted(cast(Any, Proxy.__torch_function__).__func__))
 
     def __getattr__(self, name: str) -> Any:
         """Return the attribute as a proxy; no node is made before it is used."""

@@ -162,7 +162,7 @@ class RegionTracer(ValueTracer):
         if self.shapes is not None:
             self.shapes.enter(name, root)
         try:
-            with modes_noted(self.decide), self._noting():
+            with modes_noted(self.decide):
                 self.trace(root, concrete_args=arguments or None)
         finally:
             # A value that a forward caches on its module belongs to this graph, not to the next.

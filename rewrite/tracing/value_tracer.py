@@ -8,7 +8,8 @@ the values that its function has at that point and those that it computes afterw
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,6 +56,19 @@ class ValueTracer(Tracer):
         self._deciding: dict[FrameType, list[Decision]] = {}
 
     create_proxy = unnoted(Tracer.create_proxy)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], *given: Any, **named: Any
+    ) -> tuple[Any, list[Any]]:
+        """Take note of what the forward of the root runs, and of nothing that fx does before."""
+        forward, arguments = super().create_args_for_root(root_fn, *given, **named)
+
+        @functools.wraps(forward)
+        def run(*values: Any) -> Any:
+            with self._noting():
+                return forward(*values)
+
+        return run, arguments
 
     def _noting(self) -> contextlib.AbstractContextManager[None]:
         """Take note of the functions that run in this context."""

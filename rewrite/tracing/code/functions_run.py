@@ -72,7 +72,7 @@ class FunctionsRun:
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
-        self._followed: dict[tuple[CodeType, str], bool] = {}
+        self._followed: dict[int, tuple[CodeType, bool]] = {}  # by identity: a code's hash is slow
         self._read: dict[type, frozenset[CodeType]] = {}
         self.held: HeldModules = {}
         self.callers: dict[Ran, str] = {}
@@ -103,10 +103,10 @@ class FunctionsRun:
 
     def _begins(self, frame: FrameType, event: str, argument: Any) -> Any:
         code = frame.f_code
-        key = (code, code.co_filename)
-        if key not in self._followed:
-            self._followed[key] = _is_followed(frame)
-        if not self._followed[key]:
+        held = self._followed.get(id(code))
+        if held is None:
+            held = self._followed[id(code)] = (code, _is_followed(frame))
+        if not held[1]:
             return None
         frame.f_trace_lines = False
         self._note(frame)
