@@ -322,6 +322,11 @@ class Constants(_Evaluated):
         if rank is not None and rank < value.dim():
             return f"it gives a value of {rank} axes {value.dim()}"
         if not changes_in_place(self._captured, call.node):
+            if rank is None and value.dim() > 1 and operand.op != "placeholder":
+                return (
+                    f"the number of axes of {operand.name} is unknown without example inputs: a "
+                    f"constant of {value.dim()} axes may give it more (pass example_inputs)"
+                )
             return None
         if call.operand is not operand:
             return "it writes into the constant"

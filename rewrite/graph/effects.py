@@ -236,6 +236,10 @@ def recorded(target: Any) -> Any:
     return _RECORDED.get(target, target)
 
 
+_OVERLAPPING = frozenset({"unfold", "as_strided"})
+"""Methods whose views may hold an element several times: a write changes it as often."""
+
+
 class Effects:
     """The writes of a captured model: which values they concern, and which tensors of the model.
 
@@ -298,6 +302,9 @@ class Effects:
             return None
         memory = self.memory(value)
         for write in found:
+            for other in write.family:
+                if other.op == "call_method" and other.target in _OVERLAPPING:
+                    return write.node, other  # what is written once is read by its neighbour, too
             for _, reader in memory.later_readers(write.node, write.written):
                 return write.node, reader
         return None

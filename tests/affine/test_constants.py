@@ -473,3 +473,53 @@ def test_the_bias_of_an_unknown_layer_is_no_candidate_and_an_unknown_scale_is() 
     assert not fold(ALayerOfItsOwn).skips
     (skip,) = fold(AScaleOfItsOwn).skips
     assert skip.reason == "scales is not an operation that folding knows"
+
+
+class AfterNorm1d(nn.Module):
+    """A norm whose output has two axes or three, times a constant of a number of axes."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.bn, self.gamma = nn.BatchNorm1d(2), nn.Parameter(torch.rand(shape) + 0.5)
+        self.conv = nn.Conv1d(2, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.bn(x) * self.gamma)
+
+
+@pytest.mark.parametrize(("example", "folds"), [(None, False), ((3, 2, 5), True), ((2, 2), False)])
+def test_a_constant_may_give_a_value_more_axes_than_are_known(
+    example: tuple[int, ...] | None, folds: bool
+) -> None:
+    model = AfterNorm1d(2, 1).double().eval()
+    if example == (2, 2):
+        model = AfterNorm1d(2, 1, 1).double().eval()  # the product has three axes
+        model.conv = nn.Conv2d(2, 4, 1).double()  # type: ignore[assignment]
+    given = () if example is None else (torch.randn(example, dtype=torch.float64),)
+    applied = apply_pass(FoldNorm(), copy.deepcopy(model), given)
+    assert ("gamma" in [change.target for change in applied.changes]) == folds
+    x = torch.randn(example or (2, 2, 3), dtype=torch.float64)
+    torch.testing.assert_close(applied.model(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+class Overlapping(Scaled):
+    """A view that holds each of the inner channels twice: a write scales those twice."""
+
+    def __init__(self, overlaps: bool) -> None:
+        super().__init__()
+        self.overlaps = overlaps
+        self.two = nn.Conv2d(3 if overlaps else 4, 2, 1)
+        self.gamma = nn.Parameter(torch.rand(*((3, 1, 1, 1) if overlaps else (4, 1, 1))) + 0.5)
+
+    def lines(self, y: Tensor) -> Tensor:
+        y = (y.unfold(1, 2, 1) if self.overlaps else y).mul_(self.gamma)
+        return y.sum(-1) if self.overlaps else y
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_a_write_into_a_view_that_overlaps_is_no_map(overlaps: bool) -> None:
+    model = Overlapping(overlaps).double().eval()
+    applied = apply_pass(FoldNorm(), copy.deepcopy(model), (torch.randn(2, 3, 4, 4).double(),))
+    assert bool(applied.changes) != overlaps
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(applied.model(x), model(x), rtol=1e-12, atol=1e-12)
