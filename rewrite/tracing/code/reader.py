@@ -119,14 +119,20 @@ def _gets_a_module(node: ast.Call, paths: ModulePaths) -> bool:
 def _may_be_own(node: ast.Attribute, paths: ModulePaths, function: FunctionType) -> bool:
     """Return whether an attribute that a function spells may be one of its `self`.
 
-    That of a Python module (`torch.cuda`), or of a local name that holds no module
-    (`x.to(dtype)`), is none.
+    That of a Python module (`torch.cuda`), or of a value that is no module (`x.to(dtype)`,
+    `mask[:, None].to(dtype)`), is none; one of `super()` or of a class by name is.
     """
-    if not isinstance(node.value, ast.Name):
+    if paths.of(node.value) is not None:
         return True
-    if node.value.id in function.__code__.co_varnames:
-        return paths.of(node.value) is not None
-    return not isinstance(function.__globals__.get(node.value.id), ModuleType)
+    if isinstance(node.value, ast.Call):
+        return called(node.value) in ("super", "type")
+    root: ast.expr = node.value
+    while isinstance(root, ast.Attribute):
+        root = root.value
+    if not isinstance(root, ast.Name) or root.id in function.__code__.co_varnames:
+        return False
+    held = function.__globals__.get(root.id)
+    return root is not node.value or not isinstance(held, ModuleType)
 
 
 def _container(value: ast.expr) -> ast.expr:
