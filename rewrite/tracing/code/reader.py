@@ -119,11 +119,12 @@ def _gets_a_module(node: ast.Call, paths: ModulePaths) -> bool:
 def _may_be_own(node: ast.Attribute, paths: ModulePaths, function: FunctionType) -> bool:
     """Return whether an attribute that a function spells may be one of its `self`.
 
-    That of a Python module (`torch.cuda`), or of a value that is no module (`x.to(dtype)`,
-    `mask[:, None].to(dtype)`), is none; one of `super()` or of a class by name is.
+    That of a Python module (`torch.cuda`), of what `self` holds (`self.embed.to(dtype)`) or of
+    another value (`x.to(dtype)`, `mask[:, None].to(dtype)`) is none; one of `super()` or of a class
+    by name is.
     """
-    if paths.of(node.value) is not None:
-        return True
+    if (path := paths.of(node.value)) is not None:
+        return path == ()
     if isinstance(node.value, ast.Call):
         return called(node.value) in ("super", "type")
     root: ast.expr = node.value

@@ -224,7 +224,7 @@ class Moves(Base):
 class MovesValues(Moves):
     def forward(self, x: Tensor) -> Tensor:
         y = x.to(torch.float32) if torch.cuda.is_available() else x[:, None].to(x.dtype)[:, 0]
-        return self.bn(self.conv(y))
+        return self.bn(self.conv(y)) + self.count.to(x.dtype)
 
 
 class MovesItself(Moves):
