@@ -494,7 +494,7 @@ def test_a_constant_may_give_a_value_more_axes_than_are_known(
     model = AfterNorm1d(2, 1).double().eval()
     if example == (2, 2):
         model = AfterNorm1d(2, 1, 1).double().eval()  # the product has three axes
-        model.conv = nn.Conv2d(2, 4, 1).double()  # type: ignore[assignment]
+        model.conv = nn.Conv2d(2, 4, 1).double()
     given = () if example is None else (torch.randn(example, dtype=torch.float64),)
     applied = apply_pass(FoldNorm(), copy.deepcopy(model), given)
     assert ("gamma" in [change.target for change in applied.changes]) == folds
