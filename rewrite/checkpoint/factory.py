@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
-import random
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from rewrite.checkpoint.closest import closest_model
 from rewrite.errors import CheckpointError
+from rewrite.runtime.inputs import seeded
 from rewrite.text.suggest import how_to_install
 
 FACTORY_NAME = re.compile(
@@ -37,7 +35,7 @@ def build_named(reference: str, seed: int | None = None) -> nn.Module:
         raise CheckpointError(f"{reference}: is no factory; write package.module:callable")
     kwargs = _kwargs(reference, match["kwargs"])
     try:
-        with seeded(seed):
+        with contextlib.nullcontext() if seed is None else seeded(seed):
             model = _call(match["module"], match["name"], kwargs)
     except CheckpointError as error:
         raise CheckpointError(f"{reference}: {error}") from error
@@ -90,7 +88,7 @@ def _call(module: str, name: str, kwargs: dict[str, Any]) -> Any:
     return value(**kwargs)
 
 
-@contextmanager
+@contextlib.contextmanager
 def current_folder_importable() -> Iterator[None]:
     """Find what the user names in the folder where the user stands, as `python -m` does."""
     here = str(Path.cwd())
@@ -102,24 +100,6 @@ def current_folder_importable() -> Iterator[None]:
     finally:
         if added and here in sys.path:
             sys.path.remove(here)
-
-
-@contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Draw from `seed` inside, and leave the generators of the process as they were."""
-    if seed is None:
-        yield
-        return
-    ours, theirs = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(ours)
-            np.random.set_state(theirs)
 
 
 def _torchvision(name: str, kwargs: dict[str, Any]) -> Any:

@@ -6,11 +6,11 @@ import contextlib
 import inspect
 import itertools
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -114,19 +114,16 @@ def call(model: nn.Module, inputs: Inputs, seed: int = 0, mode: Mode = torch.no_
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed the random state of torch, Python and numpy, and put it back."""
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy and numpy.random.get_state()
+    ours, theirs = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         random.seed(seed)
-        if numpy is not None:
-            numpy.random.seed(seed % 2**32)
+        np.random.seed(seed % 2**32)
         try:
             yield
         finally:
-            random.setstate(states[0])
-            if numpy is not None:
-                numpy.random.set_state(states[1])
+            random.setstate(ours)
+            np.random.set_state(theirs)
 
 
 @contextlib.contextmanager
